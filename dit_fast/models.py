@@ -1,0 +1,336 @@
+"""The Diffusion Transformer (Peebles & Xie 2023) in the reference's vocabulary.
+
+`from dit_fast.models import DiT_models` stands in for the reference's `models`: same names, constructor, state
+dict, initialisation and outputs. `N` batch, `C` channels, `T` tokens, `D` width.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dit_fast import __version__, kernels
+from dit_fast.blocks import Attention, DiTBlock, FinalLayer, Mlp, Stream, modulate
+from dit_fast.embedders import (
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    as_pair,
+    get_1d_sincos_pos_embed_from_grid,
+    get_2d_sincos_pos_embed,
+    get_2d_sincos_pos_embed_from_grid,
+)
+from dit_fast.errors import CheckpointError, ConfigError
+
+__all__ = [
+    "Attention",
+    "DiT",
+    "DiTBlock",
+    "DiT_models",
+    "FinalLayer",
+    "LabelEmbedder",
+    "Mlp",
+    "PatchEmbed",
+    "TimestepEmbedder",
+    "get_1d_sincos_pos_embed_from_grid",
+    "get_2d_sincos_pos_embed",
+    "get_2d_sincos_pos_embed_from_grid",
+    "modulate",
+]
+
+
+class DiT(nn.Module):
+    """Diffusion model with a transformer backbone, class-conditional through adaLN-Zero.
+
+    input_size: height and width of the latent (or image), one number or a pair; patch_size: side of a patch;
+    in_channels: channels of the latent; hidden_size, depth, num_heads, mlp_ratio: the transformer;
+    class_dropout_prob: share of labels dropped in training, 0 for a model without a null class;
+    num_classes; learn_sigma: predict the variance beside the noise; kernels: "auto" (Triton on CUDA, PyTorch
+    elsewhere), "triton" or "reference". Raises ConfigError for sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        *,
+        kernels: str = "auto",
+    ):
+        super().__init__()
+        self.learn_sigma = learn_sigma
+        self.in_channels = in_channels
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.patch_size = patch_size
+        self.num_heads = num_heads
+        self._sizes = {"hidden_size": hidden_size, "depth": depth, "mlp_ratio": mlp_ratio}
+        try:
+            self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, kernels=kernels)
+            self.t_embedder = TimestepEmbedder(hidden_size)
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+            # Fixed sine-cosine positions: a parameter so that it is saved, frozen so that it is not trained.
+            self.pos_embed = nn.Parameter(
+                torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False
+            )
+            self.blocks = nn.ModuleList(
+                DiTBlock(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernels=kernels) for _ in range(depth)
+            )
+            self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, kernels=kernels)
+            self.initialize_weights()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels run: "auto", "triton" or "reference"; assign to change it for the whole model."""
+        return self.x_embedder.kernels
+
+    @kernels.setter
+    def kernels(self, mode: str) -> None:
+        kernels.uses_triton(mode, self.pos_embed)
+        for module in (self.x_embedder, *self.blocks, self.final_layer):
+            module.kernels = mode
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON values, without `kernels`."""
+        return {
+            "input_size": list(self.x_embedder.img_size),
+            "patch_size": self.patch_size,
+            "in_channels": self.in_channels,
+            "hidden_size": self._sizes["hidden_size"],
+            "depth": self._sizes["depth"],
+            "num_heads": self.num_heads,
+            "mlp_ratio": self._sizes["mlp_ratio"],
+            "class_dropout_prob": self.y_embedder.dropout_prob,
+            "num_classes": self.y_embedder.num_classes,
+            "learn_sigma": self.learn_sigma,
+        }
+
+    def initialize_weights(self) -> None:
+        """The paper's initialisation, drawing random numbers in the reference's order."""
+
+        def xavier(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+        self.apply(xavier)
+        table = get_2d_sincos_pos_embed(self.pos_embed.shape[-1], self.x_embedder.grid_size)
+        self._set_positions(table)
+
+        # The patch projection is initialised like the linear layer that it is.
+        weight = self.x_embedder.proj.weight
+        nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+
+        # Zero modulation makes every block the identity, a zero projection makes the output zero.
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[-1].weight)
+            nn.init.zeros_(block.adaLN_modulation[-1].bias)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[-1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+    def _set_positions(self, table: Any) -> None:
+        positions = torch.from_numpy(table).float().unsqueeze(0).to(self.pos_embed)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+
+    def regrid(self, input_size: int | tuple[int, int], mode: str = "extend") -> "DiT":
+        """Take inputs of another size from now on; returns the model.
+
+        Replaces the position table, in place of the (1, T, D) parameter: "extend" numbers the new grid 0, 1, 2, ...
+        as a model built for that size does; "interpolate" spreads the coordinates of the present grid over the
+        new one. Raises ConfigError for a size that is not a multiple of the patch.
+        """
+        if mode not in ("extend", "interpolate"):
+            raise ConfigError(f"regrid mode {mode!r}: choose 'extend' or 'interpolate'")
+        old_rows, old_columns = self.x_embedder.grid_size
+        try:
+            self.x_embedder.set_img_size(as_pair(input_size))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        rows, columns = self.x_embedder.grid_size
+        steps = (old_columns / columns, old_rows / rows) if mode == "interpolate" else (1.0, 1.0)
+        axes = [
+            torch.arange(n, dtype=torch.float64) * step
+            for n, step in zip((columns, rows), steps, strict=True)
+        ]
+        grid = torch.stack(torch.meshgrid(*axes, indexing="xy"))
+        self._set_positions(get_2d_sincos_pos_embed_from_grid(self.pos_embed.shape[-1], grid.numpy()))
+        return self
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Tokens (N, T, P * P * C) to images (N, C, H, W); a T that is not the model's own must be a square."""
+        rows, columns = self.x_embedder.grid_size
+        if x.shape[1] != rows * columns:
+            rows = columns = int(x.shape[1] ** 0.5)
+            if rows * columns != x.shape[1]:
+                raise ValueError(
+                    f"{x.shape[1]} tokens are no square and not the model's {self.x_embedder.grid_size} grid"
+                )
+        return kernels.unpatchify(x, self.patch_size, rows, columns, kernels=self.kernels)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Noise (and variance) predicted for noisy latents.
+
+        x (N, C, H, W); t (N,) timesteps, int or fractional; y (N,) class labels -> (N, out_channels, H, W).
+        In training mode a share `class_dropout_prob` of the labels becomes the null class.
+        """
+        c = self.t_embedder(t) + self.y_embedder(y, self.training)  # (N, D)
+        stream = Stream(self.x_embedder(x, self.pos_embed))  # (N, T, D)
+        for block in self.blocks:
+            stream = block(stream, c)
+        return self.unpatchify(self.final_layer(stream, c))
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | None = 3
+    ) -> Tensor:
+        """Classifier-free guidance in one batch: the first half of `y` conditional, the second half null labels.
+
+        Only the first half of `x` (2n, C, H, W) is read. eps = uncond + cfg_scale * (cond - uncond) on the first
+        `cfg_channels` channels of the noise (the reference's 3; None for all); every other output channel stays
+        each half's own. Ho & Salimans 2022, equation 6, in the reference's scaling.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        guided = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)
+        eps, rest = out[:, :guided], out[:, guided:]
+        cond, uncond = eps.chunk(2)
+        eps = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([eps, eps]), rest], dim=1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` to `folder`, made when missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = {"_class_name": "DiT", "_dit_fast_version": __version__, **self.config}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, weights: str = "model", kernels: str = "auto", device: str = "cpu"
+    ) -> "DiT":
+        """The model of a folder that `save_pretrained` or the trainer wrote, in eval mode.
+
+        `weights`: "model", or "ema" for a training checkpoint's averaged weights. Raises CheckpointError for a
+        folder that is incomplete or whose weights are not of its configuration.
+        """
+        folder = Path(folder)
+        config = read_config(folder / "config.json")
+        path = folder / f"{weights}.safetensors"
+        try:
+            state = load_file(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist: is {folder} a saved model?") from None
+        except Exception as error:  # safetensors raises its own class, which is not public in every version
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+        blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+        if len(blocks) != config["depth"]:
+            raise CheckpointError(
+                f"{path} holds {len(blocks)} blocks, config.json says depth {config['depth']}"
+            )
+        with torch.device("meta"):
+            model = cls(**config, kernels=kernels)
+        load_weights(model, state, str(path), assign=True)
+        return model.to(device).eval()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The constructor's arguments from a `config.json`; CheckpointError for anything that is not a DiT's."""
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist: a saved model is config.json and model.safetensors"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    expected = {
+        "input_size": list, "patch_size": int, "in_channels": int, "hidden_size": int, "depth": int,
+        "num_heads": int, "mlp_ratio": (int, float), "class_dropout_prob": (int, float), "num_classes": int,
+        "learn_sigma": bool,
+    }  # fmt: skip
+    problems = [f"unknown key {key!r}" for key in sorted(config.keys() - expected.keys())]
+    problems += [f"missing key {key!r}" for key in expected if key not in config]
+    for key, kinds in expected.items():
+        value = config.get(key)
+        if key not in config:
+            continue
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
+        if wrong or (kinds is int and not 0 < value < 1 << 24):
+            problems.append(f"{key} = {value!r}")
+    if problems:
+        raise CheckpointError(f"{path} is not the configuration of a DiT: {', '.join(problems)}")
+    return config
+
+
+def load_weights(model: DiT, state: dict[str, Tensor], source: str, assign: bool = False) -> None:
+    """Load a state dict; CheckpointError lists every missing, unexpected and misshaped tensor at once."""
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in own]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:8])}{more}")
+    model.load_state_dict(state, assign=assign)
+    model.pos_embed.requires_grad_(False)
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+}
+
+
+def _factory(size: str, patch: int) -> Callable[..., DiT]:
+    def build(**kwargs: Any) -> DiT:
+        return DiT(**{**SIZES[size], "patch_size": patch, **kwargs})
+
+    build.__name__ = build.__qualname__ = f"DiT_{size}_{patch}"
+    build.__doc__ = (
+        f"DiT-{size}/{patch} of the paper's table 1; keyword arguments are the constructor's others."
+    )
+    return build
+
+
+DiT_XL_2, DiT_XL_4, DiT_XL_8 = (_factory("XL", patch) for patch in (2, 4, 8))
+DiT_L_2, DiT_L_4, DiT_L_8 = (_factory("L", patch) for patch in (2, 4, 8))
+DiT_B_2, DiT_B_4, DiT_B_8 = (_factory("B", patch) for patch in (2, 4, 8))
+DiT_S_2, DiT_S_4, DiT_S_8 = (_factory("S", patch) for patch in (2, 4, 8))
+
+DiT_models: dict[str, Callable[..., DiT]] = {
+    "DiT-XL/2": DiT_XL_2, "DiT-XL/4": DiT_XL_4, "DiT-XL/8": DiT_XL_8,
+    "DiT-L/2": DiT_L_2, "DiT-L/4": DiT_L_4, "DiT-L/8": DiT_L_8,
+    "DiT-B/2": DiT_B_2, "DiT-B/4": DiT_B_4, "DiT-B/8": DiT_B_8,
+    "DiT-S/2": DiT_S_2, "DiT-S/4": DiT_S_4, "DiT-S/8": DiT_S_8,
+}  # fmt: skip

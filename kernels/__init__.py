@@ -1,0 +1,23 @@
+"""Fused Triton operations for Diffusion Transformers, forward and backward, imported as `dit_fast.kernels`.
+
+Each operation is a plain function: a CUDA tensor goes to the Triton kernel, a CPU tensor to the PyTorch text
+of the same maths in `reference.py`; `kernels="triton" | "reference"` forces one of them.
+"""
+
+if __name__ != "dit_fast.kernels":
+    raise ImportError("import dit_fast.kernels: the bare name 'kernels' belongs to Hugging Face's package")
+
+from dit_fast.kernels.adaln import adaln_modulate
+from dit_fast.kernels.gated_residual import gated_residual, gated_residual_adaln
+from dit_fast.kernels.op import KERNEL_MODES, uses_triton
+from dit_fast.kernels.patchify import patch_embed, unpatchify
+
+__all__ = [
+    "KERNEL_MODES",
+    "adaln_modulate",
+    "gated_residual",
+    "gated_residual_adaln",
+    "patch_embed",
+    "unpatchify",
+    "uses_triton",
+]

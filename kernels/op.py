@@ -1,0 +1,45 @@
+"""define_op: the one way an operation reaches PyTorch, and the one switch between kernel and reference."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+KERNEL_MODES = ("auto", "triton", "reference")
+
+
+def uses_triton(kernels: str, x: Tensor) -> bool:
+    """Whether `kernels` ("auto" | "triton" | "reference") means the registered operation for a tensor like `x`.
+
+    "auto" is the Triton kernel on CUDA and the PyTorch reference elsewhere. "triton" is the registered operation
+    on any device; on a CPU that runs the reference behind the same registration (Triton's interpreter, when on,
+    runs the kernel itself). Raises ValueError for another word.
+    """
+    if kernels not in KERNEL_MODES:
+        raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(map(repr, KERNEL_MODES))}")
+    return kernels == "triton" or (kernels == "auto" and x.is_cuda)
+
+
+def define_op(
+    name: str,
+    *,
+    triton_impl: Callable[..., Any],
+    reference_impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> Callable[..., Any]:
+    """Register `torch.ops.dit_fast.<name>` for CUDA (Triton), CPU (reference), fake tensors and autograd.
+
+    The schema is read from the annotations of `triton_impl`; `reference_impl` and `fake` take the same arguments
+    and return the same tensors. With Triton's interpreter on (TRITON_INTERPRET=1 when this is imported) the CPU
+    runs `triton_impl`, which is how the tests prove the kernels on a machine without a GPU.
+    """
+    op = torch.library.custom_op(f"dit_fast::{name}", triton_impl, mutates_args=(), device_types="cuda")
+    op.register_kernel("cpu")(triton_impl if triton.knobs.runtime.interpret else reference_impl)
+    op.register_fake(fake)
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
+    return op

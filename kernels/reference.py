@@ -1,0 +1,129 @@
+"""The maths of every operation in plain PyTorch: specification, CPU path and oracle of the tests.
+
+`B` batch, `T` tokens, `D` width, `C` channels, `P` patch. The forward functions are differentiable and work in
+the dtype of their inputs; the `_backward` functions are the closed forms that the kernels compute, accumulated in
+float32 (float64 for float64 input) and rounded once. Equations: Peebles & Xie 2023, section 3.2 and figure 3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """norm(x) * (1 + scale) + shift, norm a layer norm without affine parameters; in the dtype of `scale`."""
+    y = F.layer_norm(x, x.shape[-1:], eps=eps)
+    return torch.addcmul(shift[:, None], y, 1 + scale[:, None]).to(scale.dtype)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x + gate * (branch + bias), in the dtype of `x`."""
+    if bias is not None:
+        branch = branch + bias
+    return torch.addcmul(x, gate[:, None], branch).to(x.dtype)
+
+
+def gated_residual_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The new residual stream x + gate * (branch + bias) and its modulated norm."""
+    x = gated_residual(x, branch, gate, bias)
+    return x, adaln_modulate(x, shift, scale, eps)
+
+
+def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    """Tokens of the P x P patches of `x` (B, C, H, W) through `weight` (D, C, P, P), plus bias and position."""
+    tokens = F.conv2d(x.to(weight.dtype), weight, bias, stride=weight.shape[-1])
+    return tokens.flatten(2).transpose(1, 2) + pos
+
+
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """(B, height * width, P * P * C) -> (B, C, height * P, width * P); a token holds its patch as (P, P, C)."""
+    tokens = tokens.reshape(tokens.shape[0], height, width, patch, patch, -1)
+    return tokens.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, height * patch, width * patch)
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """The inverse and the transpose of `unpatchify`: (B, C, H, W) -> (B, T, P * P * C)."""
+    B, C, H, W = images.shape
+    images = images.reshape(B, C, H // patch, patch, W // patch, patch)
+    return images.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype that sums are kept in: float64 for float64 input, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each row of `x`, (B, T), in the accumulator's dtype."""
+    x = x.to(accumulator(x))
+    var, mean = torch.var_mean(x, dim=-1, correction=0)
+    return mean, torch.rsqrt(var + eps)
+
+
+def adaln_modulate_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_x, d_shift, d_scale of `adaln_modulate`.
+
+    With h = (x - mean) * rstd and g = dy * (1 + scale): d_x = rstd * (g - mean_D(g) - h * mean_D(g * h)),
+    d_shift = sum_T(dy), d_scale = sum_T(dy * h).
+    """
+    acc = accumulator(x)
+    dy = dy.to(acc)
+    h = (x.to(acc) - mean[..., None]) * rstd[..., None]
+    g = dy * (1 + scale.to(acc)[:, None])
+    dx = rstd[..., None] * (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True))
+    return dx.to(x.dtype), dy.sum(1).to(scale.dtype), (dy * h).sum(1).to(scale.dtype)
+
+
+def gated_residual_backward(
+    dx: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_branch = gate * dx, d_gate = sum_T(dx * (branch + bias)), d_bias = sum_BT(d_branch) (empty without bias)."""
+    acc = accumulator(dx)
+    dx = dx.to(acc)
+    biased = branch.to(acc) if bias is None else branch.to(acc) + bias.to(acc)
+    dbranch = dx * gate.to(acc)[:, None]
+    dbias = gate.new_empty(0) if bias is None else dbranch.sum((0, 1)).to(bias.dtype)
+    return dbranch.to(branch.dtype), (dx * biased).sum(1).to(gate.dtype), dbias
+
+
+def gated_residual_adaln_backward(
+    dout: Tensor,
+    dy: Tensor,
+    out: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d_x, d_branch, d_gate, d_shift, d_scale, d_bias from the gradients of both outputs (`out` is the new stream)."""
+    acc = accumulator(out)
+    dnorm, dshift, dscale = adaln_modulate_backward(dy.to(acc), out.to(acc), scale, mean, rstd)
+    dx = dout.to(acc) + dnorm
+    dbranch, dgate, dbias = gated_residual_backward(dx, branch, gate, bias)
+    return dx.to(out.dtype), dbranch, dgate, dshift, dscale, dbias
+
+
+def patch_embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """d_x, d_weight, d_bias of `patch_embed` (d_pos is dtokens summed over the batch)."""
+    acc, P = accumulator(dtokens), weight.shape[-1]
+    B, C, H, W = x.shape
+    dtokens = dtokens.to(acc)
+    patches = (
+        x.to(acc).reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)
+    )
+    dpatches = (dtokens @ weight.to(acc).flatten(1)).reshape(B, H // P, W // P, C, P, P)
+    dx = dpatches.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+    dweight = torch.einsum("btd,btk->dk", dtokens, patches).reshape(weight.shape)
+    return dx.to(x.dtype), dweight.to(weight.dtype), dtokens.sum((0, 1)).to(weight.dtype)
