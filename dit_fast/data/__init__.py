@@ -1,0 +1,83 @@
+"""Labelled images for training: built-in sets and folders of class sub-folders."""
+
+import os
+from pathlib import Path
+
+from dit_fast.data.builtin import BUILTIN, DIGIT_NAMES
+from dit_fast.data.folder import centre_crop, centre_crop_array, open_folder
+from dit_fast.data.images import ImageSet, Split, from_arrays, to_pixels
+from dit_fast.data.keyed import generator
+from dit_fast.errors import ConfigError, DataError
+
+__all__ = [
+    "BUILTIN",
+    "ImageSet",
+    "Split",
+    "centre_crop",
+    "from_arrays",
+    "generator",
+    "open_images",
+    "to_pixels",
+]
+
+
+def open_images(
+    source: str | Path,
+    image_size: int | None = None,
+    *,
+    channels: int | None = None,
+    num_classes: int | None = None,
+    flip: bool | None = None,
+    holdout: float | None = None,
+    num_workers: int | None = None,
+    memory_limit: int = 2 << 30,
+) -> ImageSet:
+    """Open `source`: a built-in name ("mnist", "digits") or a folder of class sub-folders.
+
+    image_size    side of the square images; None keeps the images' own (a folder's must then agree)
+    channels      1 (grey) or 3 (RGB); None decides from the files: grey if all of them are
+    num_classes   checked against the set when given
+    flip          whether a mirror image keeps its class; None: True for folders, False for digits
+    holdout       held-out fraction of each class; None: 0.1 for built-in sets, 0 for folders
+    num_workers   decoding threads; None: one a core
+    memory_limit  bytes up to which a folder is decoded at once and kept
+
+    Raises DataError for data that is missing or unreadable, ConfigError for options that contradict it.
+    """
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"--image-size {image_size} is not a positive number of pixels")
+    if channels not in (None, 1, 3):
+        raise ConfigError(f"--channels {channels}: give 1 for grey or 3 for RGB")
+    if str(source) in BUILTIN:
+        images, labels = BUILTIN[str(source)]()
+        opened = from_arrays(
+            str(source),
+            images,
+            labels,
+            DIGIT_NAMES,
+            image_size=image_size,
+            channels=channels,
+            flip=bool(flip),
+            holdout=0.1 if holdout is None else holdout,
+            resize=centre_crop_array,
+        )
+    else:
+        root = Path(source)
+        if not root.exists():
+            raise DataError(
+                f"--data {source} is neither a folder nor a built-in set ({', '.join(sorted(BUILTIN))})"
+            )
+        opened = open_folder(
+            root,
+            image_size=image_size,
+            channels=channels,
+            flip=True if flip is None else flip,
+            holdout=holdout or 0.0,
+            num_workers=(os.cpu_count() or 1) if num_workers is None else num_workers,
+            memory_limit=memory_limit,
+        )
+    if num_classes not in (None, opened.num_classes):
+        raise ConfigError(
+            f"--num-classes {num_classes} contradicts {source}, which has {opened.num_classes} classes"
+        )
+    return opened

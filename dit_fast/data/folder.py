@@ -1,0 +1,229 @@
+"""A folder of class sub-folders of PNG and JPEG images, of any size, RGB or grey."""
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dit_fast.data.images import ArraySource, ImageSet, PixelSource, make_set
+from dit_fast.errors import ConfigError, DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
+# What Pillow raises for damaged files, by format and kind of damage.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_T = TypeVar("_T")
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre `size` x `size` pixels of `image` scaled to `size` on its shorter side.
+
+    The image is first halved with a box filter while its shorter side is at least twice `size`, then scaled
+    the rest of the way with a bicubic filter (the preprocessing of Dhariwal and Nichol 2021, "ADM").
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    if scale != 1:
+        new_size = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(new_size, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def centre_crop_array(image: np.ndarray, size: int) -> np.ndarray:
+    """`centre_crop` of a uint8 array (H, W) or (H, W, 3)."""
+    return np.asarray(centre_crop(Image.fromarray(image), size))
+
+
+def read_image(path: Path, size: int, channels: int) -> Tensor:
+    """One file as uint8 (channels, size, size). Orientation tags are ignored, as the reference does."""
+    mode = "L" if channels == 1 else "RGB"
+    with Image.open(path) as file:
+        if file.mode.startswith("I"):
+            # Pillow clips 16-bit values to 255 when it converts; their upper byte is the 8-bit image.
+            upper_byte = (np.asarray(file).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            image = Image.fromarray(upper_byte).convert(mode)
+        else:
+            image = file.convert(mode)
+    pixels = np.array(centre_crop(image, size))
+    return torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Pixels in files, decoded by `num_workers` threads on every read."""
+
+    paths: tuple[Path, ...]
+    size: int
+    channels: int
+    num_workers: int
+    lazy: bool = True
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        paths = [self.paths[index] for index in indices]
+        images, failures = _for_each(
+            paths, lambda path: read_image(path, self.size, self.channels), self.num_workers
+        )
+        if failures:
+            raise DataError(f"{_list_failures(failures)}: readable when training began, not any more")
+        return torch.stack(images)
+
+
+@dataclass(frozen=True)
+class _Header:
+    width: int
+    height: int
+    mode: str
+
+
+def _header(path: Path) -> _Header:
+    with Image.open(path) as image:
+        return _Header(image.width, image.height, image.mode)
+
+
+def _for_each(
+    paths: Sequence[Path], read: Callable[[Path], _T], num_workers: int, progress: str = ""
+) -> tuple[list[_T], list[tuple[Path, str]]]:
+    """`read` of every path, in order, and (path, reason) of those that could not be read."""
+
+    def attempt(path: Path) -> _T | str:
+        try:
+            return read(path)
+        except _DECODE_ERRORS as error:
+            return " ".join(str(error).split()) or type(error).__name__
+
+    results, failures = [], []
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        answers = pool.map(attempt, paths)
+        for path, answer in zip(
+            paths,
+            tqdm(answers, desc=progress, total=len(paths), disable=None if progress else True),
+            strict=True,
+        ):
+            if isinstance(answer, str):
+                failures.append((path, answer))
+            else:
+                results.append(answer)
+    return results, failures
+
+
+def _list_failures(failures: Sequence[tuple[Path, str]], named: int = 5) -> str:
+    text = "; ".join(f"{path} ({reason})" for path, reason in failures[:named])
+    return text if len(failures) <= named else f"{text}; and {len(failures) - named} more"
+
+
+def _scan(root: Path) -> tuple[list[str], list[Path], list[int]]:
+    """Class names (sorted sub-folder names), files, and the label of each file."""
+    if not root.exists():
+        raise DataError(f"{root}: no such folder")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file; give a folder with one sub-folder of images for each class")
+    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        loose = sum(entry.suffix.lower() in SUFFIXES for entry in root.iterdir())
+        found = f"{loose} images but no sub-folders" if loose else "no sub-folders"
+        raise DataError(f"{root} has {found}; put the images of each class into a sub-folder of its own")
+    paths, labels, empty = [], [], []
+    for label, folder in enumerate(classes):
+        members = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
+        if not members:
+            empty.append(folder.name)
+        paths += members
+        labels += [label] * len(members)
+    if not paths:
+        raise DataError(f"{root} has {len(classes)} sub-folders and no PNG or JPEG image in any of them")
+    if len(classes) == 1:
+        raise DataError(
+            f"{root} has one class, {classes[0].name}; class-conditional training needs at least 2"
+        )
+    if empty:
+        raise DataError(
+            f"{root}: {len(empty)} of {len(classes)} class sub-folders have no PNG or JPEG image: "
+            f"{', '.join(empty[:5])}; fill or remove them"
+        )
+    return [folder.name for folder in classes], paths, labels
+
+
+def _agreed_size(root: Path, headers: Sequence[_Header]) -> int:
+    sizes = {(header.width, header.height) for header in headers}
+    width, height = min(sizes)
+    if len(sizes) == 1 and width == height:
+        return width
+    found = (
+        f"{width} x {height}" if len(sizes) == 1 else f"{len(sizes)} different sizes, e.g. {width} x {height}"
+    )
+    raise ConfigError(f"{root}: the images are not all square and equal ({found}); give --image-size")
+
+
+def open_folder(
+    root: Path,
+    *,
+    image_size: int | None,
+    channels: int | None,
+    flip: bool,
+    holdout: float,
+    num_workers: int,
+    memory_limit: int,
+) -> ImageSet:
+    """The images under `root`, one class for each sub-folder, labels in the sorted order of their names.
+
+    A set that fits in `memory_limit` bytes is decoded at once, so that every damaged file is found before
+    training begins; of a larger one only the headers are read, and files are decoded as batches need them.
+    """
+    class_names, paths, labels = _scan(root)
+    bar = f"reading {root.name}"
+    headers, failures = _for_each(paths, _header, num_workers)
+    if failures:
+        # Damage shows in the header or only in the body: count both kinds before saying so.
+        headless = {path for path, _ in failures}
+        headed = [path for path in paths if path not in headless]
+        failures += _for_each(headed, lambda path: read_image(path, image_size or 1, 1), num_workers, bar)[1]
+    else:
+        size = image_size or _agreed_size(root, headers)
+        depth = channels or (1 if all(header.mode in GREY_MODES for header in headers) else 3)
+        source: PixelSource = FileSource(tuple(paths), size, depth, num_workers)
+        if len(paths) * depth * size * size <= memory_limit:
+            images, failures = _for_each(paths, lambda path: read_image(path, size, depth), num_workers, bar)
+            if not failures:
+                source = ArraySource(torch.stack(images))
+    if failures:
+        raise DataError(
+            f"{root}: {len(failures)} of {len(paths)} images cannot be read: {_list_failures(failures)}; "
+            f"replace or remove them"
+        )
+    names = [path.relative_to(root).as_posix() for path in paths]
+    listing = "\n".join(f"{name}\t{path.stat().st_size}" for name, path in zip(names, paths, strict=True))
+    return make_set(
+        str(root),
+        source,
+        torch.tensor(labels),
+        names,
+        class_names,
+        (depth, size, size),
+        flip=flip,
+        holdout=holdout,
+        fingerprint=hashlib.sha256(listing.encode()).hexdigest(),
+    )
