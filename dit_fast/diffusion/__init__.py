@@ -1,0 +1,66 @@
+"""Gaussian diffusion with the reference DiT's interface: `create_diffusion` is the usual way in.
+
+Sources named in this package: DDPM = Ho et al. 2020 (arXiv:2006.11239), Improved DDPM = Nichol & Dhariwal
+    2021 (arXiv:2102.09672), DDIM = Song et al. 2020 (arXiv:2010.02502), ADM = Dhariwal & Nichol 2021
+    (arXiv:2105.05233). Timesteps are counted from 0 here and from 1 in the papers.
+"""
+
+from collections.abc import Sequence
+
+from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
+from dit_fast.diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from dit_fast.diffusion.respace import SpacedDiffusion, space_timesteps
+
+__all__ = ["GaussianDiffusion", "SpacedDiffusion", "create_diffusion", "space_timesteps"]
+
+
+def create_diffusion(
+    timestep_respacing: str | Sequence[int] | int | None,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    sigma_small: bool = False,
+    predict_xstart: bool = False,
+    learn_sigma: bool = True,
+    rescale_learned_sigmas: bool = False,
+    diffusion_steps: int = 1000,
+) -> SpacedDiffusion:
+    """Build the diffusion process that a DiT is trained or sampled with.
+
+    Args:
+        timestep_respacing: steps to keep, as in `space_timesteps`; "" or None keeps all (training).
+        noise_schedule: "linear" (DDPM) or "squaredcos_cap_v2" (Improved DDPM, eq. 17).
+        use_kl: train on the variational bound alone, times the number of steps.
+        sigma_small: without `learn_sigma`, use the posterior variance instead of beta (DDPM, section 3.2).
+        predict_xstart: the model predicts x_0 instead of the noise.
+        learn_sigma: the model also predicts the variance, between its two bounds (Improved DDPM, eq. 15).
+        rescale_learned_sigmas: weigh the variance's loss by steps / 1000.
+        diffusion_steps: number of steps before respacing.
+
+    Raises:
+        ConfigError: an unknown schedule, a respacing that cannot be made, or too few steps.
+    """
+    betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
+    if timestep_respacing is None or timestep_respacing == "":
+        timestep_respacing = [diffusion_steps]
+
+    if use_kl:
+        loss_type = LossType.RESCALED_KL
+    elif rescale_learned_sigmas:
+        loss_type = LossType.RESCALED_MSE
+    else:
+        loss_type = LossType.MSE
+
+    if learn_sigma:
+        model_var_type = ModelVarType.LEARNED_RANGE
+    elif sigma_small:
+        model_var_type = ModelVarType.FIXED_SMALL
+    else:
+        model_var_type = ModelVarType.FIXED_LARGE
+
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(diffusion_steps, timestep_respacing),
+        betas=betas,
+        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=model_var_type,
+        loss_type=loss_type,
+    )

@@ -1,0 +1,147 @@
+"""Which timesteps to train on: uniformly, or more often where the loss is large."""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dit_fast.errors import ConfigError
+
+
+class HasTimesteps(Protocol):
+    """Anything with a number of timesteps, such as `GaussianDiffusion`."""
+
+    num_timesteps: int
+
+
+def create_named_schedule_sampler(name: str, diffusion: HasTimesteps) -> "ScheduleSampler":
+    """The sampler "uniform" or "loss-second-moment" for the timesteps of `diffusion`.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name == "uniform":
+        return UniformSampler(diffusion)
+    if name == "loss-second-moment":
+        return LossSecondMomentResampler(diffusion)
+    raise ConfigError(f"unknown timestep sampler {name!r}; known: uniform, loss-second-moment")
+
+
+class ScheduleSampler(ABC):
+    """A distribution over timesteps for importance sampling: it leaves the mean of weight * loss alone."""
+
+    @abstractmethod
+    def weights(self) -> NDArray[np.float64]:
+        """Unnormalised positive probabilities (steps,)."""
+
+    def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Draw timesteps from NumPy's global generator.
+
+        Returns:
+            Timesteps, int64 (batch_size,), and the weights 1 / (steps * p) of their losses, float32
+            (batch_size,).
+        """
+        weights = self.weights()
+        probabilities = weights / weights.sum()
+        steps = len(probabilities)
+        indices = np.random.choice(steps, size=(batch_size,), p=probabilities)
+        importance = 1 / (steps * probabilities[indices])
+        return (
+            torch.from_numpy(indices).long().to(device),
+            torch.from_numpy(importance).float().to(device),
+        )
+
+
+class UniformSampler(ScheduleSampler):
+    """Every timestep alike, with weight 1."""
+
+    def __init__(self, diffusion: HasTimesteps) -> None:
+        self.diffusion = diffusion
+        self._weights = np.ones(diffusion.num_timesteps)
+
+    def weights(self) -> NDArray[np.float64]:
+        return self._weights
+
+
+class LossAwareSampler(ScheduleSampler):
+    """A sampler that learns from the losses of all ranks, and is then the same on each."""
+
+    def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
+        """Report this rank's losses; every rank calls it at the same time, with a batch of any size.
+
+        Args:
+            local_ts: timesteps (N,), integer.
+            local_losses: their losses (N,).
+
+        Losses are exchanged when torch.distributed is initialised. The update reads the values, so it waits
+        for the device.
+        """
+        pairs = torch.stack([local_ts.detach().double(), local_losses.detach().double()])
+        if dist.is_available() and dist.is_initialized():
+            pairs = _gather_columns(pairs)
+        timesteps, losses = pairs.tolist()
+        self.update_with_all_losses([int(t) for t in timesteps], losses)
+
+    @abstractmethod
+    def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
+        """Learn from the timesteps and losses of all ranks, which come in the same order on each."""
+
+
+class LossSecondMomentResampler(LossAwareSampler):
+    """Timesteps in proportion to the root mean square of their recent losses (Improved DDPM, eq. 18).
+
+    Args:
+        diffusion: the process whose timesteps are drawn.
+        history_per_term: losses kept for each timestep; drawing is uniform until all have that many.
+        uniform_prob: part of the probability that stays uniform.
+    """
+
+    def __init__(
+        self, diffusion: HasTimesteps, history_per_term: int = 10, uniform_prob: float = 0.001
+    ) -> None:
+        if history_per_term < 1:
+            raise ConfigError(f"history_per_term must be at least 1, not {history_per_term}")
+        if not 0.0 <= uniform_prob <= 1.0:
+            raise ConfigError(f"uniform_prob must lie between 0 and 1, not {uniform_prob}")
+        self.diffusion = diffusion
+        self.history_per_term = history_per_term
+        self.uniform_prob = uniform_prob
+        self._loss_history = np.zeros((diffusion.num_timesteps, history_per_term), dtype=np.float64)
+        self._loss_counts = np.zeros(diffusion.num_timesteps, dtype=np.int64)
+
+    def weights(self) -> NDArray[np.float64]:
+        steps = self.diffusion.num_timesteps
+        if not self._warmed_up():
+            return np.ones(steps, dtype=np.float64)
+        weights = np.sqrt(np.mean(self._loss_history**2, axis=-1))
+        return weights / weights.sum() * (1 - self.uniform_prob) + self.uniform_prob / steps
+
+    def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
+        for t, loss in zip(ts, losses, strict=True):
+            if self._loss_counts[t] == self.history_per_term:
+                self._loss_history[t, :-1] = self._loss_history[t, 1:]
+                self._loss_history[t, -1] = loss
+            else:
+                self._loss_history[t, self._loss_counts[t]] = loss
+                self._loss_counts[t] += 1
+
+    def _warmed_up(self) -> bool:
+        return bool((self._loss_counts == self.history_per_term).all())
+
+
+def _gather_columns(pairs: Tensor) -> Tensor:
+    """Every rank's (2, N) tensor side by side, in the order of ranks; N may differ between them."""
+    size = torch.tensor([pairs.shape[1]], dtype=torch.int64, device=pairs.device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    counts = [int(n) for n in torch.cat(sizes).tolist()]
+    # Collectives want equal shapes: pad to the largest batch and cut the padding off again.
+    padded = pairs.new_zeros(2, max(counts))
+    padded[:, : pairs.shape[1]] = pairs
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:, :count] for part, count in zip(gathered, counts, strict=True)], dim=1)
