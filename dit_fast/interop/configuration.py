@@ -1,0 +1,138 @@
+"""What configuration a state dict belongs to, told from the shapes of its tensors.
+
+Shapes say everything but a few facts: the number of heads (the same shapes for any), whether the last row
+of the label table is the null class, and the sides of a grid that is not square. The caller may know them;
+else heads come from the registry's size of that width and depth, the label table is read as `num_classes +
+1` rows, since the reference always trains with label dropout, and the grid is square.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.models import SIZES
+
+# The reference's label dropout; a state dict only tells that there was some.
+_LABEL_DROPOUT = 0.1
+
+_RANKS = {
+    "pos_embed": 3,
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.attn.qkv.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "final_layer.linear.weight": 2,
+}
+
+
+def registry_size(name: str) -> dict[str, int]:
+    """depth, hidden_size, num_heads and patch_size of a registry name such as "DiT-XL/2"; ConfigError if
+    unknown.
+    """
+    match = re.fullmatch(r"DiT-(XL|L|B|S)/(2|4|8)", name)
+    if match is None:
+        known = ", ".join(f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8))
+        raise ConfigError(f"unknown model {name!r}; the models are {known}")
+    return {**SIZES[match[1]], "patch_size": int(match[2])}
+
+
+def infer_config(
+    shapes: Mapping[str, tuple[int, ...]], source: str, known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Constructor arguments of the `DiT` that has tensors of these shapes, as `DiT.config` gives them.
+
+    `shapes` has the reference's keys, `source` names the file in messages, and `known` fields settle what
+    the shapes leave open; where they contradict the shapes, the shapes' value is returned. Raises
+    CheckpointError when the tensors are no DiT's or when nothing tells the number of heads or the grid.
+    """
+    known = known or {}
+    _require_dit(shapes, source)
+    hidden_size, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
+    # Distinct indices, not the largest: one absurd key must not ask for a million blocks.
+    depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
+
+    per_patch = shapes["final_layer.linear.weight"][0]
+    outputs, left = divmod(per_patch, patch * patch)
+    if left or outputs not in (in_channels, 2 * in_channels):
+        raise CheckpointError(
+            f"{source} predicts {per_patch} values per patch of {patch}x{patch}, "
+            f"expected {in_channels} channels of noise, with or without as many of variance"
+        )
+
+    rows = shapes["y_embedder.embedding_table.weight"][0]
+    dropout = known.get("class_dropout_prob")
+    if dropout is None:
+        dropout = 0.0 if rows == known.get("num_classes") else _LABEL_DROPOUT
+
+    fc1_rows = shapes["blocks.0.mlp.fc1.weight"][0]
+    mlp_ratio = known.get("mlp_ratio", 0.0)
+    return {
+        "input_size": _input_size(shapes["pos_embed"][1], patch, known.get("input_size"), source),
+        "patch_size": patch,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": known.get("num_heads") or _registry_heads(hidden_size, depth, source),
+        "mlp_ratio": mlp_ratio if int(hidden_size * mlp_ratio) == fc1_rows else fc1_rows / hidden_size,
+        "class_dropout_prob": dropout,
+        "num_classes": rows - (dropout > 0),
+        "learn_sigma": outputs == 2 * in_channels,
+    }
+
+
+def _require_dit(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    missing = [key for key in _RANKS if key not in shapes]
+    if missing:
+        hint = ""
+        if any(key.startswith("transformer_blocks.") for key in shapes):
+            hint = " (these are diffusers' names; the reference's layout is wanted)"
+        raise CheckpointError(f"{source} holds no DiT: {', '.join(missing)} missing{hint}")
+    wrong = [key for key, rank in _RANKS.items() if len(shapes[key]) != rank or 0 in shapes[key]]
+    if not wrong and len(set(shapes["x_embedder.proj.weight"][2:])) != 1:
+        wrong = ["x_embedder.proj.weight"]
+    if wrong:
+        listed = ", ".join(f"{key} {shapes[key]}" for key in wrong)
+        raise CheckpointError(f"{source} holds no DiT: misshaped {listed}")
+
+
+def _input_size(tokens: int, patch: int, known: Any, source: str) -> list[int]:
+    if known is not None:
+        height, width = (known, known) if isinstance(known, int) else known
+        if (height // patch) * (width // patch) == tokens:
+            return [height, width]
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise CheckpointError(
+            f"{source} has {tokens} positions, which is no square grid: keep the right config.json beside it"
+        )
+    return [side * patch, side * patch]
+
+
+def _registry_heads(hidden_size: int, depth: int, source: str) -> int:
+    for size in SIZES.values():
+        if (size["hidden_size"], size["depth"]) == (hidden_size, depth):
+            return size["num_heads"]
+    raise CheckpointError(
+        f"{source}: weights of width {hidden_size} and depth {depth} do not tell the number of heads, and no "
+        "registry model has that size: give num_heads (--num-heads)"
+    )
+
+
+def require_config(found: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:
+    """CheckpointError listing every field of `expected` that `found` has otherwise, with both values."""
+    different = [
+        f"{key} is {_plain(found[key])} in the checkpoint, {_plain(value)} expected"
+        for key, value in expected.items()
+        if _plain(found[key]) != _plain(value)
+    ]
+    if different:
+        raise CheckpointError(f"{source} is of another configuration: {'; '.join(different)}")
+
+
+def _plain(value: Any) -> Any:
+    """One number for a square size, so that 32 and [32, 32] are the same."""
+    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
+        return value[0]
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,157 @@
+"""One way in for every kind of checkpoint: `load_model`."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.interop.configuration import infer_config, registry_size, require_config
+from dit_fast.interop.weight_file import WeightFile, read_weight_file
+from dit_fast.models import DiT, load_weights, read_config
+from dit_fast.training.checkpoint import MANIFEST, find_checkpoint, read_manifest, step_folders, verify_files
+
+WEIGHTS = ("ema", "model")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Where a model came from and what its checkpoint says of it.
+
+    `weights` is "ema", "model" or "only" (the file has one set); `latent` says whether the model makes
+    latents of an autoencoder or pixels; `notes` are lines that a user should see. The other fields are a
+    training checkpoint's and empty for other files: `data` describes the image set (its name, size,
+    channels, held-out fraction, fingerprint, and `flip` as the run was told), `diffusion` are arguments of
+    `create_diffusion`.
+    """
+
+    path: Path
+    weights: str
+    latent: bool
+    step: int | None = None
+    class_names: tuple[str, ...] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    diffusion: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """One line: which weights of which file."""
+        which = {"ema": "EMA weights", "model": "raw weights (not EMA)", "only": "weights"}[self.weights]
+        step = f" at step {self.step}" if self.step is not None else ""
+        return f"{which}{step} of {self.path}"
+
+
+def load_model(
+    path: str | Path,
+    *,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    num_heads: int | None = None,
+    expected: Mapping[str, Any] | None = None,
+) -> tuple[DiT, ModelInfo]:
+    """The model of any checkpoint, in eval mode on `device`, and what is known of it.
+
+    `path` is a run folder of `dit-fast train` (its newest checkpoint that verifies), a step folder, a
+    `save_pretrained` folder, a `.safetensors` file, or a `.pt` file: a bare state dict as the reference
+    publishes, or a dictionary of the reference's train.py.
+
+    weights    "ema" or "model", where the checkpoint has both; the one there is, with a note, where it has
+    one
+    num_heads  where neither a config.json nor the registry tells it
+    expected   fields of `DiT.config` that the checkpoint must have
+
+    Raises CheckpointError for a file that is damaged, unsafe, no DiT, or not as `expected`; all differing
+    fields and all missing, unexpected and misshaped tensors are listed at once.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights {weights!r}: choose {' or '.join(WEIGHTS)}")
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.is_file():
+        model, info = _from_file(path, weights, num_heads, expected or {})
+    elif (path / MANIFEST).is_file() or step_folders(path):
+        model, info = _from_training(find_checkpoint(path), weights, expected or {})
+    elif (path / "config.json").is_file():
+        model, info = _from_file(path / "model.safetensors", weights, num_heads, expected or {})
+    else:
+        raise CheckpointError(
+            f"{path}: no checkpoint in this folder; expected checkpoints/step-N (a run), {MANIFEST} (one step) "
+            "or config.json with model.safetensors"
+        )
+    return model.to(device).eval(), info
+
+
+def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> tuple[DiT, ModelInfo]:
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest, ["config.json", f"{weights}.safetensors"])
+    file = read_weight_file(folder / f"{weights}.safetensors")
+    model = _build(file, read_config(folder / "config.json"), expected)
+    data = dict(manifest.get("data") or {})
+    data["flip"] = (manifest.get("train_config") or {}).get("flip")
+    names = manifest.get("class_names")
+    image_size = data.get("image_size")
+    return model, ModelInfo(
+        path=folder,
+        weights=weights,
+        # The trainer says what it was fed: images of the model's own size are pixels, larger were encoded.
+        latent=_looks_latent(model) if image_size is None else image_size != model.x_embedder.img_size[0],
+        step=int(manifest["step"]),
+        class_names=tuple(map(str, names)) if names else None,
+        data=data,
+        diffusion=dict(manifest.get("diffusion") or {}),
+        notes=file.notes,
+    )
+
+
+def _from_file(
+    path: Path, weights: str, num_heads: int | None, expected: Mapping[str, Any]
+) -> tuple[DiT, ModelInfo]:
+    file = read_weight_file(path, weights)
+    beside = path.with_name("config.json")
+    if path.suffix == ".safetensors" and beside.is_file():
+        config = read_config(beside)
+    else:
+        config = _inferred(file, num_heads, expected)
+    model = _build(file, config, expected)
+    return model, ModelInfo(path, file.weights, latent=_looks_latent(model), notes=file.notes)
+
+
+def _inferred(file: WeightFile, num_heads: int | None, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that the shapes tell, with the help of what the caller or the saved arguments
+    know.
+    """
+    known = {"num_heads": num_heads} if num_heads else {}
+    saved_classes, saved_model = file.arguments.get("num_classes"), file.arguments.get("model")
+    if isinstance(saved_classes, int):
+        known["num_classes"] = saved_classes
+    if isinstance(saved_model, str) and not num_heads:
+        # A model name of someone's own says nothing; its size may still be one of the registry's.
+        with contextlib.suppress(ConfigError):
+            known["num_heads"] = registry_size(saved_model)["num_heads"]
+    return infer_config(_shapes(file), str(file.path), {**expected, **known})
+
+
+def _build(file: WeightFile, config: dict[str, Any], expected: Mapping[str, Any]) -> DiT:
+    """The model of `config` with the file's tensors; nothing is allocated before the two are known to fit."""
+    source = str(file.path)
+    require_config(infer_config(_shapes(file), source, known=config), config, source)
+    require_config(config, expected, source)
+    with torch.device("meta"):
+        model = DiT(**config)
+    load_weights(model, file.state, source, assign=True)
+    return model
+
+
+def _shapes(file: WeightFile) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in file.state.items()}
+
+
+def _looks_latent(model: DiT) -> bool:
+    """Grey and RGB models make pixels; the Stable Diffusion autoencoders have four latent channels or
+    more.
+    """
+    return model.in_channels not in (1, 3)

@@ -1,0 +1,249 @@
+"""Read one weight file (`.pt` or `.safetensors`) that may come from anyone.
+
+Nothing is ever unpickled freely. A `.pt` file is first checked as a zip archive (members stored, not
+compressed; their sizes add up; checksums hold) and its pickle is scanned, not run, for every name it
+asks for; only then `torch.load(weights_only=True)` builds the tensors. There is no second, laxer try.
+"""
+
+import argparse
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit_fast.errors import CheckpointError
+
+# XL/2 with its optimiser needs 0.3 MB of pickle and 0.04 MB of safetensors header.
+_MAX_PICKLE_BYTES = 16 * 2**20
+_MAX_HEADER_BYTES = 16 * 2**20
+
+_STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_ALLOWED_GLOBALS = {
+    "collections OrderedDict",
+    "argparse Namespace",
+    "torch Size",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {name}Storage" for name in _STORAGES),
+}
+_FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The weights taken from one file.
+
+    `state` has float32 tensors on the CPU under the reference's keys. `weights` says which set of the
+    file it is: "ema" or "model" of a training dictionary, "only" where the file has one set.
+    `arguments` are the `argparse` options that the reference's train.py saves; `notes` are the lines
+    that a user should see.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    weights: str = "only"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_weight_file(path: str | Path, weights: str = "ema") -> WeightFile:
+    """Read `path`, a `.safetensors` file or a file written by `torch.save`.
+
+    A dictionary of the reference's train.py ({"model", "ema", "opt", "args"}) gives the set named by
+    `weights` ("ema" or "model"); a bare state dict is returned whole. Wrapper prefixes are stripped and
+    half or double precision is cast to float32. Raises CheckpointError for anything else.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        raise CheckpointError(
+            f"{path}: {'is a folder' if path.is_dir() else 'no such file'}, expected a weight file"
+        )
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if size == 0:
+        raise CheckpointError(f"{path}: the file is empty (0 bytes); copy or download it again")
+    if path.suffix == ".safetensors":
+        content: Any = _read_safetensors(path, size, head)
+    else:
+        content = _read_torch(path, size)
+    return _select(path, content, weights, size)
+
+
+def _read_safetensors(path: Path, size: int, head: bytes) -> dict[str, Tensor]:
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > size - 8:
+        raise CheckpointError(
+            f"{path}: truncated or not safetensors: header says {length} bytes, the file has {size}; "
+            "copy or download it again"
+        )
+    if length > _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: refused: a header of {length} bytes is no model of ours")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: not a valid safetensors file of {size} bytes ({_line(error)})"
+        ) from error
+
+
+def _read_torch(path: Path, size: int) -> Any:
+    _check_archive(path, size)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapped, so that the optimiser of a train.py dictionary is never read into memory.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever hostile bytes make the reader raise is one kind of fault here
+        raise CheckpointError(f"{path}: torch cannot read these weights safely ({_line(error)})") from error
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Refuse an archive that is truncated, compressed, larger inside than outside, or not just weights."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
+            if packed:
+                raise CheckpointError(
+                    f"{path}: refused: {packed[0]!r} is compressed, torch.save never does that"
+                )
+            total = sum(m.file_size for m in members)
+            if total > size:
+                raise CheckpointError(
+                    f"{path}: refused: its members claim {total} bytes, the file has {size}"
+                )
+            pickles = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
+            if len(pickles) != 1:
+                raise CheckpointError(
+                    f"{path}: a zip archive, but not one written by torch.save (no data.pkl)"
+                )
+            if pickles[0].file_size > _MAX_PICKLE_BYTES:
+                raise CheckpointError(
+                    f"{path}: refused: data.pkl of {pickles[0].file_size} bytes is no model of ours"
+                )
+            _check_checksums(path, archive, members)
+            _check_globals(path, archive.read(pickles[0]))
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{path}: truncated, damaged or foreign: {size} bytes that are no complete torch.save archive "
+            "(copy or download it again; save files from torch before 1.6 anew)"
+        ) from error
+    except (OSError, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}: damaged archive ({_line(error)}); copy or download it again"
+        ) from error
+
+
+def _check_checksums(path: Path, archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> None:
+    """Read every member once against its CRC; torch itself ignores them and would load a flipped bit."""
+    if not any(m.CRC for m in members):
+        return  # written with torch.serialization.set_crc32_options(False): there is nothing to compare
+    for member in members:
+        try:
+            with archive.open(member) as stream:
+                while stream.read(2**20):
+                    pass
+        except zipfile.BadZipFile as error:
+            raise CheckpointError(
+                f"{path}: damaged: {member.filename} does not match its checksum; copy or download it again"
+            ) from error
+
+
+def _check_globals(path: Path, pickled: bytes) -> None:
+    """Scan the pickle, without running it, for names beyond those that a state dict needs."""
+    names: set[str] = set()
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL":
+            names.add(str(argument))
+        elif opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
+            raise CheckpointError(
+                f"{path}: refused: its pickle uses {opcode.name}, torch.save's default protocol does not"
+            )
+    foreign = sorted(name.replace(" ", ".") for name in names - _ALLOWED_GLOBALS)
+    if foreign:
+        raise CheckpointError(
+            f"{path}: refused: it asks for {_listed(foreign)}; weights alone need none of that"
+        )
+
+
+def _select(path: Path, content: Any, weights: str, size: int) -> WeightFile:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, expected a state dict or a train.py dictionary"
+        )
+    arguments: dict[str, Any] = {}
+    chosen = "only"
+    notes: list[str] = []
+    state: Any = content
+    if any(isinstance(content.get(name), Mapping) for name in ("model", "ema")):
+        chosen = (
+            weights if isinstance(content.get(weights), Mapping) else ("model" if weights == "ema" else "ema")
+        )
+        if chosen != weights:
+            notes.append(f"{path}: no {weights} weights in it, took {chosen!r}")
+        state = content[chosen]
+        saved = content.get("args")
+        arguments = dict(vars(saved)) if isinstance(saved, argparse.Namespace) else {}
+    tensors = _as_state_dict(path, state, size, notes)
+    return WeightFile(path, tensors, chosen, arguments, tuple(notes))
+
+
+def _as_state_dict(path: Path, state: Mapping[Any, Any], size: int, notes: list[str]) -> dict[str, Tensor]:
+    """Own, float32, dense tensors under unwrapped keys."""
+    wrong = [
+        str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+    if wrong or not state:
+        what = f"entries that are no named tensors: {_listed(wrong)}" if wrong else "no tensors at all"
+        raise CheckpointError(f"{path}: not a state dict of a DiT: {what}")
+    foreign = [
+        f"{key} ({value.dtype}, {value.layout})".replace("torch.", "")
+        for key, value in state.items()
+        if value.dtype not in _FLOAT_DTYPES or value.layout is not torch.strided or value.is_quantized
+    ]
+    if foreign:
+        raise CheckpointError(f"{path}: not dense floating-point weights: {_listed(foreign)}")
+    # A tensor expanded from one stored value can claim any shape; the real file cannot.
+    claimed = sum(value.numel() * value.element_size() for value in state.values())
+    if claimed > size:
+        raise CheckpointError(f"{path}: refused: its tensors claim {claimed} bytes, the file has {size}")
+    casts = sorted({str(v.dtype).removeprefix("torch.") for v in state.values() if v.dtype != torch.float32})
+    if casts:
+        notes.append(f"{path}: {', '.join(casts)} weights cast to float32")
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = unwrapped(key)
+        if name in tensors:
+            raise CheckpointError(f"{path}: two entries for {name} once wrapper prefixes are stripped")
+        tensors[name] = value.detach().to(torch.float32, copy=True).contiguous()
+    return tensors
+
+
+def unwrapped(key: str) -> str:
+    """`key` without what DistributedDataParallel, torch.compile and FSDP put into it."""
+    for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        key = key.replace(part, "")
+    while key.startswith("module."):
+        key = key.removeprefix("module.")
+    return key
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _line(error: BaseException) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text[:200]
