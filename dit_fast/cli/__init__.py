@@ -1,0 +1,45 @@
+"""The command line: `dit-fast COMMAND ...`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dit_fast import __version__
+from dit_fast.errors import DitFastError
+
+# name: what it does. The module dit_fast.cli.<name> has add_arguments(parser) and run(args) -> exit status; it is
+# imported only when its command is called, so that `dit-fast --help` does not wait for PyTorch.
+COMMANDS = {
+    "train": "train a Diffusion Transformer on images",
+    "sample": "draw images from a trained model",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 after an error that the user can mend, 130 interrupted.
+
+    Usage errors leave through argparse with status 2.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="dit-fast", description="Train and sample Diffusion Transformers.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"dit-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    called = arguments[0] if arguments else ""
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
+        if name == called:
+            module = importlib.import_module(f"dit_fast.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except DitFastError as error:
+        print(f"dit-fast: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dit-fast: interrupted; nothing was saved after the last checkpoint", file=sys.stderr)
+        return 130

@@ -1,0 +1,136 @@
+"""`dit-fast train`: a new run, or the continuation of one."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from dit_fast.errors import ConfigError
+from dit_fast.training.config import DEVICES, PRECISIONS, PRESETS, TrainConfig
+from dit_fast.training.loop import TrainResult, resume, train
+
+_EPILOG = """The reference's flags --data-path, --results-dir, --global-batch-size and --global-seed work as well.
+Example: dit-fast train --data photos --image-size 64 --model DiT-S/4 --out runs/photos"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of `TrainConfig`, and where the run goes."""
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    # A flag that is not given leaves no trace, so that a preset or a resumed run can fill it in.
+    parser.argument_default = argparse.SUPPRESS
+
+    place = parser.add_argument_group("where")
+    place.add_argument(
+        "--data", "--data-path", metavar="SOURCE", help="mnist, digits, or a folder of class sub-folders"
+    )
+    place.add_argument("--out", metavar="RUN", help="folder of the new run (default: results/NNN-MODEL)")
+    place.add_argument("--results-dir", metavar="FOLDER", help="parent of numbered run folders")
+    place.add_argument(
+        "--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint"
+    )
+    place.add_argument(
+        "--preset", choices=sorted(PRESETS), help="start from these options; flags given here win"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="NAME", help="size and patch, e.g. DiT-XL/2 (default: DiT-S/2)")
+    model.add_argument("--hidden-size", type=int, metavar="D", help="width instead of the model's")
+    model.add_argument("--depth", type=int, metavar="N", help="number of blocks instead of the model's")
+    model.add_argument("--num-heads", type=int, metavar="N", help="attention heads instead of the model's")
+    model.add_argument("--patch-size", type=int, metavar="P", help="patch side instead of the model's")
+    model.add_argument("--mlp-ratio", type=float, metavar="R", help="hidden width of the MLP over the width")
+    model.add_argument("--num-classes", type=int, metavar="N", help="checked against the data")
+    _switch(model, "--learn-sigma", "learn the variance with the hybrid loss (default: on)")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--image-size", type=int, metavar="S", help="images are scaled and cropped to S x S")
+    data.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB (default: as the files are)")
+    data.add_argument(
+        "--holdout", type=float, metavar="F", help="share of each class that is never trained on"
+    )
+    _switch(data, "--flip", "mirror half of the images (default: folders yes, digits no)")
+    data.add_argument(
+        "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
+    )
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default: 400000)")
+    recipe.add_argument("--epochs", type=int, metavar="N", help="passes over the images, instead of --steps")
+    recipe.add_argument(
+        "--batch-size", "--global-batch-size", type=int, metavar="B", help="images a step (default: 256)"
+    )
+    recipe.add_argument("--lr", type=float, help="constant learning rate of AdamW (default: 1e-4)")
+    recipe.add_argument("--beta1", type=float, help="AdamW's first decay (default: 0.9)")
+    recipe.add_argument("--beta2", type=float, help="AdamW's second decay (default: 0.999)")
+    recipe.add_argument("--ema-decay", type=float, help="decay of the averaged weights (default: 0.9999)")
+    recipe.add_argument(
+        "--class-dropout-prob", type=float, metavar="P", help="share of labels dropped (default: 0.1)"
+    )
+    recipe.add_argument(
+        "--noise-schedule", metavar="NAME", help="linear or squaredcos_cap_v2 (default: linear)"
+    )
+    recipe.add_argument("--diffusion-steps", type=int, metavar="T", help="noise levels (default: 1000)")
+    recipe.add_argument(
+        "--seed", "--global-seed", type=int, help="of initial weights and all draws (default: 0)"
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=DEVICES, help="(default: auto)")
+    machine.add_argument("--precision", choices=PRECISIONS, help="of the model's arithmetic (default: fp32)")
+    _switch(machine, "--compile", "compile the model with torch.compile (default: off)")
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads of PyTorch")
+    machine.add_argument("--log-every", type=int, metavar="N", help="steps between log lines (default: 100)")
+    machine.add_argument(
+        "--ckpt-every", type=int, metavar="N", help="steps between checkpoints (default: 5000)"
+    )
+    machine.add_argument(
+        "--keep-checkpoints", type=int, metavar="N", help="newest checkpoints to keep, 0 for all (default: 2)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; status 0 at the end of the run, 128 + signal when Ctrl-C (130) or SIGTERM (143) ended it early."""
+    asked = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    place = {name: asked.pop(name, None) for name in ("out", "results_dir", "resume", "preset")}
+    if place["resume"] is not None:
+        if others := [
+            f"--{name.replace('_', '-')}" for name, value in place.items() if value and name != "resume"
+        ]:
+            raise ConfigError(f"--resume continues a run where it is: leave out {', '.join(others)}")
+        result = resume(place["resume"], asked)
+    else:
+        options: dict[str, Any] = {**PRESETS.get(place["preset"] or "", {}), **asked}
+        if "data" not in options:
+            raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")
+        config = TrainConfig(**options)
+        result = train(config, _run_folder(place["out"], place["results_dir"], config.model))
+    return _conclude(result)
+
+
+def _switch(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+
+
+def _run_folder(out: str | None, results: str | None, model: str) -> Path:
+    if out is not None and results is not None:
+        raise ConfigError(f"--out {out} and --results-dir {results} both set the run folder: give one")
+    if out is not None:
+        return Path(out)
+    parent = Path(results or "results")
+    taken = [int(match[1]) for path in parent.glob("*") if (match := re.match(r"(\d{3,})-", path.name))]
+    return parent / f"{max(taken, default=-1) + 1:03d}-{model.replace('/', '-')}"
+
+
+def _conclude(result: TrainResult) -> int:
+    print(
+        f"checkpoint {result.checkpoint}, log {result.run / 'log.jsonl'}, loss curve {result.run / 'loss.png'}"
+    )
+    if result.stopped_by is None or result.step == result.total_steps:
+        return 0
+    print(
+        f"{result.stopped_by.name}: stopped and saved at step {result.step} of {result.total_steps}; "
+        f"continue with: dit-fast train --resume {shlex.quote(str(result.run))}"
+    )
+    return 128 + result.stopped_by

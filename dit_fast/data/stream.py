@@ -1,0 +1,82 @@
+"""The endless shuffled stream of training batches, addressed by step.
+
+Global sample number g = step * batch_size + position belongs to epoch g // N and takes that epoch's shuffled
+place g % N: over each epoch no sample is missing and none comes twice, batches run on over the epoch's end, and
+the batch of a step can be had without those before it. What a run needs to continue is its seed and step.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from dit_fast.data.images import Split
+from dit_fast.data.keyed import generator
+from dit_fast.errors import DataError
+
+READ_AHEAD = 2
+
+
+class BatchStream:
+    """Batches of `split`: (images float32 (B, C, H, W), labels int64 (B,)), mirrored at random if `flip`.
+
+    Raises DataError for a split that is smaller than a batch.
+    """
+
+    def __init__(self, split: Split, batch_size: int, seed: int, flip: bool):
+        if len(split) < batch_size:
+            raise DataError(
+                f"the training set has {len(split)} images, fewer than a batch of {batch_size}; "
+                f"give --batch-size {len(split)} or less"
+            )
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
+        self.flip = flip
+        self._orders: dict[int, Tensor] = {}
+
+    def indices(self, step: int) -> Tensor:
+        """Positions in the split of the samples of `step`, int64 (B,); steps count from 0."""
+        size = len(self.split)
+        first, end = step * self.batch_size, (step + 1) * self.batch_size
+        parts = []
+        while first < end:
+            epoch, start = divmod(first, size)
+            stop = min(size, start + end - first)
+            parts.append(self._order(epoch)[start:stop])
+            first += stop - start
+        return torch.cat(parts)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of `step`."""
+        indices = self.indices(step)
+        mirrored = None
+        if self.flip:
+            mirrored = torch.rand(self.batch_size, generator=generator(self.seed, "flip", step)) < 0.5
+        return self.split.batch(indices, mirrored), self.split.labels[indices]
+
+    def read(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of steps `first` to `last` - 1; files are read ahead in a thread of their own."""
+        if not self.split.lazy:
+            yield from map(self.batch, range(first, last))
+            return
+        reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        try:
+            steps = iter(range(first, last))
+            waiting = [
+                reader.submit(self.batch, step) for step, _ in zip(steps, range(READ_AHEAD), strict=False)
+            ]
+            while waiting:
+                yield waiting.pop(0).result()
+                waiting += [reader.submit(self.batch, step) for step, _ in zip(steps, range(1), strict=False)]
+        finally:
+            reader.shutdown(wait=True, cancel_futures=True)
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            draw = generator(self.seed, "order", epoch)
+            # A batch touches the epochs around its step only: keep the newest few permutations.
+            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
+            self._orders[epoch] = torch.randperm(len(self.split), generator=draw)
+        return self._orders[epoch]

@@ -1,0 +1,18 @@
+"""Training: configuration, loop, averaged weights, checkpoints and logs."""
+
+from dit_fast.training.checkpoint import find_checkpoint, load_checkpoint, load_model, read_manifest
+from dit_fast.training.config import PRESETS, TrainConfig
+from dit_fast.training.loop import Trainer, TrainResult, resume, train
+
+__all__ = [
+    "PRESETS",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "find_checkpoint",
+    "load_checkpoint",
+    "load_model",
+    "read_manifest",
+    "resume",
+    "train",
+]

@@ -1,0 +1,168 @@
+"""What a training run is made of: `TrainConfig`, its presets, and how a resumed run is compared with it."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from dit_fast.data import ImageSet
+from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
+from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.models import DiT, DiT_models
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a run. `model` names a size of the paper; the fields up to `mlp_ratio` replace parts of it.
+
+    data                 a built-in set or a folder of class sub-folders
+    image_size, channels, num_classes, flip, holdout   see `dit_fast.data.open_images`; None: as the data are
+    steps, epochs        length of the run in optimiser steps, or in passes over the training images
+    lr, betas, ema_decay AdamW without weight decay, at a constant rate; decay of the averaged weights
+    class_dropout_prob   share of labels replaced by the null class, for classifier-free guidance
+    learn_sigma          learn the variance too, by the hybrid loss of Improved DDPM (arXiv:2102.09672, eq. 16)
+    noise_schedule       "linear" or "squaredcos_cap_v2"
+    precision            "fp32", "tf32" (CUDA matrix products) or "bf16" (autocast; weights stay float32)
+    keep_checkpoints     newest checkpoints to keep, at least 2; 0 keeps all
+    num_workers          threads that decode image files; None: one a core
+    threads              PyTorch's CPU threads; None leaves them alone
+
+    Raises ConfigError for a value that cannot work.
+    """
+
+    data: str
+    model: str = "DiT-S/2"
+    hidden_size: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    patch_size: int | None = None
+    mlp_ratio: float | None = None
+    image_size: int | None = None
+    channels: int | None = None
+    num_classes: int | None = None
+    flip: bool | None = None
+    holdout: float | None = None
+    batch_size: int = 256
+    steps: int | None = None
+    epochs: int | None = None
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    ema_decay: float = 0.9999
+    class_dropout_prob: float = 0.1
+    learn_sigma: bool = True
+    noise_schedule: str = "linear"
+    diffusion_steps: int = 1000
+    seed: int = 0
+    precision: str = "fp32"
+    compile: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    num_workers: int | None = None
+    log_every: int = 100
+    ckpt_every: int = 5000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "log_every", "ckpt_every", "diffusion_steps"):
+            _require(self, field, getattr(self, field) >= 1, "at least 1")
+        for field in ("steps", "epochs", "hidden_size", "depth", "num_heads", "patch_size", "threads"):
+            value = getattr(self, field)
+            _require(self, field, value is None or value >= 1, "at least 1")
+        _require(self, "lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
+        for field in ("beta1", "beta2", "ema_decay", "class_dropout_prob"):
+            _require(self, field, 0 <= getattr(self, field) < 1, "from 0 up to, not including, 1")
+        _require(self, "seed", 0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1")
+        _require(self, "keep_checkpoints", self.keep_checkpoints != 1, "0 (all) or at least 2")
+        _require(self, "keep_checkpoints", self.keep_checkpoints >= 0, "0 (all) or at least 2")
+        _require(self, "precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        _require(self, "device", self.device in DEVICES, f"one of {', '.join(DEVICES)}")
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"--steps {self.steps} and --epochs {self.epochs} both set the length: give one"
+            )
+        get_named_beta_schedule(self.noise_schedule, self.diffusion_steps)
+        if self.model not in DiT_models:
+            near = difflib.get_close_matches(
+                self.model.upper(), [name.upper() for name in DiT_models], 3, 0.5
+            )
+            names = [name for name in DiT_models if name.upper() in near] or list(DiT_models)
+            raise ConfigError(f"--model {self.model} is unknown; nearest: {', '.join(names)}")
+
+    def total_steps(self, num_train: int) -> int:
+        """Optimiser steps of the whole run over `num_train` images; 400,000 (the paper's) unless set."""
+        if self.epochs is not None:
+            return math.ceil(self.epochs * num_train / self.batch_size)
+        return 400_000 if self.steps is None else self.steps
+
+    def diffusion_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `create_diffusion`, besides the respacing."""
+        return {
+            "noise_schedule": self.noise_schedule,
+            "learn_sigma": self.learn_sigma,
+            "diffusion_steps": self.diffusion_steps,
+        }
+
+
+PRESETS: dict[str, dict[str, Any]] = {}
+
+# What may differ between a run and its continuation. The data may have moved: their fingerprint is compared.
+CHANGEABLE = frozenset(
+    "data steps epochs compile device threads num_workers log_every ckpt_every keep_checkpoints".split()
+)
+
+
+def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) -> TrainConfig:
+    """The configuration `saved` in a manifest with the options `asked` for anew.
+
+    Raises CheckpointError that lists every option that a continuation may not change, with both values.
+    """
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(saved.keys() - fields):
+        raise CheckpointError(f"{source} has options that this version does not know: {', '.join(unknown)}")
+    changed = [
+        f"--{name.replace('_', '-')} is {saved.get(name)} there and {value} here"
+        for name, value in asked.items()
+        if name not in CHANGEABLE and saved.get(name) != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{source} was trained otherwise: {'; '.join(changed)}; start anew with another --out"
+        )
+    if "steps" in asked or "epochs" in asked:
+        saved = {**saved, "steps": None, "epochs": None}
+    return TrainConfig(**{**saved, **asked})
+
+
+def build_model(config: TrainConfig, data: ImageSet) -> DiT:
+    """The model of `config` for images of `data`. Raises ConfigError for sizes that do not fit."""
+    overrides = {
+        name: value
+        for name in ("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio")
+        if (value := getattr(config, name)) is not None
+    }
+    patch_size = config.patch_size or int(config.model.rpartition("/")[2])
+    if data.image_size % patch_size:
+        fitting = [size for size in range(2, 33) if data.image_size % size == 0]
+        near = patch_size * max(1, round(data.image_size / patch_size))
+        raise ConfigError(
+            f"image size {data.image_size} is not a multiple of the patch size {patch_size} of {config.model}; give "
+            f"--image-size {near}" + (f" or --patch-size {'/'.join(map(str, fitting))}" if fitting else "")
+        )
+    return DiT_models[config.model](
+        input_size=data.image_size,
+        in_channels=data.channels,
+        num_classes=data.num_classes,
+        class_dropout_prob=config.class_dropout_prob,
+        learn_sigma=config.learn_sigma,
+        **overrides,
+    )
+
+
+def _require(config: TrainConfig, field: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"--{field.replace('_', '-')} {getattr(config, field)}: give {expected}")

@@ -1,0 +1,130 @@
+"""What a run says about itself: a bar or plain lines, `log.jsonl`, and the loss curve."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dit_fast.errors import MissingExtraError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of log.jsonl: means over the steps since the line before, up to and including `step`.
+
+    loss = mse + vb (vb in bits, 0 without learned sigma); seconds of training since the run began.
+    """
+
+    step: int
+    loss: float
+    mse: float
+    vb: float
+    grad_norm: float
+    images_per_second: float
+    seconds: float
+    lr: float
+
+
+class RunLog:
+    """Appends records to a JSON-lines file; of a resumed run, lines past the resumed step are dropped first."""
+
+    def __init__(self, path: Path, resumed_step: int):
+        self.path = path
+        kept = [line for line in read_log(path) if line["step"] <= resumed_step] if resumed_step else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+
+    def append(self, record: Record) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+class Progress:
+    """Loss, images/s and time left: a tqdm bar on a terminal, one plain line a record elsewhere."""
+
+    def __init__(self, total: int, done: int):
+        self.total = total
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            unit="step",
+            desc="train",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def report(self, record: Record, batch_size: int) -> None:
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"loss {record.loss:.4f}, {record.images_per_second:.0f} img/s")
+            return
+        left = (self.total - record.step) * batch_size / record.images_per_second
+        print(
+            f"step {record.step}/{self.total}  loss {record.loss:.4f}  mse {record.mse:.4f}  vb {record.vb:.4f}  "
+            f"{record.images_per_second:.0f} img/s  {_clock(left)} left",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def plot_loss(log: Path, target: Path) -> None:
+    """Draw the loss of `log` over the steps to the PNG `target`, as logged and smoothed.
+
+    Raises MissingExtraError without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(
+            "no loss curve: matplotlib is not installed; pip install 'dit-fast[plot]'"
+        ) from error
+    records = read_log(log)
+    steps = [record["step"] for record in records]
+    losses = [record["loss"] for record in records]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="loss, mean since the last log line")
+    axes.plot(steps, _smooth(losses), color="tab:blue", label="smoothed")
+    axes.set(xlabel="optimiser step", ylabel="loss = mse + variational bound (bits)", title=log.parent.name)
+    if losses and min(losses) > 0:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(target, dpi=150)
+
+
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential average without the bias towards its start."""
+    smoothed, average, norm = [], 0.0, 0.0
+    for value in values:
+        average = weight * average + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        smoothed.append(average / norm)
+    return smoothed
