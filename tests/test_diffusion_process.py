@@ -1,0 +1,429 @@
+"""The forward and reverse processes and their losses against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dit_fast.diffusion import create_diffusion
+from dit_fast.diffusion.diffusion_utils import (
+    approx_standard_normal_cdf,
+    continuous_gaussian_log_likelihood,
+    discretized_gaussian_log_likelihood,
+    normal_kl,
+)
+from dit_fast.diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
+    mean_flat,
+)
+from dit_fast.errors import ConfigError
+
+SHAPE = (5, 3, 4, 4)
+
+
+def process(
+    steps: int = 20,
+    mean: ModelMeanType = ModelMeanType.EPSILON,
+    variance: ModelVarType = ModelVarType.LEARNED_RANGE,
+    loss: LossType = LossType.MSE,
+) -> GaussianDiffusion:
+    betas = get_named_beta_schedule("squaredcos_cap_v2", steps)
+    return GaussianDiffusion(betas=betas, model_mean_type=mean, model_var_type=variance, loss_type=loss)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def answering(output: Tensor):
+    return lambda x, t, **kwargs: output
+
+
+def spread(values: np.ndarray) -> np.ndarray:
+    return values.reshape(-1, 1, 1, 1)
+
+
+T_ALL = torch.tensor([0, 1, 7, 18, 19])
+
+
+def test_forward_moments_follow_the_product_of_alphas():
+    diffusion, x, noise = process(), normal(0, *SHAPE), normal(1, *SHAPE)
+    alpha_bar = np.array([np.prod(1 - diffusion.betas[: t + 1]) for t in T_ALL])
+    mean, variance, log_variance = diffusion.q_mean_variance(x, T_ALL)
+    np.testing.assert_allclose(mean, spread(np.sqrt(alpha_bar)) * x.numpy(), rtol=1e-6)
+    assert variance.shape == log_variance.shape == x.shape
+    np.testing.assert_allclose(variance[:, 0, 0, 0], 1 - alpha_bar, rtol=1e-6)
+    np.testing.assert_allclose(log_variance[:, 0, 0, 0], np.log(1 - alpha_bar), rtol=1e-6)
+    np.testing.assert_allclose(
+        diffusion.q_sample(x, T_ALL, noise),
+        spread(np.sqrt(alpha_bar)) * x.numpy() + spread(np.sqrt(1 - alpha_bar)) * noise.numpy(),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_posterior_is_bayes_rule():
+    """N(x_{t-1}; sqrt(abar) x_0, 1 - abar) times N(x_t; sqrt(1 - beta) x_{t-1}, beta), normalised."""
+    diffusion = process()
+    t = torch.arange(1, 20)
+    x_start, x_t = normal(0, 19, 1), normal(1, 19, 1)
+    beta, alpha_bar = diffusion.betas[1:, None], diffusion.alphas_cumprod[:-1, None]
+    precision = 1 / (1 - alpha_bar) + (1 - beta) / beta
+    mean = (
+        np.sqrt(alpha_bar) * x_start.numpy() / (1 - alpha_bar) + np.sqrt(1 - beta) * x_t.numpy() / beta
+    ) / precision
+    got_mean, got_variance, got_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
+    np.testing.assert_allclose(got_mean, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got_variance, 1 / precision, rtol=1e-5)
+    np.testing.assert_allclose(got_log_variance, -np.log(precision), rtol=1e-5)
+
+
+def test_first_posterior_is_the_data_with_the_second_variance_in_the_logarithm():
+    diffusion, x = process(), normal(0, *SHAPE)
+    t = torch.zeros(5, dtype=torch.int64)
+    mean, variance, log_variance = diffusion.q_posterior_mean_variance(x, normal(1, *SHAPE), t)
+    torch.testing.assert_close(mean, x)
+    assert variance.abs().max() == 0
+    np.testing.assert_allclose(log_variance, np.log(diffusion.posterior_variance[1]), rtol=1e-6)
+
+
+def test_x_start_and_noise_predict_each_other():
+    diffusion, x, noise = process(), normal(0, *SHAPE), normal(1, *SHAPE)
+    t = torch.tensor([0, 1, 7, 12, 15])
+    x_t = diffusion.q_sample(x, t, noise)
+    torch.testing.assert_close(diffusion._predict_xstart_from_eps(x_t, t, noise), x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(diffusion._predict_eps_from_xstart(x_t, t, x), noise, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mean_type", list(ModelMeanType))
+def test_a_perfect_model_of_each_kind_gives_the_true_posterior(mean_type):
+    diffusion = process(mean=mean_type, variance=ModelVarType.FIXED_SMALL)
+    x, noise, t = normal(0, *SHAPE), normal(1, *SHAPE), torch.tensor([0, 1, 7, 12, 15])
+    x_t = diffusion.q_sample(x, t, noise)
+    expected, _, log_variance = diffusion.q_posterior_mean_variance(x, x_t, t)
+    target = {
+        ModelMeanType.EPSILON: noise,
+        ModelMeanType.START_X: x,
+        ModelMeanType.PREVIOUS_X: expected,
+    }[mean_type]
+    out = diffusion.p_mean_variance(answering(target), x_t, t, clip_denoised=False)
+    torch.testing.assert_close(out["mean"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out["pred_xstart"], x, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out["log_variance"], log_variance)
+    losses = diffusion.training_losses(answering(target), x, t, noise=noise)
+    assert set(losses) == {"mse", "loss"}
+    assert losses["loss"].max() < 1e-12
+
+
+def test_learned_range_interpolates_between_the_bounds():
+    diffusion, x = process(), normal(0, *SHAPE)
+    upper = np.log(diffusion.betas[T_ALL])
+    lower = diffusion.posterior_log_variance_clipped[T_ALL]
+    for value, fraction in ((-1.0, 0.0), (1.0, 1.0), (0.0, 0.5), (0.5, 0.75), (3.0, 2.0)):
+        output = torch.cat([x, torch.full_like(x, value)], dim=1)
+        out = diffusion.p_mean_variance(answering(output), x, T_ALL)
+        expected = fraction * upper + (1 - fraction) * lower
+        np.testing.assert_allclose(out["log_variance"][:, 1, 2, 3], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(out["variance"][:, 1, 2, 3], np.exp(expected), rtol=2e-5)
+
+
+def test_other_variances():
+    x = normal(0, *SHAPE)
+    large = process(variance=ModelVarType.FIXED_LARGE).p_mean_variance(answering(x), x, T_ALL)
+    diffusion = process(variance=ModelVarType.FIXED_SMALL)
+    small = diffusion.p_mean_variance(answering(x), x, T_ALL)
+    expected = diffusion.betas[T_ALL].copy()
+    expected[0] = diffusion.posterior_variance[1]
+    for out in (large, small):
+        assert out["variance"].shape == out["log_variance"].shape == x.shape
+    np.testing.assert_allclose(large["variance"][:, 0, 0, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(large["log_variance"][:, 0, 0, 0], np.log(expected), rtol=1e-6)
+    np.testing.assert_allclose(small["variance"][:, 0, 0, 0], diffusion.posterior_variance[T_ALL], rtol=1e-6)
+    learned = process(variance=ModelVarType.LEARNED).p_mean_variance(
+        answering(torch.cat([x, x - 2], dim=1)), x, T_ALL
+    )
+    torch.testing.assert_close(learned["log_variance"], x - 2)
+    torch.testing.assert_close(learned["variance"], torch.exp(x - 2))
+
+
+def test_denoised_fn_comes_before_clipping_and_extra_is_handed_on():
+    diffusion, x = process(mean=ModelMeanType.START_X, variance=ModelVarType.FIXED_SMALL), normal(0, *SHAPE)
+    out = diffusion.p_mean_variance(
+        lambda x, t, scale: (scale * x, "attention maps"),
+        x,
+        T_ALL,
+        denoised_fn=lambda x_start: x_start + 10,
+        model_kwargs={"scale": 0.1},
+    )
+    assert out["extra"] == "attention maps"
+    assert (out["pred_xstart"] == 1).all()
+    unclipped = diffusion.p_mean_variance(answering(3 * x), x, T_ALL, clip_denoised=False)
+    torch.testing.assert_close(unclipped["pred_xstart"], 3 * x)
+    assert unclipped["extra"] is None
+
+
+def test_normal_kl_is_the_closed_form():
+    mean1, mean2, sigma1, sigma2 = 0.3, -1.2, 0.7, 1.9
+    expected = math.log(sigma2 / sigma1) + (sigma1**2 + (mean1 - mean2) ** 2) / (2 * sigma2**2) - 0.5
+    double = torch.tensor(mean1, dtype=torch.float64)
+    assert normal_kl(double, 2 * math.log(sigma1), mean2, 2 * math.log(sigma2)).item() == pytest.approx(
+        expected
+    )
+    logvar = torch.tensor(2 * math.log(sigma2), dtype=torch.float64)
+    assert normal_kl(mean1, 2 * math.log(sigma1), mean2, logvar).item() == pytest.approx(expected)
+    assert normal_kl(torch.zeros(3), 0.0, 0.0, 0.0).tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(ConfigError, match="at least one tensor"):
+        normal_kl(0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("mean", "sigma"), [(0.0, 0.05), (-0.4, 0.3), (0.97, 0.01), (1.5, 0.4), (0.2, 5.0)])
+def test_discretised_likelihood_sums_to_one_over_the_bins(mean, sigma):
+    bins = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    log_likelihood = discretized_gaussian_log_likelihood(
+        bins, means=torch.full_like(bins, mean), log_scales=torch.full_like(bins, math.log(sigma))
+    )
+    assert log_likelihood.exp().sum().item() == pytest.approx(1.0, abs=1e-9)
+    inner = log_likelihood[100].exp().item()
+    edges = (bins[100] + torch.tensor([1, -1]) / 255 - mean) / sigma
+    exact = 0.5 * (torch.erf(edges[0] / 2**0.5) - torch.erf(edges[1] / 2**0.5)).item()
+    assert inner == pytest.approx(exact, abs=5e-4)
+
+
+def test_normal_distribution_function_and_density():
+    x = torch.linspace(-5, 5, 201, dtype=torch.float64)
+    exact = 0.5 * (1 + torch.erf(x / 2**0.5))
+    assert (approx_standard_normal_cdf(x) - exact).abs().max() < 3e-4
+    z = torch.distributions.Normal(0.0, 1.0)
+    got = continuous_gaussian_log_likelihood(x, means=x / 2, log_scales=torch.full_like(x, 0.3))
+    torch.testing.assert_close(got, z.log_prob(x / 2 * math.exp(-0.3)))
+    with pytest.raises(ConfigError, match="one shape"):
+        discretized_gaussian_log_likelihood(x, means=x[:1], log_scales=x)
+
+
+def bound_in_float64(
+    diffusion: GaussianDiffusion, x_start: np.ndarray, x_t: np.ndarray, t: int, eps: np.ndarray, v: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """One sample's term of the variational bound, from the betas and the papers' equations alone."""
+    betas = diffusion.betas
+    alpha_bar = np.cumprod(1 - betas)
+    previous = alpha_bar[t - 1] if t else 1.0
+    beta = betas[t]
+
+    def variance_at(i: int) -> float:
+        return betas[i] * (1 - alpha_bar[i - 1]) / (1 - alpha_bar[i])
+
+    def posterior_mean(x_0: np.ndarray) -> np.ndarray:
+        return (np.sqrt(previous) * beta * x_0 + np.sqrt(1 - beta) * (1 - previous) * x_t) / (
+            1 - alpha_bar[t]
+        )
+
+    true_log_variance = np.log(variance_at(max(t, 1)))
+    pred_xstart = (x_t - np.sqrt(1 - alpha_bar[t]) * eps) / np.sqrt(alpha_bar[t])
+    mean = posterior_mean(pred_xstart)
+    log_variance = (v + 1) / 2 * np.log(beta) + (1 - v) / 2 * true_log_variance
+    if t:
+        variance, true_variance = np.exp(log_variance), np.exp(true_log_variance)
+        nats = 0.5 * (
+            log_variance
+            - true_log_variance
+            + (true_variance + (posterior_mean(x_start) - mean) ** 2) / variance
+            - 1
+        )
+        return nats.mean() / np.log(2), pred_xstart
+
+    def distribution(z: np.ndarray) -> np.ndarray:
+        return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+
+    sigma = np.exp(0.5 * log_variance)
+    upper = np.where(x_start > 0.999, 1.0, distribution((x_start - mean + 1 / 255) / sigma))
+    lower = np.where(x_start < -0.999, 0.0, distribution((x_start - mean - 1 / 255) / sigma))
+    return -np.log(np.maximum(upper - lower, 1e-12)).mean() / np.log(2), pred_xstart
+
+
+def test_training_losses_against_float64():
+    diffusion = process()
+    x_start = (normal(0, *SHAPE) * 0.5).clamp(-1, 1)
+    noise, eps, v = normal(1, *SHAPE), normal(2, *SHAPE) * 0.1, normal(3, *SHAPE).tanh()
+    eps = noise + eps
+    terms = diffusion.training_losses(answering(torch.cat([eps, v], dim=1)), x_start, T_ALL, noise=noise)
+    x_t = diffusion.q_sample(x_start, T_ALL, noise)
+    expected = [
+        bound_in_float64(
+            diffusion,
+            *(a[i].double().numpy() for a in (x_start, x_t)),
+            int(t),
+            *(a[i].double().numpy() for a in (eps, v)),
+        )[0]
+        for i, t in enumerate(T_ALL)
+    ]
+    np.testing.assert_allclose(terms["vb"], expected, rtol=2e-5)
+    np.testing.assert_allclose(terms["mse"], ((eps - noise) ** 2).mean(dim=(1, 2, 3)), rtol=1e-5)
+    torch.testing.assert_close(terms["loss"], terms["mse"] + terms["vb"])
+
+    model = answering(torch.cat([eps, v], dim=1))
+    kinds = {
+        kind: process(loss=kind).training_losses(model, x_start, T_ALL, noise=noise) for kind in LossType
+    }
+    torch.testing.assert_close(kinds[LossType.KL]["loss"], terms["vb"])
+    torch.testing.assert_close(kinds[LossType.RESCALED_KL]["loss"], 20 * terms["vb"])
+    torch.testing.assert_close(kinds[LossType.RESCALED_MSE]["vb"], terms["vb"] * 20 / 1000)
+    assert set(kinds[LossType.KL]) == {"loss"}
+
+
+def test_the_bound_trains_the_variance_only():
+    output = normal(2, 5, 6, 4, 4).requires_grad_()
+    terms = process().training_losses(answering(output), normal(0, *SHAPE), T_ALL, noise=normal(1, *SHAPE))
+    (of_bound,) = torch.autograd.grad(terms["vb"].sum(), output, retain_graph=True)
+    (of_error,) = torch.autograd.grad(terms["mse"].sum(), output)
+    assert of_bound[:, :3].abs().max() == 0
+    assert of_bound[:, 3:].abs().min() > 0
+    assert of_error[:, 3:].abs().max() == 0
+    torch.testing.assert_close(of_error[:, :3], 2 * (output[:, :3] - normal(1, *SHAPE)).detach() / 48)
+
+
+def test_whole_bound_is_the_sum_of_its_terms():
+    diffusion = process(6)
+    x_start = (normal(0, *SHAPE) * 0.5).clamp(-1, 1)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([0.9 * x, 0.3 * x], dim=1)
+
+    torch.manual_seed(3)
+    out = diffusion.calc_bpd_loop(model, x_start, clip_denoised=False)
+    torch.manual_seed(3)
+    for column, t in enumerate(reversed(range(6))):
+        noise = torch.randn_like(x_start)
+        x_t = diffusion.q_sample(x_start, torch.full((5,), t), noise)
+        for row in range(5):
+            arrays = (x_start[row].double().numpy(), x_t[row].double().numpy())
+            bits, pred = bound_in_float64(diffusion, *arrays, t, 0.9 * arrays[1], 0.3 * arrays[1])
+            assert out["vb"][row, column].item() == pytest.approx(bits, rel=1e-3, abs=1e-5)
+            assert out["xstart_mse"][row, column].item() == pytest.approx(
+                ((pred - arrays[0]) ** 2).mean(), rel=1e-4
+            )
+            assert out["mse"][row, column].item() == pytest.approx(
+                ((0.9 * arrays[1] - noise[row].double().numpy()) ** 2).mean(), rel=1e-3
+            )
+    alpha_bar = diffusion.alphas_cumprod[-1]
+    prior = 0.5 * (alpha_bar * x_start.double() ** 2 - alpha_bar - np.log1p(-alpha_bar))
+    np.testing.assert_allclose(out["prior_bpd"], mean_flat(prior) / np.log(2), rtol=1e-2, atol=1e-7)
+    torch.testing.assert_close(out["total_bpd"], out["vb"].sum(dim=1) + out["prior_bpd"])
+
+
+def test_ancestral_step_adds_noise_by_the_log_variance_except_at_the_end():
+    diffusion, x = process(variance=ModelVarType.FIXED_SMALL), normal(0, *SHAPE)
+    out = diffusion.p_mean_variance(answering(x), x, T_ALL)
+    torch.manual_seed(5)
+    step = diffusion.p_sample(answering(x), x, T_ALL)
+    torch.manual_seed(5)
+    noise = torch.randn_like(x)
+    noise[0] = 0
+    torch.testing.assert_close(
+        step["sample"], out["mean"] + out["variance"].sqrt() * noise, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_ddim_with_eta_one_is_ancestral_sampling():
+    """DDIM, section 4.1: eta = 1 has the posterior's mean and variance."""
+    diffusion = process(variance=ModelVarType.FIXED_SMALL)
+    x, t = normal(0, *SHAPE), torch.tensor([0, 1, 5, 10, 15])
+    torch.manual_seed(5)
+    ancestral = diffusion.p_sample(answering(x.tanh()), x, t, clip_denoised=False)["sample"]
+    torch.manual_seed(5)
+    ddim = diffusion.ddim_sample(answering(x.tanh()), x, t, clip_denoised=False, eta=1.0)["sample"]
+    torch.testing.assert_close(ddim, ancestral, rtol=1e-4, atol=1e-4)
+
+
+def test_ddim_reverse_inverts_ddim():
+    """Where the model does not look at x both directions follow one line exactly."""
+    diffusion = process(variance=ModelVarType.FIXED_SMALL)
+    x, eps = normal(0, *SHAPE), normal(1, *SHAPE)
+    for i in range(14):
+        t = torch.full((5,), i)
+        later = diffusion.ddim_reverse_sample(answering(eps), x, t, clip_denoised=False)["sample"]
+        back = diffusion.ddim_sample(answering(eps), later, t + 1, clip_denoised=False)["sample"]
+        torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
+        x = later
+    with pytest.raises(ConfigError, match=r"eta must be 0, not 0\.5"):
+        diffusion.ddim_reverse_sample(answering(eps), x, t, eta=0.5)
+    with pytest.raises(ConfigError, match=r"between 0 .* not 1\.5"):
+        diffusion.ddim_sample(answering(eps), x, t, eta=1.5)
+
+
+def test_ddim_loop_finds_the_x_start_that_constant_noise_implies():
+    diffusion = create_diffusion("ddim10", learn_sigma=False)
+    eps, x = normal(1, *SHAPE), normal(0, *SHAPE)
+    sample = diffusion.ddim_sample_loop(answering(eps), SHAPE, noise=x, clip_denoised=False)
+    alpha_bar = diffusion.alphas_cumprod[-1]
+    expected = (x - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+    torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_classifier_guidance_moves_the_mean_and_the_score():
+    diffusion = create_diffusion("4", learn_sigma=False, sigma_small=True)
+    x, gradient = normal(0, 4, 3, 4, 4), normal(2, 4, 3, 4, 4)
+    t = torch.tensor([0, 1, 2, 3])
+    seen = []
+
+    def cond_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.append((t.tolist(), y))
+        return gradient
+
+    def model(x: Tensor, t: Tensor, y: str) -> Tensor:
+        return x.tanh()
+
+    arguments = {"clip_denoised": False, "model_kwargs": {"y": "label"}}
+    plain = diffusion.p_mean_variance(model, x, t, **arguments)
+    torch.manual_seed(1)
+    unguided = diffusion.p_sample(model, x, t, **arguments)["sample"]
+    torch.manual_seed(1)
+    guided = diffusion.p_sample(model, x, t, cond_fn=cond_fn, **arguments)["sample"]
+    torch.testing.assert_close(guided - unguided, plain["variance"] * gradient, rtol=1e-4, atol=1e-5)
+
+    scored = diffusion.condition_score(cond_fn, plain, x, t, model_kwargs={"y": "label"})
+    alpha_bar = torch.from_numpy(diffusion.alphas_cumprod).float().view(4, 1, 1, 1)
+    shift = (1 - alpha_bar) / alpha_bar.sqrt() * gradient
+    torch.testing.assert_close(scored["pred_xstart"] - plain["pred_xstart"], shift, rtol=1e-3, atol=1e-3)
+    mean, _, _ = diffusion.q_posterior_mean_variance(scored["pred_xstart"], x, t)
+    torch.testing.assert_close(scored["mean"], mean)
+    ddim = diffusion.ddim_sample(model, x, t, cond_fn=cond_fn, **arguments)
+    torch.testing.assert_close(ddim["pred_xstart"], scored["pred_xstart"])
+    reverse = diffusion.ddim_reverse_sample(model, x, t, cond_fn=cond_fn, **arguments)
+    torch.testing.assert_close(reverse["pred_xstart"], scored["pred_xstart"])
+    assert seen == [(diffusion.timestep_map, "label")] * 4
+    assert diffusion.timestep_map == [0, 333, 666, 999]
+
+
+def test_bad_shapes_are_named():
+    diffusion, x = process(), normal(0, *SHAPE)
+    with pytest.raises(
+        ConfigError, match=r"returned \(5, 3, 4, 4\) .* learned variance it must return 6 channels"
+    ):
+        diffusion.p_mean_variance(answering(x), x, T_ALL)
+    with pytest.raises(ConfigError, match="must return 6 channels"):
+        diffusion.training_losses(answering(x), x, T_ALL)
+    with pytest.raises(ConfigError, match=r"noise \(1, 3, 4, 4\)"):
+        diffusion.q_sample(x, T_ALL, x[:1])
+    with pytest.raises(ConfigError, match="one shape"):
+        diffusion.q_posterior_mean_variance(x[:1], x, T_ALL)
+    with pytest.raises(ConfigError, match=r"noise \(5, 3, 4, 4\) must have the shape \(2, 3, 4, 4\)"):
+        diffusion.p_sample_loop(answering(x), (2, 3, 4, 4), noise=x)
+    with pytest.raises(ConfigError, match="no parameters to tell its device"):
+        diffusion.p_sample_loop(answering(x), SHAPE)
+
+
+@pytest.mark.parametrize("betas", [[], [[0.1]], [0.0, 0.1], [0.1, 1.1], [0.1, math.nan]])
+def test_bad_betas(betas):
+    with pytest.raises(ConfigError, match="betas must"):
+        GaussianDiffusion(
+            betas=betas,
+            model_mean_type=ModelMeanType.EPSILON,
+            model_var_type=ModelVarType.FIXED_SMALL,
+            loss_type=LossType.MSE,
+        )
