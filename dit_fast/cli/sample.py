@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=MODES,
         default="reference",
-        help="reference: the reference's random draws for a seed; fast: none for the half that is thrown away",
+        help="reference: the reference's draws for a seed; fast: none for the half that is thrown away",
     )
     how.add_argument(
         "--clip-denoised",
@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=_OWN_DATA,
         metavar="DATA",
-        help="score the samples against the real images DATA (default: those that the checkpoint was trained on)",
+        help="score the samples against the real images DATA (default: those that it was trained on)",
     )
 
 
@@ -123,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; 0, or a DitFastError. All that can be refused is refused before sampling begins."""
     plan = _plan(args)
     print(
-        f"{plan.info.summary()}; {len(plan.labels)} images, {plan.diffusion.num_timesteps} {args.solver} steps, "
+        f"{plan.info.summary()}; {len(plan.labels)} images, "
+        f"{plan.diffusion.num_timesteps} {args.solver} steps, "
         f"guidance {args.cfg_scale:g}, seed {args.seed}, on {plan.model.pos_embed.device}",
         flush=True,
     )
@@ -233,8 +234,8 @@ def _checkpoint(args: argparse.Namespace) -> Path:
         size = args.image_size or 256
         if args.model != "DiT-XL/2" or size not in (256, 512):
             raise ConfigError(
-                "--ckpt is missing: give a run folder or a weight file (only DiT-XL/2 at 256 or 512 has published "
-                "weights, which --model DiT-XL/2 fetches)"
+                "--ckpt is missing: give a run folder or a weight file (only DiT-XL/2 at 256 or 512 has "
+                "published weights, which --model DiT-XL/2 fetches)"
             )
         name = f"DiT-XL-2-{size}x{size}.pt"
     if name in pretrained_models and not Path(name).exists():

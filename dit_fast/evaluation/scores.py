@@ -36,12 +36,12 @@ class Scores:
         part = "" if self.num_training == self.all_training else f" (of {self.all_training})"
         real = "held-out images" if self.left_out == "heldout" else "training images, themselves left out,"
         return [
-            f"label agreement: {agree.agreement:.1%} of {agree.num_samples} samples are classified as the label "
-            f"they were conditioned on (the classifier is right on {agree.classifier_accuracy:.1%} of "
+            f"label agreement: {agree.agreement:.1%} of {agree.num_samples} samples are classified as the "
+            f"label they were conditioned on (the classifier is right on {agree.classifier_accuracy:.1%} of "
             f"{agree.num_heldout} real images it was not trained on)",
             f"nearest training image: median RMS distance {near.samples_median:.3f} for samples, "
-            f"{near.heldout_median:.3f} for real {real} among {self.num_training}{part}; {near.share_below:.1%} "
-            f"of samples lie nearer than the nearest 1% of those ({near.threshold:.3f})",
+            f"{near.heldout_median:.3f} for real {real} among {self.num_training}{part}; "
+            f"{near.share_below:.1%} of samples are nearer than their nearest 1% ({near.threshold:.3f})",
         ]
 
     def as_json(self) -> dict[str, Any]:

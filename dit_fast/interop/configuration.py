@@ -6,13 +6,13 @@ else heads come from the registry's size of that width and depth, the label tabl
 1` rows, since the reference always trains with label dropout, and the grid is square.
 """
 
+import difflib
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from dit_fast.errors import CheckpointError, ConfigError
-from dit_fast.models import SIZES
+from dit_fast.models import SIZES, DiT_models
 
 # The reference's label dropout; a state dict only tells that there was some.
 _LABEL_DROPOUT = 0.1
@@ -31,11 +31,11 @@ def registry_size(name: str) -> dict[str, int]:
     """depth, hidden_size, num_heads and patch_size of a registry name such as "DiT-XL/2"; ConfigError if
     unknown.
     """
-    match = re.fullmatch(r"DiT-(XL|L|B|S)/(2|4|8)", name)
-    if match is None:
-        known = ", ".join(f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8))
-        raise ConfigError(f"unknown model {name!r}; the models are {known}")
-    return {**SIZES[match[1]], "patch_size": int(match[2])}
+    if name not in DiT_models:
+        near = difflib.get_close_matches(name, DiT_models, n=3, cutoff=0.3) or list(DiT_models)
+        raise ConfigError(f"unknown model {name!r}; the nearest are {', '.join(near)}")
+    size, _, patch = name.removeprefix("DiT-").partition("/")
+    return {**SIZES[size], "patch_size": int(patch)}
 
 
 def infer_config(

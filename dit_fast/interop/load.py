@@ -79,8 +79,8 @@ def load_model(
         model, info = _from_file(path / "model.safetensors", weights, num_heads, expected or {})
     else:
         raise CheckpointError(
-            f"{path}: no checkpoint in this folder; expected checkpoints/step-N (a run), {MANIFEST} (one step) "
-            "or config.json with model.safetensors"
+            f"{path}: no checkpoint in this folder; expected checkpoints/step-N (a run), {MANIFEST} (one "
+            "step) or config.json with model.safetensors"
         )
     return model.to(device).eval(), info
 
