@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dit_fast import __version__
 from dit_fast.errors import DitFastError
 
-# name: what it does. The module dit_fast.cli.<name> has add_arguments(parser) and run(args) -> exit status; it is
-# imported only when its command is called, so that `dit-fast --help` does not wait for PyTorch.
+# name: what it does. The module dit_fast.cli.<name> has add_arguments(parser) and run(args) -> status; it
+# is imported only when its command is called, so that `dit-fast --help` does not wait for PyTorch.
 COMMANDS = {
     "train": "train a Diffusion Transformer on images",
     "sample": "draw images from a trained model",
@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 after an error that the user can mend, 130 interrupted.
+    """Run one command; its exit status is 0, 1 after an error that the user can mend, 130 if interrupted.
 
     Usage errors leave through argparse with status 2.
     """

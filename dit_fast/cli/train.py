@@ -10,7 +10,7 @@ from dit_fast.errors import ConfigError
 from dit_fast.training.config import DEVICES, PRECISIONS, PRESETS, TrainConfig
 from dit_fast.training.loop import TrainResult, resume, train
 
-_EPILOG = """The reference's flags --data-path, --results-dir, --global-batch-size and --global-seed work as well.
+_EPILOG = """The reference's flags --data-path, --results-dir, --global-batch-size and --global-seed work too.
 Example: dit-fast train --data photos --image-size 64 --model DiT-S/4 --out runs/photos"""
 
 
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; status 0 at the end of the run, 128 + signal when Ctrl-C (130) or SIGTERM (143) ended it early."""
+    """Train; status 0 at the end of the run, 130 when Ctrl-C and 143 when SIGTERM ended it early."""
     asked = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     place = {name: asked.pop(name, None) for name in ("out", "results_dir", "resume", "preset")}
     if place["resume"] is not None:
@@ -125,7 +125,8 @@ def _run_folder(out: str | None, results: str | None, model: str) -> Path:
 
 def _conclude(result: TrainResult) -> int:
     print(
-        f"checkpoint {result.checkpoint}, log {result.run / 'log.jsonl'}, loss curve {result.run / 'loss.png'}"
+        f"checkpoint {result.checkpoint}, log {result.run / 'log.jsonl'}, "
+        f"loss curve {result.run / 'loss.png'}"
     )
     if result.stopped_by is None or result.step == result.total_steps:
         return 0

@@ -1,12 +1,15 @@
 """The endless shuffled stream of training batches, addressed by step.
 
-Global sample number g = step * batch_size + position belongs to epoch g // N and takes that epoch's shuffled
-place g % N: over each epoch no sample is missing and none comes twice, batches run on over the epoch's end, and
-the batch of a step can be had without those before it. What a run needs to continue is its seed and step.
+Global sample number g = step * batch_size + position belongs to epoch g // N and takes that epoch's
+shuffled place g % N: over each epoch no sample is missing and none comes twice, batches run on over the
+epoch's end, and the batch of a step can be had without those before it. What a run needs to continue is its
+seed and step.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -64,12 +67,10 @@ class BatchStream:
         reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         try:
             steps = iter(range(first, last))
-            waiting = [
-                reader.submit(self.batch, step) for step, _ in zip(steps, range(READ_AHEAD), strict=False)
-            ]
+            waiting = deque(reader.submit(self.batch, step) for step in islice(steps, READ_AHEAD))
             while waiting:
-                yield waiting.pop(0).result()
-                waiting += [reader.submit(self.batch, step) for step, _ in zip(steps, range(1), strict=False)]
+                yield waiting.popleft().result()
+                waiting.extend(reader.submit(self.batch, step) for step in islice(steps, 1))
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
 

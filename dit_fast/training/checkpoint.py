@@ -7,8 +7,8 @@ A checkpoint is a folder `step-0001000` with
     optimizer.safetensors            AdamW's moments: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`
     manifest.json                    the step, the run's configuration, size and SHA-256 of every other file
 
-It is written to a temporary sibling, synced to disk and renamed, so that a kill at any moment leaves the older
-checkpoints as they were. A step counts only if its manifest verifies; nothing in it is unpickled.
+It is written to a temporary sibling, synced to disk and renamed, so that a kill at any moment leaves the
+older checkpoints as they were. A step counts only if its manifest verifies; nothing in it is unpickled.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def checkpoints_folder(run: str | Path) -> Path:
 
 
 def step_folders(run: str | Path) -> list[Path]:
-    """The run's step folders, oldest first, verified or not; leftovers of a killed save are not among them."""
+    """The run's step folders, oldest first, verified or not; leftovers of killed saves are not among them."""
     folder = checkpoints_folder(run)
     if not folder.is_dir():
         return []
@@ -74,7 +74,7 @@ def save_checkpoint(
     manifest: dict[str, Any],
     keep: int = 0,
 ) -> Path:
-    """Write `RUN/checkpoints/step-N` for N = manifest["step"], then remove all but the newest `keep` (0: none).
+    """Write `RUN/checkpoints/step-N`, N = manifest["step"], then remove all but the newest `keep` (0: none).
 
     Raises OutputError when the disk is too full or does not take the files; the older checkpoints are then
     untouched and nothing partial stays behind.

@@ -24,7 +24,7 @@ class TrainConfig:
     steps, epochs        length of the run in optimiser steps, or in passes over the training images
     lr, betas, ema_decay AdamW without weight decay, at a constant rate; decay of the averaged weights
     class_dropout_prob   share of labels replaced by the null class, for classifier-free guidance
-    learn_sigma          learn the variance too, by the hybrid loss of Improved DDPM (arXiv:2102.09672, eq. 16)
+    learn_sigma          learn the variance too, by the hybrid loss (arXiv:2102.09672, eq. 16)
     noise_schedule       "linear" or "squaredcos_cap_v2"
     precision            "fp32", "tf32" (CUDA matrix products) or "bf16" (autocast; weights stay float32)
     keep_checkpoints     newest checkpoints to keep, at least 2; 0 keeps all
@@ -112,7 +112,8 @@ PRESETS: dict[str, dict[str, Any]] = {}
 
 # What may differ between a run and its continuation. The data may have moved: their fingerprint is compared.
 CHANGEABLE = frozenset(
-    "data steps epochs compile device threads num_workers log_every ckpt_every keep_checkpoints".split()
+    ("data", "steps", "epochs", "compile", "device", "threads", "num_workers")
+    + ("log_every", "ckpt_every", "keep_checkpoints")
 )
 
 
@@ -135,7 +136,10 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
         )
     if "steps" in asked or "epochs" in asked:
         saved = {**saved, "steps": None, "epochs": None}
-    return TrainConfig(**{**saved, **asked})
+    try:
+        return TrainConfig(**{**saved, **asked})
+    except TypeError as error:
+        raise CheckpointError(f"{source} has options of the wrong type: {error}") from None
 
 
 def build_model(config: TrainConfig, data: ImageSet) -> DiT:
@@ -150,8 +154,9 @@ def build_model(config: TrainConfig, data: ImageSet) -> DiT:
         fitting = [size for size in range(2, 33) if data.image_size % size == 0]
         near = patch_size * max(1, round(data.image_size / patch_size))
         raise ConfigError(
-            f"image size {data.image_size} is not a multiple of the patch size {patch_size} of {config.model}; give "
-            f"--image-size {near}" + (f" or --patch-size {'/'.join(map(str, fitting))}" if fitting else "")
+            f"image size {data.image_size} is not a multiple of the patch size {patch_size}; "
+            f"give --image-size {near}"
+            + (f" or one of --patch-size {', '.join(map(str, fitting))}" if fitting else "")
         )
     return DiT_models[config.model](
         input_size=data.image_size,

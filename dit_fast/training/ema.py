@@ -18,7 +18,7 @@ class Ema:
             (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
         ]
         self._averages = [self._state[name] for name, _ in trained]
-        self._parameters = [parameter for _, parameter in trained]
+        self._parameters: list[Tensor] = [parameter for _, parameter in trained]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

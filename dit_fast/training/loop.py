@@ -1,7 +1,8 @@
 """The training loop: one process, on the CPU or one CUDA device.
 
-A step is a function of (seed, step) and the state before it: order, flips, timesteps, noise and dropped labels
-come from generators keyed by them (`dit_fast.data.keyed`), so a resumed run is bit for bit the uninterrupted one.
+A step is a function of (seed, step) and the state before it: order, flips, timesteps, noise and dropped
+labels come from generators keyed by them (`dit_fast.data.keyed`), so a resumed run is bit for bit the
+uninterrupted one.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended. `stopped_by` is the signal that ended it early, `checkpoint` the last one written."""
+    """Where a run ended. `stopped_by`: the signal that ended it early; `checkpoint`: the last one written."""
 
     run: Path
     step: int
@@ -56,8 +57,8 @@ class TrainResult:
 class Trainer:
     """Model, averaged weights, optimiser and diffusion of a run, and its step.
 
-    `step` counts finished optimiser steps. The model is trained in eval mode: label dropout is the only thing a
-    DiT does differently in training, and the trainer draws it itself, keyed by the step.
+    `step` counts finished optimiser steps. The model is trained in eval mode: label dropout is the only thing
+    that a DiT does differently in training, and the trainer draws it itself, keyed by the step.
     """
 
     def __init__(self, config: TrainConfig, data: ImageSet):
@@ -95,8 +96,8 @@ class Trainer:
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """One optimiser and EMA step on images (B, C, H, W) and labels (B,).
 
-        Raises NonFiniteError, with parameters, optimiser and EMA as they were, for a loss or gradient norm that is
-        NaN or infinite: at once on the CPU, at the next `check_finite` on CUDA.
+        Raises NonFiniteError for a loss or gradient norm that is NaN or infinite, with the parameters and the
+        optimiser as they were before the step: at once on the CPU, at the next `check_finite` on CUDA.
         """
         images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
@@ -129,8 +130,8 @@ class Trainer:
         failed = int(self._failed_step)
         if failed >= 0:
             raise NonFiniteError(
-                f"step {failed}: the loss or the gradient norm is not finite; the update was not made. Resume from "
-                f"the last checkpoint with other data, or start anew with a lower --lr or --precision fp32"
+                f"step {failed}: the loss or the gradient norm is not finite; the update was not made. "
+                f"Start anew with a lower --lr or with --precision fp32; the last checkpoint is whole"
             )
 
     def losses(self) -> list[float]:
@@ -244,8 +245,9 @@ def can_compile(device: torch.device) -> bool:
 def train(config: TrainConfig, run: str | Path) -> TrainResult:
     """Start a run in the folder `run`, which must not hold one yet.
 
-    Leaves checkpoints/step-N, log.jsonl and loss.png there. Raises the errors of `dit_fast.errors` before the first
-    step wherever it can: for data, configuration, an output folder that is taken or not writable, a full disk.
+    Leaves checkpoints/step-N, log.jsonl and loss.png there. Raises the errors of `dit_fast.errors` before the
+    first step wherever it can: for data, configuration, an output folder that is taken or not writable, and
+    for a full disk.
     """
     run = Path(run)
     if checkpoints_folder(run).exists() or (run / "log.jsonl").exists():

@@ -30,7 +30,7 @@ class Record:
 
 
 class RunLog:
-    """Appends records to a JSON-lines file; of a resumed run, lines past the resumed step are dropped first."""
+    """Appends records to a JSON-lines file; of a resumed run, lines past its step are dropped first."""
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
@@ -78,8 +78,8 @@ class Progress:
             return
         left = (self.total - record.step) * batch_size / record.images_per_second
         print(
-            f"step {record.step}/{self.total}  loss {record.loss:.4f}  mse {record.mse:.4f}  vb {record.vb:.4f}  "
-            f"{record.images_per_second:.0f} img/s  {_clock(left)} left",
+            f"step {record.step}/{self.total}  loss {record.loss:.4f}  mse {record.mse:.4f}  "
+            f"vb {record.vb:.4f}  {record.images_per_second:.0f} img/s  {_clock(left)} left",
             flush=True,
         )
 

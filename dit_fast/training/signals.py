@@ -8,8 +8,8 @@ from types import FrameType, TracebackType
 class StopRequest:
     """Inside `with StopRequest() as stop:` the first SIGINT or SIGTERM only sets `stop.signal`.
 
-    The second one acts as it would have without us, for a user who does not want to wait for the step. Outside
-    the main thread, where Python takes no signals, it never stops anything.
+    The second one acts as it would have without us, for a user who does not want to wait for the step.
+    Outside the main thread, where Python takes no signals, it never stops anything.
     """
 
     def __init__(self) -> None:
