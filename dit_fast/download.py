@@ -3,9 +3,14 @@
 The published weights are under CC-BY-NC-4.0, Meta's licence for them.
 """
 
+import contextlib
+import http.client
+import os
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 from tqdm import tqdm
@@ -52,14 +57,14 @@ def fetch_model(model_name: str) -> Path:
     path = _FOLDER / model_name
     if path.is_file():
         return path
-    part = path.with_suffix(".part")
+    part = path.with_name(f".tmp-{os.getpid()}-{model_name}")
     address = _ADDRESS + model_name
     try:
         _FOLDER.mkdir(exist_ok=True)
         with part.open("wb") as file:
             _fetch(address, file)
         part.replace(path)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", None) or error
         raise CheckpointError(
             f"cannot fetch {address} ({reason}); fetch it on a machine with a network connection and put it "
@@ -70,16 +75,22 @@ def fetch_model(model_name: str) -> Path:
             f"cannot write {path} ({error.strerror or error}); free space or change folder"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return path
 
 
-def _fetch(address: str, file) -> None:
+def _fetch(address: str, file: BinaryIO) -> None:
     with urllib.request.urlopen(address, timeout=_TIMEOUT_SECONDS) as response:
         size = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=size or None, desc=address.rpartition("/")[2], unit="B", unit_scale=True) as bar:
+        terminal = sys.stderr.isatty()
+        if not terminal:
+            print(f"fetching {address} ({size / 2**20:.1f} MiB)", file=sys.stderr, flush=True)
+        received = 0
+        name = address.rpartition("/")[2]
+        with tqdm(total=size or None, desc=name, unit="B", unit_scale=True, disable=not terminal) as bar:
             while chunk := response.read(_CHUNK):
-                file.write(chunk)
+                received += file.write(chunk)
                 bar.update(len(chunk))
-            if size and bar.n != size:
-                raise ConnectionError(f"connection closed after {bar.n} of {size} bytes")
+        if size and received != size:
+            raise ConnectionError(f"connection closed after {received} of {size} bytes")

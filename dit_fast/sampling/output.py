@@ -1,5 +1,6 @@
 """Results on disk: checked before the work that they hold is done, and never half written."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -38,4 +39,5 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             f"cannot write {path} ({error.strerror or error}); free space or choose another --out"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

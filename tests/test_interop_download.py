@@ -1,0 +1,132 @@
+"""`find_model` and `download_model`, against a local web server; the VAE behind a stand-in for diffusers."""
+
+import argparse
+import http.server
+import sys
+import threading
+import types
+
+import pytest
+import torch
+
+from dit_fast import download
+from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError, OutputError
+from dit_fast.interop.vae import LATENT_SCALE, LatentDecoder
+
+STATE = {"pos_embed": torch.arange(6.0)}
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A web server in place of the published address: it answers `content` and claims `length` bytes of it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.lstrip("/") not in download.pretrained_models:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(self.server.length or len(self.server.content)))
+            self.end_headers()
+            self.wfile.write(self.server.content)
+
+        def log_message(self, *_):
+            pass
+
+    torch.save(STATE, tmp_path / "source.pt")
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    server.content, server.length = (tmp_path / "source.pt").read_bytes(), None
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download, "_ADDRESS", f"http://127.0.0.1:{server.server_port}/")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_published_name_is_fetched_once(served, tmp_path):
+    state = download.find_model("DiT-XL-2-256x256.pt")
+    assert torch.equal(state["pos_embed"], STATE["pos_embed"])
+    assert [path.name for path in (tmp_path / "pretrained_models").iterdir()] == ["DiT-XL-2-256x256.pt"]
+    served.content = b"gone"
+    assert torch.equal(download.download_model("DiT-XL-2-256x256.pt")["pos_embed"], STATE["pos_embed"])
+
+
+def test_a_connection_that_breaks_off_leaves_nothing(served, tmp_path):
+    served.length = len(served.content) + 100
+    with pytest.raises(
+        CheckpointError, match=r"cannot fetch .*DiT-XL-2-512x512\.pt .*put it at pretrained_models"
+    ):
+        download.find_model("DiT-XL-2-512x512.pt")
+    assert list((tmp_path / "pretrained_models").iterdir()) == []
+
+
+def test_offline_is_one_line(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_ADDRESS", "http://127.0.0.1:1/")
+    with pytest.raises(CheckpointError) as error:
+        download.find_model("DiT-XL-2-256x256.pt")
+    assert "\n" not in str(error.value)
+    assert "refused" in str(error.value)
+    assert list((tmp_path / "pretrained_models").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(served, tmp_path):
+    (tmp_path / "pretrained_models").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot write pretrained_models"):
+        download.find_model("DiT-XL-2-256x256.pt")
+
+
+def test_local_files_and_unknown_names(tmp_path):
+    ema = {"pos_embed": torch.ones(6)}
+    torch.save({"model": STATE, "ema": ema, "opt": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
+    assert torch.equal(download.find_model(str(tmp_path / "a.pt"))["pos_embed"], ema["pos_embed"])
+    with pytest.raises(
+        CheckpointError, match=r"no such file, and not a published model \(DiT-XL-2-256x256\.pt"
+    ):
+        download.find_model("DiT-XL-2-128x128.pt")
+    with pytest.raises(CheckpointError, match=r"b\.pt: not a published model"):
+        download.download_model("b.pt")
+
+
+class StandInVae(torch.nn.Module):
+    """An AutoencoderKL's interface: repeats each latent pixel 8 times and keeps the first three channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(latent_channels=4)
+
+    @classmethod
+    def from_pretrained(cls, name, use_safetensors):
+        assert use_safetensors
+        if name.startswith("stabilityai/"):
+            raise OSError("We couldn't connect to the hub\nsecond line")
+        return cls()
+
+    def decode(self, latents):
+        pixels = latents[:, :3].repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+        return types.SimpleNamespace(sample=pixels)
+
+
+def test_latents_are_unscaled_and_decoded_in_batches(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=StandInVae))
+    latents = torch.randn(5, 4, 2, 2)
+    images = LatentDecoder(str(tmp_path), 4)(latents, batch_size=2)
+    assert images.shape == (5, 3, 16, 16)
+    assert torch.equal(images[:, :, ::8, ::8], latents[:, :3] / LATENT_SCALE)
+    with pytest.raises(ConfigError, match="has 4 latent channels, the model makes 16"):
+        LatentDecoder(str(tmp_path), 16)
+    with pytest.raises(
+        CheckpointError, match=r"sd-vae-ft-ema \(offline\?.*: We couldn't connect to the hub$"
+    ):
+        LatentDecoder("ema", 4)
+    with pytest.raises(ConfigError, match="--vae nowhere: give ema, mse, none, or a folder"):
+        LatentDecoder("nowhere", 4)
+
+
+def test_missing_diffusers_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(
+        MissingExtraError, match=r"diffusers.* is not installed; pip install 'dit-fast\[vae\]'"
+    ):
+        LatentDecoder("mse", 4)
