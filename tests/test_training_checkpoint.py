@@ -20,11 +20,11 @@ from dit_fast.training.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    load_model,
     read_manifest,
     remove_leftovers,
     save_checkpoint,
     step_folders,
+    verify_files,
     write_manifest,
 )
 
@@ -68,12 +68,9 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert loaded.model[weight].unique().tolist() == [0.25]
     assert loaded.ema[weight].unique().tolist() == [1.25]
     assert loaded.optimizer[f"exp_avg.{weight}"].unique().tolist() == [0.5]
-    assert load_model(path).final_layer.linear.weight.unique().tolist() == [1.25]
-    assert load_model(path, "model").final_layer.linear.weight.unique().tolist() == [0.25]
     assert DiT.from_pretrained(path).final_layer.linear.weight.unique().tolist() == [0.25]
+    assert DiT.from_pretrained(path, weights="ema").final_layer.linear.weight.unique().tolist() == [1.25]
     assert find_checkpoint(path) == find_checkpoint(tmp_path) == path
-    with pytest.raises(CheckpointError, match="choose one of model, ema"):
-        load_model(path, "optimizer")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -110,8 +107,8 @@ def test_every_damaged_file_is_listed(tmp_path):
     (path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"config\.json has 2 bytes.*ema\.safetensors is missing"):
         load_checkpoint(path)
-    with pytest.raises(CheckpointError, match=r"ema\.safetensors is missing"):
-        load_model(path)
+    with pytest.raises(CheckpointError, match=r"damaged: ema\.safetensors is missing$"):
+        verify_files(path, read_manifest(path), ["ema.safetensors", "model.safetensors"])
 
 
 def test_foreign_folders_are_refused(tmp_path):

@@ -1,6 +1,6 @@
 """Training: configuration, loop, averaged weights, checkpoints and logs."""
 
-from dit_fast.training.checkpoint import find_checkpoint, load_checkpoint, load_model, read_manifest
+from dit_fast.training.checkpoint import find_checkpoint, load_checkpoint, read_manifest
 from dit_fast.training.config import PRESETS, TrainConfig
 from dit_fast.training.loop import Trainer, TrainResult, resume, train
 
@@ -11,7 +11,6 @@ __all__ = [
     "Trainer",
     "find_checkpoint",
     "load_checkpoint",
-    "load_model",
     "read_manifest",
     "resume",
     "train",

@@ -32,7 +32,6 @@ from dit_fast.models import DiT
 
 FORMAT = "dit_fast checkpoint 1"
 MANIFEST = "manifest.json"
-WEIGHTS = ("model", "ema")
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _TEMPORARY = ".tmp-"
 logger = logging.getLogger(__name__)
@@ -161,16 +160,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     manifest = read_manifest(path)
     verify_files(path, manifest)
-    model, ema, optimizer = (load_file(path / f"{name}.safetensors") for name in (*WEIGHTS, "optimizer"))
+    model, ema, optimizer = (
+        load_file(path / f"{name}.safetensors") for name in ("model", "ema", "optimizer")
+    )
     return Checkpoint(path, manifest, model, ema, optimizer)
-
-
-def load_model(path: str | Path, weights: str = "ema", device: str = "cpu") -> DiT:
-    """The model of a checkpoint folder in eval mode, verified first; `weights` is "ema" or "model"."""
-    if weights not in WEIGHTS:
-        raise CheckpointError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
-    verify_files(path, read_manifest(path), ["config.json", f"{weights}.safetensors"])
-    return DiT.from_pretrained(path, weights=weights, device=device)
 
 
 def latest_checkpoint(run: str | Path) -> Path:
