@@ -18,7 +18,7 @@ STATE = {"pos_embed": torch.arange(6.0)}
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A web server in place of the published address: it answers `content` and claims `length` bytes of it."""
+    """A web server in place of the published address: it answers `content`, claiming `length` bytes."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

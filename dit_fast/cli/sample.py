@@ -31,6 +31,8 @@ _OWN_DATA = "(the checkpoint's own data)"
 _ALL_CLASSES = 20
 _SHOWN_CLASSES = 8
 _PER_CLASS = 8
+_STEPS = 250
+_MOST_ROWS = 20
 _DIFFUSION_OPTIONS = ("noise_schedule", "sigma_small", "predict_xstart", "diffusion_steps")
 
 
@@ -64,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         "--num-sampling-steps",
         dest="steps",
-        default="250",
-        help="sampling steps, or a respacing such as ddim50 or 10,20,30 (default: 250)",
+        help="sampling steps, or a respacing such as ddim50 or 10,20,30 (default: 250, or all if there are fewer)",
     )
     how.add_argument("--solver", choices=SOLVERS, default="ddpm")
     how.add_argument(
@@ -192,9 +193,12 @@ def _plan(args: argparse.Namespace) -> _Plan:
     classes = _classes(args.classes, model.y_embedder.num_classes, info.class_names)
     num = _PER_CLASS * len(classes) if args.num is None else args.num
     labels = torch.tensor([classes[i % len(classes)] for i in range(num)])
-    check_request(model, labels, args.cfg_scale, cfg_channels, args.solver, args.eta)
+    check_request(
+        model, labels, args.cfg_scale, cfg_channels, args.solver, args.eta, args.seed, args.batch_size
+    )
     options = {key: info.diffusion[key] for key in _DIFFUSION_OPTIONS if key in info.diffusion}
-    diffusion = create_diffusion(args.steps, learn_sigma=model.learn_sigma, **options)
+    steps = args.steps or str(min(_STEPS, options.get("diffusion_steps", _STEPS)))
+    diffusion = create_diffusion(steps, learn_sigma=model.learn_sigma, **options)
 
     factor = 1 if vae == "none" else LATENT_FACTOR
     height, width = (side * factor for side in model.x_embedder.img_size)
@@ -324,7 +328,7 @@ def _write_pictures(args: argparse.Namespace, images: np.ndarray, labels: Tensor
         if len(classes) > 1:
             rows.append((name, drawn[: args.columns]))
         else:
-            parts = range(0, min(len(drawn), args.columns**2), args.columns)
+            parts = range(0, min(len(drawn), _MOST_ROWS * args.columns), args.columns)
             rows += [("" if first else name, drawn[first : first + args.columns]) for first in parts]
     path = args.out / "sample.png"
     picture = draw_grid(rows)
@@ -360,7 +364,7 @@ def _score(args: argparse.Namespace, plan: _Plan, scorer: Scorer, images: np.nda
         "weights": plan.info.weights,
         "step": plan.info.step,
         "cfg_scale": args.cfg_scale,
-        "steps": args.steps,
+        "steps": plan.diffusion.num_timesteps,
         "solver": args.solver,
         "seed": args.seed,
     }

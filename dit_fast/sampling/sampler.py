@@ -31,6 +31,8 @@ def check_request(
     cfg_channels: int | None = 3,
     solver: str = "ddpm",
     eta: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
 ) -> None:
     """ConfigError when `sample` cannot do what these arguments ask for."""
     num_classes = model.y_embedder.num_classes
@@ -57,6 +59,10 @@ def check_request(
         raise ConfigError(f"unknown solver {solver!r}: choose {' or '.join(SOLVERS)}")
     if not 0 <= eta <= 1:
         raise ConfigError(f"eta {eta}: choose a number from 0 (deterministic) to 1")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed {seed}: choose a number from 0 to 2**63 - 1")
+    if batch_size < 1:
+        raise ConfigError(f"batch size {batch_size}: choose at least 1")
 
 
 def batch_seed(seed: int, first: int) -> int:
@@ -99,13 +105,9 @@ def sample(
     model cannot meet and NonFiniteError when it answers NaN or infinity.
     """
     labels = torch.as_tensor(labels if isinstance(labels, Tensor) else list(labels))
-    check_request(model, labels, cfg_scale, cfg_channels, solver, eta)
+    check_request(model, labels, cfg_scale, cfg_channels, solver, eta, seed, batch_size)
     if mode not in MODES:
         raise ConfigError(f"unknown sampling mode {mode!r}: choose {' or '.join(MODES)}")
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed {seed}: choose a number from 0 to 2**63 - 1")
-    if batch_size < 1:
-        raise ConfigError(f"batch size {batch_size}: choose at least 1")
     device = model.pos_embed.device if device is None else torch.device(device)
 
     chunks = labels.split(batch_size)
