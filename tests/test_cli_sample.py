@@ -77,7 +77,7 @@ def test_run_folder_to_grid_images_and_scores(run, tmp_path, capsys):
         assert np.array_equal(tile[3::7, 3::7, 0], written[index])
 
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert (scores["data"], scores["step"], scores["cfg_scale"], scores["seed"]) == ("digits", 30, 2.0, 3)
+    assert (scores["data"], scores["step"], scores["steps"], scores["seed"]) == ("digits", 30, 4, 3)
     assert scores["labels"]["num_samples"] == 23
     assert scores["labels"]["classifier_accuracy"] > 0.95
     assert scores["left_out"] == "heldout"
@@ -100,6 +100,8 @@ def test_the_checkpoint_s_own_diffusion_and_clipping_are_used(run, tmp_path, mon
     assert seen["diffusion"].original_num_steps == 100
     assert seen["clip_denoised"] is True
     assert (seen["cfg_scale"], seen["cfg_channels"], seen["seed"]) == (4.0, 3, 0)
+    assert command("--ckpt", run, "--num", 1, "--out", tmp_path) == 0
+    assert seen["diffusion"].num_timesteps == 100
     assert (
         command("--ckpt", run, "--steps", 1, "--no-clip-denoised", "--cfg-channels", "all", "--out", tmp_path)
         == 0
@@ -237,7 +239,7 @@ def test_folder_without_heldout_images_is_compared_leaving_one_out(run, tmp_path
         (["--model", "DiT-S/2"], "depth is 1 in the checkpoint, 12 expected; hidden_size is 32"),
         (["--num-classes", "1000"], "num_classes is 10 in the checkpoint, 1000 expected"),
         (["--image-size", "32"], "it makes 8x8 images, --image-size 32 expected"),
-        (["--vae", "nowhere"], "--vae"),
+        (["--vae", "nowhere"], "--vae nowhere: give ema, mse, none, or a folder"),
         (["--compare-to", "nowhere"], "neither a folder nor a built-in set"),
     ],
 )

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         "--num-sampling-steps",
         dest="steps",
-        help="sampling steps, or a respacing such as ddim50 or 10,20,30 (default: 250, or all if there are fewer)",
+        help="sampling steps, or a respacing such as ddim50 or 10,20,30 (default: 250, or all if fewer)",
     )
     how.add_argument("--solver", choices=SOLVERS, default="ddpm")
     how.add_argument(

@@ -23,16 +23,16 @@ class LatentDecoder:
     """
 
     def __init__(self, name: str, channels: int, device: torch.device | str = "cpu") -> None:
+        if name not in _PUBLISHED and not Path(name).is_dir():
+            raise ConfigError(
+                f"--vae {name}: give ema, mse, none, or a folder with a diffusers AutoencoderKL"
+            )
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
             raise MissingExtraError(
                 "diffusers, which decodes latents, is not installed; pip install 'dit-fast[vae]'"
             ) from error
-        if name not in _PUBLISHED and not Path(name).is_dir():
-            raise ConfigError(
-                f"--vae {name}: give ema, mse, none, or a folder with a diffusers AutoencoderKL"
-            )
         try:
             vae: Any = AutoencoderKL.from_pretrained(_PUBLISHED.get(name, name), use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
