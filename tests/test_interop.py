@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import random
 import zipfile
 
 import pytest
@@ -248,6 +249,7 @@ def test_a_single_absurd_block_index_builds_nothing(model, tmp_path):
         ({}, "no tensors at all"),
         ([torch.zeros(3)], "holds a list"),
         (torch.zeros(3), "holds a Tensor"),
+        ({"a\nb\x1b[31m": torch.zeros(3)}, r"entries that are no named tensors: 'a\\nb\\x1b\[31m'$"),
         ({"module.a": torch.zeros(3), "a": torch.zeros(3)}, "two entries for a"),
     ],
 )
@@ -297,6 +299,29 @@ def test_mutated_bytes_never_escape_as_another_error(tmp_path_factory, suffix, d
     path.write_bytes(content)
     with contextlib.suppress(CheckpointError):
         read_weight_file(path)
+
+
+def test_mutated_pickles_in_a_sound_archive_never_escape_as_another_error(tmp_path):
+    content = {
+        "ema": {"pos_embed": torch.arange(8.0)},
+        "opt": {},
+        "args": argparse.Namespace(model="DiT-S/2"),
+    }
+    torch.save(content, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as archive:
+        pickled, storage = archive.read("good/data.pkl"), archive.read("good/data/0")
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        mutated = bytearray(pickled)
+        for _ in range(generator.randint(1, 3)):
+            mutated[generator.randrange(len(mutated))] = generator.randrange(256)
+        (tmp_path / "a.pt").write_bytes(as_archive(bytes(mutated), extra={"data/0": storage}))
+        try:
+            read_weight_file(tmp_path / "a.pt")
+        except CheckpointError:
+            refused += 1
+    assert refused > 200
 
 
 def test_missing_and_wrong_paths(tmp_path):

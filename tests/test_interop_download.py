@@ -97,7 +97,7 @@ class StandInVae(torch.nn.Module):
         self.config = types.SimpleNamespace(latent_channels=4)
 
     @classmethod
-    def from_pretrained(cls, name, use_safetensors):
+    def from_pretrained(cls, name, use_safetensors, low_cpu_mem_usage):
         assert use_safetensors
         if name.startswith("stabilityai/"):
             raise OSError("We couldn't connect to the hub\nsecond line")

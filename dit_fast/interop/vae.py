@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
+from dit_fast.interop.weight_file import first_line
 
 # Rombach et al. 2022, appendix: latents are scaled to unit variance by this factor.
 LATENT_SCALE = 0.18215
@@ -34,12 +35,13 @@ class LatentDecoder:
                 "diffusers, which decodes latents, is not installed; pip install 'dit-fast[vae]'"
             ) from error
         try:
-            vae: Any = AutoencoderKL.from_pretrained(_PUBLISHED.get(name, name), use_safetensors=True)
+            # The memory-saving loader wants a further package, accelerate, and is no use for 84 M parameters.
+            vae: Any = AutoencoderKL.from_pretrained(
+                _PUBLISHED.get(name, name), use_safetensors=True, low_cpu_mem_usage=False
+            )
         except (OSError, ValueError, RuntimeError) as error:
             where = f"{_PUBLISHED[name]} (offline? give --vae a local folder)" if name in _PUBLISHED else name
-            raise CheckpointError(
-                f"cannot load the autoencoder {where}: {str(error).strip().splitlines()[0]}"
-            ) from error
+            raise CheckpointError(f"cannot load the autoencoder {where}: {first_line(error)}") from error
         if vae.config.latent_channels != channels:
             raise ConfigError(
                 f"--vae {name} has {vae.config.latent_channels} latent channels, the model makes {channels}"

@@ -93,7 +93,7 @@ def _read_safetensors(path: Path, size: int, head: bytes) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: not a valid safetensors file of {size} bytes ({_line(error)})"
+            f"{path}: not a valid safetensors file of {size} bytes ({first_line(error)})"
         ) from error
 
 
@@ -104,7 +104,9 @@ def _read_torch(path: Path, size: int) -> Any:
             # Mapped, so that the optimiser of a train.py dictionary is never read into memory.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever hostile bytes make the reader raise is one kind of fault here
-        raise CheckpointError(f"{path}: torch cannot read these weights safely ({_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: torch cannot read these weights safely ({first_line(error)})"
+        ) from error
 
 
 def _check_archive(path: Path, size: int) -> None:
@@ -146,7 +148,7 @@ def _check_archive(path: Path, size: int) -> None:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{path}: damaged archive ({_line(error)}); copy or download it again"
+            f"{path}: damaged archive ({first_line(error)}); copy or download it again"
         ) from error
 
 
@@ -205,7 +207,9 @@ def _select(path: Path, content: Any, weights: str, size: int) -> WeightFile:
 def _as_state_dict(path: Path, state: Mapping[Any, Any], size: int, notes: list[str]) -> dict[str, Tensor]:
     """Own, float32, dense tensors under unwrapped keys."""
     wrong = [
-        str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))
+        key
+        for key, value in state.items()
+        if not (isinstance(key, str) and key.isprintable() and isinstance(value, Tensor))
     ]
     if wrong or not state:
         what = f"entries that are no named tensors: {_listed(wrong)}" if wrong else "no tensors at all"
@@ -242,10 +246,13 @@ def unwrapped(key: str) -> str:
     return key
 
 
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _listed(names: list[Any], most: int = 8) -> str:
+    # A name from a hostile file may be long or hold control characters; the message stays one plain line.
+    plain = [text if (text := str(name)[:80]).isprintable() else repr(text) for name in names[:most]]
+    return ", ".join(plain) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, shortened to one line; its class where it says nothing."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text[:200]
