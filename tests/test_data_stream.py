@@ -60,7 +60,9 @@ def test_half_of_the_samples_are_mirrored_only_where_asked():
     # Column 0 is white in an image as it is, column 3 in its mirror image.
     mirrored = torch.cat([images[:, 0, 0, 3] == 1.0 for images, _ in batches])
     assert 0.45 < mirrored.float().mean() < 0.55
-    plain = torch.cat([images[:, 0, 0, 3] == 1.0 for images, _ in BatchStream(split, 50, 0, False).read(0, 4)])
+    plain = torch.cat(
+        [images[:, 0, 0, 3] == 1.0 for images, _ in BatchStream(split, 50, 0, False).read(0, 4)]
+    )
     assert not plain.any()
 
 

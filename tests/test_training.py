@@ -235,7 +235,12 @@ def test_the_log_and_manifest_say_what_happened(data, tmp_path, capsys):
     assert (manifest["step"], manifest["samples_seen"], manifest["seed"]) == (5, 20, 9)
     assert manifest["class_names"] == ["a", "b"]
     assert manifest["data"] == data.describe()
-    assert manifest["diffusion"] == {"noise_schedule": "linear", "learn_sigma": True, "diffusion_steps": 1000}
+    assert manifest["diffusion"] == {
+        "noise_schedule": "linear",
+        "learn_sigma": True,
+        "predict_xstart": False,
+        "diffusion_steps": 1000,
+    }
     assert TrainConfig(**manifest["train_config"]) == tiny(steps=5, log_every=2, seed=9)
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 

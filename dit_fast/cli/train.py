@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--noise-schedule", metavar="NAME", help="linear or squaredcos_cap_v2 (default: linear)"
     )
+    _switch(recipe, "--predict-xstart", "predict the image instead of the noise (default: off)")
     recipe.add_argument("--diffusion-steps", type=int, metavar="T", help="noise levels (default: 1000)")
     recipe.add_argument(
         "--seed", "--global-seed", type=int, help="of initial weights and all draws (default: 0)"
