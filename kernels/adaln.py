@@ -1,5 +1,247 @@
+"""Adaptive layer norm: y = norm(x) * (1 + scale) + shift.          (Peebles & Xie 2023, figure 3, adaLN)
+
+Shapes    x (B, T, D); shift, scale (B, D), also strided views of one modulation tensor; y (B, T, D).
+Backward  with h = (x - mean) * rstd and g = dy * (1 + scale):
+          d_x = rstd * (g - mean_D(g) - h * mean_D(g * h)), d_shift = sum_T(dy), d_scale = sum_T(dy * h).
+Traffic   forward reads x and writes y; backward reads dy and x and writes d_x, the sums over tokens cost
+          2 * splits rows a sample. Bound by memory.
+Numerics  moments and sums in float32 (float64 for float64 input), one rounding at each store. y has the dtype of
+          `scale`: under autocast x is float32 and y what the next linear layer wants. Sums over tokens are partial
+          sums added in a fixed order, without atomics: two runs agree to the bit.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
 from dit_fast.kernels import reference
+from dit_fast.kernels.device import (
+    column_sum, load_vector, part, row_sum, row_sums, split_rows, split_tokens, squared_deviation, store_vector, token_rows,
+)  # fmt: skip
+from dit_fast.kernels.launch import accumulator, as_vectors, launch, row_launch
+from dit_fast.kernels.op import check_shapes, define_op, uses_triton
 
 
-def adaln_modulate(x, shift, scale, eps=1e-6, kernels="auto"):
-    return reference.adaln_modulate(x, shift, scale, eps)
+@triton.jit
+def modulate(x, mean, rstd, shift_ptr, scale_ptr, START: tl.constexpr, D: tl.constexpr):
+    """(x - mean) * rstd * (1 + scale) + shift on one part of the columns."""
+    shift = load_vector(shift_ptr, START, x.shape[1], D, x.dtype)
+    scale = load_vector(scale_ptr, START, x.shape[1], D, x.dtype)
+    return (x - mean) * rstd * (1 + scale) + shift
+
+
+@triton.jit
+def norm_backward_sums(dy, x, mean, rstd, scale):
+    """d_shift, d_scale (1, SIZE) and the sums of g and g * h (ROWS, 1) of one part of the columns."""
+    h = (x - mean) * rstd
+    dshift, dscale = column_sum(dy), column_sum(dy * h)
+    g = dy * (1 + scale)
+    sum_g, sum_gh = row_sums(g, g * h)
+    return dshift, dscale, sum_g, sum_gh
+
+
+@triton.jit
+def norm_backward(dy, x, mean, rstd, scale, mean_g, mean_gh):
+    """d_x = rstd * (g - mean_D(g) - h * mean_D(g * h)) of one part of the columns."""
+    return rstd * (dy * (1 + scale) - mean_g - (x - mean) * rstd * mean_gh)
+
+
+@triton.jit
+def _adaln_fwd_kernel(
+    # pointers
+    x_ptr, shift_ptr, scale_ptr, y_ptr, mean_ptr, rstd_ptr,
+    # sizes, strides
+    T, stride_shift, stride_scale,
+    # meta
+    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    b, o_rows, m_rows = token_rows(tl.program_id(0), T, ROWS)
+    shift_ptr += b * stride_shift
+    scale_ptr += b * stride_scale
+
+    o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
+    x_main = tl.load(x_ptr + o_main, mask=m_main, other=0.0).to(ACC)
+    mean = row_sum(x_main)
+    if TAIL > 0:
+        o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
+        x_tail = tl.load(x_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
+        mean += row_sum(x_tail)
+    mean /= D
+    variance = squared_deviation(x_main, mean, 0, MAIN, D)
+    if TAIL > 0:
+        variance += squared_deviation(x_tail, mean, MAIN, TAIL, D)
+    rstd = 1 / tl.sqrt(variance / D + EPS)
+
+    y = modulate(x_main, mean, rstd, shift_ptr, scale_ptr, 0, D)
+    tl.store(y_ptr + o_main, y.to(y_ptr.dtype.element_ty), mask=m_main)
+    if TAIL > 0:
+        y = modulate(x_tail, mean, rstd, shift_ptr, scale_ptr, MAIN, D)
+        tl.store(y_ptr + o_tail, y.to(y_ptr.dtype.element_ty), mask=m_tail)
+    tl.store(mean_ptr + o_rows[:, None], mean, mask=m_rows[:, None])
+    tl.store(rstd_ptr + o_rows[:, None], rstd, mask=m_rows[:, None])
+
+
+@triton.jit
+def _adaln_bwd_kernel(
+    # pointers
+    dy_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr,
+    # sizes, strides
+    B, T, stride_scale,
+    # meta
+    SPLITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    b = (pid // SPLITS).to(tl.int64)
+    split = pid % SPLITS
+    scale_ptr += b * stride_scale
+    scale_main = load_vector(scale_ptr, 0, MAIN, D, ACC)
+    dshift_main, dscale_main = tl.zeros_like(scale_main), tl.zeros_like(scale_main)
+    if TAIL > 0:
+        scale_tail = load_vector(scale_ptr, MAIN, TAIL, D, ACC)
+        dshift_tail, dscale_tail = tl.zeros_like(scale_tail), tl.zeros_like(scale_tail)
+
+    for start in range(0, split_tokens(T, SPLITS, ROWS), ROWS):
+        o_rows, m_rows = split_rows(b, split, start, T, SPLITS, ROWS)
+        mean = tl.load(mean_ptr + o_rows, mask=m_rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + o_rows, mask=m_rows, other=0.0)[:, None]
+
+        # The rows are read twice, the second time from the cache: holding them all would spill registers.
+        o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
+        dy = tl.load(dy_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_last").to(ACC)
+        x = tl.load(x_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_last").to(ACC)
+        dshift, dscale, sum_g, sum_gh = norm_backward_sums(dy, x, mean, rstd, scale_main)
+        dshift_main += dshift
+        dscale_main += dscale
+        if TAIL > 0:
+            o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
+            dy = tl.load(dy_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_last").to(ACC)
+            x = tl.load(x_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_last").to(ACC)
+            dshift, dscale, tail_g, tail_gh = norm_backward_sums(dy, x, mean, rstd, scale_tail)
+            dshift_tail += dshift
+            dscale_tail += dscale
+            sum_g += tail_g
+            sum_gh += tail_gh
+
+        dy = tl.load(dy_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_first").to(ACC)
+        x = tl.load(x_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_first").to(ACC)
+        dx = norm_backward(dy, x, mean, rstd, scale_main, sum_g / D, sum_gh / D)
+        tl.store(dx_ptr + o_main, dx.to(dx_ptr.dtype.element_ty), mask=m_main)
+        if TAIL > 0:
+            dy = tl.load(dy_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_first").to(ACC)
+            x = tl.load(x_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_first").to(ACC)
+            dx = norm_backward(dy, x, mean, rstd, scale_tail, sum_g / D, sum_gh / D)
+            tl.store(dx_ptr + o_tail, dx.to(dx_ptr.dtype.element_ty), mask=m_tail)
+
+    # partial is (2, B, SPLITS, D): d_shift, then d_scale.
+    partial_ptr += (b * SPLITS + split) * D
+    stride_sum = B.to(tl.int64) * SPLITS * D
+    store_vector(partial_ptr, dshift_main, 0, MAIN, D)
+    store_vector(partial_ptr + stride_sum, dscale_main, 0, MAIN, D)
+    if TAIL > 0:
+        store_vector(partial_ptr, dshift_tail, MAIN, TAIL, D)
+        store_vector(partial_ptr + stride_sum, dscale_tail, MAIN, TAIL, D)
+
+
+def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, D = x.shape
+    x, shift, scale = x.contiguous(), as_vectors(shift), as_vectors(scale)
+    y = torch.empty_like(x, dtype=scale.dtype)
+    mean = x.new_empty(B, T, dtype=reference.accumulator(x))
+    rstd = torch.empty_like(mean)
+    cfg = row_launch(B, T, D, min(x.itemsize, y.itemsize))
+    launch(
+        _adaln_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
+        x_ptr=x, shift_ptr=shift, scale_ptr=scale, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
+        T=T, stride_shift=shift.stride(0), stride_scale=scale.stride(0),
+        EPS=eps, D=D, **cfg.meta, ACC=accumulator(x),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _forward_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return (reference.adaln_modulate(x, shift, scale, eps).contiguous(), *reference.moments(x, eps))
+
+
+def _forward_fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    moments = x.new_empty(x.shape[:2], dtype=reference.accumulator(x))
+    return x.new_empty(x.shape, dtype=scale.dtype), moments, torch.empty_like(moments)
+
+
+def _backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """d_x and (2, B, D) = [d_shift, d_scale] in the dtype of `scale`."""
+    B, T, D = x.shape
+    dy, x, scale = dy.contiguous(), x.contiguous(), as_vectors(scale)
+    dx = torch.empty_like(x)
+    cfg = row_launch(B, T, D, min(x.itemsize, dy.itemsize))
+    partial = x.new_empty(2, B, cfg.splits, D, dtype=mean.dtype)
+    launch(
+        _adaln_bwd_kernel, (B * cfg.splits,), on=x, num_warps=cfg.num_warps,
+        dy_ptr=dy, x_ptr=x, scale_ptr=scale, mean_ptr=mean, rstd_ptr=rstd, dx_ptr=dx, partial_ptr=partial,
+        B=B, T=T, stride_scale=scale.stride(0),
+        SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(x),
+    )  # fmt: skip
+    return dx, partial.sum(2).to(scale.dtype)
+
+
+def _backward_reference(
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx, dshift, dscale = reference.adaln_modulate_backward(dy, x, scale, mean, rstd)
+    return dx.contiguous(), torch.stack([dshift, dscale])
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(2, *scale.shape)
+
+
+_backward_op = define_op(
+    "adaln_modulate_backward",
+    triton_impl=_backward,
+    reference_impl=_backward_reference,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, shift, scale, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, scale, mean, rstd)
+    ctx.shift_dtype = shift.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dmod = _backward_op(dy, *ctx.saved_tensors)
+    return dx, dmod[0].to(ctx.shift_dtype), dmod[1], None
+
+
+_forward_op = define_op(
+    "adaln_modulate",
+    triton_impl=_forward,
+    reference_impl=_forward_reference,
+    fake=_forward_fake,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+
+
+def adaln_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, kernels: str = "auto"
+) -> Tensor:
+    """norm(x) * (1 + scale) + shift, norm a layer norm without affine parameters.
+
+    x (B, T, D); shift, scale (B, D), rows contiguous or strided; returns (B, T, D) in the dtype of `scale`.
+    `kernels`: "auto", "triton" or "reference". Raises ValueError for shapes that do not fit.
+    """
+    if not uses_triton(kernels, x):
+        return reference.adaln_modulate(x, shift, scale, eps)
+    B, _, D = check_shapes("adaln_modulate", x)
+    check_shapes("adaln_modulate", x, shift=(shift, (B, D)), scale=(scale, (B, D)))
+    return _forward_op(x, shift, scale, eps)[0]

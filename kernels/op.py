@@ -9,6 +9,9 @@ from torch import Tensor
 
 KERNEL_MODES = ("auto", "triton", "reference")
 
+MAX_WIDTH = 8192
+"""Widest row that a program holds; beyond it registers spill whatever the number of warps."""
+
 
 def uses_triton(kernels: str, x: Tensor) -> bool:
     """Whether `kernels` ("auto" | "triton" | "reference") means the registered operation for a tensor like `x`.
@@ -43,3 +46,17 @@ def define_op(
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
     return op
+
+
+def check_shapes(op: str, x: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> torch.Size:
+    """The shape of the (B, T, D) tensor `x`; ValueError naming the first argument that does not fit beside it."""
+    if x.ndim != 3:
+        raise ValueError(f"{op}: x is {tuple(x.shape)}, expected (batch, tokens, width)")
+    if not 0 < x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{op}: width {x.shape[-1]} is not in 1..{MAX_WIDTH}; use kernels='reference'")
+    for name, (tensor, shape) in others.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}")
+    return x.shape
