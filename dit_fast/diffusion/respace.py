@@ -134,7 +134,7 @@ class SpacedDiffusion(GaussianDiffusion):
             model_var_type=model_var_type,
             loss_type=loss_type,
         )
-        self._device_timestep_map = DeviceTable(np.array(self.timestep_map, dtype=np.int64), torch.int64)
+        self._device_timestep_map = DeviceTable(torch.tensor(self.timestep_map, dtype=torch.int64))
 
     def _model_timesteps(self, t: Tensor) -> Tensor:
         if self.num_timesteps == self.original_num_steps:
