@@ -1,9 +1,480 @@
+"""Gated residual x + gate * (branch + bias), alone and fused with the next adaptive layer norm.
+                                                                  (Peebles & Xie 2023, figure 3, adaLN-Zero)
+
+Shapes    x, branch (B, T, D); gate, shift, scale (B, D), also strided views; bias (D,) or None.
+          `gated_residual_adaln` returns the new residual stream out = x + gate * (branch + bias) and
+          y = norm(out) * (1 + scale) + shift.
+Backward  with d_norm the layer norm's d_x (adaln.py) at `out`: d_x = d_out + d_norm, d_branch = gate * d_x,
+          d_gate = sum_T(d_x * (branch + bias)), d_bias = sum_B(gate * sum_T(d_x)), d_shift and d_scale as there.
+Traffic   fused forward reads x, branch and writes out, y; fused backward reads d_out, d_y, out, branch and writes
+          d_x, d_branch: all four vectors and the branch's bias gradient come out of that one pass.
+Numerics  as in adaln.py: float32 sums, one rounding at each store, `out` in the dtype of x, y in that of `scale`,
+          sums over tokens in a fixed order without atomics. Statistics are of `out` before it is rounded.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
 from dit_fast.kernels import reference
+from dit_fast.kernels.adaln import modulate, norm_backward, norm_backward_sums
+from dit_fast.kernels.device import (
+    column_sum, load_vector, part, row_sum, split_rows, split_tokens, squared_deviation, store_vector, token_rows,
+)  # fmt: skip
+from dit_fast.kernels.launch import accumulator, as_vectors, launch, row_launch
+from dit_fast.kernels.op import check_shapes, define_op, uses_triton
 
 
-def gated_residual(x, branch, gate, bias=None, kernels="auto"):
-    return reference.gated_residual(x, branch, gate, bias)
+@triton.jit
+def load_sum(
+    x_ptr, branch_ptr, bias_ptr, gate_ptr, offsets, mask, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """x + gate * (branch + bias) on one part of the columns; bias_ptr None means no bias."""
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    branch = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        branch += load_vector(bias_ptr, START, SIZE, D, ACC)
+    return x + load_vector(gate_ptr, START, SIZE, D, ACC) * branch
 
 
-def gated_residual_adaln(x, branch, gate, shift, scale, bias=None, eps=1e-6, kernels="auto"):
-    return reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps)
+@triton.jit
+def store_gate_sums(
+    partial_ptr, stride_sum, dx_branch, dx_sum, gate, bias_ptr, START: tl.constexpr, SIZE: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """d_gate = sum(dx * branch) + bias * sum(dx), and gate * sum(dx), which is the bias gradient's share."""
+    if bias_ptr is not None:
+        dx_branch += load_vector(bias_ptr, START, SIZE, D, dx_sum.dtype) * dx_sum
+        store_vector(partial_ptr + stride_sum, gate * dx_sum, START, SIZE, D)
+    store_vector(partial_ptr, dx_branch, START, SIZE, D)
+
+
+@triton.jit
+def branch_backward(dx, branch_ptr, dbranch_ptr, gate, offsets, mask):
+    """Store d_branch = gate * dx; return the sums over rows of dx * branch and of dx."""
+    branch = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(dx.dtype)
+    tl.store(dbranch_ptr + offsets, (gate * dx).to(dbranch_ptr.dtype.element_ty), mask=mask)
+    return column_sum(dx * branch), column_sum(dx)
+
+
+@triton.jit
+def _gated_residual_fwd_kernel(
+    # pointers
+    x_ptr, branch_ptr, gate_ptr, bias_ptr, out_ptr,
+    # sizes, strides
+    T, stride_gate,
+    # meta
+    D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    b, o_rows, m_rows = token_rows(tl.program_id(0), T, ROWS)
+    gate_ptr += b * stride_gate
+    o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
+    out = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_main, m_main, 0, MAIN, D, ACC)
+    tl.store(out_ptr + o_main, out.to(out_ptr.dtype.element_ty), mask=m_main)
+    if TAIL > 0:
+        o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
+        out = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_tail, m_tail, MAIN, TAIL, D, ACC)
+        tl.store(out_ptr + o_tail, out.to(out_ptr.dtype.element_ty), mask=m_tail)
+
+
+@triton.jit
+def _gated_residual_bwd_kernel(
+    # pointers
+    dout_ptr, branch_ptr, gate_ptr, bias_ptr, dbranch_ptr, partial_ptr,
+    # sizes, strides
+    B, T, stride_gate,
+    # meta
+    SPLITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    b = (pid // SPLITS).to(tl.int64)
+    split = pid % SPLITS
+    gate_ptr += b * stride_gate
+    gate_main = load_vector(gate_ptr, 0, MAIN, D, ACC)
+    branch_main, dx_main = tl.zeros_like(gate_main), tl.zeros_like(gate_main)
+    if TAIL > 0:
+        gate_tail = load_vector(gate_ptr, MAIN, TAIL, D, ACC)
+        branch_tail, dx_tail = tl.zeros_like(gate_tail), tl.zeros_like(gate_tail)
+
+    for start in range(0, split_tokens(T, SPLITS, ROWS), ROWS):
+        o_rows, m_rows = split_rows(b, split, start, T, SPLITS, ROWS)
+        o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
+        dx = tl.load(dout_ptr + o_main, mask=m_main, other=0.0).to(ACC)
+        dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_main, o_main, m_main)
+        branch_main += dx_branch
+        dx_main += dx_sum
+        if TAIL > 0:
+            o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
+            dx = tl.load(dout_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
+            dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_tail, o_tail, m_tail)
+            branch_tail += dx_branch
+            dx_tail += dx_sum
+
+    # partial is (2, B, SPLITS, D): d_gate, then the bias gradient's shares.
+    partial_ptr += (b * SPLITS + split) * D
+    stride_sum = B.to(tl.int64) * SPLITS * D
+    store_gate_sums(partial_ptr, stride_sum, branch_main, dx_main, gate_main, bias_ptr, 0, MAIN, D)
+    if TAIL > 0:
+        store_gate_sums(partial_ptr, stride_sum, branch_tail, dx_tail, gate_tail, bias_ptr, MAIN, TAIL, D)
+
+
+@triton.jit
+def _gated_residual_adaln_fwd_kernel(
+    # pointers
+    x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
+    # sizes, strides
+    T, stride_gate, stride_shift, stride_scale,
+    # meta
+    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    b, o_rows, m_rows = token_rows(tl.program_id(0), T, ROWS)
+    gate_ptr += b * stride_gate
+    shift_ptr += b * stride_shift
+    scale_ptr += b * stride_scale
+
+    o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
+    out_main = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_main, m_main, 0, MAIN, D, ACC)
+    tl.store(out_ptr + o_main, out_main.to(out_ptr.dtype.element_ty), mask=m_main)
+    mean = row_sum(out_main)
+    if TAIL > 0:
+        o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
+        out_tail = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_tail, m_tail, MAIN, TAIL, D, ACC)
+        tl.store(out_ptr + o_tail, out_tail.to(out_ptr.dtype.element_ty), mask=m_tail)
+        mean += row_sum(out_tail)
+    mean /= D
+    variance = squared_deviation(out_main, mean, 0, MAIN, D)
+    if TAIL > 0:
+        variance += squared_deviation(out_tail, mean, MAIN, TAIL, D)
+    rstd = 1 / tl.sqrt(variance / D + EPS)
+
+    y = modulate(out_main, mean, rstd, shift_ptr, scale_ptr, 0, D)
+    tl.store(y_ptr + o_main, y.to(y_ptr.dtype.element_ty), mask=m_main)
+    if TAIL > 0:
+        y = modulate(out_tail, mean, rstd, shift_ptr, scale_ptr, MAIN, D)
+        tl.store(y_ptr + o_tail, y.to(y_ptr.dtype.element_ty), mask=m_tail)
+    tl.store(mean_ptr + o_rows[:, None], mean, mask=m_rows[:, None])
+    tl.store(rstd_ptr + o_rows[:, None], rstd, mask=m_rows[:, None])
+
+
+@triton.jit
+def _gated_residual_adaln_bwd_kernel(
+    # pointers
+    dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, bias_ptr,
+    dx_ptr, dbranch_ptr, partial_ptr,
+    # sizes, strides
+    B, T, stride_gate, stride_scale,
+    # meta
+    SPLITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    b = (pid // SPLITS).to(tl.int64)
+    split = pid % SPLITS
+    gate_ptr += b * stride_gate
+    scale_ptr += b * stride_scale
+    scale_main = load_vector(scale_ptr, 0, MAIN, D, ACC)
+    gate_main = load_vector(gate_ptr, 0, MAIN, D, ACC)
+    dshift_main, dscale_main = tl.zeros_like(scale_main), tl.zeros_like(scale_main)
+    branch_main, dx_main = tl.zeros_like(scale_main), tl.zeros_like(scale_main)
+    if TAIL > 0:
+        scale_tail = load_vector(scale_ptr, MAIN, TAIL, D, ACC)
+        gate_tail = load_vector(gate_ptr, MAIN, TAIL, D, ACC)
+        dshift_tail, dscale_tail = tl.zeros_like(scale_tail), tl.zeros_like(scale_tail)
+        branch_tail, dx_tail = tl.zeros_like(scale_tail), tl.zeros_like(scale_tail)
+
+    for start in range(0, split_tokens(T, SPLITS, ROWS), ROWS):
+        o_rows, m_rows = split_rows(b, split, start, T, SPLITS, ROWS)
+        mean = tl.load(mean_ptr + o_rows, mask=m_rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + o_rows, mask=m_rows, other=0.0)[:, None]
+
+        # The rows are read twice, the second time from the cache: holding them all would spill registers.
+        o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
+        dy = tl.load(dy_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_last").to(ACC)
+        out = tl.load(out_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_last").to(ACC)
+        dshift, dscale, sum_g, sum_gh = norm_backward_sums(dy, out, mean, rstd, scale_main)
+        dshift_main += dshift
+        dscale_main += dscale
+        if TAIL > 0:
+            o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
+            dy = tl.load(dy_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_last").to(ACC)
+            out = tl.load(out_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_last").to(ACC)
+            dshift, dscale, tail_g, tail_gh = norm_backward_sums(dy, out, mean, rstd, scale_tail)
+            dshift_tail += dshift
+            dscale_tail += dscale
+            sum_g += tail_g
+            sum_gh += tail_gh
+
+        dy = tl.load(dy_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_first").to(ACC)
+        out = tl.load(out_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_first").to(ACC)
+        dx = norm_backward(dy, out, mean, rstd, scale_main, sum_g / D, sum_gh / D)
+        dx += tl.load(dout_ptr + o_main, mask=m_main, other=0.0).to(ACC)
+        tl.store(dx_ptr + o_main, dx.to(dx_ptr.dtype.element_ty), mask=m_main)
+        dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_main, o_main, m_main)
+        branch_main += dx_branch
+        dx_main += dx_sum
+        if TAIL > 0:
+            dy = tl.load(dy_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_first").to(ACC)
+            out = tl.load(out_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_first").to(ACC)
+            dx = norm_backward(dy, out, mean, rstd, scale_tail, sum_g / D, sum_gh / D)
+            dx += tl.load(dout_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
+            tl.store(dx_ptr + o_tail, dx.to(dx_ptr.dtype.element_ty), mask=m_tail)
+            dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_tail, o_tail, m_tail)
+            branch_tail += dx_branch
+            dx_tail += dx_sum
+
+    # partial is (4, B, SPLITS, D): d_shift, d_scale, d_gate, then the bias gradient's shares.
+    partial_ptr += (b * SPLITS + split) * D
+    stride_sum = B.to(tl.int64) * SPLITS * D
+    store_vector(partial_ptr, dshift_main, 0, MAIN, D)
+    store_vector(partial_ptr + stride_sum, dscale_main, 0, MAIN, D)
+    gate_ptr_sums = partial_ptr + 2 * stride_sum
+    store_gate_sums(gate_ptr_sums, stride_sum, branch_main, dx_main, gate_main, bias_ptr, 0, MAIN, D)
+    if TAIL > 0:
+        store_vector(partial_ptr, dshift_tail, MAIN, TAIL, D)
+        store_vector(partial_ptr + stride_sum, dscale_tail, MAIN, TAIL, D)
+        store_gate_sums(gate_ptr_sums, stride_sum, branch_tail, dx_tail, gate_tail, bias_ptr, MAIN, TAIL, D)
+
+
+def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+    B, T, D = x.shape
+    x, branch, gate = x.contiguous(), branch.contiguous(), as_vectors(gate)
+    out = torch.empty_like(x)
+    cfg = row_launch(B, T, D, min(x.itemsize, branch.itemsize))
+    launch(
+        _gated_residual_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
+        x_ptr=x, branch_ptr=branch, gate_ptr=gate, bias_ptr=bias, out_ptr=out,
+        T=T, stride_gate=gate.stride(0),
+        D=D, **cfg.meta, ACC=accumulator(x),
+    )  # fmt: skip
+    return out
+
+
+def _residual_reference(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+    return reference.gated_residual(x, branch, gate, bias).contiguous()
+
+
+def _residual_fake(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _residual_backward(
+    dout: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_branch, d_gate (B, D), d_bias (D,), empty without a bias."""
+    B, T, D = dout.shape
+    dout, branch, gate = dout.contiguous(), branch.contiguous(), as_vectors(gate)
+    dbranch = torch.empty_like(branch)
+    cfg = row_launch(B, T, D, min(dout.itemsize, branch.itemsize))
+    partial = dout.new_empty(1 if bias is None else 2, B, cfg.splits, D, dtype=reference.accumulator(dout))
+    launch(
+        _gated_residual_bwd_kernel, (B * cfg.splits,), on=dout, num_warps=cfg.num_warps,
+        dout_ptr=dout, branch_ptr=branch, gate_ptr=gate, bias_ptr=bias, dbranch_ptr=dbranch, partial_ptr=partial,
+        B=B, T=T, stride_gate=gate.stride(0),
+        SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(dout),
+    )  # fmt: skip
+    return dbranch, partial[0].sum(1).to(gate.dtype), _bias_gradient(partial[1:], bias, gate)
+
+
+def _bias_gradient(shares: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if bias is None else shares[0].sum((0, 1)).to(bias.dtype)
+
+
+def _residual_backward_fake(
+    dout: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = gate.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return branch.new_empty(branch.shape), gate.new_empty(gate.shape), dbias
+
+
+def _residual_backward_reference(
+    dout: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbranch, dgate, dbias = reference.gated_residual_backward(dout, branch, gate, bias)
+    return dbranch.contiguous(), dgate, dbias
+
+
+_residual_backward_op = define_op(
+    "gated_residual_backward",
+    triton_impl=_residual_backward,
+    reference_impl=_residual_backward_reference,
+    fake=_residual_backward_fake,
+)
+
+
+def _residual_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, branch, gate, bias = inputs
+    ctx.save_for_backward(branch, gate, bias)
+
+
+def _residual_autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    branch, gate, bias = ctx.saved_tensors
+    dbranch, dgate, dbias = _residual_backward_op(dout, branch, gate, bias)
+    return dout, dbranch, dgate, None if bias is None else dbias
+
+
+_residual_op = define_op(
+    "gated_residual",
+    triton_impl=_residual,
+    reference_impl=_residual_reference,
+    fake=_residual_fake,
+    backward=_residual_autograd,
+    setup_context=_residual_context,
+)
+
+
+def _fused(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, y, and the mean and 1 / deviation (B, T) of each row of out."""
+    B, T, D = x.shape
+    x, branch = x.contiguous(), branch.contiguous()
+    gate, shift, scale = as_vectors(gate), as_vectors(shift), as_vectors(scale)
+    out, y = torch.empty_like(x), torch.empty_like(x, dtype=scale.dtype)
+    mean = x.new_empty(B, T, dtype=reference.accumulator(x))
+    rstd = torch.empty_like(mean)
+    cfg = row_launch(B, T, D, min(x.itemsize, branch.itemsize, y.itemsize))
+    launch(
+        _gated_residual_adaln_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
+        x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=bias,
+        out_ptr=out, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
+        T=T, stride_gate=gate.stride(0), stride_shift=shift.stride(0), stride_scale=scale.stride(0),
+        EPS=eps, D=D, **cfg.meta, ACC=accumulator(x),
+    )  # fmt: skip
+    return out, y, mean, rstd
+
+
+def _fused_reference(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, y = reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps)
+    return out.contiguous(), y.contiguous(), *reference.moments(out, eps)
+
+
+def _fused_fake(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    moments = x.new_empty(x.shape[:2], dtype=reference.accumulator(x))
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=scale.dtype), moments, torch.empty_like(moments)
+
+
+def _fused_backward(
+    dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """d_x, d_branch, (3, B, D) = [d_shift, d_scale, d_gate] in the dtype of `scale`, and d_bias as above."""
+    B, T, D = out.shape
+    dout, dy, out, branch = dout.contiguous(), dy.contiguous(), out.contiguous(), branch.contiguous()
+    gate, scale = as_vectors(gate), as_vectors(scale)
+    dx, dbranch = torch.empty_like(out), torch.empty_like(branch)
+    cfg = row_launch(B, T, D, min(out.itemsize, branch.itemsize, dy.itemsize))
+    partial = out.new_empty(3 if bias is None else 4, B, cfg.splits, D, dtype=mean.dtype)
+    launch(
+        _gated_residual_adaln_bwd_kernel, (B * cfg.splits,), on=out, num_warps=cfg.num_warps,
+        dout_ptr=dout, dy_ptr=dy, out_ptr=out, branch_ptr=branch, gate_ptr=gate, scale_ptr=scale,
+        mean_ptr=mean, rstd_ptr=rstd, bias_ptr=bias, dx_ptr=dx, dbranch_ptr=dbranch, partial_ptr=partial,
+        B=B, T=T, stride_gate=gate.stride(0), stride_scale=scale.stride(0),
+        SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(out),
+    )  # fmt: skip
+    return dx, dbranch, partial[:3].sum(2).to(scale.dtype), _bias_gradient(partial[3:], bias, gate)
+
+
+def _fused_backward_reference(
+    dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx, dbranch, dgate, dshift, dscale, dbias = reference.gated_residual_adaln_backward(
+        dout, dy, out, branch, gate, scale, mean, rstd, bias
+    )
+    return dx.contiguous(), dbranch.contiguous(), torch.stack([dshift, dscale, dgate.to(scale.dtype)]), dbias
+
+
+def _fused_backward_fake(
+    dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dbias = gate.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return out.new_empty(out.shape), branch.new_empty(branch.shape), scale.new_empty(3, *scale.shape), dbias
+
+
+_fused_backward_op = define_op(
+    "gated_residual_adaln_backward",
+    triton_impl=_fused_backward,
+    reference_impl=_fused_backward_reference,
+    fake=_fused_backward_fake,
+)
+
+
+def _fused_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, branch, gate, shift, scale, bias, _ = inputs
+    out, _, mean, rstd = output
+    ctx.save_for_backward(out, branch, gate, scale, mean, rstd, bias)
+    ctx.shift_dtype = shift.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _fused_autograd(ctx: Any, dout: Tensor, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    out, branch, gate, scale, mean, rstd, bias = ctx.saved_tensors
+    dx, dbranch, dmod, dbias = _fused_backward_op(dout, dy, out, branch, gate, scale, mean, rstd, bias)
+    dshift, dscale, dgate = dmod[0].to(ctx.shift_dtype), dmod[1], dmod[2].to(gate.dtype)
+    return dx, dbranch, dgate, dshift, dscale, None if bias is None else dbias, None
+
+
+_fused_op = define_op(
+    "gated_residual_adaln",
+    triton_impl=_fused,
+    reference_impl=_fused_reference,
+    fake=_fused_fake,
+    backward=_fused_autograd,
+    setup_context=_fused_context,
+)
+
+
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None = None, *, kernels: str = "auto"
+) -> Tensor:
+    """x + gate * (branch + bias).
+
+    x, branch (B, T, D); gate (B, D); bias (D,) or None; returns (B, T, D) in the dtype of `x`.
+    `kernels`: "auto", "triton" or "reference". Raises ValueError for shapes that do not fit.
+    """
+    if not uses_triton(kernels, x):
+        return reference.gated_residual(x, branch, gate, bias)
+    _check("gated_residual", x, branch, bias, gate=gate)
+    return _residual_op(x, branch, gate, bias)
+
+
+def gated_residual_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    kernels: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The residual stream out = x + gate * (branch + bias) and its norm(out) * (1 + scale) + shift, in one pass.
+
+    x, branch (B, T, D); gate, shift, scale (B, D); bias (D,) or None. Returns out in the dtype of `x` and the
+    modulated norm in that of `scale`. `kernels` and errors as in `gated_residual`.
+    """
+    if not uses_triton(kernels, x):
+        return reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps)
+    _check("gated_residual_adaln", x, branch, bias, gate=gate, shift=shift, scale=scale)
+    out, y, _, _ = _fused_op(x, branch, gate, shift, scale, bias, eps)
+    return out, y
+
+
+def _check(op: str, x: Tensor, branch: Tensor, bias: Tensor | None, **vectors: Tensor) -> None:
+    B, T, D = check_shapes(op, x)
+    expected = {name: (vector, (B, D)) for name, vector in vectors.items()}
+    if bias is not None:
+        expected["bias"] = (bias, (D,))
+    check_shapes(op, x, branch=(branch, (B, T, D)), **expected)
