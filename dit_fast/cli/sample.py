@@ -214,7 +214,7 @@ def _plan(args: argparse.Namespace) -> _Plan:
 def _guided_channels(text: str) -> int | None:
     if text == "all":
         return None
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise ConfigError(f"--cfg-channels {text}: give a positive number, or all")
     return int(text)
 

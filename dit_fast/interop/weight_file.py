@@ -171,6 +171,10 @@ def _check_globals(path: Path, pickled: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name == "GLOBAL":
             names.add(str(argument))
+        elif opcode.name == "PROTO" and argument != 2:
+            raise CheckpointError(
+                f"{path}: refused: pickle protocol {argument}; save it anew with torch.save's default, 2"
+            )
         elif opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
             raise CheckpointError(
                 f"{path}: refused: its pickle uses {opcode.name}, torch.save's default protocol does not"
