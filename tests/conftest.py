@@ -1,0 +1,32 @@
+"""What every test starts from: the same random numbers, one thread, compiler caches of its own."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+# Tensors here are small and pytest-xdist uses the cores.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def inductor_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Inductor's cache does not notice that an operation of the same name is another one now: begin empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
