@@ -1,4 +1,4 @@
-"""The wheel claims one top-level name and holds every file of the package, kernels/ under dit_fast/kernels/."""
+"""The wheel claims one top-level name and holds every file, kernels/ under dit_fast/kernels/."""
 
 import shutil
 import subprocess
@@ -20,7 +20,9 @@ def source_files() -> set[str]:
     folders = ("dit_fast", "kernels")
     if (ROOT / ".git").exists() and shutil.which("git"):
         command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )
         paths = [Path(line) for line in listed if line and (ROOT / line).is_file()]
     else:
         paths = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*")]

@@ -1,0 +1,335 @@
+"""What the code may import, read and do, held by reading it (ast) and by importing it under watch."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Imports point from a higher level to the same or a lower one. "" is dit_fast itself.
+LEVELS = {
+    "": 0, "errors": 0,
+    "kernels": 1,
+    "models": 2, "blocks": 2, "embedders": 2, "diffusion": 2, "sampling": 2,
+    "training": 3, "data": 3, "evaluation": 3, "interop": 3, "download": 3,
+    "cli": 4,
+}  # fmt: skip
+HEAVY = frozenset(
+    ("diffusers", "flash_attn", "apex", "nvtx", "tensorboard", "wandb", "torch_fidelity", "matplotlib")
+    + ("sklearn", "mlxtend", "torchvision", "timm", "transformers", "accelerate")
+)
+# Set by torchrun and by C++ builds; there are no variables of our own.
+ENVIRONMENT = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "CXX"}
+MOST_LINES = 400
+
+
+def module_files() -> list[Path]:
+    """Files of the package, each kernel file once, as kernels/*.py."""
+    inside = [
+        path for path in (ROOT / "dit_fast").rglob("*.py") if path.parts[len(ROOT.parts) + 1] != "kernels"
+    ]
+    return sorted([*inside, *(ROOT / "kernels").rglob("*.py")])
+
+
+def python_files() -> list[Path]:
+    return sorted([*module_files(), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("dit_fast", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def where(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+
+
+def imports(path: Path, top_level_only: bool = False) -> Iterator[tuple[ast.stmt, str]]:
+    """Absolute names that a file imports; `from dit_fast import x` counts as dit_fast.x."""
+    here = tree(path)
+    lazy = {
+        inner
+        for outer in ast.walk(here)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(outer)
+    }
+    for node in ast.walk(here):
+        if top_level_only and node in lazy:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{where(path, node)}: relative import"
+            for alias in node.names:
+                yield node, f"{node.module}.{alias.name}" if node.module == "dit_fast" else str(node.module)
+
+
+def level(name: str) -> int:
+    """Level of dit_fast.<part>...; an attribute of dit_fast itself, such as __version__, is level 0."""
+    part = (name.split(".") + [""])[1]
+    return LEVELS[part] if part in LEVELS or not part.startswith("__") else LEVELS[""]
+
+
+@pytest.mark.parametrize("path", module_files(), ids=module_name)
+def test_imports_point_one_way(path: Path) -> None:
+    own = module_name(path)
+    for node, name in imports(path):
+        root = name.split(".")[0]
+        assert root not in ("benchmarks", "tests", "kernels"), f"{where(path, node)} imports {name}"
+        if root == "dit_fast":
+            assert level(name) <= level(own), f"{where(path, node)}: {own} imports {name}, which is above it"
+        if own.startswith("dit_fast.kernels"):
+            allowed = root in ("torch", "triton") or root in sys.stdlib_module_names
+            assert allowed or name.startswith("dit_fast.kernels"), f"{where(path, node)} imports {name}"
+
+
+@pytest.mark.parametrize("path", module_files(), ids=module_name)
+def test_optional_packages_are_imported_where_used(path: Path) -> None:
+    heavy = [
+        f"{where(path, node)}: {name}" for node, name in imports(path, True) if name.split(".")[0] in HEAVY
+    ]
+    assert not heavy
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_is_read_in_one_sitting(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= MOST_LINES, f"{path.relative_to(ROOT)} has {lines} lines: it is two ideas"
+
+
+@pytest.mark.parametrize("path", module_files(), ids=module_name)
+def test_nothing_unpickles_and_no_atomics(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert not re.search(r"(pickle|dill|joblib)\.(load|loads|Unpickler)$", called), where(path, node)
+        assert not called.startswith("tl.atomic_"), f"{where(path, node)}: {called} sums in no fixed order"
+        assert keywords.get("weights_only", "True") == "True", where(path, node)
+        assert keywords.get("allow_pickle", "False") == "False", where(path, node)
+        if called == "torch.load":
+            assert "weights_only" in keywords, where(path, node)
+
+
+@pytest.mark.parametrize("path", module_files(), ids=module_name)
+def test_no_environment_variables_of_our_own(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    for node in ast.walk(tree(path)):
+        assert not (isinstance(node, ast.ImportFrom) and node.module == "os"), where(path, node)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv"):
+            read = re.search(r"os\.(?:environ(?:\.get\(|\[)|getenv\()\"(\w+)\"", lines[node.lineno - 1])
+            assert read is not None, f"{where(path, node)}: the environment is read as a whole or written"
+            assert read[1] in ENVIRONMENT, f"{where(path, node)}: {read[1]}"
+
+
+WATCHED_IMPORT = """
+import importlib, os, sys
+import numpy, PIL.Image, safetensors.torch, torch, torch._dynamo, tqdm, triton, triton.language
+
+def refuse(what):
+    def call(*args, **kwargs):
+        raise AssertionError(f"{what} at import: {args}")
+    return call
+
+for name in ("_lazy_init", "init", "current_device", "is_available", "device_count", "get_device_capability"):
+    setattr(torch.cuda, name, refuse(f"torch.cuda.{name}"))
+
+def hook(event, args):
+    if event.split(".")[0] in ("socket", "subprocess", "tempfile", "shutil") or event in (
+        "os.system", "os.mkdir", "os.rename", "os.remove", "os.putenv", "os.unsetenv"
+    ):
+        raise AssertionError(f"{event} at import: {args}")
+    if event == "open":
+        path, _, flags = args
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise AssertionError(f"{path} opened for writing at import")
+        if not str(path).endswith((".py", ".pyc", ".so")):
+            raise AssertionError(f"{path} read at import")
+
+sys.dont_write_bytecode = True
+environment = dict(os.environ)
+threads, random = torch.get_num_threads(), torch.get_rng_state()
+sys.addaudithook(hook)
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+assert dict(os.environ) == environment, "an import changed os.environ"
+assert torch.get_num_threads() == threads, "an import changed the number of threads"
+assert torch.equal(torch.get_rng_state(), random), "an import drew random numbers"
+heavy = sorted({name.split(".")[0] for name in sys.modules} & set(%r))
+assert not heavy, f"imported with dit_fast: {heavy}"
+print("imported", len(sys.argv) - 1)
+"""
+
+
+def test_importing_touches_no_device_network_or_disk() -> None:
+    modules = [module_name(path) for path in module_files() if path.name != "__main__.py"]
+    result = subprocess.run(
+        [sys.executable, "-c", WATCHED_IMPORT % sorted(HEAVY), *modules],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["imported", str(len(modules))]
+
+
+def missing_extra_messages() -> list[tuple[str, str]]:
+    """(place, message) of every MissingExtraError that is raised; {} where a value is filled in."""
+    found = []
+    for path in module_files():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "MissingExtraError":
+                parts = [part for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)]
+                found.append((where(path, node), "".join(str(part.value) for part in parts)))
+    return found
+
+
+def test_extras_that_errors_name_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    messages = missing_extra_messages()
+    assert messages
+    for place, message in messages:
+        match = re.search(
+            r"([\w-]+)(?:, [^;]+,)? is not installed; pip install 'dit-fast\[([\w-]+)\]'", message
+        )
+        assert match is not None, f"{place}: {message}"
+        package, extra = match.groups()
+        names = {re.split(r"[^\w-]", requirement)[0] for requirement in extras.get(extra, ())}
+        assert package in names, f"{place}: the extra {extra} does not install {package}"
+
+
+class ProgramIds:
+    """Follows program ids through a @triton.jit function, and lists where one is scaled while still int32.
+
+    A sample's or a tile's index times a stride passes 2^31 for large tensors. `pid % n` is bounded by n and
+    counts as an offset within a sample, which may be int32.
+    """
+
+    def __init__(self, function: ast.FunctionDef, helpers: dict[str, "ProgramIds"]):
+        self.helpers = helpers
+        self.wide: set[str] = set()
+        self.narrow: set[str] = {"pid"} & {argument.arg for argument in function.args.args}
+        self.returned: list[tuple[bool, bool]] = []
+        self.faults: list[tuple[ast.AST, str]] = []
+        for statement in function.body:
+            self.visit(statement)
+
+    def visit(self, node: ast.stmt) -> None:
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and node.value is not None:
+            self.check(node.value)
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                self.assign(target, node.value, isinstance(node, ast.AugAssign))
+        elif isinstance(node, ast.Return) and node.value is not None:
+            self.check(node.value)
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            self.returned = [(self.is_wide(value), self.is_narrow(value)) for value in values]
+        elif isinstance(node, ast.Expr):
+            self.check(node.value)
+        for name in ("body", "orelse"):
+            for inner in getattr(node, name, ()):
+                self.visit(inner)
+
+    def assign(self, target: ast.expr, value: ast.expr, added: bool) -> None:
+        if isinstance(target, ast.Tuple):
+            if isinstance(value, ast.Call) and (helper := self.helpers.get(ast.unparse(value.func))):
+                states = helper.returned
+                if len(states) != len(target.elts):
+                    states = [(False, self.is_narrow(value))] * len(target.elts)
+            elif isinstance(value, ast.Tuple):
+                states = [(self.is_wide(part), self.is_narrow(part)) for part in value.elts]
+            else:
+                return
+            for part, state in zip(target.elts, states, strict=True):
+                self.note(ast.unparse(part), *state)
+            return
+        name = ast.unparse(target)
+        if added and name.endswith("_ptr"):
+            if self.is_narrow(value):
+                self.faults.append((value, f"{name} += {ast.unparse(value)}"))
+            return
+        if added:
+            value = ast.BinOp(ast.Name(name), ast.Add(), value)
+        self.note(name, self.is_wide(value), self.is_narrow(value))
+
+    def note(self, name: str, wide: bool, narrow: bool) -> None:
+        for names, member in ((self.wide, wide), (self.narrow, narrow)):
+            names.add(name) if member else names.discard(name)
+
+    def check(self, value: ast.expr) -> None:
+        for node in ast.walk(value):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and self.is_narrow(node):
+                self.faults.append((node, ast.unparse(node)))
+
+    def is_wide(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Call):
+            return ast.unparse(node.func).endswith(".to") and ast.unparse(node.args[0]) == "tl.int64"
+        if isinstance(node, ast.BinOp):
+            return self.is_wide(node.left) or self.is_wide(node.right)
+        return isinstance(node, ast.Name) and node.id in self.wide
+
+    def is_narrow(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Call):
+            function = ast.unparse(node.func)
+            if helper := self.helpers.get(function):
+                return any(narrow for _, narrow in helper.returned)
+            return function == "tl.program_id"
+        if isinstance(node, ast.BinOp):
+            if isinstance(node.op, ast.Mod) or self.is_wide(node):
+                return False
+            return self.is_narrow(node.left) or self.is_narrow(node.right)
+        return isinstance(node, ast.Name) and node.id in self.narrow
+
+
+def unscaled_program_ids(modules: list[ast.Module]) -> list[tuple[ast.AST, str]]:
+    helpers: dict[str, ProgramIds] = {}
+    functions = [
+        node
+        for module in modules
+        for node in module.body
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+    ]
+    # Functions are defined before they are called; a second pass serves helpers from files read later.
+    for _ in range(2):
+        for function in functions:
+            helpers[function.name] = ProgramIds(function, helpers)
+    return [fault for analysis in helpers.values() for fault in analysis.faults]
+
+
+def test_program_ids_are_int64_before_they_are_scaled() -> None:
+    paths = sorted((ROOT / "kernels").rglob("*.py"))
+    faults = [text for _, text in unscaled_program_ids([tree(path) for path in paths])]
+    assert not faults
+    assert any("tl.program_id" in path.read_text() for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("x_ptr += tl.program_id(0) * stride", True),
+        ("b = pid // n\n    x_ptr += b * stride", True),
+        ("b = pid // n\n    x_ptr += (b * T + pid % n) * D", True),
+        ("row = pid\n    x = tl.load(x_ptr + row * stride)", True),
+        ("b, o = rows(tl.program_id(0), n)\n    x_ptr += b * stride", True),
+        ("b = (pid // n).to(tl.int64)\n    x_ptr += (b * T + pid % n) * D", False),
+        ("o = (pid % n) * ROWS + tl.arange(0, ROWS)\n    x = tl.load(x_ptr + o)", False),
+    ],
+)
+def test_the_program_id_rule_sees_planted_faults(body: str, fault: bool) -> None:
+    helper = "@triton.jit\ndef rows(pid, n):\n    return pid // n, pid % n\n"
+    kernel = f"@triton.jit\ndef kernel(x_ptr, n, stride, T):\n    pid = tl.program_id(0)\n    {body}\n"
+    assert bool(unscaled_program_ids([ast.parse(helper + kernel)])) is fault
