@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.device import (
-    column_sum, load_vector, part, row_sum, row_sums, split_rows, split_tokens, squared_deviation, store_vector, token_rows,
+    column_sum, every_other, interleave, load_vector, part, row_sum, row_sums, split_tokens, squared_deviation,
+    store_vector, token_rows,
 )  # fmt: skip
 from dit_fast.kernels.launch import accumulator, as_vectors, launch, row_launch
 from dit_fast.kernels.op import check_shapes, define_op, uses_triton
@@ -34,19 +35,85 @@ def modulate(x, mean, rstd, shift_ptr, scale_ptr, START: tl.constexpr, D: tl.con
 
 
 @triton.jit
-def norm_backward_sums(dy, x, mean, rstd, scale):
-    """d_shift, d_scale (1, SIZE) and the sums of g and g * h (ROWS, 1) of one part of the columns."""
+def norm_backward_sums(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, o_t, m_t, START: tl.constexpr, SIZE: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of one part: d_shift and d_scale (1, SIZE), and the sums of g and g * h (rows,)."""
+    offsets, mask = part(o_t, m_t, START, SIZE, D)
+    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    mean = tl.load(mean_ptr + o_t, mask=m_t, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + o_t, mask=m_t, other=0.0)[:, None]
     h = (x - mean) * rstd
-    dshift, dscale = column_sum(dy), column_sum(dy * h)
-    g = dy * (1 + scale)
+    g = dy * (1 + load_vector(scale_ptr, START, SIZE, D, ACC))
     sum_g, sum_gh = row_sums(g, g * h)
-    return dshift, dscale, sum_g, sum_gh
+    return column_sum(dy), column_sum(dy * h), sum_g, sum_gh
 
 
 @triton.jit
-def norm_backward(dy, x, mean, rstd, scale, mean_g, mean_gh):
-    """d_x = rstd * (g - mean_D(g) - h * mean_D(g * h)) of one part of the columns."""
-    return rstd * (dy * (1 + scale) - mean_g - (x - mean) * rstd * mean_gh)
+def norm_backward_means(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, left, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
+    TAIL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """First pass over a tile: d_shift and d_scale of both parts, and mean_D(g), mean_D(g * h) (ROWS,).
+
+    The main part goes by even and odd rows, which halves the registers of a tile; the tail needs all rows at
+    once for 128-bit accesses. `left` is the number of tokens from the tile's first on.
+    """
+    dshift, dscale = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
+    even_g, even_gh = tl.zeros([ROWS // 2], ACC), tl.zeros([ROWS // 2], ACC)
+    odd_g, odd_gh = even_g, even_gh
+    for half in range(2):
+        even_g, even_gh = odd_g, odd_gh
+        o_t = half + 2 * tl.arange(0, ROWS // 2)
+        half_shift, half_scale, odd_g, odd_gh = norm_backward_sums(
+            dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, o_t, o_t < left, 0, MAIN, D, ACC
+        )
+        dshift += half_shift
+        dscale += half_scale
+    sum_g, sum_gh = interleave(even_g, odd_g), interleave(even_gh, odd_gh)
+    if TAIL > 0:
+        o_t = tl.arange(0, ROWS)
+        tail_shift, tail_scale, tail_g, tail_gh = norm_backward_sums(
+            dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, o_t, o_t < left, MAIN, TAIL, D, ACC
+        )
+        sum_g += tail_g
+        sum_gh += tail_gh
+    else:
+        tail_shift, tail_scale = tl.zeros([1, 1], ACC), tl.zeros([1, 1], ACC)
+    return dshift, dscale, tail_shift, tail_scale, sum_g / D, sum_gh / D
+
+
+@triton.jit
+def norm_backward(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, mean_g, mean_gh, o_t, m_t, START: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """d_x = rstd * (g - mean_D(g) - h * mean_D(g * h)) of one part; mean_g, mean_gh (rows, 1).
+
+    Reads the rows a second time, from the cache: keeping them from the first pass would spill registers. The
+    cache modifier, the default one, keeps the compiler from merging the two loads.
+    """
+    offsets, mask = part(o_t, m_t, START, SIZE, D)
+    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0, cache_modifier=".ca").to(ACC)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0, cache_modifier=".ca").to(ACC)
+    mean = tl.load(mean_ptr + o_t, mask=m_t, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + o_t, mask=m_t, other=0.0)[:, None]
+    g = dy * (1 + load_vector(scale_ptr, START, SIZE, D, ACC))
+    return rstd * (g - mean_g - (x - mean) * rstd * mean_gh)
+
+
+@triton.jit
+def _adaln_bwd_tile(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, mean_g, mean_gh, o_t, m_t, START: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    dx = norm_backward(
+        dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, mean_g, mean_gh, o_t, m_t, START, SIZE, D, ACC
+    )
+    offsets, mask = part(o_t, m_t, START, SIZE, D)
+    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -59,15 +126,19 @@ def _adaln_fwd_kernel(
     EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    b, o_rows, m_rows = token_rows(tl.program_id(0), T, ROWS)
+    b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
     shift_ptr += b * stride_shift
     scale_ptr += b * stride_scale
+    x_ptr += b * T * D
+    y_ptr += b * T * D
+    mean_ptr += b * T
+    rstd_ptr += b * T
 
-    o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
+    o_main, m_main = part(o_t, m_t, 0, MAIN, D)
     x_main = tl.load(x_ptr + o_main, mask=m_main, other=0.0).to(ACC)
     mean = row_sum(x_main)
     if TAIL > 0:
-        o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
+        o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
         x_tail = tl.load(x_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
         mean += row_sum(x_tail)
     mean /= D
@@ -81,8 +152,8 @@ def _adaln_fwd_kernel(
     if TAIL > 0:
         y = modulate(x_tail, mean, rstd, shift_ptr, scale_ptr, MAIN, D)
         tl.store(y_ptr + o_tail, y.to(y_ptr.dtype.element_ty), mask=m_tail)
-    tl.store(mean_ptr + o_rows[:, None], mean, mask=m_rows[:, None])
-    tl.store(rstd_ptr + o_rows[:, None], rstd, mask=m_rows[:, None])
+    tl.store(mean_ptr + o_t[:, None], mean, mask=m_t[:, None])
+    tl.store(rstd_ptr + o_t[:, None], rstd, mask=m_t[:, None])
 
 
 @triton.jit
@@ -98,44 +169,41 @@ def _adaln_bwd_kernel(
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
     split = pid % SPLITS
+    share = split_tokens(T, SPLITS, ROWS)
     scale_ptr += b * stride_scale
-    scale_main = load_vector(scale_ptr, 0, MAIN, D, ACC)
-    dshift_main, dscale_main = tl.zeros_like(scale_main), tl.zeros_like(scale_main)
-    if TAIL > 0:
-        scale_tail = load_vector(scale_ptr, MAIN, TAIL, D, ACC)
-        dshift_tail, dscale_tail = tl.zeros_like(scale_tail), tl.zeros_like(scale_tail)
+    dy_ptr += (b * T + split * share) * D
+    x_ptr += (b * T + split * share) * D
+    dx_ptr += (b * T + split * share) * D
+    mean_ptr += b * T + split * share
+    rstd_ptr += b * T + split * share
+    dshift_main, dscale_main = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
+    dshift_tail, dscale_tail = tl.zeros([1, TAIL or 1], ACC), tl.zeros([1, TAIL or 1], ACC)
 
-    for start in range(0, split_tokens(T, SPLITS, ROWS), ROWS):
-        o_rows, m_rows = split_rows(b, split, start, T, SPLITS, ROWS)
-        mean = tl.load(mean_ptr + o_rows, mask=m_rows, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + o_rows, mask=m_rows, other=0.0)[:, None]
-
-        # The rows are read twice, the second time from the cache: holding them all would spill registers.
-        o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
-        dy = tl.load(dy_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_last").to(ACC)
-        x = tl.load(x_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_last").to(ACC)
-        dshift, dscale, sum_g, sum_gh = norm_backward_sums(dy, x, mean, rstd, scale_main)
-        dshift_main += dshift
-        dscale_main += dscale
+    for start in range(split * share, (split + 1) * share, ROWS):
+        main_shift, main_scale, tail_shift, tail_scale, mean_g, mean_gh = norm_backward_means(
+            dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, T - start, D, ROWS, MAIN, TAIL, ACC
+        )
+        dshift_main += main_shift
+        dscale_main += main_scale
+        dshift_tail += tail_shift
+        dscale_tail += tail_scale
+        for half in range(2):
+            g, gh = every_other(mean_g, half), every_other(mean_gh, half)
+            o_t = half + 2 * tl.arange(0, ROWS // 2)
+            _adaln_bwd_tile(
+                dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, g, gh, o_t, o_t < T - start, 0, MAIN, D, ACC
+            )
         if TAIL > 0:
-            o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
-            dy = tl.load(dy_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_last").to(ACC)
-            x = tl.load(x_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_last").to(ACC)
-            dshift, dscale, tail_g, tail_gh = norm_backward_sums(dy, x, mean, rstd, scale_tail)
-            dshift_tail += dshift
-            dscale_tail += dscale
-            sum_g += tail_g
-            sum_gh += tail_gh
-
-        dy = tl.load(dy_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_first").to(ACC)
-        x = tl.load(x_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_first").to(ACC)
-        dx = norm_backward(dy, x, mean, rstd, scale_main, sum_g / D, sum_gh / D)
-        tl.store(dx_ptr + o_main, dx.to(dx_ptr.dtype.element_ty), mask=m_main)
-        if TAIL > 0:
-            dy = tl.load(dy_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_first").to(ACC)
-            x = tl.load(x_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_first").to(ACC)
-            dx = norm_backward(dy, x, mean, rstd, scale_tail, sum_g / D, sum_gh / D)
-            tl.store(dx_ptr + o_tail, dx.to(dx_ptr.dtype.element_ty), mask=m_tail)
+            g, gh = mean_g[:, None], mean_gh[:, None]
+            o_t = tl.arange(0, ROWS)
+            _adaln_bwd_tile(
+                dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, g, gh, o_t, o_t < T - start, MAIN, TAIL, D, ACC
+            )
+        dy_ptr += ROWS * D
+        x_ptr += ROWS * D
+        dx_ptr += ROWS * D
+        mean_ptr += ROWS
+        rstd_ptr += ROWS
 
     # partial is (2, B, SPLITS, D): d_shift, then d_scale.
     partial_ptr += (b * SPLITS + split) * D

@@ -2,7 +2,8 @@
 
 A row is D = MAIN + TAIL, two powers of two, so that D = 1152 is 1024 + 128 and not 2048 with 44 % of the lanes
 idle; TAIL = 0 where one part suffices. A kernel treats its parts one after the other, which keeps few registers
-alive. Grammar: `o_` offsets, `m_` masks. Row offsets are int64 before they are multiplied by a width.
+alive. Grammar: `o_` offsets, `m_` masks. Pointers move to their sample in int64; offsets within a sample are int32,
+since 64-bit addresses for each row of each tensor would take the registers that the rows need.
 """
 
 import triton
@@ -11,34 +12,27 @@ import triton.language as tl
 
 @triton.jit
 def token_rows(pid, T, ROWS: tl.constexpr):
-    """Sample index, row offsets (ROWS,) and their mask, of tile `pid` of a (B, T, D) tensor."""
+    """Sample index (int64), token offsets (ROWS,) and their mask, of tile `pid` of a (B, T, D) tensor."""
     tiles = tl.cdiv(T, ROWS)
     b = (pid // tiles).to(tl.int64)
     o_t = (pid % tiles) * ROWS + tl.arange(0, ROWS)
-    return b, b * T + o_t, o_t < T
-
-
-@triton.jit
-def split_rows(b, split, start, T, SPLITS: tl.constexpr, ROWS: tl.constexpr):
-    """Row offsets (ROWS,) and mask of the tile at `start` of one of SPLITS equal shares of a sample's tokens."""
-    o_t = split * split_tokens(T, SPLITS, ROWS) + start + tl.arange(0, ROWS)
-    return b * T + o_t, o_t < T
+    return b, o_t, o_t < T
 
 
 @triton.jit
 def split_tokens(T, SPLITS: tl.constexpr, ROWS: tl.constexpr):
-    """Tokens in one share, a multiple of ROWS."""
+    """Tokens in one of SPLITS shares of a sample, a multiple of ROWS."""
     return tl.cdiv(tl.cdiv(T, ROWS), SPLITS) * ROWS
 
 
 @triton.jit
-def part(o_rows, m_rows, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    """Offsets (ROWS, SIZE) and mask of columns START .. START + SIZE of rows of a contiguous (*, D) tensor."""
+def part(o_t, m_t, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
+    """Offsets (ROWS, SIZE) and mask of columns START .. START + SIZE of tokens `o_t` of a sample (T, D)."""
     o_columns = START + tl.arange(0, SIZE)[None, :]
-    mask = m_rows[:, None]
+    mask = m_t[:, None]
     if START + SIZE > D:
         mask = mask & (o_columns < D)
-    return o_rows[:, None] * D + o_columns, mask
+    return o_t[:, None] * D + o_columns, mask
 
 
 @triton.jit
@@ -63,9 +57,21 @@ def row_sum(x):
 
 @triton.jit
 def row_sums(x, y):
-    """(ROWS, 1) sums over the columns of two tiles, in one exchange between warps."""
-    sum_x, sum_y = tl.split(tl.sum(tl.join(x, y), axis=1))
-    return sum_x[:, None], sum_y[:, None]
+    """(ROWS,) sums over the columns of two tiles, in one exchange between warps."""
+    return tl.split(tl.sum(tl.join(x, y), axis=1))
+
+
+@triton.jit
+def interleave(even, odd):
+    """(ROWS,) values of all rows from those of the even and of the odd rows."""
+    return tl.reshape(tl.join(even, odd), [2 * even.shape[0]])
+
+
+@triton.jit
+def every_other(x, first):
+    """(ROWS / 2, 1) values of the even (first = 0) or odd (1) rows."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
+    return tl.where(first == 0, even, odd)[:, None]
 
 
 @triton.jit

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.adaln import modulate, norm_backward, norm_backward_sums
+from dit_fast.kernels.adaln import modulate, norm_backward, norm_backward_means
 from dit_fast.kernels.device import (
-    column_sum, load_vector, part, row_sum, split_rows, split_tokens, squared_deviation, store_vector, token_rows,
+    column_sum, every_other, load_vector, part, row_sum, split_tokens, squared_deviation, store_vector, token_rows,
 )  # fmt: skip
 from dit_fast.kernels.launch import accumulator, as_vectors, launch, row_launch
 from dit_fast.kernels.op import check_shapes, define_op, uses_triton
@@ -43,19 +43,23 @@ def load_sum(
 
 @triton.jit
 def store_gate_sums(
-    partial_ptr, stride_sum, dx_branch, dx_sum, gate, bias_ptr, START: tl.constexpr, SIZE: tl.constexpr,
+    partial_ptr, stride_sum, dx_branch, dx_sum, gate_ptr, bias_ptr, START: tl.constexpr, SIZE: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
     """d_gate = sum(dx * branch) + bias * sum(dx), and gate * sum(dx), which is the bias gradient's share."""
     if bias_ptr is not None:
         dx_branch += load_vector(bias_ptr, START, SIZE, D, dx_sum.dtype) * dx_sum
-        store_vector(partial_ptr + stride_sum, gate * dx_sum, START, SIZE, D)
+        dbranch_sum = load_vector(gate_ptr, START, SIZE, D, dx_sum.dtype) * dx_sum
+        store_vector(partial_ptr + stride_sum, dbranch_sum, START, SIZE, D)
     store_vector(partial_ptr, dx_branch, START, SIZE, D)
 
 
 @triton.jit
-def branch_backward(dx, branch_ptr, dbranch_ptr, gate, offsets, mask):
+def branch_backward(
+    dx, branch_ptr, dbranch_ptr, gate_ptr, offsets, mask, START: tl.constexpr, D: tl.constexpr
+):
     """Store d_branch = gate * dx; return the sums over rows of dx * branch and of dx."""
+    gate = load_vector(gate_ptr, START, dx.shape[1], D, dx.dtype)
     branch = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(dx.dtype)
     tl.store(dbranch_ptr + offsets, (gate * dx).to(dbranch_ptr.dtype.element_ty), mask=mask)
     return column_sum(dx * branch), column_sum(dx)
@@ -70,13 +74,16 @@ def _gated_residual_fwd_kernel(
     # meta
     D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    b, o_rows, m_rows = token_rows(tl.program_id(0), T, ROWS)
+    b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
     gate_ptr += b * stride_gate
-    o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
+    x_ptr += b * T * D
+    branch_ptr += b * T * D
+    out_ptr += b * T * D
+    o_main, m_main = part(o_t, m_t, 0, MAIN, D)
     out = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_main, m_main, 0, MAIN, D, ACC)
     tl.store(out_ptr + o_main, out.to(out_ptr.dtype.element_ty), mask=m_main)
     if TAIL > 0:
-        o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
+        o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
         out = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_tail, m_tail, MAIN, TAIL, D, ACC)
         tl.store(out_ptr + o_tail, out.to(out_ptr.dtype.element_ty), mask=m_tail)
 
@@ -94,33 +101,39 @@ def _gated_residual_bwd_kernel(
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
     split = pid % SPLITS
+    share = split_tokens(T, SPLITS, ROWS)
     gate_ptr += b * stride_gate
-    gate_main = load_vector(gate_ptr, 0, MAIN, D, ACC)
-    branch_main, dx_main = tl.zeros_like(gate_main), tl.zeros_like(gate_main)
+    dout_ptr += (b * T + split * share) * D
+    branch_ptr += (b * T + split * share) * D
+    dbranch_ptr += (b * T + split * share) * D
+    branch_main, dx_main = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
     if TAIL > 0:
-        gate_tail = load_vector(gate_ptr, MAIN, TAIL, D, ACC)
-        branch_tail, dx_tail = tl.zeros_like(gate_tail), tl.zeros_like(gate_tail)
+        branch_tail, dx_tail = tl.zeros([1, TAIL], ACC), tl.zeros([1, TAIL], ACC)
 
-    for start in range(0, split_tokens(T, SPLITS, ROWS), ROWS):
-        o_rows, m_rows = split_rows(b, split, start, T, SPLITS, ROWS)
-        o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
+    o_t = tl.arange(0, ROWS)
+    for start in range(split * share, (split + 1) * share, ROWS):
+        m_t = start + o_t < T
+        o_main, m_main = part(o_t, m_t, 0, MAIN, D)
         dx = tl.load(dout_ptr + o_main, mask=m_main, other=0.0).to(ACC)
-        dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_main, o_main, m_main)
+        dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_ptr, o_main, m_main, 0, D)
         branch_main += dx_branch
         dx_main += dx_sum
         if TAIL > 0:
-            o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
+            o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
             dx = tl.load(dout_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
-            dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_tail, o_tail, m_tail)
+            dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_ptr, o_tail, m_tail, MAIN, D)
             branch_tail += dx_branch
             dx_tail += dx_sum
+        dout_ptr += ROWS * D
+        branch_ptr += ROWS * D
+        dbranch_ptr += ROWS * D
 
     # partial is (2, B, SPLITS, D): d_gate, then the bias gradient's shares.
     partial_ptr += (b * SPLITS + split) * D
     stride_sum = B.to(tl.int64) * SPLITS * D
-    store_gate_sums(partial_ptr, stride_sum, branch_main, dx_main, gate_main, bias_ptr, 0, MAIN, D)
+    store_gate_sums(partial_ptr, stride_sum, branch_main, dx_main, gate_ptr, bias_ptr, 0, MAIN, D)
     if TAIL > 0:
-        store_gate_sums(partial_ptr, stride_sum, branch_tail, dx_tail, gate_tail, bias_ptr, MAIN, TAIL, D)
+        store_gate_sums(partial_ptr, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, MAIN, TAIL, D)
 
 
 @triton.jit
@@ -133,17 +146,23 @@ def _gated_residual_adaln_fwd_kernel(
     EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    b, o_rows, m_rows = token_rows(tl.program_id(0), T, ROWS)
+    b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
     gate_ptr += b * stride_gate
     shift_ptr += b * stride_shift
     scale_ptr += b * stride_scale
+    x_ptr += b * T * D
+    branch_ptr += b * T * D
+    out_ptr += b * T * D
+    y_ptr += b * T * D
+    mean_ptr += b * T
+    rstd_ptr += b * T
 
-    o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
+    o_main, m_main = part(o_t, m_t, 0, MAIN, D)
     out_main = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_main, m_main, 0, MAIN, D, ACC)
     tl.store(out_ptr + o_main, out_main.to(out_ptr.dtype.element_ty), mask=m_main)
     mean = row_sum(out_main)
     if TAIL > 0:
-        o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
+        o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
         out_tail = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_tail, m_tail, MAIN, TAIL, D, ACC)
         tl.store(out_ptr + o_tail, out_tail.to(out_ptr.dtype.element_ty), mask=m_tail)
         mean += row_sum(out_tail)
@@ -158,8 +177,23 @@ def _gated_residual_adaln_fwd_kernel(
     if TAIL > 0:
         y = modulate(out_tail, mean, rstd, shift_ptr, scale_ptr, MAIN, D)
         tl.store(y_ptr + o_tail, y.to(y_ptr.dtype.element_ty), mask=m_tail)
-    tl.store(mean_ptr + o_rows[:, None], mean, mask=m_rows[:, None])
-    tl.store(rstd_ptr + o_rows[:, None], rstd, mask=m_rows[:, None])
+    tl.store(mean_ptr + o_t[:, None], mean, mask=m_t[:, None])
+    tl.store(rstd_ptr + o_t[:, None], rstd, mask=m_t[:, None])
+
+
+@triton.jit
+def _gated_residual_adaln_bwd_tile(
+    dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
+    mean_g, mean_gh, o_t, m_t, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Store d_x and d_branch of one part; return the sums over rows of d_x * branch and of d_x."""
+    dx = norm_backward(
+        dy_ptr, out_ptr, mean_ptr, rstd_ptr, scale_ptr, mean_g, mean_gh, o_t, m_t, START, SIZE, D, ACC
+    )
+    offsets, mask = part(o_t, m_t, START, SIZE, D)
+    dx += tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    return branch_backward(dx, branch_ptr, dbranch_ptr, gate_ptr, offsets, mask, START, D)
 
 
 @triton.jit
@@ -176,57 +210,56 @@ def _gated_residual_adaln_bwd_kernel(
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
     split = pid % SPLITS
+    share = split_tokens(T, SPLITS, ROWS)
     gate_ptr += b * stride_gate
     scale_ptr += b * stride_scale
-    scale_main = load_vector(scale_ptr, 0, MAIN, D, ACC)
-    gate_main = load_vector(gate_ptr, 0, MAIN, D, ACC)
-    dshift_main, dscale_main = tl.zeros_like(scale_main), tl.zeros_like(scale_main)
-    branch_main, dx_main = tl.zeros_like(scale_main), tl.zeros_like(scale_main)
-    if TAIL > 0:
-        scale_tail = load_vector(scale_ptr, MAIN, TAIL, D, ACC)
-        gate_tail = load_vector(gate_ptr, MAIN, TAIL, D, ACC)
-        dshift_tail, dscale_tail = tl.zeros_like(scale_tail), tl.zeros_like(scale_tail)
-        branch_tail, dx_tail = tl.zeros_like(scale_tail), tl.zeros_like(scale_tail)
+    dout_ptr += (b * T + split * share) * D
+    dy_ptr += (b * T + split * share) * D
+    out_ptr += (b * T + split * share) * D
+    branch_ptr += (b * T + split * share) * D
+    dx_ptr += (b * T + split * share) * D
+    dbranch_ptr += (b * T + split * share) * D
+    mean_ptr += b * T + split * share
+    rstd_ptr += b * T + split * share
+    dshift_main, dscale_main = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
+    branch_main, dx_main = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
+    dshift_tail, dscale_tail = tl.zeros([1, TAIL or 1], ACC), tl.zeros([1, TAIL or 1], ACC)
+    branch_tail, dx_tail = tl.zeros([1, TAIL or 1], ACC), tl.zeros([1, TAIL or 1], ACC)
 
-    for start in range(0, split_tokens(T, SPLITS, ROWS), ROWS):
-        o_rows, m_rows = split_rows(b, split, start, T, SPLITS, ROWS)
-        mean = tl.load(mean_ptr + o_rows, mask=m_rows, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + o_rows, mask=m_rows, other=0.0)[:, None]
-
-        # The rows are read twice, the second time from the cache: holding them all would spill registers.
-        o_main, m_main = part(o_rows, m_rows, 0, MAIN, D)
-        dy = tl.load(dy_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_last").to(ACC)
-        out = tl.load(out_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_last").to(ACC)
-        dshift, dscale, sum_g, sum_gh = norm_backward_sums(dy, out, mean, rstd, scale_main)
-        dshift_main += dshift
-        dscale_main += dscale
+    for start in range(split * share, (split + 1) * share, ROWS):
+        main_shift, main_scale, tail_shift, tail_scale, mean_g, mean_gh = norm_backward_means(
+            dy_ptr, out_ptr, mean_ptr, rstd_ptr, scale_ptr, T - start, D, ROWS, MAIN, TAIL, ACC
+        )
+        dshift_main += main_shift
+        dscale_main += main_scale
+        dshift_tail += tail_shift
+        dscale_tail += tail_scale
+        for half in range(2):
+            g, gh = every_other(mean_g, half), every_other(mean_gh, half)
+            o_t = half + 2 * tl.arange(0, ROWS // 2)
+            dx_branch, dx_sum = _gated_residual_adaln_bwd_tile(
+                dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
+                g, gh, o_t, o_t < T - start, 0, MAIN, D, ACC
+            )  # fmt: skip
+            branch_main += dx_branch
+            dx_main += dx_sum
         if TAIL > 0:
-            o_tail, m_tail = part(o_rows, m_rows, MAIN, TAIL, D)
-            dy = tl.load(dy_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_last").to(ACC)
-            out = tl.load(out_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_last").to(ACC)
-            dshift, dscale, tail_g, tail_gh = norm_backward_sums(dy, out, mean, rstd, scale_tail)
-            dshift_tail += dshift
-            dscale_tail += dscale
-            sum_g += tail_g
-            sum_gh += tail_gh
-
-        dy = tl.load(dy_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_first").to(ACC)
-        out = tl.load(out_ptr + o_main, mask=m_main, other=0.0, eviction_policy="evict_first").to(ACC)
-        dx = norm_backward(dy, out, mean, rstd, scale_main, sum_g / D, sum_gh / D)
-        dx += tl.load(dout_ptr + o_main, mask=m_main, other=0.0).to(ACC)
-        tl.store(dx_ptr + o_main, dx.to(dx_ptr.dtype.element_ty), mask=m_main)
-        dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_main, o_main, m_main)
-        branch_main += dx_branch
-        dx_main += dx_sum
-        if TAIL > 0:
-            dy = tl.load(dy_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_first").to(ACC)
-            out = tl.load(out_ptr + o_tail, mask=m_tail, other=0.0, eviction_policy="evict_first").to(ACC)
-            dx = norm_backward(dy, out, mean, rstd, scale_tail, sum_g / D, sum_gh / D)
-            dx += tl.load(dout_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
-            tl.store(dx_ptr + o_tail, dx.to(dx_ptr.dtype.element_ty), mask=m_tail)
-            dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_tail, o_tail, m_tail)
+            g, gh = mean_g[:, None], mean_gh[:, None]
+            o_t = tl.arange(0, ROWS)
+            dx_branch, dx_sum = _gated_residual_adaln_bwd_tile(
+                dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
+                g, gh, o_t, o_t < T - start, MAIN, TAIL, D, ACC
+            )  # fmt: skip
             branch_tail += dx_branch
             dx_tail += dx_sum
+        dout_ptr += ROWS * D
+        dy_ptr += ROWS * D
+        out_ptr += ROWS * D
+        branch_ptr += ROWS * D
+        dx_ptr += ROWS * D
+        dbranch_ptr += ROWS * D
+        mean_ptr += ROWS
+        rstd_ptr += ROWS
 
     # partial is (4, B, SPLITS, D): d_shift, d_scale, d_gate, then the bias gradient's shares.
     partial_ptr += (b * SPLITS + split) * D
@@ -234,11 +267,11 @@ def _gated_residual_adaln_bwd_kernel(
     store_vector(partial_ptr, dshift_main, 0, MAIN, D)
     store_vector(partial_ptr + stride_sum, dscale_main, 0, MAIN, D)
     gate_ptr_sums = partial_ptr + 2 * stride_sum
-    store_gate_sums(gate_ptr_sums, stride_sum, branch_main, dx_main, gate_main, bias_ptr, 0, MAIN, D)
+    store_gate_sums(gate_ptr_sums, stride_sum, branch_main, dx_main, gate_ptr, bias_ptr, 0, MAIN, D)
     if TAIL > 0:
         store_vector(partial_ptr, dshift_tail, MAIN, TAIL, D)
         store_vector(partial_ptr + stride_sum, dscale_tail, MAIN, TAIL, D)
-        store_gate_sums(gate_ptr_sums, stride_sum, branch_tail, dx_tail, gate_tail, bias_ptr, MAIN, TAIL, D)
+        store_gate_sums(gate_ptr_sums, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, MAIN, TAIL, D)
 
 
 def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:

@@ -43,7 +43,7 @@ def row_launch(batch: int, tokens: int, width: int, itemsize: int) -> RowLaunch:
     vector = 16 // max(itemsize, 2)
     # The tail fills 128-bit accesses only when enough rows share it: 8 rows for 128 columns on 4 warps.
     rows = max(4, num_warps * 32 * vector // tail) if tail else 4
-    rows = min(rows, 8, triton.next_power_of_2(max(tokens, 1)))
+    rows = min(rows, 8, max(2, triton.next_power_of_2(tokens)))
     # About 4 programs for each of 132 multiprocessors; partial sums stay a few percent of the tokens' bytes.
     splits = min(triton.cdiv(512, max(batch, 1)), max(triton.cdiv(tokens, rows), 1))
     return RowLaunch(rows=rows, main=main, tail=tail, num_warps=num_warps, splits=splits)
