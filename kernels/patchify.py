@@ -1,9 +1,358 @@
+"""Patches to tokens and back: `patch_embed` (patchify, projection, bias, position) and `unpatchify`.
+                                                                  (Peebles & Xie 2023, section 3.2 and figure 4)
+
+Shapes    x (B, C, H, W), weight (D, C, P, P), bias (D,), pos (1, T, D) -> tokens (B, T, D), T = H * W / P^2;
+          unpatchify (B, T, P * P * C) -> (B, C, H, W).
+Backward  with X (B * T, C * P * P) the patches: d_weight = d_tokens^T X, d_bias = sum(d_tokens),
+          d_x = d_tokens weight, put back at its pixels; unpatchify's is the inverse permutation.
+Traffic   patch_embed writes B * T * D and reads little: the product has only C * P * P terms. Its backward reads
+          d_tokens once for d_weight and d_bias, once more for d_x when the image needs a gradient.
+Numerics  products and sums in float32 (float64 for float64), never TF32, one rounding at the store; tokens have
+          the promoted dtype of weight and pos. d_weight and d_bias come from partial sums in a fixed order.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
 from dit_fast.kernels import reference
+from dit_fast.kernels.launch import accumulator, launch
+from dit_fast.kernels.op import define_op, uses_triton
+
+TOKENS = 64
+"""Tokens in a tile of the patch projection: enough rows for a tensor-core product."""
 
 
-def patch_embed(x, weight, bias, pos, kernels="auto"):
-    return reference.patch_embed(x, weight, bias, pos)
+@triton.jit
+def pixel_offsets(o_n, o_k, T, C, W, P: tl.constexpr):
+    """Offsets (tokens, patch elements) into a contiguous (B, C, H, W) image; element k is (channel, row, column)."""
+    columns = W // P
+    b, t = (o_n // T).to(tl.int64), o_n % T
+    row = (t // columns * P)[:, None] + (o_k % (P * P) // P)[None, :]
+    column = (t % columns * P)[:, None] + (o_k % P)[None, :]
+    height = T // columns * P
+    return ((b * C)[:, None] + (o_k // (P * P))[None, :]) * height * W + row * W + column
 
 
-def unpatchify(tokens, patch, height, width, kernels="auto"):
-    return reference.unpatchify(tokens, patch, height, width)
+@triton.jit
+def _patch_embed_fwd_kernel(
+    # pointers
+    x_ptr, weight_ptr, bias_ptr, pos_ptr, tokens_ptr,
+    # sizes
+    N, T, C, W,
+    # meta
+    D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_n, m_d = o_n < N, o_d < D
+    dtype = weight_ptr.dtype.element_ty
+    total = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    for start in tl.static_range(0, K, BLOCK_K):
+        o_k = start + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        x = tl.load(x_ptr + pixel_offsets(o_n, o_k, T, C, W, P), mask=m_n[:, None] & m_k[None, :], other=0.0)
+        weight = tl.load(weight_ptr + o_d[None, :] * K + o_k[:, None], mask=m_k[:, None] & m_d[None, :], other=0.0)
+        total = tl.dot(x.to(dtype), weight, total, input_precision="ieee", out_dtype=ACC)
+    total += tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(ACC)[None, :]
+    mask = m_n[:, None] & m_d[None, :]
+    total += tl.load(pos_ptr + (o_n % T)[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(ACC)
+    tl.store(tokens_ptr + o_n[:, None] * D + o_d[None, :], total.to(tokens_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _patch_embed_bwd_weight_kernel(
+    # pointers
+    dtokens_ptr, x_ptr, dweight_ptr, dbias_ptr,
+    # sizes
+    N, T, C, W,
+    # meta
+    SPLITS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_d, m_k = o_d < D, o_k < K
+    dtype = dtokens_ptr.dtype.element_ty
+    dweight = tl.zeros([BLOCK_D, BLOCK_K], ACC)
+    dbias = tl.zeros([BLOCK_D], ACC)
+    share = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
+    for start in range(0, share, BLOCK_N):
+        o_n = split * share + start + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        dtokens = tl.load(
+            dtokens_ptr + o_n[:, None] * D + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0
+        )
+        x = tl.load(x_ptr + pixel_offsets(o_n, o_k, T, C, W, P), mask=m_n[:, None] & m_k[None, :], other=0.0)
+        dweight = tl.dot(tl.trans(dtokens), x.to(dtype), dweight, input_precision="ieee", out_dtype=ACC)
+        dbias += tl.sum(dtokens.to(ACC), axis=0)
+    o_weight = (split * D + o_d)[:, None] * K + o_k[None, :]
+    tl.store(dweight_ptr + o_weight, dweight, mask=m_d[:, None] & m_k[None, :])
+    if tl.program_id(2) == 0:
+        tl.store(dbias_ptr + split * D + o_d, dbias, mask=m_d)
+
+
+@triton.jit
+def _patch_embed_bwd_image_kernel(
+    # pointers
+    dtokens_ptr, weight_ptr, dx_ptr,
+    # sizes
+    N, T, C, W,
+    # meta
+    D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_n, m_k = o_n < N, o_k < K
+    dtype = dtokens_ptr.dtype.element_ty
+    dx = tl.zeros([BLOCK_N, BLOCK_K], ACC)
+    for start in range(0, D, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        m_d = o_d < D
+        dtokens = tl.load(
+            dtokens_ptr + o_n[:, None] * D + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0
+        )
+        weight = tl.load(weight_ptr + o_d[:, None] * K + o_k[None, :], mask=m_d[:, None] & m_k[None, :], other=0.0)
+        dx = tl.dot(dtokens, weight.to(dtype), dx, input_precision="ieee", out_dtype=ACC)
+    mask = m_n[:, None] & m_k[None, :]
+    tl.store(dx_ptr + pixel_offsets(o_n, o_k, T, C, W, P), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _permute_kernel(
+    # pointers
+    source_ptr, target_ptr,
+    # sizes
+    total, T, C, W,
+    # meta
+    P: tl.constexpr, TO_IMAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tokens (B, T, P * P * C) to images (B, C, H, W), or back; each program writes BLOCK contiguous values."""
+    o_target = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    columns = W // P
+    height = T // columns * P
+    if TO_IMAGE:
+        w, h = o_target % W, o_target // W % height
+        b, c = o_target // (W * height) // C, o_target // (W * height) % C
+        t = h // P * columns + w // P
+        o_source = ((b * T + t) * P * P + h % P * P + w % P) * C + c
+    else:
+        c, p = o_target % C, o_target // C % (P * P)
+        b, t = o_target // (C * P * P) // T, o_target // (C * P * P) % T
+        o_source = ((b * C + c) * height + t // columns * P + p // P) * W + t % columns * P + p % P
+    mask = o_target < total
+    tl.store(target_ptr + o_target, tl.load(source_ptr + o_source, mask=mask), mask=mask)
+
+
+def _blocks(width: int, terms: int) -> dict[str, int]:
+    return {
+        "BLOCK_N": TOKENS,
+        "BLOCK_D": min(64, max(16, triton.next_power_of_2(width))),
+        "BLOCK_K": min(64, max(16, triton.next_power_of_2(terms))),
+    }
+
+
+def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    B, C, H, W = x.shape
+    D, _, P, _ = weight.shape
+    x, weight, pos = x.contiguous(), weight.contiguous(), pos.contiguous()
+    T, K = (H // P) * (W // P), C * P * P
+    tokens = x.new_empty(B, T, D, dtype=torch.promote_types(weight.dtype, pos.dtype))
+    blocks = _blocks(D, K)
+    launch(
+        _patch_embed_fwd_kernel,
+        (triton.cdiv(B * T, blocks["BLOCK_N"]), triton.cdiv(D, blocks["BLOCK_D"])), on=x, num_warps=4,
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, pos_ptr=pos, tokens_ptr=tokens,
+        N=B * T, T=T, C=C, W=W,
+        D=D, K=K, P=P, **blocks, ACC=accumulator(weight),
+    )  # fmt: skip
+    return tokens
+
+
+def _embed_reference(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    return reference.patch_embed(x, weight, bias, pos).contiguous()
+
+
+def _embed_fake(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    tokens = (x.shape[2] // weight.shape[2]) * (x.shape[3] // weight.shape[3])
+    return x.new_empty(
+        x.shape[0], tokens, weight.shape[0], dtype=torch.promote_types(weight.dtype, pos.dtype)
+    )
+
+
+def _embed_backward(
+    dtokens: Tensor, x: Tensor, weight: Tensor, image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_x (empty unless `image`), d_weight, d_bias."""
+    B, C, _, W = x.shape
+    D, _, P, _ = weight.shape
+    dtokens, x, weight = dtokens.contiguous(), x.contiguous(), weight.contiguous()
+    T, K = dtokens.shape[1], C * P * P
+    blocks, acc = _blocks(D, K), reference.accumulator(dtokens)
+    sizes = {"N": B * T, "T": T, "C": C, "W": W}
+    meta = {"D": D, "K": K, "P": P, **blocks, "ACC": accumulator(dtokens)}
+    # Enough programs for a GPU from width alone would read the tokens again for each block of terms.
+    splits = min(32, max(1, triton.cdiv(B * T, blocks["BLOCK_N"])))
+    dweight, dbias = x.new_empty(splits, D, K, dtype=acc), x.new_empty(splits, D, dtype=acc)
+    launch(
+        _patch_embed_bwd_weight_kernel,
+        (splits, triton.cdiv(D, blocks["BLOCK_D"]), triton.cdiv(K, blocks["BLOCK_K"])), on=x, num_warps=4,
+        dtokens_ptr=dtokens, x_ptr=x, dweight_ptr=dweight, dbias_ptr=dbias, **sizes, SPLITS=splits, **meta,
+    )  # fmt: skip
+    dx = torch.empty_like(x) if image else x.new_empty(0)
+    if image:
+        launch(
+            _patch_embed_bwd_image_kernel,
+            (triton.cdiv(B * T, blocks["BLOCK_N"]), triton.cdiv(K, blocks["BLOCK_K"])), on=x, num_warps=4,
+            dtokens_ptr=dtokens, weight_ptr=weight, dx_ptr=dx, **sizes, **meta,
+        )  # fmt: skip
+    return dx, dweight.sum(0).to(weight.dtype).view(weight.shape), dbias.sum(0).to(weight.dtype)
+
+
+def _embed_backward_reference(
+    dtokens: Tensor, x: Tensor, weight: Tensor, image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = reference.patch_embed_backward(dtokens, x, weight)
+    return dx.contiguous() if image else x.new_empty(0), dweight.contiguous(), dbias
+
+
+def _embed_backward_fake(
+    dtokens: Tensor, x: Tensor, weight: Tensor, image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape) if image else x.new_empty(0)
+    return dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+_embed_backward_op = define_op(
+    "patch_embed_backward",
+    triton_impl=_embed_backward,
+    reference_impl=_embed_backward_reference,
+    fake=_embed_backward_fake,
+)
+
+
+def _embed_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, pos = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype, ctx.pos_dtype = bias.dtype, pos.dtype
+
+
+def _embed_autograd(ctx: Any, dtokens: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    image, _, _, position = ctx.needs_input_grad
+    dx, dweight, dbias = _embed_backward_op(dtokens, x, weight, image)
+    dpos = dtokens.sum(0, keepdim=True).to(ctx.pos_dtype) if position else None
+    return dx if image else None, dweight, dbias.to(ctx.bias_dtype), dpos
+
+
+_embed_op = define_op(
+    "patch_embed",
+    triton_impl=_embed,
+    reference_impl=_embed_reference,
+    fake=_embed_fake,
+    backward=_embed_autograd,
+    setup_context=_embed_context,
+)
+
+
+def _permute(source: Tensor, target: Tensor, patch: int, to_image: bool) -> Tensor:
+    _, C, H, W = (target if to_image else source).shape
+    launch(
+        _permute_kernel, (triton.cdiv(target.numel(), 1024),), on=source, num_warps=4,
+        source_ptr=source.contiguous(), target_ptr=target,
+        total=target.numel(), T=(H // patch) * (W // patch), C=C, W=W,
+        P=patch, TO_IMAGE=to_image, BLOCK=1024,
+    )  # fmt: skip
+    return target
+
+
+def _unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    return _permute(tokens, _unpatchify_fake(tokens, patch, height, width), patch, to_image=True)
+
+
+def _unpatchify_reference(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    return reference.unpatchify(tokens, patch, height, width).clone()
+
+
+def _unpatchify_fake(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    channels = tokens.shape[2] // (patch * patch)
+    return tokens.new_empty(tokens.shape[0], channels, height * patch, width * patch)
+
+
+def _patchify(images: Tensor, patch: int) -> Tensor:
+    return _permute(images, _patchify_fake(images, patch), patch, to_image=False)
+
+
+def _patchify_reference(images: Tensor, patch: int) -> Tensor:
+    return reference.patchify(images, patch).clone()
+
+
+def _patchify_fake(images: Tensor, patch: int) -> Tensor:
+    B, C, H, W = images.shape
+    return images.new_empty(B, (H // patch) * (W // patch), patch * patch * C)
+
+
+_patchify_op = define_op(
+    "unpatchify_backward",
+    triton_impl=_patchify,
+    reference_impl=_patchify_reference,
+    fake=_patchify_fake,
+)
+
+
+def _unpatchify_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.patch = inputs[1]
+
+
+def _unpatchify_autograd(ctx: Any, dimages: Tensor) -> tuple[Tensor | None, ...]:
+    return _patchify_op(dimages, ctx.patch), None, None, None
+
+
+_unpatchify_op = define_op(
+    "unpatchify",
+    triton_impl=_unpatchify,
+    reference_impl=_unpatchify_reference,
+    fake=_unpatchify_fake,
+    backward=_unpatchify_autograd,
+    setup_context=_unpatchify_context,
+)
+
+
+def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, *, kernels: str = "auto") -> Tensor:
+    """Tokens of the P x P patches of an image: projection plus bias plus position.
+
+    x (B, C, H, W), weight (D, C, P, P), bias (D,), pos (1, T, D) -> (B, T, D) in the promoted dtype of weight and
+    pos. `kernels`: "auto", "triton" or "reference". Raises ValueError for shapes that do not fit.
+    """
+    if not uses_triton(kernels, x):
+        return reference.patch_embed(x, weight, bias, pos)
+    D, C, P, _ = weight.shape
+    if x.ndim != 4 or x.shape[1] != C or x.shape[2] % P or x.shape[3] % P:
+        raise ValueError(f"patch_embed: x is {tuple(x.shape)}, expected (batch, {C}, height, width), multiples of {P}")
+    tokens = (x.shape[2] // P) * (x.shape[3] // P)
+    if tuple(pos.shape) != (1, tokens, D) or tuple(bias.shape) != (D,):
+        raise ValueError(
+            f"patch_embed: pos is {tuple(pos.shape)}, bias {tuple(bias.shape)}, expected {(1, tokens, D)} and {(D,)}"
+        )
+    return _embed_op(x, weight, bias, pos)
+
+
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int, *, kernels: str = "auto") -> Tensor:
+    """(B, height * width, P * P * C) tokens to (B, C, height * P, width * P) images.
+
+    `height`, `width`: the grid in patches. `kernels` as in `patch_embed`. Raises ValueError for shapes that do not fit.
+    """
+    if not uses_triton(kernels, tokens):
+        return reference.unpatchify(tokens, patch, height, width)
+    if tokens.ndim != 3 or tokens.shape[1] != height * width or tokens.shape[2] % (patch * patch):
+        raise ValueError(
+            f"unpatchify: tokens are {tuple(tokens.shape)}, expected (batch, {height * width}, "
+            f"a multiple of {patch * patch})"
+        )
+    return _unpatchify_op(tokens, patch, height, width)
