@@ -281,7 +281,7 @@ def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> T
     cfg = row_launch(B, T, D, min(x.itemsize, branch.itemsize))
     launch(
         _gated_residual_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
-        x_ptr=x, branch_ptr=branch, gate_ptr=gate, bias_ptr=bias, out_ptr=out,
+        x_ptr=x, branch_ptr=branch, gate_ptr=gate, bias_ptr=None if bias is None else as_vectors(bias), out_ptr=out,
         T=T, stride_gate=gate.stride(0),
         D=D, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
@@ -307,7 +307,7 @@ def _residual_backward(
     partial = dout.new_empty(1 if bias is None else 2, B, cfg.splits, D, dtype=reference.accumulator(dout))
     launch(
         _gated_residual_bwd_kernel, (B * cfg.splits,), on=dout, num_warps=cfg.num_warps,
-        dout_ptr=dout, branch_ptr=branch, gate_ptr=gate, bias_ptr=bias, dbranch_ptr=dbranch, partial_ptr=partial,
+        dout_ptr=dout, branch_ptr=branch, gate_ptr=gate, bias_ptr=None if bias is None else as_vectors(bias), dbranch_ptr=dbranch, partial_ptr=partial,
         B=B, T=T, stride_gate=gate.stride(0),
         SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(dout),
     )  # fmt: skip
@@ -374,7 +374,7 @@ def _fused(
     cfg = row_launch(B, T, D, min(x.itemsize, branch.itemsize, y.itemsize))
     launch(
         _gated_residual_adaln_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
-        x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=bias,
+        x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=None if bias is None else as_vectors(bias),
         out_ptr=out, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         T=T, stride_gate=gate.stride(0), stride_shift=shift.stride(0), stride_scale=scale.stride(0),
         EPS=eps, D=D, **cfg.meta, ACC=accumulator(x),
@@ -410,7 +410,7 @@ def _fused_backward(
     launch(
         _gated_residual_adaln_bwd_kernel, (B * cfg.splits,), on=out, num_warps=cfg.num_warps,
         dout_ptr=dout, dy_ptr=dy, out_ptr=out, branch_ptr=branch, gate_ptr=gate, scale_ptr=scale,
-        mean_ptr=mean, rstd_ptr=rstd, bias_ptr=bias, dx_ptr=dx, dbranch_ptr=dbranch, partial_ptr=partial,
+        mean_ptr=mean, rstd_ptr=rstd, bias_ptr=None if bias is None else as_vectors(bias), dx_ptr=dx, dbranch_ptr=dbranch, partial_ptr=partial,
         B=B, T=T, stride_gate=gate.stride(0), stride_scale=scale.stride(0),
         SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(out),
     )  # fmt: skip

@@ -55,7 +55,7 @@ def accumulator(x: Tensor) -> tl.dtype:
 
 
 def as_vectors(x: Tensor) -> Tensor:
-    """(B, D) with contiguous rows; the views that `chunk` makes pass as they are."""
+    """(B, D) or (D,) with contiguous rows; the views that `chunk` makes pass as they are."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -54,6 +54,8 @@ def check_shapes(op: str, x: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -
         raise ValueError(f"{op}: x is {tuple(x.shape)}, expected (batch, tokens, width)")
     if not 0 < x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{op}: width {x.shape[-1]} is not in 1..{MAX_WIDTH}; use kernels='reference'")
+    if x.shape[1] * x.shape[2] >= 2**31:
+        raise ValueError(f"{op}: a sample of {x.shape[1]} x {x.shape[2]} elements is beyond 32-bit offsets")
     for name, (tensor, shape) in others.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}")

@@ -161,7 +161,7 @@ def _blocks(width: int, terms: int) -> dict[str, int]:
 def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     B, C, H, W = x.shape
     D, _, P, _ = weight.shape
-    x, weight, pos = x.contiguous(), weight.contiguous(), pos.contiguous()
+    x, weight, bias, pos = x.contiguous(), weight.contiguous(), bias.contiguous(), pos.contiguous()
     T, K = (H // P) * (W // P), C * P * P
     tokens = x.new_empty(B, T, D, dtype=torch.promote_types(weight.dtype, pos.dtype))
     blocks = _blocks(D, K)

@@ -1,0 +1,112 @@
+"""One OpSpec for each public operation: what tests, benchmarks and the roofline need to know of it.
+
+A shape is (B, T, D) for token operations; `patch_embed` and `unpatchify` read it as batch, tokens (a square) and
+width, with four latent channels and patches of two.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast.kernels import reference
+from dit_fast.kernels.adaln import adaln_modulate
+from dit_fast.kernels.gated_residual import gated_residual, gated_residual_adaln
+from dit_fast.kernels.patchify import patch_embed, unpatchify
+
+Shape = tuple[int, int, int]
+Make = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """`op(*inputs, kernels=...)` and `reference(*inputs)` take what `make_inputs` returns.
+
+    make_inputs(shape, stream, low, make): `stream` is the dtype of the residual stream, `low` that of branches and
+    modulation (autocast mixes them), `make(*size, dtype=...)` a factory of tensors. `forward_elements(B, T, D)`,
+    `backward_elements`: what has to be read and written, vectors of one row a sample left out.
+    """
+
+    name: str
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    make_inputs: Callable[[Shape, torch.dtype, torch.dtype, Make], tuple[Any, ...]]
+    forward_elements: Callable[[int, int, int], int]
+    backward_elements: Callable[[int, int, int], int]
+
+    def bytes_moved(self, shape: Shape, itemsize: int, backward: bool = False) -> int:
+        """Unavoidable bytes to and from memory, forward or backward."""
+        return (self.backward_elements if backward else self.forward_elements)(*shape) * itemsize
+
+
+def _modulation(B: int, D: int, parts: int, dtype: torch.dtype, make: Make) -> tuple[Tensor, ...]:
+    """Strided views of one modulation tensor, as the model's `chunk` makes them."""
+    return make(B, parts * D, dtype=dtype).chunk(parts, dim=1)
+
+
+def _adaln_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+    B, T, D = shape
+    return make(B, T, D, dtype=stream), *_modulation(B, D, 2, low, make)
+
+
+def _residual_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+    B, T, D = shape
+    gate, _ = _modulation(B, D, 2, low, make)
+    return make(B, T, D, dtype=stream), make(B, T, D, dtype=low), gate, make(D, dtype=stream)
+
+
+def _fused_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+    B, T, D = shape
+    gate, shift, scale = _modulation(B, D, 3, low, make)
+    return make(B, T, D, dtype=stream), make(B, T, D, dtype=low), gate, shift, scale, make(D, dtype=stream)
+
+
+def _embed_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+    B, T, D = shape
+    side = 2 * int(T**0.5)
+    pos = make(1, (side // 2) ** 2, D, dtype=stream)
+    return make(B, 4, side, side, dtype=stream), make(D, 4, 2, 2, dtype=low), make(D, dtype=low), pos
+
+
+def _unpatchify_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+    B, T, _ = shape
+    side = int(T**0.5)
+    return make(B, side * side, 32, dtype=low), 2, side, side
+
+
+def _tokens(count: int) -> Callable[[int, int, int], int]:
+    return lambda B, T, D: count * B * T * D
+
+
+def _patches(B: int, T: int, D: int) -> int:
+    return 2 * B * T * 32
+
+
+REGISTRY: dict[str, OpSpec] = {
+    spec.name: spec
+    for spec in (
+        OpSpec(
+            "adaln_modulate", adaln_modulate, reference.adaln_modulate, _adaln_inputs, _tokens(2), _tokens(3)
+        ),
+        OpSpec(
+            "gated_residual",
+            gated_residual,
+            reference.gated_residual,
+            _residual_inputs,
+            _tokens(3),
+            _tokens(3),
+        ),
+        OpSpec(
+            "gated_residual_adaln",
+            gated_residual_adaln,
+            reference.gated_residual_adaln,
+            _fused_inputs,
+            _tokens(4),
+            _tokens(6),
+        ),
+        OpSpec("patch_embed", patch_embed, reference.patch_embed, _embed_inputs, _tokens(1), _tokens(1)),
+        OpSpec("unpatchify", unpatchify, reference.unpatchify, _unpatchify_inputs, _patches, _patches),
+    )
+}
