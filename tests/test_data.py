@@ -57,9 +57,9 @@ def test_digits_cover_the_whole_range():
 
 
 def test_builtin_sets_take_another_size():
-    data = open_images("mnist", 32)
+    data = open_images("digits", 32)
     assert data.train.batch(torch.arange(2)).shape == (2, 1, 32, 32)
-    assert data.fingerprint == open_images("mnist").fingerprint
+    assert data.fingerprint == open_images("digits").fingerprint
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,8 @@ def test_a_folder_can_hold_images_back(tmp_path):
 
 def test_every_unreadable_file_is_counted_and_named(folder):
     (folder / "cat" / "0.png").write_bytes(b"no image at all")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "dog" / "1.png")
     whole = (folder / "dog" / "1.png").read_bytes()
     (folder / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError) as caught:

@@ -238,6 +238,7 @@ def test_the_log_and_manifest_say_what_happened(data, tmp_path, capsys):
     assert manifest["diffusion"] == {
         "noise_schedule": "linear",
         "learn_sigma": True,
+        "rescale_learned_sigmas": True,
         "predict_xstart": False,
         "diffusion_steps": 1000,
     }

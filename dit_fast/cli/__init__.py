@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Usage errors leave through argparse with status 2.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Read once, when PyTorch's OpenMP is loaded: threads that wait by spinning make a step ten times slower as
-    # soon as another program wants one of the cores. A value that the user has set stays.
+    # Read once, when PyTorch's OpenMP is loaded: threads that wait by spinning make a step ten times slower
+    # as soon as another program wants one of the cores. A value that the user has set stays.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(
         prog="dit-fast", description="Train and sample Diffusion Transformers.", allow_abbrev=False

@@ -115,10 +115,10 @@ class TrainConfig:
         }
 
 
-# demo: MNIST on two CPU cores in minutes. The paper's recipe with two changes that so short a run needs. In so
-# few steps a model that predicts the noise of 7 x 7 patches does not get to the shapes and one that predicts
-# the image does (Li & He 2025, arXiv:2511.13720, find the same). And 100 noise levels instead of 1000: all of
-# them are sampled, so that the learned variances are used at the step lengths that they were learned for.
+# demo: MNIST on two CPU cores in minutes. The paper's recipe with two changes that so short a run needs. In
+# so few steps a model that predicts the noise of 7 x 7 patches does not get to the shapes, one that predicts
+# the image does (Li & He 2025, arXiv:2511.13720, find the same). And 100 noise levels instead of 1000: all
+# of them are sampled, so that the learned variances are used at the step lengths they were learned for.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "data": "mnist",
