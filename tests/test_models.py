@@ -222,7 +222,7 @@ def test_unknown_kernels_are_refused() -> None:
     with pytest.raises(ValueError, match="kernels='cuda': choose one of 'auto', 'triton', 'reference'"):
         model.kernels = "cuda"
     with pytest.raises(ValueError, match="kernels='cuda'"):
-        DiT(**CONFIG, kernels="cuda")(images(), T, Y)
+        golden_model(kernels="cuda")(images(), T, Y)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -273,8 +273,7 @@ def test_a_replaced_projection_is_called(path: str) -> None:
 @pytest.mark.parametrize("path", ["attn", "attn.proj", "attn.qkv", "mlp", "mlp.fc1", "mlp.fc2"])
 def test_hooks_inside_a_block_take_effect(path: str, pre: bool, request: pytest.FixtureRequest) -> None:
     if pre and path in ("attn", "mlp"):
-        reason = "DiTBlock steps around a pre-hook of attn and of mlp with Triton kernels"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+        request.applymarker(pytest.mark.xfail(reason="DiTBlock steps around them", strict=False))
     model = golden_model(kernels="reference")
     for block in model.blocks:
         module = block.get_submodule(path)
