@@ -24,8 +24,8 @@ HEAVY = frozenset(
     ("diffusers", "flash_attn", "apex", "nvtx", "tensorboard", "wandb", "torch_fidelity", "matplotlib")
     + ("sklearn", "mlxtend", "torchvision", "timm", "transformers", "accelerate")
 )
-# Set by torchrun and by C++ builds; there are no variables of our own.
-ENVIRONMENT = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "CXX"}
+# Of torchrun, C++ builds and OpenMP; there are no variables of our own.
+ENVIRONMENT = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "CXX", "OMP_WAIT_POLICY"}
 MOST_LINES = 400
 
 
@@ -130,7 +130,9 @@ def test_no_environment_variables_of_our_own(path: Path) -> None:
     for node in ast.walk(tree(path)):
         assert not (isinstance(node, ast.ImportFrom) and node.module == "os"), where(path, node)
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv"):
-            read = re.search(r"os\.(?:environ(?:\.get\(|\[)|getenv\()\"(\w+)\"", lines[node.lineno - 1])
+            read = re.search(
+                r"os\.(?:environ(?:\.get\(|\.setdefault\(|\[)|getenv\()\"(\w+)\"", lines[node.lineno - 1]
+            )
             assert read is not None, f"{where(path, node)}: the environment is read as a whole or written"
             assert read[1] in ENVIRONMENT, f"{where(path, node)}: {read[1]}"
 
@@ -215,7 +217,8 @@ class ProgramIds:
     """Follows program ids through a @triton.jit function, and lists where one is scaled while still int32.
 
     A sample's or a tile's index times a stride passes 2^31 for large tensors. `pid % n` is bounded by n and
-    counts as an offset within a sample, which may be int32.
+    counts as an offset within a sample, which may be int32; so does `tl.program_id(1) * BLOCK`, since a grid has
+    at most 65535 programs on its second and third axes.
     """
 
     def __init__(self, function: ast.FunctionDef, helpers: dict[str, "ProgramIds"]):
@@ -290,6 +293,8 @@ class ProgramIds:
         if isinstance(node, ast.BinOp):
             if isinstance(node.op, ast.Mod) or self.is_wide(node):
                 return False
+            if re.fullmatch(r"tl\.program_id\([12]\) \* BLOCK\w*", ast.unparse(node)):
+                return False
             return self.is_narrow(node.left) or self.is_narrow(node.right)
         return isinstance(node, ast.Name) and node.id in self.narrow
 
@@ -325,6 +330,9 @@ def test_program_ids_are_int64_before_they_are_scaled() -> None:
         ("b = pid // n\n    x_ptr += (b * T + pid % n) * D", True),
         ("row = pid\n    x = tl.load(x_ptr + row * stride)", True),
         ("b, o = rows(tl.program_id(0), n)\n    x_ptr += b * stride", True),
+        ("x_ptr += tl.program_id(1) * stride", True),
+        ("o = tl.program_id(0) * BLOCK", True),
+        ("o = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)\n    x = tl.load(x_ptr + o)", False),
         ("b = (pid // n).to(tl.int64)\n    x_ptr += (b * T + pid % n) * D", False),
         ("o = (pid % n) * ROWS + tl.arange(0, ROWS)\n    x = tl.load(x_ptr + o)", False),
     ],
