@@ -46,9 +46,10 @@ def norm_backward_sums(
     mean = tl.load(mean_ptr + o_t, mask=m_t, other=0.0)[:, None]
     rstd = tl.load(rstd_ptr + o_t, mask=m_t, other=0.0)[:, None]
     h = (x - mean) * rstd
+    dshift, dscale = column_sum(dy), column_sum(dy * h)
     g = dy * (1 + load_vector(scale_ptr, START, SIZE, D, ACC))
     sum_g, sum_gh = row_sums(g, g * h)
-    return column_sum(dy), column_sum(dy * h), sum_g, sum_gh
+    return dshift, dscale, sum_g, sum_gh
 
 
 @triton.jit
@@ -191,13 +192,39 @@ def _adaln_bwd_kernel(
             g, gh = every_other(mean_g, half), every_other(mean_gh, half)
             o_t = half + 2 * tl.arange(0, ROWS // 2)
             _adaln_bwd_tile(
-                dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, g, gh, o_t, o_t < T - start, 0, MAIN, D, ACC
+                dy_ptr,
+                x_ptr,
+                mean_ptr,
+                rstd_ptr,
+                scale_ptr,
+                dx_ptr,
+                g,
+                gh,
+                o_t,
+                o_t < T - start,
+                0,
+                MAIN,
+                D,
+                ACC,
             )
         if TAIL > 0:
             g, gh = mean_g[:, None], mean_gh[:, None]
             o_t = tl.arange(0, ROWS)
             _adaln_bwd_tile(
-                dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, g, gh, o_t, o_t < T - start, MAIN, TAIL, D, ACC
+                dy_ptr,
+                x_ptr,
+                mean_ptr,
+                rstd_ptr,
+                scale_ptr,
+                dx_ptr,
+                g,
+                gh,
+                o_t,
+                o_t < T - start,
+                MAIN,
+                TAIL,
+                D,
+                ACC,
             )
         dy_ptr += ROWS * D
         x_ptr += ROWS * D
@@ -263,9 +290,7 @@ def _backward_reference(
     return dx.contiguous(), torch.stack([dshift, dscale])
 
 
-def _backward_fake(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), scale.new_empty(2, *scale.shape)
 
 

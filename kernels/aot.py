@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dit_fast.kernels.launch import Launch, record_launches
+from dit_fast.kernels.launch import MAX_REGISTERS, Launch, record_launches
 
 POINTER = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -75,7 +75,8 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    binary = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+    options = {"num_warps": launch.num_warps, "maxnreg": MAX_REGISTERS}
+    binary = triton.compile(source, target=target, options=options)
     registers, spills = resources(binary.asm["cubin"])
     return Compiled(
         kernel=launch.kernel.fn.__name__,

@@ -24,7 +24,7 @@ from dit_fast.kernels.adaln import modulate, norm_backward, norm_backward_means
 from dit_fast.kernels.device import (
     column_sum, every_other, load_vector, part, row_sum, split_tokens, squared_deviation, store_vector, token_rows,
 )  # fmt: skip
-from dit_fast.kernels.launch import accumulator, as_vectors, launch, row_launch
+from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, launch, row_launch
 from dit_fast.kernels.op import check_shapes, define_op, uses_triton
 
 
@@ -121,7 +121,9 @@ def _gated_residual_bwd_kernel(
         if TAIL > 0:
             o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
             dx = tl.load(dout_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
-            dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_ptr, o_tail, m_tail, MAIN, D)
+            dx_branch, dx_sum = branch_backward(
+                dx, branch_ptr, dbranch_ptr, gate_ptr, o_tail, m_tail, MAIN, D
+            )
             branch_tail += dx_branch
             dx_tail += dx_sum
         dout_ptr += ROWS * D
@@ -281,7 +283,7 @@ def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> T
     cfg = row_launch(B, T, D, min(x.itemsize, branch.itemsize))
     launch(
         _gated_residual_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
-        x_ptr=x, branch_ptr=branch, gate_ptr=gate, bias_ptr=None if bias is None else as_vectors(bias), out_ptr=out,
+        x_ptr=x, branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias), out_ptr=out,
         T=T, stride_gate=gate.stride(0),
         D=D, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
@@ -307,7 +309,7 @@ def _residual_backward(
     partial = dout.new_empty(1 if bias is None else 2, B, cfg.splits, D, dtype=reference.accumulator(dout))
     launch(
         _gated_residual_bwd_kernel, (B * cfg.splits,), on=dout, num_warps=cfg.num_warps,
-        dout_ptr=dout, branch_ptr=branch, gate_ptr=gate, bias_ptr=None if bias is None else as_vectors(bias), dbranch_ptr=dbranch, partial_ptr=partial,
+        dout_ptr=dout, branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias), dbranch_ptr=dbranch, partial_ptr=partial,
         B=B, T=T, stride_gate=gate.stride(0),
         SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(dout),
     )  # fmt: skip
@@ -374,7 +376,7 @@ def _fused(
     cfg = row_launch(B, T, D, min(x.itemsize, branch.itemsize, y.itemsize))
     launch(
         _gated_residual_adaln_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
-        x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=None if bias is None else as_vectors(bias),
+        x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=as_bias(bias),
         out_ptr=out, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         T=T, stride_gate=gate.stride(0), stride_shift=shift.stride(0), stride_scale=scale.stride(0),
         EPS=eps, D=D, **cfg.meta, ACC=accumulator(x),
@@ -410,7 +412,7 @@ def _fused_backward(
     launch(
         _gated_residual_adaln_bwd_kernel, (B * cfg.splits,), on=out, num_warps=cfg.num_warps,
         dout_ptr=dout, dy_ptr=dy, out_ptr=out, branch_ptr=branch, gate_ptr=gate, scale_ptr=scale,
-        mean_ptr=mean, rstd_ptr=rstd, bias_ptr=None if bias is None else as_vectors(bias), dx_ptr=dx, dbranch_ptr=dbranch, partial_ptr=partial,
+        mean_ptr=mean, rstd_ptr=rstd, bias_ptr=as_bias(bias), dx_ptr=dx, dbranch_ptr=dbranch, partial_ptr=partial,
         B=B, T=T, stride_gate=gate.stride(0), stride_scale=scale.stride(0),
         SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(out),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class RowLaunch:
     """One tile of a row kernel: `rows` rows of `main` + `tail` columns on `num_warps` warps.
@@ -59,6 +60,15 @@ def as_vectors(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def as_bias(bias: Tensor | None) -> Tensor | None:
+    """The contiguous (D,) bias, or None."""
+    return None if bias is None else bias.contiguous()
+
+
+MAX_REGISTERS = 255
+"""The hardware's limit, given to the assembler: left to itself it aims lower for some kernels, and spills."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch that was recorded instead of carried out."""
@@ -92,4 +102,4 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, num_warps: int, **arg
         _recorder(Launch(kernel, grid, num_warps, arguments))
         return
     with torch.cuda.device_of(on):
-        kernel[grid](**arguments, num_warps=num_warps)
+        kernel[grid](**arguments, num_warps=num_warps, maxnreg=MAX_REGISTERS)
