@@ -34,6 +34,7 @@ def launches(name: str, stream: torch.dtype, low: torch.dtype) -> Iterator[Calla
     """The forward and the backward launcher of an operation on meta tensors."""
     adaln = importlib.import_module("dit_fast.kernels.adaln")
     gated = importlib.import_module("dit_fast.kernels.gated_residual")
+    fused = importlib.import_module("dit_fast.kernels.gated_residual_adaln")
     patchify = importlib.import_module("dit_fast.kernels.patchify")
     inputs = REGISTRY[name].make_inputs(SHAPE, stream, low, meta)
     moments = meta(*SHAPE[:2], dtype=torch.float32)
@@ -49,8 +50,8 @@ def launches(name: str, stream: torch.dtype, low: torch.dtype) -> Iterator[Calla
     elif name == "gated_residual_adaln":
         x, branch, gate, shift, scale, bias = inputs
         dy = meta(*SHAPE, dtype=low)
-        yield lambda: gated._fused(x, branch, gate, shift, scale, bias, 1e-6)
-        yield lambda: gated._fused_backward(x, dy, x, branch, gate, scale, moments, moments, bias)
+        yield lambda: fused._forward(x, branch, gate, shift, scale, bias, 1e-6)
+        yield lambda: fused._backward(x, dy, x, branch, gate, scale, moments, moments, bias)
     elif name == "patch_embed":
         image, weight, bias, pos = inputs
         dtokens = meta(*SHAPE, dtype=torch.promote_types(stream, low))

@@ -45,12 +45,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def without_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """`linear(x)` as (product, bias still to be added), so that a fused kernel adds it and gives its gradient.
 
     A layer that is not a plain nn.Linear (LoRA, float8) or has hooks is called as it is: (its output, None).
     """
-    if type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks:
+    if type(linear) is nn.Linear and not has_hooks(linear):
         return F.linear(x, linear.weight), linear.bias
     return linear(x), None
 
@@ -127,13 +132,13 @@ class DiTBlock(nn.Module):
 
     def attention_branch(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """`self.attn(y)` as (branch, bias still to be added)."""
-        if not uses_triton(self.kernels, y) or self.attn._forward_hooks:
+        if not uses_triton(self.kernels, y) or has_hooks(self.attn):
             return self.attn(y), None
         return without_bias(self.attn.proj, self.attn.attend(y))
 
     def mlp_branch(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """`self.mlp(y)` as (branch, bias still to be added)."""
-        if not uses_triton(self.kernels, y) or self.mlp._forward_hooks:
+        if not uses_triton(self.kernels, y) or has_hooks(self.mlp):
             return self.mlp(y), None
         return without_bias(self.mlp.fc2, self.mlp.expand(y))
 

@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import cast
 
 import numpy as np
 import torch
@@ -61,7 +62,8 @@ class PatchEmbed(nn.Module):
             )
         if pos is None:
             pos = x.new_zeros(1, self.num_patches, self.proj.out_channels, dtype=self.proj.weight.dtype)
-        return kernels.patch_embed(x, self.proj.weight, self.proj.bias, pos, kernels=self.kernels)
+        bias = cast(Tensor, self.proj.bias)
+        return kernels.patch_embed(x, self.proj.weight, bias, pos, kernels=self.kernels)
 
 
 class TimestepEmbedder(nn.Module):
@@ -78,7 +80,7 @@ class TimestepEmbedder(nn.Module):
 
     @staticmethod
     def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-        """(N,) timesteps, fractional ones too, to (N, dim) float32: [cos(t f), sin(t f)], f = max_period^(-i / half)."""
+        """(N,) timesteps, also fractional, to (N, dim) float32: [cos(t f), sin(t f)], f = max_period^(-i / half)."""
         half = dim // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device)
         freqs = torch.exp(-math.log(max_period) * exponents / half)
@@ -88,7 +90,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         t_freq = self.timestep_embedding(t, self.frequency_embedding_size)
-        return self.mlp(t_freq.to(self.mlp[0].weight.dtype))
+        return self.mlp(t_freq.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

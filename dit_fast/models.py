@@ -7,7 +7,7 @@ dict, initialisation and outputs. `N` batch, `C` channels, `T` tokens, `D` width
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -134,20 +134,17 @@ class DiT(nn.Module):
         # The patch projection is initialised like the linear layer that it is.
         weight = self.x_embedder.proj.weight
         nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
 
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02)
 
         # Zero modulation makes every block the identity, a zero projection makes the output zero.
-        for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[-1].weight)
-            nn.init.zeros_(block.adaLN_modulation[-1].bias)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[-1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        modulated = (*self.blocks, self.final_layer)
+        last = [cast(nn.Sequential, module.adaLN_modulation)[-1] for module in modulated]
+        for parameter in nn.ModuleList([*last, self.final_layer.linear]).parameters():
+            nn.init.zeros_(parameter)
 
     def _set_positions(self, table: Any) -> None:
         positions = torch.from_numpy(table).float().unsqueeze(0).to(self.pos_embed)
@@ -268,17 +265,16 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    expected = {
+    number = (int, float)
+    expected: dict[str, type | tuple[type, ...]] = {
         "input_size": list, "patch_size": int, "in_channels": int, "hidden_size": int, "depth": int,
-        "num_heads": int, "mlp_ratio": (int, float), "class_dropout_prob": (int, float), "num_classes": int,
+        "num_heads": int, "mlp_ratio": number, "class_dropout_prob": number, "num_classes": int,
         "learn_sigma": bool,
     }  # fmt: skip
     problems = [f"unknown key {key!r}" for key in sorted(config.keys() - expected.keys())]
     problems += [f"missing key {key!r}" for key in expected if key not in config]
-    for key, kinds in expected.items():
-        value = config.get(key)
-        if key not in config:
-            continue
+    for key in expected.keys() & config.keys():
+        value, kinds = config[key], expected[key]
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
         if wrong or (kinds is int and not 0 < value < 1 << 24):
             problems.append(f"{key} = {value!r}")
@@ -298,8 +294,7 @@ def load_weights(model: DiT, state: dict[str, Tensor], source: str, assign: bool
         if name in state and state[name].shape != own[name].shape
     ]
     if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:8])}{more}")
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state, assign=assign)
     model.pos_embed.requires_grad_(False)
 

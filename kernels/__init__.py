@@ -8,7 +8,8 @@ if __name__ != "dit_fast.kernels":
     raise ImportError("import dit_fast.kernels: the bare name 'kernels' belongs to Hugging Face's package")
 
 from dit_fast.kernels.adaln import adaln_modulate
-from dit_fast.kernels.gated_residual import gated_residual, gated_residual_adaln
+from dit_fast.kernels.gated_residual import gated_residual
+from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
 from dit_fast.kernels.op import KERNEL_MODES, uses_triton
 from dit_fast.kernels.patchify import patch_embed, unpatchify
 

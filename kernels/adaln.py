@@ -19,8 +19,17 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.device import (
-    column_sum, every_other, interleave, load_vector, part, row_sum, row_sums, split_tokens, squared_deviation,
-    store_vector, token_rows,
+    column_sum,
+    every_other,
+    interleave,
+    load_vector,
+    part,
+    row_sum,
+    row_sums,
+    split_tokens,
+    squared_deviation,
+    store_vector,
+    token_rows,
 )  # fmt: skip
 from dit_fast.kernels.launch import accumulator, as_vectors, launch, row_launch
 from dit_fast.kernels.op import check_shapes, define_op, uses_triton

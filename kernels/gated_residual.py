@@ -1,15 +1,12 @@
-"""Gated residual x + gate * (branch + bias), alone and fused with the next adaptive layer norm.
-                                                                  (Peebles & Xie 2023, figure 3, adaLN-Zero)
+"""Gated residual: out = x + gate * (branch + bias).              (Peebles & Xie 2023, figure 3, adaLN-Zero)
 
-Shapes    x, branch (B, T, D); gate, shift, scale (B, D), also strided views; bias (D,) or None.
-          `gated_residual_adaln` returns the new residual stream out = x + gate * (branch + bias) and
-          y = norm(out) * (1 + scale) + shift.
-Backward  with d_norm the layer norm's d_x (adaln.py) at `out`: d_x = d_out + d_norm, d_branch = gate * d_x,
-          d_gate = sum_T(d_x * (branch + bias)), d_bias = sum_B(gate * sum_T(d_x)), d_shift and d_scale as there.
-Traffic   fused forward reads x, branch and writes out, y; fused backward reads d_out, d_y, out, branch and writes
-          d_x, d_branch: all four vectors and the branch's bias gradient come out of that one pass.
-Numerics  as in adaln.py: float32 sums, one rounding at each store, `out` in the dtype of x, y in that of `scale`,
-          sums over tokens in a fixed order without atomics. Statistics are of `out` before it is rounded.
+Shapes    x, branch (B, T, D); gate (B, D), also a strided view; bias (D,) or None.
+Backward  d_x = d_out, d_branch = gate * d_x, d_gate = sum_T(d_x * (branch + bias)),
+          d_bias = sum_B(gate * sum_T(d_x)).
+Traffic   forward reads x and branch and writes out; backward reads d_out and branch and writes d_branch: the
+          vectors and the branch's bias gradient come out of that one pass.
+Numerics  float32 sums (float64 for float64), one rounding at each store, out in the dtype of x, sums over tokens
+          in a fixed order without atomics.
 """
 
 from typing import Any
@@ -20,10 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.adaln import modulate, norm_backward, norm_backward_means
-from dit_fast.kernels.device import (
-    column_sum, every_other, load_vector, part, row_sum, split_tokens, squared_deviation, store_vector, token_rows,
-)  # fmt: skip
+from dit_fast.kernels.device import column_sum, load_vector, part, split_tokens, store_vector, token_rows
 from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, launch, row_launch
 from dit_fast.kernels.op import check_shapes, define_op, uses_triton
 
@@ -138,144 +132,6 @@ def _gated_residual_bwd_kernel(
         store_gate_sums(partial_ptr, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, MAIN, TAIL, D)
 
 
-@triton.jit
-def _gated_residual_adaln_fwd_kernel(
-    # pointers
-    x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
-    # sizes, strides
-    T, stride_gate, stride_shift, stride_scale,
-    # meta
-    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
-    gate_ptr += b * stride_gate
-    shift_ptr += b * stride_shift
-    scale_ptr += b * stride_scale
-    x_ptr += b * T * D
-    branch_ptr += b * T * D
-    out_ptr += b * T * D
-    y_ptr += b * T * D
-    mean_ptr += b * T
-    rstd_ptr += b * T
-
-    o_main, m_main = part(o_t, m_t, 0, MAIN, D)
-    out_main = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_main, m_main, 0, MAIN, D, ACC)
-    tl.store(out_ptr + o_main, out_main.to(out_ptr.dtype.element_ty), mask=m_main)
-    mean = row_sum(out_main)
-    if TAIL > 0:
-        o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
-        out_tail = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_tail, m_tail, MAIN, TAIL, D, ACC)
-        tl.store(out_ptr + o_tail, out_tail.to(out_ptr.dtype.element_ty), mask=m_tail)
-        mean += row_sum(out_tail)
-    mean /= D
-    variance = squared_deviation(out_main, mean, 0, MAIN, D)
-    if TAIL > 0:
-        variance += squared_deviation(out_tail, mean, MAIN, TAIL, D)
-    rstd = 1 / tl.sqrt(variance / D + EPS)
-
-    y = modulate(out_main, mean, rstd, shift_ptr, scale_ptr, 0, D)
-    tl.store(y_ptr + o_main, y.to(y_ptr.dtype.element_ty), mask=m_main)
-    if TAIL > 0:
-        y = modulate(out_tail, mean, rstd, shift_ptr, scale_ptr, MAIN, D)
-        tl.store(y_ptr + o_tail, y.to(y_ptr.dtype.element_ty), mask=m_tail)
-    tl.store(mean_ptr + o_t[:, None], mean, mask=m_t[:, None])
-    tl.store(rstd_ptr + o_t[:, None], rstd, mask=m_t[:, None])
-
-
-@triton.jit
-def _gated_residual_adaln_bwd_tile(
-    dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
-    mean_g, mean_gh, o_t, m_t, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Store d_x and d_branch of one part; return the sums over rows of d_x * branch and of d_x."""
-    dx = norm_backward(
-        dy_ptr, out_ptr, mean_ptr, rstd_ptr, scale_ptr, mean_g, mean_gh, o_t, m_t, START, SIZE, D, ACC
-    )
-    offsets, mask = part(o_t, m_t, START, SIZE, D)
-    dx += tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    return branch_backward(dx, branch_ptr, dbranch_ptr, gate_ptr, offsets, mask, START, D)
-
-
-@triton.jit
-def _gated_residual_adaln_bwd_kernel(
-    # pointers
-    dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, bias_ptr,
-    dx_ptr, dbranch_ptr, partial_ptr,
-    # sizes, strides
-    B, T, stride_gate, stride_scale,
-    # meta
-    SPLITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0)
-    b = (pid // SPLITS).to(tl.int64)
-    split = pid % SPLITS
-    share = split_tokens(T, SPLITS, ROWS)
-    gate_ptr += b * stride_gate
-    scale_ptr += b * stride_scale
-    dout_ptr += (b * T + split * share) * D
-    dy_ptr += (b * T + split * share) * D
-    out_ptr += (b * T + split * share) * D
-    branch_ptr += (b * T + split * share) * D
-    dx_ptr += (b * T + split * share) * D
-    dbranch_ptr += (b * T + split * share) * D
-    mean_ptr += b * T + split * share
-    rstd_ptr += b * T + split * share
-    dshift_main, dscale_main = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
-    branch_main, dx_main = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
-    dshift_tail, dscale_tail = tl.zeros([1, TAIL or 1], ACC), tl.zeros([1, TAIL or 1], ACC)
-    branch_tail, dx_tail = tl.zeros([1, TAIL or 1], ACC), tl.zeros([1, TAIL or 1], ACC)
-
-    for start in range(split * share, (split + 1) * share, ROWS):
-        main_shift, main_scale, tail_shift, tail_scale, mean_g, mean_gh = norm_backward_means(
-            dy_ptr, out_ptr, mean_ptr, rstd_ptr, scale_ptr, T - start, D, ROWS, MAIN, TAIL, ACC
-        )
-        dshift_main += main_shift
-        dscale_main += main_scale
-        dshift_tail += tail_shift
-        dscale_tail += tail_scale
-        for half in range(2):
-            g, gh = every_other(mean_g, half), every_other(mean_gh, half)
-            o_t = half + 2 * tl.arange(0, ROWS // 2)
-            dx_branch, dx_sum = _gated_residual_adaln_bwd_tile(
-                dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
-                g, gh, o_t, o_t < T - start, 0, MAIN, D, ACC
-            )  # fmt: skip
-            branch_main += dx_branch
-            dx_main += dx_sum
-        if TAIL > 0:
-            g, gh = mean_g[:, None], mean_gh[:, None]
-            o_t = tl.arange(0, ROWS)
-            dx_branch, dx_sum = _gated_residual_adaln_bwd_tile(
-                dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
-                g, gh, o_t, o_t < T - start, MAIN, TAIL, D, ACC
-            )  # fmt: skip
-            branch_tail += dx_branch
-            dx_tail += dx_sum
-        dout_ptr += ROWS * D
-        dy_ptr += ROWS * D
-        out_ptr += ROWS * D
-        branch_ptr += ROWS * D
-        dx_ptr += ROWS * D
-        dbranch_ptr += ROWS * D
-        mean_ptr += ROWS
-        rstd_ptr += ROWS
-
-    # partial is (4, B, SPLITS, D): d_shift, d_scale, d_gate, then the bias gradient's shares.
-    partial_ptr += (b * SPLITS + split) * D
-    stride_sum = B.to(tl.int64) * SPLITS * D
-    store_vector(partial_ptr, dshift_main, 0, MAIN, D)
-    store_vector(partial_ptr + stride_sum, dscale_main, 0, MAIN, D)
-    gate_ptr_sums = partial_ptr + 2 * stride_sum
-    store_gate_sums(gate_ptr_sums, stride_sum, branch_main, dx_main, gate_ptr, bias_ptr, 0, MAIN, D)
-    if TAIL > 0:
-        store_vector(partial_ptr, dshift_tail, MAIN, TAIL, D)
-        store_vector(partial_ptr + stride_sum, dscale_tail, MAIN, TAIL, D)
-        store_gate_sums(gate_ptr_sums, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, MAIN, TAIL, D)
-
-
 def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
     B, T, D = x.shape
     x, branch, gate = x.contiguous(), branch.contiguous(), as_vectors(gate)
@@ -309,14 +165,16 @@ def _residual_backward(
     partial = dout.new_empty(1 if bias is None else 2, B, cfg.splits, D, dtype=reference.accumulator(dout))
     launch(
         _gated_residual_bwd_kernel, (B * cfg.splits,), on=dout, num_warps=cfg.num_warps,
-        dout_ptr=dout, branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias), dbranch_ptr=dbranch, partial_ptr=partial,
+        dout_ptr=dout, branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias),
+        dbranch_ptr=dbranch, partial_ptr=partial,
         B=B, T=T, stride_gate=gate.stride(0),
         SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(dout),
     )  # fmt: skip
-    return dbranch, partial[0].sum(1).to(gate.dtype), _bias_gradient(partial[1:], bias, gate)
+    return dbranch, partial[0].sum(1).to(gate.dtype), bias_gradient(partial[1:], bias, gate)
 
 
-def _bias_gradient(shares: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
+def bias_gradient(shares: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
+    """The sum of (1, B, SPLITS, D) shares over samples and splits; empty without a bias."""
     return like.new_empty(0) if bias is None else shares[0].sum((0, 1)).to(bias.dtype)
 
 
@@ -363,113 +221,6 @@ _residual_op = define_op(
 )
 
 
-def _fused(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, y, and the mean and 1 / deviation (B, T) of each row of out."""
-    B, T, D = x.shape
-    x, branch = x.contiguous(), branch.contiguous()
-    gate, shift, scale = as_vectors(gate), as_vectors(shift), as_vectors(scale)
-    out, y = torch.empty_like(x), torch.empty_like(x, dtype=scale.dtype)
-    mean = x.new_empty(B, T, dtype=reference.accumulator(x))
-    rstd = torch.empty_like(mean)
-    cfg = row_launch(B, T, D, min(x.itemsize, branch.itemsize, y.itemsize))
-    launch(
-        _gated_residual_adaln_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
-        x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=as_bias(bias),
-        out_ptr=out, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
-        T=T, stride_gate=gate.stride(0), stride_shift=shift.stride(0), stride_scale=scale.stride(0),
-        EPS=eps, D=D, **cfg.meta, ACC=accumulator(x),
-    )  # fmt: skip
-    return out, y, mean, rstd
-
-
-def _fused_reference(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, y = reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps)
-    return out.contiguous(), y.contiguous(), *reference.moments(out, eps)
-
-
-def _fused_fake(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    moments = x.new_empty(x.shape[:2], dtype=reference.accumulator(x))
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=scale.dtype), moments, torch.empty_like(moments)
-
-
-def _fused_backward(
-    dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """d_x, d_branch, (3, B, D) = [d_shift, d_scale, d_gate] in the dtype of `scale`, and d_bias as above."""
-    B, T, D = out.shape
-    dout, dy, out, branch = dout.contiguous(), dy.contiguous(), out.contiguous(), branch.contiguous()
-    gate, scale = as_vectors(gate), as_vectors(scale)
-    dx, dbranch = torch.empty_like(out), torch.empty_like(branch)
-    cfg = row_launch(B, T, D, min(out.itemsize, branch.itemsize, dy.itemsize))
-    partial = out.new_empty(3 if bias is None else 4, B, cfg.splits, D, dtype=mean.dtype)
-    launch(
-        _gated_residual_adaln_bwd_kernel, (B * cfg.splits,), on=out, num_warps=cfg.num_warps,
-        dout_ptr=dout, dy_ptr=dy, out_ptr=out, branch_ptr=branch, gate_ptr=gate, scale_ptr=scale,
-        mean_ptr=mean, rstd_ptr=rstd, bias_ptr=as_bias(bias), dx_ptr=dx, dbranch_ptr=dbranch, partial_ptr=partial,
-        B=B, T=T, stride_gate=gate.stride(0), stride_scale=scale.stride(0),
-        SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(out),
-    )  # fmt: skip
-    return dx, dbranch, partial[:3].sum(2).to(scale.dtype), _bias_gradient(partial[3:], bias, gate)
-
-
-def _fused_backward_reference(
-    dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dbranch, dgate, dshift, dscale, dbias = reference.gated_residual_adaln_backward(
-        dout, dy, out, branch, gate, scale, mean, rstd, bias
-    )
-    return dx.contiguous(), dbranch.contiguous(), torch.stack([dshift, dscale, dgate.to(scale.dtype)]), dbias
-
-
-def _fused_backward_fake(
-    dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dbias = gate.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return out.new_empty(out.shape), branch.new_empty(branch.shape), scale.new_empty(3, *scale.shape), dbias
-
-
-_fused_backward_op = define_op(
-    "gated_residual_adaln_backward",
-    triton_impl=_fused_backward,
-    reference_impl=_fused_backward_reference,
-    fake=_fused_backward_fake,
-)
-
-
-def _fused_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, shift, scale, bias, _ = inputs
-    out, _, mean, rstd = output
-    ctx.save_for_backward(out, branch, gate, scale, mean, rstd, bias)
-    ctx.shift_dtype = shift.dtype
-    ctx.mark_non_differentiable(mean, rstd)
-
-
-def _fused_autograd(ctx: Any, dout: Tensor, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, branch, gate, scale, mean, rstd, bias = ctx.saved_tensors
-    dx, dbranch, dmod, dbias = _fused_backward_op(dout, dy, out, branch, gate, scale, mean, rstd, bias)
-    dshift, dscale, dgate = dmod[0].to(ctx.shift_dtype), dmod[1], dmod[2].to(gate.dtype)
-    return dx, dbranch, dgate, dshift, dscale, None if bias is None else dbias, None
-
-
-_fused_op = define_op(
-    "gated_residual_adaln",
-    triton_impl=_fused,
-    reference_impl=_fused_reference,
-    fake=_fused_fake,
-    backward=_fused_autograd,
-    setup_context=_fused_context,
-)
-
-
 def gated_residual(
     x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None = None, *, kernels: str = "auto"
 ) -> Tensor:
@@ -480,36 +231,16 @@ def gated_residual(
     """
     if not uses_triton(kernels, x):
         return reference.gated_residual(x, branch, gate, bias)
-    _check("gated_residual", x, branch, bias, gate=gate)
+    check_residual("gated_residual", x, branch, bias, gate=gate)
     return _residual_op(x, branch, gate, bias)
 
 
-def gated_residual_adaln(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    kernels: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The residual stream out = x + gate * (branch + bias) and its norm(out) * (1 + scale) + shift, in one pass.
-
-    x, branch (B, T, D); gate, shift, scale (B, D); bias (D,) or None. Returns out in the dtype of `x` and the
-    modulated norm in that of `scale`. `kernels` and errors as in `gated_residual`.
-    """
-    if not uses_triton(kernels, x):
-        return reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps)
-    _check("gated_residual_adaln", x, branch, bias, gate=gate, shift=shift, scale=scale)
-    out, y, _, _ = _fused_op(x, branch, gate, shift, scale, bias, eps)
-    return out, y
-
-
-def _check(op: str, x: Tensor, branch: Tensor, bias: Tensor | None, **vectors: Tensor) -> None:
+def check_residual(op: str, x: Tensor, branch: Tensor, bias: Tensor | None, **vectors: Tensor) -> None:
+    """ValueError naming the first argument of a gated operation that does not fit x."""
     B, T, D = check_shapes(op, x)
-    expected = {name: (vector, (B, D)) for name, vector in vectors.items()}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        name: (vector, (B, D)) for name, vector in vectors.items()
+    }
     if bias is not None:
         expected["bias"] = (bias, (D,))
     check_shapes(op, x, branch=(branch, (B, T, D)), **expected)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.adaln import adaln_modulate
-from dit_fast.kernels.gated_residual import gated_residual, gated_residual_adaln
+from dit_fast.kernels.gated_residual import gated_residual
+from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
 from dit_fast.kernels.patchify import patch_embed, unpatchify
 
 Shape = tuple[int, int, int]

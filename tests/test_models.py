@@ -271,9 +271,7 @@ def test_a_replaced_projection_is_called(path: str) -> None:
 
 @pytest.mark.parametrize("pre", [False, True])
 @pytest.mark.parametrize("path", ["attn", "attn.proj", "attn.qkv", "mlp", "mlp.fc1", "mlp.fc2"])
-def test_hooks_inside_a_block_take_effect(path: str, pre: bool, request: pytest.FixtureRequest) -> None:
-    if pre and path in ("attn", "mlp"):
-        request.applymarker(pytest.mark.xfail(reason="DiTBlock steps around them", strict=False))
+def test_hooks_inside_a_block_take_effect(path: str, pre: bool) -> None:
     model = golden_model(kernels="reference")
     for block in model.blocks:
         module = block.get_submodule(path)
