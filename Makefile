@@ -31,7 +31,7 @@ demo: .venv/.demo
 	    *) exit 1 ;; \
 	esac
 	@echo "== Sampling"
-	@$(PY) -m dit_fast.cli sample --ckpt demo/run --out demo/samples --compare-to
+	@$(PY) -m dit_fast.cli sample --ckpt demo/run --out demo/samples --cfg-scale 2 --compare-to
 	@echo "== Look at demo/samples/sample.png and demo/run/loss.png"
 
 # A run without a whole checkpoint has nothing to continue from.
