@@ -45,9 +45,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module is exactly a `kind`, so that its parts may be used instead of calling it.
+
+    Not so for a subclass or another module in its place (LoRA, float8), hooks, or a forward that was replaced.
+    """
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not hooked
 
 
 def without_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -55,7 +59,7 @@ def without_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
     A layer that is not a plain nn.Linear (LoRA, float8) or has hooks is called as it is: (its output, None).
     """
-    if type(linear) is nn.Linear and not has_hooks(linear):
+    if is_plain(linear, nn.Linear):
         return F.linear(x, linear.weight), linear.bias
     return linear(x), None
 
@@ -132,13 +136,13 @@ class DiTBlock(nn.Module):
 
     def attention_branch(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """`self.attn(y)` as (branch, bias still to be added)."""
-        if not uses_triton(self.kernels, y) or has_hooks(self.attn):
+        if not uses_triton(self.kernels, y) or not is_plain(self.attn, Attention):
             return self.attn(y), None
         return without_bias(self.attn.proj, self.attn.attend(y))
 
     def mlp_branch(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """`self.mlp(y)` as (branch, bias still to be added)."""
-        if not uses_triton(self.kernels, y) or has_hooks(self.mlp):
+        if not uses_triton(self.kernels, y) or not is_plain(self.mlp, Mlp):
             return self.mlp(y), None
         return without_bias(self.mlp.fc2, self.mlp.expand(y))
 

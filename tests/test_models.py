@@ -269,6 +269,16 @@ def test_a_replaced_projection_is_called(path: str) -> None:
     assert_same_gradients(gradients(model), expected, 1e-5)
 
 
+@pytest.mark.parametrize("path", ["attn", "mlp"])
+def test_a_replaced_submodule_is_called(path: str) -> None:
+    model = golden_model(kernels="triton")
+    for block in model.blocks:
+        block.set_submodule(path, torch.nn.Identity())
+    with_triton = model(images(), T, Y)
+    model.kernels = "reference"
+    assert_close(with_triton, model(images(), T, Y))
+
+
 @pytest.mark.parametrize("pre", [False, True])
 @pytest.mark.parametrize("path", ["attn", "attn.proj", "attn.qkv", "mlp", "mlp.fc1", "mlp.fc2"])
 def test_hooks_inside_a_block_take_effect(path: str, pre: bool) -> None:
