@@ -127,7 +127,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_heads": 4,
         "patch_size": 7,
         "batch_size": 64,
-        "steps": 1000,
+        "steps": 900,
         "lr": 2e-3,
         "beta2": 0.99,
         "ema_decay": 0.995,
