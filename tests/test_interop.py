@@ -231,7 +231,9 @@ def test_missing_unexpected_and_misshaped_tensors_are_listed_together(model, tmp
 def test_a_single_absurd_block_index_builds_nothing(model, tmp_path):
     state = {**model.state_dict(), "blocks.999999999.attn.qkv.bias": torch.zeros(192)}
     torch.save(state, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"does not fit the model: missing blocks\.2\..*unexpected blocks\.999999999"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the model: missing blocks\.2\..*unexpected blocks\.999999999"
+    ):
         load_model(tmp_path / "a.pt", num_heads=4)
 
 
