@@ -59,7 +59,7 @@ def without_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
     A layer that is not a plain nn.Linear (LoRA, float8) or has hooks is called as it is: (its output, None).
     """
-    if is_plain(linear, nn.Linear):
+    if isinstance(linear, nn.Linear) and is_plain(linear, nn.Linear):
         return F.linear(x, linear.weight), linear.bias
     return linear(x), None
 
