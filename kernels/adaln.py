@@ -119,6 +119,7 @@ def _adaln_bwd_tile(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, mean_g, mean_gh, o_t, m_t, START: tl.constexpr,
     SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Store d_x of one part."""
     dx = norm_backward(
         dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, mean_g, mean_gh, o_t, m_t, START, SIZE, D, ACC
     )
@@ -201,40 +202,14 @@ def _adaln_bwd_kernel(
             g, gh = every_other(mean_g, half), every_other(mean_gh, half)
             o_t = half + 2 * tl.arange(0, ROWS // 2)
             _adaln_bwd_tile(
-                dy_ptr,
-                x_ptr,
-                mean_ptr,
-                rstd_ptr,
-                scale_ptr,
-                dx_ptr,
-                g,
-                gh,
-                o_t,
-                o_t < T - start,
-                0,
-                MAIN,
-                D,
-                ACC,
-            )
+                dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, g, gh, o_t, o_t < T - start, 0, MAIN, D, ACC
+            )  # fmt: skip
         if TAIL > 0:
             g, gh = mean_g[:, None], mean_gh[:, None]
             o_t = tl.arange(0, ROWS)
             _adaln_bwd_tile(
-                dy_ptr,
-                x_ptr,
-                mean_ptr,
-                rstd_ptr,
-                scale_ptr,
-                dx_ptr,
-                g,
-                gh,
-                o_t,
-                o_t < T - start,
-                MAIN,
-                TAIL,
-                D,
-                ACC,
-            )
+                dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, g, gh, o_t, o_t < T - start, MAIN, TAIL, D, ACC
+            )  # fmt: skip
         dy_ptr += ROWS * D
         x_ptr += ROWS * D
         dx_ptr += ROWS * D

@@ -216,7 +216,7 @@ def _backward(
     dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """d_x, d_branch, (3, B, D) = [d_shift, d_scale, d_gate] in the dtype of `scale`, and d_bias as above."""
+    """d_x, d_branch, (3, B, D) = [d_shift, d_scale, d_gate] in the dtype of `scale`, and d_bias (D,) or empty."""
     B, T, D = out.shape
     dout, dy, out, branch = dout.contiguous(), dy.contiguous(), out.contiguous(), branch.contiguous()
     gate, scale = as_vectors(gate), as_vectors(scale)
