@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dit_fast.kernels.launch import MAX_REGISTERS, Launch, record_launches
+from dit_fast.kernels.launch import Launch, record_launches
 
 POINTER = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -51,7 +51,7 @@ class Compiled:
 
 def ahead_of_time(run: Callable[[], Any], capability: int) -> list[Compiled]:
     """Compile every kernel that `run` launches on meta tensors for sm_<capability> (80, 90, 100, ...)."""
-    with record_launches() as launches:
+    with record_launches(capability) as launches:
         run()
     return [compile_launch(launch, capability) for launch in launches]
 
@@ -75,8 +75,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": launch.num_warps, "maxnreg": MAX_REGISTERS}
-    binary = triton.compile(source, target=target, options=options)
+    binary = triton.compile(source, target=target, options=launch.options)
     registers, spills = resources(binary.asm["cubin"])
     return Compiled(
         kernel=launch.kernel.fn.__name__,

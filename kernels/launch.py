@@ -1,6 +1,7 @@
 """How a launch is cut and carried out: launch configurations, layouts, and the recording that needs no device."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,35 +72,82 @@ MAX_REGISTERS = 255
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was recorded instead of carried out."""
+    """A launch that was recorded instead of carried out. `options` are the compiler's: num_warps, num_stages."""
 
     kernel: Any
     grid: tuple[int, ...]
-    num_warps: int
     arguments: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def num_warps(self) -> int:
+        return self.options["num_warps"]
 
 
-_recorder: Callable[[Launch], None] | None = None
+@dataclass(frozen=True)
+class Recording:
+    """Where launches go instead of to a device, and the compute capability that launchers are told meanwhile."""
+
+    launches: list[Launch]
+    capability: int
+
+
+_recording: Recording | None = None
 
 
 @contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Collect launches instead of carrying them out; tensors may be on the meta device."""
-    global _recorder
-    launches: list[Launch] = []
-    _recorder, previous = launches.append, _recorder
+def record_launches(capability: int = 90) -> Iterator[list[Launch]]:
+    """Collect launches for sm_<capability> instead of carrying them out; tensors may be on the meta device.
+
+    Registered operations on meta tensors launch too, forward and backward, whatever autograd calls.
+    """
+    global _recording
+    previous, _recording = _recording, Recording([], capability)
     try:
-        yield launches
+        yield _recording.launches
     finally:
-        _recorder = previous
+        _recording = previous
 
 
-def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, num_warps: int, **arguments: Any) -> None:
-    """Run `kernel` on the device of `on`; an empty grid is no launch."""
+def recording() -> bool:
+    """Whether launches are being recorded."""
+    return _recording is not None
+
+
+def capability(on: Tensor) -> int:
+    """Compute capability (80, 90, 100, ...) that a launch on the device of `on` runs on.
+
+    That of the recording where launches are recorded, 0 for a CPU tensor (Triton's interpreter).
+    """
+    if _recording is not None:
+        return _recording.capability
+    return device_capability(on.get_device()) if on.is_cuda else 0
+
+
+@functools.cache
+def device_capability(index: int) -> int:
+    """Compute capability of CUDA device `index`."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    on: Tensor,
+    num_warps: int,
+    *,
+    num_stages: int | None = None,
+    **arguments: Any,
+) -> None:
+    """Run `kernel` on the device of `on`; an empty grid is no launch. `num_stages` None: the compiler's own choice."""
     if 0 in grid:
         return
-    if _recorder is not None:
-        _recorder(Launch(kernel, grid, num_warps, arguments))
+    options = {"num_warps": num_warps, "maxnreg": MAX_REGISTERS}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, grid, arguments, options))
         return
     with torch.cuda.device_of(on):
-        kernel[grid](**arguments, num_warps=num_warps, maxnreg=MAX_REGISTERS)
+        kernel[grid](**arguments, **options)

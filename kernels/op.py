@@ -7,6 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
+from dit_fast.kernels.launch import recording
+
 KERNEL_MODES = ("auto", "triton", "reference")
 
 MAX_WIDTH = 8192
@@ -38,11 +40,17 @@ def define_op(
 
     The schema is read from the annotations of `triton_impl`; `reference_impl` and `fake` take the same arguments
     and return the same tensors. With Triton's interpreter on (TRITON_INTERPRET=1 when this is imported) the CPU
-    runs `triton_impl`, which is how the tests prove the kernels on a machine without a GPU.
+    runs `triton_impl`, which is how the tests prove the kernels on a machine without a GPU. While launches are
+    recorded (`record_launches`), meta tensors go to `triton_impl` as well, forward and backward.
     """
     op = torch.library.custom_op(f"dit_fast::{name}", triton_impl, mutates_args=(), device_types="cuda")
     op.register_kernel("cpu")(triton_impl if triton.knobs.runtime.interpret else reference_impl)
-    op.register_fake(fake)
+
+    def on_meta(*args: Any, **kwargs: Any) -> Any:
+        meta = any(isinstance(arg, Tensor) and arg.is_meta for arg in (*args, *kwargs.values()))
+        return (triton_impl if recording() and meta else fake)(*args, **kwargs)
+
+    op.register_fake(on_meta)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
     return op
