@@ -319,6 +319,13 @@ def adaln_modulate(
     """
     if not uses_triton(kernels, x):
         return reference.adaln_modulate(x, shift, scale, eps)
+    return adaln_with_moments(x, shift, scale, eps)[0]
+
+
+def adaln_with_moments(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`adaln_modulate` by the registered operation, and mean and 1 / deviation (B, T) of the rows of x."""
     B, _, D = check_shapes("adaln_modulate", x)
     check_shapes("adaln_modulate", x, shift=(shift, (B, D)), scale=(scale, (B, D)))
-    return _forward_op(x, shift, scale, eps)[0]
+    return _forward_op(x, shift, scale, eps)

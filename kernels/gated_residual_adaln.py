@@ -302,6 +302,19 @@ def gated_residual_adaln(
     """
     if not uses_triton(kernels, x):
         return reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps)
-    check_residual("gated_residual_adaln", x, branch, bias, gate=gate, shift=shift, scale=scale)
-    out, y, _, _ = _forward_op(x, branch, gate, shift, scale, bias, eps)
+    out, y, _, _ = gated_residual_adaln_with_moments(x, branch, gate, shift, scale, bias, eps)
     return out, y
+
+
+def gated_residual_adaln_with_moments(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gated_residual_adaln` by the registered operation, and mean and 1 / deviation (B, T) of the rows of out."""
+    check_residual("gated_residual_adaln", x, branch, bias, gate=gate, shift=shift, scale=scale)
+    return _forward_op(x, branch, gate, shift, scale, bias, eps)

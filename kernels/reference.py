@@ -68,6 +68,13 @@ def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, torch.rsqrt(var + eps)
 
 
+def adaln_from_moments(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(x - mean) * rstd * (1 + scale) + shift: `adaln_modulate` again, from the moments of its rows."""
+    acc = accumulator(x)
+    y = (x.to(acc) - mean[..., None]) * rstd[..., None]
+    return torch.addcmul(shift.to(acc)[:, None], y, 1 + scale.to(acc)[:, None]).to(scale.dtype)
+
+
 def adaln_modulate_backward(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,118 @@
+"""Layers that keep how their input was made instead of the input: y = norm(x) * (1 + scale) + shift once more.
+
+Shapes    x, y (B, T, D); mean, rstd (B, T); shift, scale (B, D), also strided views.
+Traffic   `adaln_from_moments` reads x and writes y in the backward pass, 2 token tensors a norm; in exchange y is not
+          kept between the passes. x is the residual stream, which the norm's own backward keeps anyway.
+Numerics  the same expression on the same moments as in the forward pass. Where x was rounded when it was stored
+          (a 16-bit stream), y is that of the rounded x, as in any recomputation from a stored activation.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_fast.kernels import reference
+from dit_fast.kernels.adaln import modulate
+from dit_fast.kernels.device import part, token_rows
+from dit_fast.kernels.launch import accumulator, as_vectors, launch, row_launch
+from dit_fast.kernels.op import define_op
+
+
+class NormRecipe(NamedTuple):
+    """What y = norm(x) * (1 + scale) + shift is made of: x (B, T, D), mean and rstd (B, T), shift, scale (B, D)."""
+
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+    shift: Tensor
+    scale: Tensor
+
+
+@triton.jit
+def _adaln_from_moments_kernel(
+    # pointers
+    x_ptr, mean_ptr, rstd_ptr, shift_ptr, scale_ptr, y_ptr,
+    # sizes, strides
+    T, stride_shift, stride_scale,
+    # meta
+    D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
+    shift_ptr += b * stride_shift
+    scale_ptr += b * stride_scale
+    x_ptr += b * T * D
+    y_ptr += b * T * D
+    mean = tl.load(mean_ptr + b * T + o_t, mask=m_t, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + b * T + o_t, mask=m_t, other=0.0)[:, None]
+    o_main, m_main = part(o_t, m_t, 0, MAIN, D)
+    x = tl.load(x_ptr + o_main, mask=m_main, other=0.0).to(ACC)
+    y = modulate(x, mean, rstd, shift_ptr, scale_ptr, 0, D)
+    tl.store(y_ptr + o_main, y.to(y_ptr.dtype.element_ty), mask=m_main)
+    if TAIL > 0:
+        o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
+        x = tl.load(x_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
+        y = modulate(x, mean, rstd, shift_ptr, scale_ptr, MAIN, D)
+        tl.store(y_ptr + o_tail, y.to(y_ptr.dtype.element_ty), mask=m_tail)
+
+
+def _from_moments(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    B, T, D = x.shape
+    x, shift, scale = x.contiguous(), as_vectors(shift), as_vectors(scale)
+    y = torch.empty_like(x, dtype=scale.dtype)
+    cfg = row_launch(B, T, D, min(x.itemsize, y.itemsize))
+    launch(
+        _adaln_from_moments_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
+        x_ptr=x, mean_ptr=mean.contiguous(), rstd_ptr=rstd.contiguous(), shift_ptr=shift, scale_ptr=scale, y_ptr=y,
+        T=T, stride_shift=shift.stride(0), stride_scale=scale.stride(0),
+        D=D, **cfg.meta, ACC=accumulator(x),
+    )  # fmt: skip
+    return y
+
+
+def _from_moments_fake(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=scale.dtype)
+
+
+adaln_from_moments = define_op(
+    "adaln_from_moments",
+    triton_impl=_from_moments,
+    reference_impl=reference.adaln_from_moments,
+    fake=_from_moments_fake,
+)
+
+
+class _RecomputingLinear(torch.autograd.Function):
+    """F.linear on an input that is made again for the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, *recipe: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, *recipe)
+        return F.linear(y, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *recipe = ctx.saved_tensors
+        needs_y, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dout = dout.to(weight.dtype)
+        rows = dout.flatten(0, 1)
+        dy = dout @ weight if needs_y else None
+        dweight = rows.t() @ adaln_from_moments(*recipe).flatten(0, 1) if needs_weight else None
+        dbias = rows.sum(0) if needs_bias else None
+        return dy, dweight, dbias, *[None] * len(recipe)
+
+
+def linear(y: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: NormRecipe | None = None) -> Tensor:
+    """F.linear(y, weight, bias) that keeps `recipe` instead of `y` for the backward pass, when one is given.
+
+    y (B, T, D); weight (F, D) and bias (F,) are cast to the dtype of y; `recipe` must be that of y, whose gradient
+    goes through y alone. Chen et al. 2016, Training deep nets with sublinear memory cost.
+    """
+    if recipe is None:
+        return F.linear(y, weight, bias)
+    bias = None if bias is None else bias.to(y.dtype)
+    # Detached: the gradient reaches them through y.
+    return _RecomputingLinear.apply(y, weight.to(y.dtype), bias, *[part.detach() for part in recipe])
