@@ -14,6 +14,7 @@ from dit_fast.errors import DitFastError
 COMMANDS = {
     "train": "train a Diffusion Transformer on images",
     "sample": "draw images from a trained model",
+    "encode": "turn a folder of images into latents to train on",
 }
 
 

@@ -1,22 +1,33 @@
-"""Labelled images for training: built-in sets and folders of class sub-folders."""
+"""Labelled images and latents for training: built-in sets, folders of images, latent sets and caches."""
 
 import os
 from pathlib import Path
 
 from dit_fast.data.builtin import BUILTIN, DIGIT_NAMES
+from dit_fast.data.caches import open_cache, recognise
 from dit_fast.data.folder import centre_crop, centre_crop_array, open_folder
 from dit_fast.data.images import ImageSet, Split, from_arrays, to_pixels
 from dit_fast.data.keyed import generator
+from dit_fast.data.latents import LatentSet, LatentStream, Posterior, open_latents
+from dit_fast.data.shards import MANIFEST, SETTINGS
+from dit_fast.data.stream import BatchStream
 from dit_fast.errors import ConfigError, DataError
 
 __all__ = [
     "BUILTIN",
     "ImageSet",
+    "LatentSet",
+    "LatentStream",
+    "Posterior",
     "Split",
     "centre_crop",
     "from_arrays",
     "generator",
+    "open_cache",
+    "open_data",
     "open_images",
+    "open_latents",
+    "open_stream",
     "to_pixels",
 ]
 
@@ -81,3 +92,50 @@ def open_images(
             f"--num-classes {num_classes} contradicts {source}, which has {opened.num_classes} classes"
         )
     return opened
+
+
+def open_data(
+    source: str | Path,
+    image_size: int | None = None,
+    *,
+    channels: int | None = None,
+    num_classes: int | None = None,
+    flip: bool | None = None,
+    holdout: float | None = None,
+    num_workers: int | None = None,
+) -> ImageSet | LatentSet:
+    """Open `source`, whatever it is: what `dit-fast encode` wrote, a cache of fast-DiT, REPA or LightningDiT, a
+    built-in set or a folder of images.
+
+    Options as `open_images`; of latents, `image_size` and `channels` are checked where given. Raises DataError
+    and ConfigError.
+    """
+    folder = Path(source)
+    encoded = any((folder / name).is_file() for name in (MANIFEST, SETTINGS))
+    if str(source) in BUILTIN or not folder.is_dir() or not (encoded or recognise(folder)):
+        return open_images(
+            source,
+            image_size,
+            channels=channels,
+            num_classes=num_classes,
+            flip=flip,
+            holdout=holdout,
+            num_workers=num_workers,
+        )
+    opener = open_latents if encoded else open_cache
+    latents = opener(folder, num_classes=num_classes, flip=flip, holdout=holdout)
+    if image_size not in (None, latents.pixel_size or image_size):
+        raise ConfigError(f"--image-size {image_size}: {source} was encoded at {latents.pixel_size}")
+    if channels not in (None, latents.channels):
+        raise ConfigError(f"--channels {channels}: {source} has latents of {latents.channels}")
+    return latents
+
+
+def open_stream(
+    data: ImageSet | LatentSet, batch_size: int, seed: int, flip: bool | None = None
+) -> BatchStream:
+    """The training batches of a set: (samples float32 (B, C, H, W), labels int64 (B,)); `flip` None: as the set."""
+    mirrored = data.flip if flip is None else flip
+    if isinstance(data, LatentSet):
+        return LatentStream(data.train, batch_size, seed, mirrored)
+    return BatchStream(data.train, batch_size, seed, mirrored)

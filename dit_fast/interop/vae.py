@@ -1,5 +1,6 @@
-"""Latents to images through the Stable Diffusion autoencoder of diffusers."""
+"""Images to latents and back through the Stable Diffusion autoencoder of diffusers."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,7 @@ class LatentDecoder:
     """
 
     def __init__(self, name: str, channels: int, device: torch.device | str = "cpu") -> None:
-        if name not in _PUBLISHED and not Path(name).is_dir():
-            raise ConfigError(
-                f"--vae {name}: give ema, mse, none, or a folder with a diffusers AutoencoderKL"
-            )
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError as error:
-            raise MissingExtraError(
-                "diffusers, which decodes latents, is not installed; pip install 'dit-fast[vae]'"
-            ) from error
-        try:
-            # The memory-saving loader wants a further package, accelerate, and is no use for 84 M parameters.
-            vae: Any = AutoencoderKL.from_pretrained(
-                _PUBLISHED.get(name, name), use_safetensors=True, low_cpu_mem_usage=False
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            where = f"{_PUBLISHED[name]} (offline? give --vae a local folder)" if name in _PUBLISHED else name
-            raise CheckpointError(f"cannot load the autoencoder {where}: {first_line(error)}") from error
+        vae = _load_autoencoder(name, "ema, mse, none, or a folder", "decodes")
         if vae.config.latent_channels != channels:
             raise ConfigError(
                 f"--vae {name} has {vae.config.latent_channels} latent channels, the model makes {channels}"
@@ -57,3 +41,100 @@ class LatentDecoder:
             self.vae.decode(part.to(self.device) / LATENT_SCALE).sample.float().cpu() for part in parts
         ]
         return torch.cat(decoded)
+
+
+class LatentEncoder:
+    """The encoder of an AutoencoderKL: `name` is "ema", "mse" or a folder that diffusers wrote.
+
+    `image_channels` and `latent_channels` are what it takes and makes, `factor` the side of an image over that
+    of its latent. A model is trained on (z - shift) * scale, one `shift` and `scale` for each channel of z.
+    `sha256` is of all weights, so that a renamed folder is the same autoencoder and a changed one is not.
+
+    Errors as `LatentDecoder`; ConfigError for a dtype other than float32 and bfloat16.
+    """
+
+    def __init__(
+        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            # The published encoder overflows float16 (its configuration says force_upcast).
+            raise ConfigError(f"the autoencoder runs in float32 or bfloat16, not {dtype}")
+        vae = _load_autoencoder(name, "ema, mse, or a folder", "encodes")
+        config = vae.config
+        self.name = name
+        self.sha256 = _weights_digest(vae.state_dict())
+        self.image_channels = int(config.in_channels)
+        self.latent_channels = int(config.latent_channels)
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        if self.image_channels not in (1, 3):
+            raise ConfigError(
+                f"--vae {name} takes images of {self.image_channels} channels; grey or RGB needed"
+            )
+        self.shift, self.scale = _scaling(config, self.latent_channels)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        # Only the encoding half goes to the device.
+        self.encoder = vae.encoder.to(self.device, dtype).eval()
+        self.quant_conv = None if vae.quant_conv is None else vae.quant_conv.to(self.device, dtype).eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Posterior float32 (B, 2, C, H/f, W/f), mean then log-variance, of images (B, 3, H, W) in [-1, 1].
+
+        The log-variance is kept within [-30, 20], as diffusers keeps it when it draws a sample.
+        """
+        moments = self.encoder(images.to(self.device, self.dtype))
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = moments.float().chunk(2, dim=1)
+        return torch.stack([mean, logvar.clamp(-30.0, 20.0)], dim=1)
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-ready facts; two encoders with equal facts, `name` aside, make the same latents."""
+        return {
+            "name": self.name,
+            "source": _PUBLISHED.get(self.name, self.name),
+            "sha256": self.sha256,
+            "latent_channels": self.latent_channels,
+            "factor": self.factor,
+            "shift": list(self.shift),
+            "scale": list(self.scale),
+        }
+
+
+def _load_autoencoder(name: str, accepted: str, does: str) -> Any:
+    """A diffusers AutoencoderKL on the CPU, in float32."""
+    if name not in _PUBLISHED and not Path(name).is_dir():
+        raise ConfigError(f"--vae {name}: give {accepted} with a diffusers AutoencoderKL")
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise MissingExtraError(
+            f"diffusers, which {does} latents, is not installed; pip install 'dit-fast[vae]'"
+        ) from error
+    try:
+        # The memory-saving loader wants a further package, accelerate, and is no use for 84 M parameters.
+        return AutoencoderKL.from_pretrained(
+            _PUBLISHED.get(name, name), use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        where = f"{_PUBLISHED[name]} (offline? give --vae a local folder)" if name in _PUBLISHED else name
+        raise CheckpointError(f"cannot load the autoencoder {where}: {first_line(error)}") from error
+
+
+def _scaling(config: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale of each channel: z -> (z - shift) * scale, as diffusers' pipelines apply them."""
+    factor = float(config.scaling_factor)
+    means, deviations = (config.get(key) for key in ("latents_mean", "latents_std"))
+    if means is not None and deviations is not None:
+        return tuple(map(float, means)), tuple(factor / float(deviation) for deviation in deviations)
+    return (float(config.get("shift_factor") or 0.0),) * channels, (factor,) * channels
+
+
+def _weights_digest(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

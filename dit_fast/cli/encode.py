@@ -1,0 +1,101 @@
+"""`dit-fast encode`: a folder of images into a set of latents that `dit-fast train` maps into memory."""
+
+import argparse
+import os
+import shlex
+import sys
+
+import torch
+
+from dit_fast.data.encode import PRECISIONS, EncodeConfig, encode
+from dit_fast.data.shards import DTYPES
+from dit_fast.errors import ConfigError
+
+_EPILOG = """Several GPUs: torchrun --nproc-per-node 8 -m dit_fast.cli encode --data ... --out ...
+A run that was interrupted goes on with the same command, on any number of GPUs."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of `EncodeConfig`."""
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--data", "--data-path", required=True, metavar="FOLDER", help="folder of class sub-folders"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the latent set")
+    parser.add_argument(
+        "--vae",
+        default="ema",
+        help="ema, mse (published), or a folder with a diffusers AutoencoderKL (default: ema)",
+    )
+    parser.add_argument(
+        "--size", "--image-size", dest="image_size", type=int, default=256, metavar="S",
+        help="images are scaled and cropped to S x S (default: 256)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float16", help="of the stored moments (default: float16)"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="tf32", help="of the autoencoder (default: tf32)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="B", help="images at a time (default: 32)"
+    )
+    parser.add_argument(
+        "--shard-size", type=int, default=4096, metavar="M", help="images in a file (default: 4096)"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="cuda is the GPU of LOCAL_RANK (default: auto)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode what falls to this rank; 0, or a DitFastError."""
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "device")}
+    rank, world_size = _ranks()
+    config = EncodeConfig(**options, device=_device(args.device))
+    # Stated both ways: torch allows TF32 in convolutions by default and forbids it in matrix products.
+    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    try:
+        result = encode(config, rank, world_size)
+    except KeyboardInterrupt:
+        print(
+            f"dit-fast: interrupted; the same command goes on from the whole shards in {config.out}",
+            file=sys.stderr,
+        )
+        return 130
+    done = f"shards: {result.encoded} encoded, {result.kept} kept"
+    if result.complete:
+        print(f"{result.out} is complete: {result.images} images; {done}", flush=True)
+        print(f"train with: dit-fast train --data {shlex.quote(str(result.out))}", flush=True)
+    else:
+        print(
+            f"rank {rank}/{world_size}: {done}, {result.missing} still to come from other ranks", flush=True
+        )
+    return 0
+
+
+def _ranks() -> tuple[int, int]:
+    """Rank and world size as torchrun gives them."""
+    try:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError as error:
+        raise ConfigError(f"RANK and WORLD_SIZE must be numbers: {error}") from None
+
+
+def _device(name: str) -> str:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    local_rank, devices = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+    if not local_rank.isdecimal() or int(local_rank) >= devices:
+        raise ConfigError(
+            f"--device {name}: LOCAL_RANK is {local_rank}, and torch sees {devices} CUDA devices"
+        )
+    return f"cuda:{local_rank}"

@@ -1,0 +1,341 @@
+"""Latent caches that other DiT codebases wrote, behind the interface of `dit_fast.data.latents`.
+
+    fast-DiT      imagenet256_features/N.npy (1, C, H, W), a scaled sample each, imagenet256_labels/N.npy (1,)
+    REPA          vae-sd/**/*.npy (2 C, H, W), mean and standard deviation, and vae-sd/dataset.json with
+                  {"labels": [[name, label], ...]} (the layout of EDM2)
+    LightningDiT  *.safetensors with latents, latents_flip and labels, and latents_stats.pt with mean and std
+
+Layouts as those projects' code and documentation describe them; nothing is unpickled but tensors
+(`read_weight_file`, np.load(allow_pickle=False)).
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from dit_fast.data.latents import LatentSet, Posterior, make_latent_set
+from dit_fast.errors import CheckpointError, DataError
+
+# Rombach et al. 2022: the scale of the Stable Diffusion autoencoders, and what they divide an image's side by.
+_SD_SCALE = 0.18215
+_SD_FACTOR = 8
+_READERS = 16
+_REPA_FOLDER = "vae-sd"
+_REPA_LABELS = "dataset.json"
+_STATISTICS = "latents_stats.pt"
+_NUMPY_ERRORS = (OSError, ValueError, EOFError)
+
+
+def recognise(folder: Path) -> str | None:
+    """ "fast-DiT", "REPA" or "LightningDiT" for a folder that looks like one's cache, None for another."""
+    if (folder / _REPA_LABELS).is_file() or (folder / _REPA_FOLDER / _REPA_LABELS).is_file():
+        return "REPA"
+    if any(folder.glob("*.safetensors")):
+        return "LightningDiT"
+    if any(path.is_dir() for path in folder.glob("*_features")) and any(folder.glob("*_labels")):
+        return "fast-DiT"
+    return None
+
+
+def open_cache(
+    folder: str | Path,
+    *,
+    num_classes: int | None = None,
+    flip: bool | None = None,
+    holdout: float | None = None,
+) -> LatentSet:
+    """Open the cache in `folder`, whichever of the three it is.
+
+    num_classes  number of classes; None: the greatest label + 1, since caches do not name their classes
+    flip         whether mirrored images are used; only LightningDiT's caches hold them
+    holdout      held-out fraction of each class; None: 0
+
+    Raises DataError for files that are missing, damaged, not paired or of several shapes, and for labels out of
+    range, ConfigError for options that contradict the cache.
+    """
+    folder = Path(folder)
+    kind = recognise(folder)
+    openers = {"fast-DiT": _open_fast_dit, "REPA": _open_repa, "LightningDiT": _open_lightning}
+    if kind is None:
+        raise DataError(f"{folder} is no latent cache of {', '.join(openers)}")
+    cache = openers[kind](folder)
+    if not len(cache.labels):
+        raise DataError(f"{folder} holds no latents")
+    classes = int(cache.labels.max()) + 1 if num_classes is None else num_classes
+    return make_latent_set(
+        str(folder),
+        cache.source,
+        cache.labels,
+        [str(label) for label in range(classes)],
+        cache.sample_shape,
+        cache.posterior,
+        sample_ids=lambda: cache.names,
+        flips=cache.flips,
+        flip=flip,
+        num_classes=num_classes,
+        holdout=holdout,
+        pixel_size=cache.pixel_size,
+        vae={"name": None, "source": f"{kind} cache", "sha256": None},
+        fingerprint=cache.fingerprint,
+    )
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """One .npy file for each sample, reshaped to (K, C, H, W)."""
+
+    paths: tuple[Path, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
+        moments = np.empty((len(members), *self.shape), self.dtype)
+        for row, member in zip(moments, members, strict=True):
+            array = _load(self.paths[member])
+            if array.size != row.size or array.dtype != self.dtype:
+                raise DataError(
+                    f"{self.paths[member]} holds {array.dtype} {array.shape}, the first latent of the set "
+                    f"{self.dtype} {self.shape}"
+                )
+            row[...] = array.reshape(self.shape)
+        return torch.from_numpy(moments)
+
+    def where(self, member: int) -> str:
+        return str(self.paths[member])
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Latents (M, C, H, W) of memory-mapped safetensors shards, plain and mirrored."""
+
+    paths: tuple[Path, ...]
+    plain: tuple[Tensor, ...]
+    mirrored: tuple[Tensor, ...]
+    starts: np.ndarray
+
+    def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
+        first = self.plain[0]
+        moments = torch.empty(len(members), 1, *first.shape[1:], dtype=first.dtype)
+        for row, member, flip in zip(moments, members, flips, strict=True):
+            shard, place = self._place(member)
+            row[0] = (self.mirrored if flip else self.plain)[shard][place]
+        return moments
+
+    def where(self, member: int) -> str:
+        shard, place = self._place(member)
+        return f"{self.paths[shard]}, latent {place}"
+
+    def _place(self, member: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.starts, member, side="right")) - 1
+        return shard, member - int(self.starts[shard])
+
+
+@dataclass(frozen=True)
+class _Cache:
+    source: FileSource | TensorSource
+    labels: Tensor
+    names: tuple[str, ...]
+    sample_shape: tuple[int, ...]
+    posterior: Posterior
+    flips: bool
+    pixel_size: int | None
+    fingerprint: str
+
+
+def _open_fast_dit(folder: Path) -> _Cache:
+    pairs = [
+        (part, partner)
+        for part in sorted(folder.glob("*_features"))
+        if (partner := part.with_name(part.name.removesuffix("_features") + "_labels")).is_dir()
+    ]
+    if len(pairs) != 1:
+        raise DataError(
+            f"{folder} has {len(pairs)} pairs of folders NAME_features and NAME_labels; 1 is needed"
+        )
+    features, labels = ({path.stem: path for path in part.glob("*.npy")} for part in pairs[0])
+    if unpaired := sorted(features.keys() ^ labels.keys()):
+        raise DataError(
+            f"{folder}: {len(features)} latents and {len(labels)} labels; without a partner: "
+            f"{', '.join(unpaired[:5])}{', ...' if len(unpaired) > 5 else ''}"
+        )
+    # Files are numbered: 10 comes after 9. Pairs are made by name, never by the order of a listing.
+    names = sorted(features, key=lambda name: (len(name), name) if name.isdecimal() else (1 << 30, name))
+    values = np.empty(len(names), np.int64)
+    with ThreadPoolExecutor(_READERS) as pool:
+        read = pool.map(_load, [labels[name] for name in names])
+        for row, array in enumerate(tqdm(read, f"labels of {folder.name}", len(names), disable=None)):
+            if array.size != 1 or array.dtype.kind not in "iu":
+                raise DataError(
+                    f"{labels[names[row]]} holds {array.dtype} {array.shape}; a label is one integer"
+                )
+            values[row] = array.item()
+    return _files(folder, [features[name] for name in names], names, torch.from_numpy(values), "sample")
+
+
+def _open_repa(folder: Path) -> _Cache:
+    root = folder if (folder / _REPA_LABELS).is_file() else folder / _REPA_FOLDER
+    index = root / _REPA_LABELS
+    try:
+        entries = json.loads(index.read_bytes())["labels"]
+        labels = {str(name): label for name, label in entries}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f'{index} is not {{"labels": [[name, label], ...]}}: {error!r}') from None
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.npy"))
+    if unpaired := sorted(labels.keys() ^ set(names)):
+        raise DataError(
+            f"{root}: {len(names)} latents and {len(labels)} labels; without a partner: "
+            f"{', '.join(unpaired[:5])}{', ...' if len(unpaired) > 5 else ''}"
+        )
+    for name in names:
+        if type(labels[name]) is not int or abs(labels[name]) >= 1 << 31:
+            raise DataError(f"{index}: the label of {name} is {labels[name]!r}; a label is one integer")
+    values = torch.tensor([labels[name] for name in names], dtype=torch.int64)
+    return _files(folder, [root / name for name in names], names, values, "std")
+
+
+def _files(folder: Path, paths: Sequence[Path], names: Sequence[str], labels: Tensor, kind: str) -> _Cache:
+    """A cache of one file for each latent; its shape and type are those of the first."""
+    if not paths:
+        raise DataError(f"{folder} holds no latents")
+    first = _load(paths[0])
+    parts = 1 if kind == "sample" else 2
+    shape = first.shape[1:] if first.ndim == 4 and first.shape[0] == 1 else first.shape
+    if len(shape) != 3 or shape[0] % parts or first.dtype.kind != "f":
+        wanted = "(1, C, H, W)" if kind == "sample" else "(2 C, H, W), mean and standard deviation"
+        raise DataError(f"{paths[0]} holds {first.dtype} {first.shape}; expected floating-point {wanted}")
+    channels = shape[0] // parts
+    scale = 1.0 if kind == "sample" else _SD_SCALE
+    listing = [
+        f"{name}\t{path.stat().st_size}\t{label}"
+        for name, path, label in zip(names, paths, labels.tolist(), strict=True)
+    ]
+    return _Cache(
+        source=FileSource(tuple(paths), (parts, channels, *shape[1:]), first.dtype),
+        labels=labels,
+        names=tuple(names),
+        sample_shape=(channels, *shape[1:]),
+        posterior=Posterior(kind, (0.0,) * channels, (scale,) * channels),
+        flips=False,
+        pixel_size=shape[1] * _SD_FACTOR,
+        fingerprint=hashlib.sha256("\n".join(listing).encode()).hexdigest(),
+    )
+
+
+def _open_lightning(folder: Path) -> _Cache:
+    paths = tuple(sorted(folder.glob("*.safetensors")))
+    shards = [_read_shard(path) for path in paths]
+    shape = shards[0]["latents"].shape[1:]
+    for path, shard in zip(paths, shards, strict=True):
+        for key in ("latents", "latents_flip"):
+            tensor, count = shard[key], len(shard["labels"])
+            if (
+                tensor.shape != (count, *shape)
+                or tensor.ndim != 4
+                or tensor.dtype != shards[0]["latents"].dtype
+            ):
+                raise DataError(
+                    f"{path}: {key} is {tensor.dtype} {tuple(tensor.shape)} for {count} labels; expected "
+                    f"{shards[0]['latents'].dtype} {(count, *shape)} as in {paths[0].name}"
+                )
+    mean, deviation = _read_statistics(folder / _STATISTICS, int(shape[0]))
+    labels = torch.cat([shard["labels"] for shard in shards]).to(torch.int64)
+    counts = [len(shard["labels"]) for shard in shards]
+    digest = hashlib.sha256(labels.numpy().data)
+    digest.update(repr([(path.name, path.stat().st_size) for path in paths]).encode())
+    return _Cache(
+        source=TensorSource(
+            paths,
+            tuple(shard["latents"] for shard in shards),
+            tuple(shard["latents_flip"] for shard in shards),
+            np.cumsum([0, *counts[:-1]]),
+        ),
+        labels=labels,
+        names=tuple(
+            f"{path.name}/{row}" for path, count in zip(paths, counts, strict=True) for row in range(count)
+        ),
+        sample_shape=tuple(shape),
+        posterior=Posterior("sample", tuple(mean), tuple(1.0 / value for value in deviation)),
+        flips=True,
+        # Their autoencoders shrink by 8 or 16, and the cache does not say.
+        pixel_size=None,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, mapped, not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            shard = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}{_expected_size(path)}") from error
+    missing = [key for key in ("latents", "latents_flip", "labels") if key not in shard]
+    if missing:
+        raise DataError(
+            f"{path} has no {', '.join(missing)} (it has {', '.join(sorted(shard)) or 'nothing'})"
+        )
+    labels = shard["labels"]
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise DataError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; expected integers (N,)")
+    return shard
+
+
+def _expected_size(path: Path) -> str:
+    """What a damaged safetensors file should measure, as far as its header tells."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(min(length, 1 << 24)))
+        end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+        return f" ({path.stat().st_size} bytes, expected {8 + length + end})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return ""
+
+
+def _read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, by which LightningDiT normalises."""
+    # Imported here: interop's package imports the trainer, which imports this one.
+    from dit_fast.interop.weight_file import read_weight_file
+
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing: LightningDiT writes it beside its shards, and latents cannot be normalised, nor "
+            "decoded later, without it"
+        )
+    try:
+        content = read_weight_file(path).state
+        mean, deviation = (content[key].double().flatten() for key in ("mean", "std"))
+    except (CheckpointError, KeyError) as error:
+        raise DataError(f"{path} is not a file with tensors mean and std: {error}") from error
+    if (
+        len(mean) != channels
+        or len(deviation) != channels
+        or not (deviation > 0).all()
+        or not mean.isfinite().all()
+    ):
+        raise DataError(
+            f"{path} has {len(mean)} means and {len(deviation)} deviations for {channels} channels, or values that "
+            "are not finite and positive"
+        )
+    return mean.tolist(), deviation.tolist()
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except _NUMPY_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{path} cannot be read ({path.stat().st_size if path.exists() else 0} bytes): {reason}"
+        ) from error

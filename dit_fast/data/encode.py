@@ -1,0 +1,371 @@
+"""A folder of images into a latent set: what `dit-fast encode` does.
+
+The images, in the order of their names, are cut into shards of equal length; rank r of W encodes shards r,
+r + W, ... A shard that is there, whole and of the same images is kept, so a run that was killed goes on where
+it was, with any number of ranks. Ranks do not talk to each other: whoever finds all shards done writes the
+manifest, and several that do write the same one. Batches never cross a shard's edge, so that a set does not
+depend on interruptions or on the number of ranks.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dit_fast.data.folder import _for_each, _list_failures, _scan, read_image
+from dit_fast.data.shards import (
+    DTYPES,
+    FORMAT,
+    LABELS,
+    MANIFEST,
+    NAMES,
+    SETTINGS,
+    HashingFile,
+    digest_file,
+    digest_json,
+    npy_bytes,
+    publish,
+    read_json,
+    record_name,
+    remove_leftovers,
+    shard_name,
+    write_json,
+    write_npy_header,
+)
+from dit_fast.errors import ConfigError, DataError
+from dit_fast.interop.vae import LatentEncoder
+from dit_fast.sampling.output import prepare_folder
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+_FLIPS = (False, True)
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How a folder becomes a latent set.
+
+    data         folder of class sub-folders of PNG and JPEG images
+    out          folder of the set, new or of a run to continue
+    vae          "ema", "mse" (stabilityai/sd-vae-ft-...) or a folder with a diffusers AutoencoderKL
+    image_size   images are scaled and cropped to this side, as ADM does (`dit_fast.data.centre_crop`)
+    dtype        of the stored moments: float16 (error at most 2**-11 of a value) or float32, twice the size
+    precision    of the autoencoder: fp32, tf32 (fp32 without a GPU) or bf16
+    batch_size   images at a time; each is encoded plain and mirrored
+    shard_size   images in a file
+    num_workers  threads that decode images; None: one a core
+    """
+
+    data: str
+    out: str
+    vae: str = "ema"
+    image_size: int = 256
+    dtype: str = "float16"
+    precision: str = "tf32"
+    batch_size: int = 32
+    shard_size: int = 4096
+    num_workers: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for field, flag in (
+            ("image_size", "size"),
+            ("batch_size", ""),
+            ("shard_size", ""),
+            ("num_workers", ""),
+        ):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{flag or field.replace('_', '-')} {value}: give at least 1")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype {self.dtype}: give one of {', '.join(DTYPES)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"--precision {self.precision}: give one of {', '.join(PRECISIONS)}")
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """Shards this rank `encoded` and `kept`, those that other ranks still owe, and whether the set is whole."""
+
+    out: Path
+    images: int
+    encoded: int
+    kept: int
+    missing: int
+
+    @property
+    def complete(self) -> bool:
+        return self.missing == 0
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The images of the set in their order, `names` relative to the folder."""
+
+    class_names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    sizes: tuple[int, ...]
+    shard_size: int
+
+    def shards(self) -> int:
+        return -(-len(self.paths) // self.shard_size)
+
+    def rows(self, shard: int) -> range:
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.paths)))
+
+    def digest(self, rows: range) -> str:
+        """SHA-256 of the names, file sizes and labels of these images."""
+        part = slice(rows.start, rows.stop)
+        return digest_json([self.names[part], self.sizes[part], self.labels[part]])
+
+
+class _UnreadableError(Exception):
+    def __init__(self, failures: list[tuple[Path, str]]):
+        super().__init__()
+        self.failures = failures
+
+
+def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeResult:
+    """Encode the shards of this rank; the rank that finds the set complete writes its manifest.
+
+    Raises DataError for images that are missing or unreadable (the shards without them are still made) and
+    for an `out` that holds another set, ConfigError for sizes that do not fit the autoencoder, OutputError for
+    a disk that is full or not writable, and what `LatentEncoder` raises.
+    """
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"RANK {rank} is outside 0..{world_size - 1} (WORLD_SIZE {world_size})")
+    listing = _list_images(Path(config.data), config.shard_size)
+    out = Path(config.out)
+    prepare_folder(out)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    encoder = LatentEncoder(config.vae, config.device, dtype)
+    if config.image_size % encoder.factor:
+        raise ConfigError(
+            f"--size {config.image_size} is not a multiple of {encoder.factor}, by which the autoencoder "
+            f"shrinks images; give {max(1, round(config.image_size / encoder.factor)) * encoder.factor}"
+        )
+    run = _Run(config, listing, encoder, out)
+    run.agree()
+    # What all ranks write takes a moment; a file older than a minute is of a rank that was killed.
+    remove_leftovers(out, (SETTINGS, LABELS, NAMES, MANIFEST), 0 if world_size == 1 else 60)
+    own = range(rank, listing.shards(), world_size)
+    remove_leftovers(out, [name for shard in own for name in (shard_name(shard), record_name(shard))])
+    done = [shard for shard in own if run.is_whole(shard)]
+    todo = [shard for shard in own if shard not in set(done)]
+    if todo:
+        # A manifest vouches for every shard: it goes before the first of them is replaced.
+        (out / MANIFEST).unlink(missing_ok=True)
+    prepare_folder(out, run.bytes_to_come(todo))
+    run.encode_all(
+        todo, sum(len(listing.rows(shard)) for shard in done), f"encoding, rank {rank}/{world_size}"
+    )
+    missing = run.finish()
+    return EncodeResult(out, len(listing.paths), len(todo), len(done), missing)
+
+
+def _list_images(root: Path, shard_size: int) -> _Listing:
+    class_names, paths, labels = _scan(root)
+    names = tuple(path.relative_to(root).as_posix() for path in paths)
+    sizes = tuple(path.stat().st_size for path in paths)
+    return _Listing(tuple(class_names), tuple(paths), names, tuple(labels), sizes, shard_size)
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: EncodeConfig
+    listing: _Listing
+    encoder: LatentEncoder
+    out: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all shards of a set must have in common."""
+        return {
+            "vae_sha256": self.encoder.sha256,
+            "image_size": self.config.image_size,
+            "dtype": self.config.dtype,
+            "precision": self.config.precision,
+            "shard_size": self.config.shard_size,
+        }
+
+    def shape(self, shard: int) -> tuple[int, ...]:
+        side = self.config.image_size // self.encoder.factor
+        rows = len(self.listing.rows(shard))
+        return (rows, len(_FLIPS), 2, self.encoder.latent_channels, side, side)
+
+    def agree(self) -> None:
+        """Compare with how the set was begun, or write that down."""
+        path = self.out / SETTINGS
+        try:
+            begun = read_json(path)
+        except FileNotFoundError:
+            write_json(path, {"format": FORMAT, "vae": self.encoder.identity(), "settings": self.settings})
+            begun = read_json(path)
+        there, here = begun["settings"], self.settings
+        if there["vae_sha256"] != here["vae_sha256"]:
+            raise DataError(
+                f"{self.out} was begun with the autoencoder {begun['vae']['name']} (SHA-256 "
+                f"{there['vae_sha256'][:12]}), --vae {self.config.vae} is another (SHA-256 "
+                f"{here['vae_sha256'][:12]}); give the first one or another --out"
+            )
+        if there != here:
+            changed = [
+                f"{key} is {there.get(key)} there and {value} here"
+                for key, value in here.items()
+                if there.get(key) != value
+            ]
+            raise DataError(f"{self.out} was begun otherwise: {'; '.join(changed)}; give another --out")
+        if (self.out / MANIFEST).exists():
+            whole = read_json(self.out / MANIFEST)
+            if whole["listing_sha256"] != self._listing_digest():
+                raise DataError(
+                    f"{self.out} is a finished set of {whole['images']} images that are not those of "
+                    f"{self.config.data} ({len(self.listing.paths)} images); give another --out"
+                )
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether the shard is there, of these images and settings, and hashes to what its record says."""
+        record = self._record(shard)
+        file = self.out / shard_name(shard)
+        if record is None or not file.is_file() or file.stat().st_size != record["file"]["bytes"]:
+            return False
+        return digest_file(file) == record["file"]
+
+    def bytes_to_come(self, todo: Sequence[int]) -> int:
+        """Of `todo` and of the shards that other ranks still owe: all ranks fill one disk."""
+        owed = {shard for shard in range(self.listing.shards()) if self._record(shard) is None}
+        return sum(npy_bytes(self.shape(shard), self.config.dtype) for shard in owed | set(todo))
+
+    def encode_all(self, shards: Sequence[int], kept: int, title: str) -> None:
+        """Encode and publish `shards`. Images that cannot be read are collected and named at the end."""
+        failures: list[tuple[Path, str]] = []
+        total = kept + sum(len(self.listing.rows(shard)) for shard in shards)
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader,
+            tqdm(desc=title, total=total, initial=kept, unit="img", disable=None) as bar,
+        ):
+            for shard in shards:
+                try:
+                    self._encode_shard(shard, reader, bar)
+                except _UnreadableError as error:
+                    failures += error.failures
+        if failures:
+            raise DataError(
+                f"{self.config.data}: {len(failures)} of {total} images cannot be read: "
+                f"{_list_failures(failures)}; replace or remove them and run the same command again "
+                "(shards without them are kept)"
+            )
+
+    def finish(self) -> int:
+        """Write the manifest if all shards are there; otherwise the number of those that are not."""
+        records = [self._record(shard) for shard in range(self.listing.shards())]
+        missing = sum(record is None for record in records)
+        if missing:
+            return missing
+        labels = np.asarray(self.listing.labels, dtype="<i8")
+        shards = [
+            {"file": shard_name(shard), "images": len(self.listing.rows(shard)), **record["file"]}
+            for shard, record in enumerate(records)
+            if record is not None
+        ]
+        label_file = publish(self.out / LABELS, lambda file: _write_array(file, labels))
+        names = json.dumps(self.listing.names).encode()
+        name_file = publish(self.out / NAMES, lambda file: file.write(names))
+        write_json(
+            self.out / MANIFEST,
+            {
+                "format": FORMAT,
+                "images": len(labels),
+                "class_names": list(self.listing.class_names),
+                "sample_shape": list(self.shape(0)[1:]),
+                "axes": ["image", "flip", "mean, log-variance", "channel", "row", "column"],
+                "flips": list(_FLIPS),
+                "vae": self.encoder.identity(),
+                "settings": self.settings,
+                "shards": shards,
+                "labels": label_file,
+                "names": name_file,
+                "listing_sha256": self._listing_digest(),
+            },
+        )
+        return 0
+
+    def _listing_digest(self) -> str:
+        return digest_json([self.listing.class_names, self.listing.digest(range(len(self.listing.paths)))])
+
+    def _record(self, shard: int) -> dict[str, Any] | None:
+        """The record of a shard of these images and settings, if there is one."""
+        try:
+            record = read_json(self.out / record_name(shard))
+        except (FileNotFoundError, DataError):
+            return None
+        return record if {key: record.get(key) for key in ("settings", "images")} == self._of(shard) else None
+
+    def _of(self, shard: int) -> dict[str, Any]:
+        return {"settings": self.settings, "images": self.listing.digest(self.listing.rows(shard))}
+
+    def _encode_shard(self, shard: int, reader: ThreadPoolExecutor, bar: Any) -> None:
+        (self.out / record_name(shard)).unlink(missing_ok=True)
+        file = publish(self.out / shard_name(shard), lambda file: self._write_shard(file, shard, reader, bar))
+        write_json(self.out / record_name(shard), {"format": FORMAT, **self._of(shard), "file": file})
+
+    def _write_shard(self, file: HashingFile, shard: int, reader: ThreadPoolExecutor, bar: Any) -> None:
+        write_npy_header(file, self.shape(shard), self.config.dtype)
+        bad: list[tuple[Path, str]] = []
+        for rows, images, failures in self._read(shard, reader):
+            bad += failures
+            if not bad:
+                file.write(self._moments(rows, torch.stack(images)).numpy().data.cast("B"))
+            bar.update(len(rows))
+        if bad:
+            raise _UnreadableError(bad)
+
+    def _read(
+        self, shard: int, reader: ThreadPoolExecutor
+    ) -> Iterator[tuple[range, list[Tensor], list[tuple[Path, str]]]]:
+        """Batches of uint8 images, the next one decoded while the caller works on this one."""
+        size, channels = self.config.image_size, self.encoder.image_channels
+        workers = self.config.num_workers or os.cpu_count() or 1
+        rows = self.listing.rows(shard)
+        step = self.config.batch_size
+        batches = [rows[start : start + step] for start in range(0, len(rows), step)]
+
+        def load(batch: range) -> tuple[list[Tensor], list[tuple[Path, str]]]:
+            paths = self.listing.paths[batch.start : batch.stop]
+            return _for_each(paths, lambda path: read_image(path, size, channels), workers)
+
+        ahead = reader.submit(load, batches[0])
+        for batch, following in zip(batches, [*batches[1:], None], strict=True):
+            images, failures = ahead.result()
+            if following is not None:
+                ahead = reader.submit(load, following)
+            yield batch, images, failures
+
+    def _moments(self, rows: range, images: Tensor) -> Tensor:
+        """(B, flips, 2, C, H, W) in the stored type, on the CPU."""
+        pixels = images.to(self.encoder.device).float().div_(127.5).sub_(1.0)
+        moments = torch.stack([self.encoder(pixels.flip(-1) if flip else pixels) for flip in _FLIPS], dim=1)
+        stored = moments.to(getattr(torch, self.config.dtype))
+        bad = (~stored.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            path = self.listing.paths[rows[bad[0]]]
+            overflow = bool(moments[bad].isfinite().all())
+            advice = "give --dtype float32" if overflow else "give --precision fp32 or another --vae"
+            raise DataError(
+                f"{path}: its latent is not finite in {self.config.dtype} ({len(bad)} in this batch); {advice}"
+            )
+        return stored.cpu().contiguous()
+
+
+def _write_array(file: HashingFile, array: np.ndarray) -> None:
+    write_npy_header(file, array.shape, array.dtype.name)
+    file.write(array.data.cast("B"))

@@ -1,0 +1,366 @@
+"""Sets of latents: what `dit-fast encode` wrote, mapped into memory, for training without the autoencoder.
+
+A set stores the posterior of every image, not a sample of it, and of the mirrored image too, since the latent
+of a mirrored image is not the mirrored latent. Which of the two a step takes, and the sample, are keyed draws
+(`LatentStream`), so that no two epochs see the same latent and every run, on any number of ranks, draws the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_fast.data.images import heldout_mask
+from dit_fast.data.keyed import generator
+from dit_fast.data.shards import LABELS, MANIFEST, NAMES, digest_file, map_npy, read_json, shard_name
+from dit_fast.data.stream import BatchStream
+from dit_fast.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """How stored moments (B, K, C, H, W) become the latents that a model is trained on.
+
+    kind          "logvar" or "std": K = 2, the mean and that; "sample": K = 1, a sample that was drawn once
+    shift, scale  one for each channel: a model sees (z - shift) * scale
+    """
+
+    kind: str
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a sample is drawn in training."""
+        return self.kind != "sample"
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents float32 (B, C, H, W): mean + std * noise, shifted and scaled; the mean without `noise`."""
+        z = moments[:, 0].float()
+        if noise is not None and self.is_drawn:
+            spread = moments[:, 1].float()
+            z = torch.addcmul(z, (0.5 * spread).exp_() if self.kind == "logvar" else spread, noise)
+        shift, scale = (z.new_tensor(values).view(-1, 1, 1) for values in (self.shift, self.scale))
+        return (z - shift) * scale
+
+
+class LatentSource(Protocol):
+    """Where moments lie."""
+
+    def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
+        """Moments (B, K, C, H, W) of samples `members`, mirrored where `flips` says so, as stored."""
+        ...
+
+    def where(self, member: int) -> str:
+        """File, and place in it, of a sample, for messages."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """The memory-mapped shards of a set: `arrays` (M, flips, 2, C, H, W), all but the last equally long."""
+
+    paths: tuple[Path, ...]
+    arrays: tuple[np.ndarray, ...]
+
+    def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
+        length, first = len(self.arrays[0]), self.arrays[0]
+        moments = np.empty((len(members), *first.shape[2:]), first.dtype)
+        for row, (member, flip) in enumerate(zip(members, flips, strict=True)):
+            shard, place = divmod(member, length)
+            moments[row] = self.arrays[shard][place, int(flip)]
+        return torch.from_numpy(moments)
+
+    def where(self, member: int) -> str:
+        shard, place = divmod(member, len(self.arrays[0]))
+        return f"{self.paths[shard]}, image {place}"
+
+
+@dataclass(frozen=True)
+class LatentSplit:
+    """Part of a set: `members` are the positions in the source, `labels` is int64 (N,)."""
+
+    source: LatentSource
+    members: Tensor
+    labels: Tensor
+    sample_shape: tuple[int, int, int]
+    posterior: Posterior
+    lazy: bool = True
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def moments(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
+        """Moments (B, K, C, H, W) of samples `indices` (int64 (B,), positions in this split), as stored.
+
+        `flip` is bool (B,): True takes the mirrored image's. Raises DataError for a value that is not finite.
+        """
+        members = self.members[indices].tolist()
+        moments = self.source.read(members, [False] * len(members) if flip is None else flip.tolist())
+        # The least and the greatest value are NaN where any value is: twelve times as fast as isfinite.
+        if not torch.stack(moments.aminmax()).isfinite().all():
+            bad = (~moments.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            raise DataError(
+                f"{self.source.where(members[bad[0]])}: the latent holds NaN or infinity ({len(bad)} of the "
+                f"{len(members)} in this batch do); encode the set again"
+            )
+        return moments
+
+    def batch(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
+        """Latents float32 (B, C, H, W) as a model sees them, at the posterior's mean."""
+        return self.posterior.sample(self.moments(indices, flip))
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """A labelled set of latents with its train and held-out split; stands where an `ImageSet` stands.
+
+    `image_size` is the side of a latent, which is the model's input size, and `pixel_size` that of the images,
+    None where the files do not tell. `flip`: whether the set holds mirrored images too. `vae` says which
+    autoencoder made it. `fingerprint` is a SHA-256 of what the set is made of.
+    """
+
+    name: str
+    image_size: int
+    channels: int
+    pixel_size: int | None
+    class_names: tuple[str, ...]
+    flip: bool
+    holdout: float
+    fingerprint: str
+    posterior: Posterior
+    vae: dict[str, Any]
+    train: LatentSplit
+    heldout: LatentSplit
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready facts for a checkpoint's manifest. `image_size` is that of the images."""
+        return {
+            "name": self.name,
+            "image_size": self.pixel_size,
+            "latent_size": self.image_size,
+            "channels": self.channels,
+            "num_classes": self.num_classes,
+            "num_train": len(self.train),
+            "num_heldout": len(self.heldout),
+            "holdout": self.holdout,
+            "fingerprint": self.fingerprint,
+            "posterior": self.posterior.kind,
+            "shift": list(self.posterior.shift),
+            "scale": list(self.posterior.scale),
+            "vae": self.vae,
+        }
+
+
+class LatentStream(BatchStream):
+    """The stream of training batches of a latent set: (latents float32 (B, C, H, W), labels int64 (B,)).
+
+    The sample of global sample number g = step * batch_size + position is drawn by a generator of (seed,
+    "posterior", g), on the CPU: it depends on nothing else, so that a rank draws its own rows only and gets what
+    one process would get. Read ahead, on a thread of its own, by `BatchStream.read`.
+    """
+
+    def __init__(self, split: LatentSplit, batch_size: int, seed: int, flip: bool):
+        super().__init__(cast(Any, split), batch_size, seed, flip)
+        self.latents = split
+
+    def moments(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments (b, K, C, H, W) as stored, flips bool (b,) and labels int64 (b,) of `rows` of a step."""
+        indices = self.indices(step)[rows]
+        flips = torch.zeros(self.batch_size, dtype=torch.bool)
+        if self.flip:
+            flips = torch.rand(self.batch_size, generator=generator(self.seed, "flip", step)) < 0.5
+        flips = flips[rows]
+        return self.latents.moments(indices, flips), flips, self.latents.labels[indices]
+
+    def noise(self, step: int, rows: slice = slice(None)) -> Tensor:
+        """Standard normal float32 (b, C, H, W) for the posteriors of `rows` of a step."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
+        noise = torch.empty(len(positions), *self.latents.sample_shape)
+        for row, number in zip(noise, positions, strict=True):
+            row.normal_(generator=generator(self.seed, "posterior", number))
+        return noise
+
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Latents and labels of `rows` of a step."""
+        moments, _, labels = self.moments(step, rows)
+        posterior = self.latents.posterior
+        return posterior.sample(moments, self.noise(step, rows) if posterior.is_drawn else None), labels
+
+
+def open_latents(
+    folder: str | Path,
+    *,
+    num_classes: int | None = None,
+    flip: bool | None = None,
+    holdout: float | None = None,
+    verify: bool = False,
+) -> LatentSet:
+    """Open the set that `dit-fast encode` wrote to `folder`.
+
+    num_classes  checked against the set when given
+    flip         whether mirrored images are used; None: yes
+    holdout      held-out fraction of each class; None: 0
+    verify       compare every shard with its SHA-256, instead of sizes and shapes only
+
+    Raises DataError for a set that is unfinished, changed, damaged or empty, whose labels and latents disagree,
+    and ConfigError for options that contradict it.
+    """
+    folder = Path(folder)
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder} is not a finished latent set: it has no {MANIFEST}; run dit-fast encode (again)"
+        ) from None
+    images, shards, shape, settings = _layout(folder, manifest)
+    paths = tuple(folder / shard["file"] for shard in shards)
+    arrays = tuple(
+        map_npy(path, (shard["images"], *shape), settings["dtype"])
+        for path, shard in zip(paths, shards, strict=True)
+    )
+    labels = map_npy(folder / LABELS, (images,), "int64")
+    checked = [(folder / LABELS, manifest["labels"])]
+    if verify:
+        checked += [(folder / NAMES, manifest["names"]), *zip(paths, shards, strict=True)]
+    for path, expected in checked:
+        if digest_file(path)["sha256"] != expected["sha256"]:
+            raise DataError(
+                f"{path} was changed or damaged: it does not match its SHA-256; encode the set again"
+            )
+    vae = manifest["vae"]
+    return make_latent_set(
+        str(folder),
+        ShardSource(paths, arrays),
+        torch.from_numpy(labels.astype(np.int64)),
+        manifest["class_names"],
+        shape[2:],
+        Posterior("logvar", tuple(vae["shift"]), tuple(vae["scale"])),
+        sample_ids=lambda: json.loads((folder / NAMES).read_bytes()),
+        flips=True,
+        flip=flip,
+        num_classes=num_classes,
+        holdout=holdout,
+        pixel_size=settings["image_size"],
+        vae={key: vae[key] for key in ("name", "source", "sha256")},
+        fingerprint=_fingerprint(shards, manifest["labels"]),
+    )
+
+
+def make_latent_set(
+    name: str,
+    source: LatentSource,
+    labels: Tensor,
+    class_names: Sequence[str],
+    sample_shape: Sequence[int],
+    posterior: Posterior,
+    *,
+    sample_ids: Callable[[], Sequence[str]],
+    flips: bool,
+    flip: bool | None,
+    num_classes: int | None,
+    holdout: float | None,
+    pixel_size: int | None,
+    vae: dict[str, Any],
+    fingerprint: str,
+) -> LatentSet:
+    """Check what every kind of set must hold, divide the samples into the two splits and return the set.
+
+    `sample_shape` is (C, H, W); `sample_ids` is called only where samples are held out; `flips`: whether the
+    source has mirrored images. Raises DataError and ConfigError as `open_latents`.
+    """
+    channels, height, width = sample_shape
+    fraction = holdout or 0.0
+    if not 0.0 <= fraction < 1.0:
+        raise ConfigError(
+            f"--holdout {fraction} is not a fraction: give a number from 0 up to, not including, 1"
+        )
+    if flip and not flips:
+        raise ConfigError(
+            f"--flip: {name} holds no mirrored latents; leave it out or encode with dit-fast encode"
+        )
+    if num_classes not in (None, len(class_names)):
+        raise ConfigError(
+            f"--num-classes {num_classes} contradicts {name}, which has {len(class_names)} classes"
+        )
+    if not len(labels):
+        raise DataError(f"{name} holds no latents")
+    if height != width:
+        raise DataError(f"{name}: the latents are {height} x {width}; square ones are needed")
+    if len(class_names) < 2:
+        raise DataError(
+            f"{name}: {len(class_names)} class found; class-conditional training needs at least 2"
+        )
+    outside = ((labels < 0) | (labels >= len(class_names))).nonzero().flatten()
+    if len(outside):
+        first = int(outside[0])
+        raise DataError(
+            f"{name}: label {int(labels[first])} of sample {first} ({source.where(first)}) is outside "
+            f"0..{len(class_names) - 1} ({len(outside)} such labels in all)"
+        )
+    held = (
+        heldout_mask(sample_ids(), labels, fraction)
+        if fraction
+        else torch.zeros(len(labels), dtype=torch.bool)
+    )
+
+    def split(mask: Tensor) -> LatentSplit:
+        members = mask.nonzero().flatten()
+        return LatentSplit(source, members, labels[members], (channels, height, width), posterior)
+
+    return LatentSet(
+        name=name,
+        image_size=height,
+        channels=channels,
+        pixel_size=pixel_size,
+        class_names=tuple(class_names),
+        flip=flips if flip is None else flip,
+        holdout=fraction,
+        fingerprint=fingerprint,
+        posterior=posterior,
+        vae=vae,
+        train=split(~held),
+        heldout=split(held),
+    )
+
+
+def _layout(
+    folder: Path, manifest: dict[str, Any]
+) -> tuple[int, list[dict[str, Any]], tuple[int, ...], dict[str, Any]]:
+    """Number of images, shards, shape of an image's moments and settings, if they fit together."""
+    path = folder / MANIFEST
+    try:
+        images, shards, settings = manifest["images"], manifest["shards"], manifest["settings"]
+        shape, counts = tuple(manifest["sample_shape"]), [shard["images"] for shard in shards]
+        channels = len(manifest["vae"]["shift"]), len(manifest["vae"]["scale"])
+        names = [shard["file"] for shard in shards]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not the manifest of a latent set: {error!r} is missing or wrong"
+        ) from None
+    if sum(counts) != images:
+        raise DataError(f"{path}: the shards hold {sum(counts)} latents for {images} labels")
+    if len(shape) != 5 or shape[:2] != (2, 2) or channels != (shape[2], shape[2]):
+        raise DataError(
+            f"{path}: sample shape {shape} with {channels} shifts and scales; expected (2, 2, C, H, W)"
+        )
+    if any(count != counts[0] for count in counts[:-1]) or names != [
+        shard_name(i) for i in range(len(shards))
+    ]:
+        raise DataError(f"{path}: the shards are not {shard_name(0)}, ... of equal length")
+    return images, shards, shape, settings
+
+
+def _fingerprint(shards: Sequence[dict[str, Any]], labels: dict[str, Any]) -> str:
+    digests = [*(shard["sha256"] for shard in shards), labels["sha256"]]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,0 +1,181 @@
+"""The files of a latent set on disk.
+
+    encoding.json      with what the set was begun: autoencoder, sizes, type; a continuation must agree
+    shard-00000.npy    posteriors of images 0 to M - 1, (M, flips, 2, C, H, W): plain or mirrored image, mean
+                       or log-variance
+    shard-00000.json   the shard's record: which images it is of, size and SHA-256
+    labels.npy         int64 (N,)
+    names.json         the file of each image, relative to its folder
+    manifest.json      written last: class names, shapes, scaling, size and SHA-256 of every file
+
+Plain .npy, because it maps into memory with one call and nothing to parse beyond a short header, a batch is
+copied out of the page cache at the speed of memcpy, several processes share the pages, and reading one runs no
+code (allow_pickle=False). One sample's moments lie together, so a sample is one contiguous read. A safetensors
+file gives the same map, but reads whole tensors or slices of them one call at a time.
+
+Every file is written under a temporary name, synced and renamed: it is whole or not there.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dit_fast.errors import DataError, OutputError
+
+FORMAT = "dit_fast latents 1"
+MANIFEST = "manifest.json"
+SETTINGS = "encoding.json"
+LABELS = "labels.npy"
+NAMES = "names.json"
+DTYPES = ("float16", "float32")
+_TEMPORARY = ".tmp-"
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}.npy"
+
+
+def record_name(index: int) -> str:
+    return f"shard-{index:05d}.json"
+
+
+class HashingFile:
+    """What is written to a file, with the size and SHA-256 of it so far."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._digest.update(data)
+        written = self._file.write(data)
+        self._bytes += written
+        return written
+
+    def facts(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
+def publish(path: Path, write: Callable[[HashingFile], object]) -> dict[str, Any]:
+    """Have `write` fill a temporary sibling of `path`, sync it, rename it; its bytes and SHA-256.
+
+    Raises OutputError when the disk does not take it. Nothing partial stays behind an exception.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:12]}")
+    try:
+        with temporary.open("wb") as file:
+            hashing = HashingFile(file)
+            write(hashing)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path} ({error.strerror or error}); free space or choose another --out"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return hashing.facts()
+
+
+def remove_leftovers(folder: Path, names: Sequence[str], seconds: float = 0.0) -> None:
+    """Delete what killed writers of the files `names` left in `folder` and nobody touched for `seconds`."""
+    wanted, latest = set(names), time.time() - seconds
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if path.name.removeprefix(_TEMPORARY).rpartition("-")[0] in wanted:
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime <= latest:
+                    path.unlink()
+
+
+def write_npy_header(file: HashingFile | BinaryIO, shape: Sequence[int], dtype: str) -> None:
+    """The header of a C-ordered .npy file; the array's bytes follow it."""
+    description = {
+        "descr": np.dtype(dtype).newbyteorder("<").str,
+        "fortran_order": False,
+        "shape": tuple(shape),
+    }
+    np.lib.format.write_array_header_1_0(file, description)
+
+
+def npy_bytes(shape: Sequence[int], dtype: str) -> int:
+    """Size of the .npy file that `write_npy_header` and the array's bytes make."""
+    header = io.BytesIO()
+    write_npy_header(header, shape, dtype)
+    return header.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def map_npy(path: Path, shape: Sequence[int], dtype: str) -> np.ndarray:
+    """A read-only map of `path`. Raises DataError when its size, shape or type is not the one expected."""
+    expected = npy_bytes(shape, dtype)
+    try:
+        size = path.stat().st_size
+        if size != expected:
+            raise DataError(
+                f"{path} has {size} bytes, expected {expected}: it is damaged; encode the set again"
+            )
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; encode the set again") from None
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if array.shape != tuple(shape) or array.dtype != np.dtype(dtype):
+        raise DataError(f"{path} holds {array.dtype} {array.shape}, the manifest says {dtype} {tuple(shape)}")
+    return np.asarray(array)
+
+
+def digest_file(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": sha256}
+
+
+def digest_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` with the SHA-256 of itself in it."""
+    text = json.dumps({**content, "own_sha256": digest_json(content)}, indent=1) + "\n"
+    publish(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content that `write_json` wrote. Raises FileNotFoundError, and DataError if it was changed."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or content.pop("own_sha256", None) != digest_json(content):
+        raise DataError(
+            f"{path} was changed or damaged: its content does not match its own SHA-256; encode the set again"
+        )
+    if content.get("format") != FORMAT:
+        raise DataError(f"{path} has format {content.get('format')!r}; this version reads {FORMAT!r}")
+    return content
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
