@@ -10,14 +10,19 @@ if __name__ != "dit_fast.kernels":
 from dit_fast.kernels.adaln import adaln_modulate
 from dit_fast.kernels.gated_residual import gated_residual
 from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
+from dit_fast.kernels.gelu import gelu
+from dit_fast.kernels.mlp import EPILOGUES, mlp
 from dit_fast.kernels.op import KERNEL_MODES, uses_triton
 from dit_fast.kernels.patchify import patch_embed, unpatchify
 
 __all__ = [
+    "EPILOGUES",
     "KERNEL_MODES",
     "adaln_modulate",
     "gated_residual",
     "gated_residual_adaln",
+    "gelu",
+    "mlp",
     "patch_embed",
     "unpatchify",
     "uses_triton",

@@ -37,6 +37,20 @@ def gated_residual_adaln(
     return x, adaln_modulate(x, shift, scale, eps)
 
 
+def gelu(pre: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU(pre + bias), tanh form (Hendrycks & Gimpel 2016, section 2), in the dtype of `pre`."""
+    if bias is not None:
+        pre, low = pre + bias, pre.dtype
+        return F.gelu(pre, approximate="tanh").to(low)
+    return F.gelu(pre, approximate="tanh")
+
+
+def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> Tensor:
+    """fc2(GELU(fc1(x))) without fc2's bias, weights (F, D), (F,), (D, F) cast to the dtype of `x`."""
+    act = gelu(F.linear(x, fc1_weight.to(x.dtype), fc1_bias.to(x.dtype)))
+    return F.linear(act, fc2_weight.to(x.dtype))
+
+
 def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     """Tokens of the P x P patches of `x` (B, C, H, W) through `weight` (D, C, P, P), plus bias and position."""
     tokens = F.conv2d(x.to(weight.dtype), weight, bias, stride=weight.shape[-1])
@@ -120,6 +134,20 @@ def gated_residual_adaln_backward(
     dx = dout.to(acc) + dnorm
     dbranch, dgate, dbias = gated_residual_backward(dx, branch, gate, bias)
     return dx.to(out.dtype), dbranch, dgate, dshift, dscale, dbias
+
+
+def gelu_backward(dact: Tensor, pre: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """d_pre, the activation, and d_bias in the dtype of `bias` (of `pre` without one).
+
+    With v = pre + bias, u = sqrt(2 / pi) (v + 0.044715 v^3) and s = sigmoid(2 u): act = v s and
+    d_pre = dact (s + 2 v s (1 - s) sqrt(2 / pi) (1 + 0.134145 v^2)).
+    """
+    acc, like = accumulator(pre), pre if bias is None else bias
+    v = pre.to(acc) if bias is None else pre.to(acc) + bias.to(acc)
+    root = (2 / torch.pi) ** 0.5
+    gate = torch.sigmoid(2 * root * v * (1 + 0.044715 * v * v))
+    dpre = dact.to(acc) * (gate + v * gate * (1 - gate) * (2 * root) * (1 + 0.134145 * v * v))
+    return dpre.to(pre.dtype), (v * gate).to(pre.dtype), dpre.flatten(0, -2).sum(0).to(like.dtype)
 
 
 def patch_embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

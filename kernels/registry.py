@@ -15,6 +15,8 @@ from dit_fast.kernels import reference
 from dit_fast.kernels.adaln import adaln_modulate
 from dit_fast.kernels.gated_residual import gated_residual
 from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
+from dit_fast.kernels.gelu import gelu
+from dit_fast.kernels.mlp import mlp
 from dit_fast.kernels.patchify import patch_embed, unpatchify
 
 Shape = tuple[int, int, int]
@@ -77,6 +79,21 @@ def _unpatchify_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make
     return make(B, side * side, 32, dtype=low), 2, side, side
 
 
+def _gelu_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+    return make(*shape, dtype=low), make(shape[2], dtype=stream)
+
+
+def _mlp_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+    """Weights of the residual stream's dtype, as autocast leaves them, and of the size that initialisation gives."""
+    B, T, D = shape
+    fc1, fc2 = make(4 * D, D, dtype=stream).mul_(D**-0.5), make(D, 4 * D, dtype=stream).mul_((4 * D) ** -0.5)
+    return make(B, T, D, dtype=low), fc1, make(4 * D, dtype=stream), fc2
+
+
+def _tokens_and_weights(tokens: int, weights: int) -> Callable[[int, int, int], int]:
+    return lambda B, T, D: tokens * B * T * D + weights * D * D
+
+
 def _tokens(count: int) -> Callable[[int, int, int], int]:
     return lambda B, T, D: count * B * T * D
 
@@ -107,6 +124,9 @@ REGISTRY: dict[str, OpSpec] = {
             _tokens(4),
             _tokens(6),
         ),
+        OpSpec("gelu", gelu, reference.gelu, _gelu_inputs, _tokens(2), _tokens(3)),
+        # x, out and pre; d_out, x, pre and d_x; the two weights and their gradients.
+        OpSpec("mlp", mlp, reference.mlp, _mlp_inputs, _tokens_and_weights(6, 8), _tokens_and_weights(7, 16)),
         OpSpec("patch_embed", patch_embed, reference.patch_embed, _embed_inputs, _tokens(1), _tokens(1)),
         OpSpec("unpatchify", unpatchify, reference.unpatchify, _unpatchify_inputs, _patches, _patches),
     )

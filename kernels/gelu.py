@@ -1,0 +1,266 @@
+"""GELU in its tanh form: act = v * sigmoid(2 u), v = pre + bias, u = sqrt(2 / pi) * (v + 0.044715 v^3).
+                                         (Hendrycks & Gimpel 2016, section 2; 1 + tanh(u) = 2 sigmoid(2 u))
+
+Shapes    pre, act (..., F); bias (F,) or None.
+Backward  with s = sigmoid(2 u): d_pre = d_act * (s + 2 v s (1 - s) u'), u' = sqrt(2 / pi) * (1 + 0.134145 v^2);
+          d_bias = sum of d_pre over all rows. Only pre is saved: act can be computed again in the same pass.
+Traffic   in U = one (B, T, D) token tensor, F = 4 D: forward reads pre and writes act, 8 U; backward reads pre and
+          d_act and writes d_pre, 12 U, and act on demand, 16 U. In the epilogue of a GEMM (gemm.py) the same work
+          writes pre, 4 U, and reads it again, 4 U (and 4 U to write act again).
+Numerics  float32 (float64 for float64), one rounding at each store; the sum over rows is of unrounded values, in a
+          fixed order that depends on the shape alone, without atomics.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_fast.kernels import reference
+from dit_fast.kernels.launch import accumulator, as_bias, launch
+from dit_fast.kernels.op import define_op, uses_triton
+
+
+@dataclass(frozen=True)
+class GeluLaunch:
+    """Tiles of `rows` x `columns` values on `num_warps` warps; `splits` programs share the rows of a column block."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    splits: int
+
+    @property
+    def meta(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "BLOCK_F": self.columns}
+
+
+def gelu_launch(rows: int, width: int, tile_rows: int) -> GeluLaunch:
+    """The launch for (rows, width) tensors: a function of the shape alone, as is then the order of every sum.
+
+    `tile_rows`: 8 in the forward pass and 4 in the backward pass, which holds three tiles and would keep only two
+    programs of 8 rows on a multiprocessor.
+    """
+    # A warp covers 256 columns with 8 values a thread; 512 divide 1536, 3072, 4096 and 4608, so no lane is idle.
+    columns = min(512, max(16, triton.next_power_of_2(width)))
+    tile_rows = min(tile_rows, triton.next_power_of_2(max(rows, 1)))
+    # About 8 programs for each of 132 multiprocessors; the partial sums stay below 1 % of the tensors' bytes.
+    blocks = triton.cdiv(width, columns)
+    splits = min(max(1056 // max(blocks, 1), 1), max(triton.cdiv(rows, tile_rows), 1))
+    return GeluLaunch(tile_rows, columns, 4, splits)
+
+
+@triton.jit
+def gelu_gate(v):
+    """sigmoid(2 u): the share of v that passes, and twice the slope of u."""
+    square = v * v
+    gate = tl.sigmoid(1.5957691216057308 * v * (1.0 + 0.044715 * square))
+    return gate, 1.5957691216057308 * (1.0 + 0.134145 * square)
+
+
+@triton.jit
+def gelu_value(v):
+    """act = GELU(v)."""
+    gate, _ = gelu_gate(v)
+    return v * gate
+
+
+@triton.jit
+def gelu_value_and_slope(v):
+    """GELU(v) and its derivative."""
+    gate, slope = gelu_gate(v)
+    return v * gate, gate + v * gate * (1.0 - gate) * slope
+
+
+@triton.jit
+def _gelu_fwd_kernel(
+    # pointers
+    pre_ptr, bias_ptr, act_ptr,
+    # sizes
+    N, F,
+    # meta
+    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(F, BLOCK_F)
+    pid = tl.program_id(0)
+    o_f = (pid % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    row = (pid // blocks).to(tl.int64) * ROWS
+    o_row = tl.arange(0, ROWS)[:, None]
+    mask = (row + o_row < N) & (o_f < F)
+    offsets = o_row * F + o_f
+    v = tl.load(pre_ptr + row * F + offsets, mask=mask, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        v += tl.load(bias_ptr + o_f, mask=o_f < F, other=0.0).to(ACC)
+    tl.store(act_ptr + row * F + offsets, gelu_value(v).to(act_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gelu_bwd_kernel(
+    # pointers
+    dact_ptr, pre_ptr, bias_ptr, dpre_ptr, act_ptr, partial_ptr,
+    # sizes
+    N, F,
+    # meta
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(F, BLOCK_F)
+    pid = tl.program_id(0)
+    o_f = (pid % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    m_f = o_f < F
+    split = (pid // blocks).to(tl.int64)
+    share = tl.cdiv(tl.cdiv(N, ROWS), SPLITS) * ROWS
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + o_f, mask=m_f, other=0.0).to(ACC)
+    # One running sum for each value of the tile: rows meet once, after the loop.
+    total = tl.zeros([ROWS, BLOCK_F], ACC)
+    o_row = tl.arange(0, ROWS)[:, None]
+    offsets = o_row * F + o_f
+    for start in range(0, share, ROWS):
+        row = split * share + start
+        mask = (row + o_row < N) & m_f
+        v = tl.load(pre_ptr + row * F + offsets, mask=mask, other=0.0).to(ACC)
+        dact = tl.load(dact_ptr + row * F + offsets, mask=mask, other=0.0).to(ACC)
+        if bias_ptr is not None:
+            v += bias
+        act, slope = gelu_value_and_slope(v)
+        dpre = dact * slope
+        total += dpre
+        tl.store(dpre_ptr + row * F + offsets, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
+        if act_ptr is not None:
+            tl.store(act_ptr + row * F + offsets, act.to(act_ptr.dtype.element_ty), mask=mask)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + split * F + o_f, tl.sum(total, axis=0)[None, :], mask=m_f)
+
+
+def gelu_forward(pre: Tensor, bias: Tensor | None, act: Tensor | None = None) -> Tensor:
+    """Launch GELU(pre + bias); `act` is where to write, a contiguous tensor or `pre` itself (None: a new one)."""
+    pre = pre.contiguous()
+    act = torch.empty_like(pre) if act is None else act
+    F, N = pre.shape[-1], pre.numel() // max(pre.shape[-1], 1)
+    cfg = gelu_launch(N, F, 8)
+    launch(
+        _gelu_fwd_kernel, (triton.cdiv(N, cfg.rows) * triton.cdiv(F, cfg.columns),), on=pre,
+        num_warps=cfg.num_warps,
+        pre_ptr=pre, bias_ptr=as_bias(bias), act_ptr=act, N=N, F=F, **cfg.meta, ACC=accumulator(pre),
+    )  # fmt: skip
+    return act
+
+
+def gelu_backward(
+    dact: Tensor,
+    pre: Tensor,
+    bias: Tensor | None,
+    activation: bool,
+    bias_gradient: bool,
+    dpre: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward pass; (d_pre, act, d_bias), the last two empty where not asked for.
+
+    `dpre` is where to write, a contiguous tensor or `dact` itself (None: a new one).
+    """
+    dact, pre = dact.contiguous(), pre.contiguous()
+    dpre = torch.empty_like(pre) if dpre is None else dpre
+    F, N = pre.shape[-1], pre.numel() // max(pre.shape[-1], 1)
+    cfg = gelu_launch(N, F, 4)
+    act = torch.empty_like(pre) if activation else pre.new_empty(0)
+    like = pre if bias is None else bias
+    partial = None
+    if bias_gradient:
+        partial = pre.new_empty(cfg.splits, F, dtype=reference.accumulator(pre))
+    launch(
+        _gelu_bwd_kernel, (cfg.splits * triton.cdiv(F, cfg.columns),), on=pre, num_warps=cfg.num_warps,
+        dact_ptr=dact, pre_ptr=pre, bias_ptr=as_bias(bias), dpre_ptr=dpre,
+        act_ptr=act if activation else None, partial_ptr=partial,
+        N=N, F=F, SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(pre),
+    )  # fmt: skip
+    return dpre, act, like.new_empty(0) if partial is None else partial.sum(0).to(like.dtype)
+
+
+def _gelu(pre: Tensor, bias: Tensor | None = None) -> Tensor:
+    return gelu_forward(pre, bias)
+
+
+def _gelu_reference(pre: Tensor, bias: Tensor | None = None) -> Tensor:
+    return reference.gelu(pre, bias).contiguous()
+
+
+def _gelu_fake(pre: Tensor, bias: Tensor | None = None) -> Tensor:
+    return pre.new_empty(pre.shape)
+
+
+def _gelu_backward(
+    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gelu_backward(dact, pre, bias, activation, bias_gradient)
+
+
+def _gelu_backward_reference(
+    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dpre, act, dbias = reference.gelu_backward(dact, pre, bias)
+    return (
+        dpre.contiguous(),
+        act.contiguous() if activation else act.new_empty(0),
+        dbias if bias_gradient else dbias.new_empty(0),
+    )
+
+
+def _gelu_backward_fake(
+    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = pre if bias is None else bias
+    return (
+        pre.new_empty(pre.shape),
+        pre.new_empty(pre.shape if activation else 0),
+        like.new_empty(pre.shape[-1] if bias_gradient else 0),
+    )
+
+
+_gelu_backward_op = define_op(
+    "gelu_backward",
+    triton_impl=_gelu_backward,
+    reference_impl=_gelu_backward_reference,
+    fake=_gelu_backward_fake,
+)
+
+
+def _gelu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_autograd(ctx: Any, dact: Tensor) -> tuple[Tensor | None, ...]:
+    pre, bias = ctx.saved_tensors
+    dpre, _, dbias = _gelu_backward_op(dact, pre, bias, False, bias is not None)
+    return dpre, None if bias is None else dbias
+
+
+_gelu_op = define_op(
+    "gelu",
+    triton_impl=_gelu,
+    reference_impl=_gelu_reference,
+    fake=_gelu_fake,
+    backward=_gelu_autograd,
+    setup_context=_gelu_context,
+)
+
+
+def gelu(pre: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
+    """GELU(pre + bias) in the tanh form of nn.GELU(approximate="tanh").
+
+    pre (..., F); bias (F,) or None; returns (..., F) in the dtype of `pre`. Saves `pre` for the backward pass, not
+    the activation. `kernels`: "auto", "triton" or "reference". Raises ValueError for shapes that do not fit.
+    """
+    if not uses_triton(kernels, pre):
+        return reference.gelu(pre, bias)
+    if pre.ndim == 0 or pre.shape[-1] == 0:
+        raise ValueError(
+            f"gelu: pre is {tuple(pre.shape)}, expected (..., features) with at least one feature"
+        )
+    if bias is not None and (tuple(bias.shape) != (pre.shape[-1],) or bias.device != pre.device):
+        raise ValueError(
+            f"gelu: bias is {tuple(bias.shape)} on {bias.device}, expected ({pre.shape[-1]},) on {pre.device}"
+        )
+    return _gelu_op(pre, bias)

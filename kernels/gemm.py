@@ -1,0 +1,289 @@
+"""Matrix products whose epilogue is the GELU of gelu.py or its gradient: the two products of an MLP around it.
+
+Forward   pre = x w^T + bias, act = GELU(pre):    x (M, K), w (N, K), bias (N,); pre, act (M, N).
+Backward  d_act = dout w, d_pre = d_act * GELU'(pre), d_bias = sum_M(d_pre): dout (M, K), w (K, N), pre, d_pre
+          (M, N), d_bias (N,); act = GELU(pre) again on demand.
+Traffic   in U = one (B, T, D) token tensor, N = 4 D: the epilogues add 4 U for writing pre in the forward pass, 4 U
+          for reading it in the backward pass and 4 U for writing act again; a pass of its own moves 8 + 16 U.
+Numerics  float32 sums (float64 for float64), one rounding at each store. act comes from the rounded pre, so that
+          the backward pass computes the same act again. d_bias: one partial sum for each row of tiles, added in a
+          fixed order, without atomics; no sum depends on the number of multiprocessors.
+
+A program walks over output tiles (persistent). Where the architecture copies tiles by descriptor (TMA, sm_90 on) and
+rows are multiples of 16 bytes, it does so; elsewhere the same kernel loads through pointers and masks.
+"""
+
+import contextvars
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_fast.kernels import reference
+from dit_fast.kernels.gelu import gelu_value, gelu_value_and_slope
+from dit_fast.kernels.launch import accumulator, capability, launch
+
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+"""Of A100, H100 and B200: how many programs a recorded launch has."""
+
+
+@dataclass(frozen=True)
+class GemmLaunch:
+    """Output tiles of `block_m` x `block_n` in steps of `block_k`, loaded by descriptor or through pointers."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
+            "DESCRIPTORS": self.descriptors,
+        }  # fmt: skip
+
+
+def gemm_launch(M: int, N: int, K: int, itemsize: int, arch: int, descriptors: bool) -> GemmLaunch:
+    """The launch of an (M, N, K) product on sm_<arch> (0: Triton's interpreter).
+
+    16-bit tiles of 128 x 128 divide 1536, 3072, 4096 and 4608; each of the 8 warps then holds 64 sums a thread, which
+    leaves registers for the epilogue's second tile. float32 products are exact, without tensor cores: small tiles.
+    """
+    size, depth = (128, 64) if itemsize == 2 else (64, 32)
+    stages = 3 if arch == 80 or itemsize > 2 else 4
+    fit = functools.partial(_fit, smallest=16)
+    return GemmLaunch(fit(M, size), fit(N, size), fit(K, depth), 8, stages, descriptors)
+
+
+def _fit(extent: int, block: int, smallest: int) -> int:
+    return max(smallest, min(block, triton.next_power_of_2(max(extent, 1))))
+
+
+@triton.jit
+def output_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and column of output tile number `tile`: 8 tiles of rows share a column of the weight in cache."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first = tile // (8 * tiles_n) * 8
+    size = min(tiles_m - first, 8)
+    within = tile % (8 * tiles_n)
+    return (first + within % size) * BLOCK_M, within // size * BLOCK_N
+
+
+@triton.jit
+def input_tiles(
+    a_ptr, w_ptr, M, N, K, KN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Descriptors of a (M, K) and of w, (K, N) if KN else (N, K); the pointers themselves without descriptors."""
+    if DESCRIPTORS:
+        a = tl.make_tensor_descriptor(a_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
+        if KN:
+            w = tl.make_tensor_descriptor(w_ptr, [K, N], [N, 1], [BLOCK_K, BLOCK_N])
+        else:
+            w = tl.make_tensor_descriptor(w_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    else:
+        a, w = a_ptr, w_ptr
+    return a, w
+
+
+@triton.jit
+def tile_product(
+    a, w, row, column, M, N, K, KN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The (BLOCK_M, BLOCK_N) sums of a w (KN) or a w^T from `row` and `column` on; a, w as `input_tiles` gives them."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    if not DESCRIPTORS:
+        o_m, o_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        m_m, m_n = row + o_m < M, column + o_n < N
+        a += row.to(tl.int64) * K
+        w += column if KN else column.to(tl.int64) * K
+    for start in tl.range(0, K, BLOCK_K):
+        if DESCRIPTORS:
+            left = a.load([row, start])
+            right = w.load([start, column]) if KN else w.load([column, start]).T
+        else:
+            o_k = start + tl.arange(0, BLOCK_K)
+            m_k = o_k < K
+            left = tl.load(a + o_m[:, None] * K + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+            o_w = o_k[:, None] * N + o_n[None, :] if KN else o_k[:, None] + o_n[None, :] * K
+            right = tl.load(w + o_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=ACC)
+    return total
+
+
+@triton.jit
+def output_offsets(row, column, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """int64 start, int32 offsets and mask of one tile of an (M, N) tensor."""
+    o_m, o_n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    return row.to(tl.int64) * N + column, o_m * N + o_n, (row + o_m < M) & (column + o_n < N)
+
+
+@triton.jit
+def store_gradients(dact, pre_ptr, dpre_ptr, act_ptr, partial_ptr, row, column, M, N):
+    """Store d_pre = dact * GELU'(pre), act, and d_pre's sums over the rows of one tile, where they are asked for."""
+    BLOCK_M: tl.constexpr = dact.shape[0]
+    BLOCK_N: tl.constexpr = dact.shape[1]
+    start, offsets, mask = output_offsets(row, column, M, N, BLOCK_M, BLOCK_N)
+    pre = tl.load(pre_ptr + start + offsets, mask=mask, other=0.0).to(dact.dtype)
+    act, slope = gelu_value_and_slope(pre)
+    if act_ptr is not None:
+        tl.store(act_ptr + start + offsets, act.to(act_ptr.dtype.element_ty), mask=mask)
+    dpre = dact * slope
+    tl.store(dpre_ptr + start + offsets, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
+    if partial_ptr is not None:
+        # Rows beyond M have a product of 0 * w, which an infinite weight makes NaN.
+        shares = tl.sum(tl.where(mask, dpre, 0.0), axis=0)
+        o_n = column + tl.arange(0, BLOCK_N)
+        tl.store(partial_ptr + (row // BLOCK_M).to(tl.int64) * N + o_n, shares, mask=o_n < N)
+
+
+@triton.jit
+def _gemm_gelu_fwd_kernel(
+    # pointers
+    x_ptr, w_ptr, bias_ptr, pre_ptr, act_ptr,
+    # sizes
+    M, N, K,
+    # meta
+    PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    x, w = input_tiles(x_ptr, w_ptr, M, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=DESCRIPTORS):
+        row, column = output_tile(tile, M, N, BLOCK_M, BLOCK_N)
+        pre = tile_product(x, w, row, column, M, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, ACC)
+        o_n = column + tl.arange(0, BLOCK_N)
+        pre += tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(ACC)[None, :]
+        pre = pre.to(act_ptr.dtype.element_ty)
+        start, offsets, mask = output_offsets(row, column, M, N, BLOCK_M, BLOCK_N)
+        if pre_ptr is not None:
+            tl.store(pre_ptr + start + offsets, pre, mask=mask)
+        tl.store(act_ptr + start + offsets, gelu_value(pre.to(ACC)).to(act_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gemm_gelu_bwd_kernel(
+    # pointers
+    dout_ptr, w_ptr, pre_ptr, dpre_ptr, act_ptr, partial_ptr,
+    # sizes
+    M, N, K,
+    # meta
+    PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    dout, w = input_tiles(dout_ptr, w_ptr, M, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=DESCRIPTORS):
+        row, column = output_tile(tile, M, N, BLOCK_M, BLOCK_N)
+        dact = tile_product(dout, w, row, column, M, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, ACC)
+        # In halves: sums, pre and act of a whole tile are more than a thread's registers.
+        halves = tl.split(tl.permute(tl.reshape(dact, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+        for half in tl.static_range(2):
+            store_gradients(
+                halves[half],
+                pre_ptr,
+                dpre_ptr,
+                act_ptr,
+                partial_ptr,
+                row,
+                column + half * (BLOCK_N // 2),
+                M,
+                N,
+            )
+
+
+def gemm_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, keep_pre: bool, *, descriptors: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """(pre, act) of x (M, K), weight (N, K), bias (N,): pre = x weight^T + bias, empty unless `keep_pre`.
+
+    `descriptors`: None chooses; False loads through pointers.
+    """
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    M, K = x.shape
+    N = weight.shape[0]
+    act = x.new_empty(M, N)
+    pre = torch.empty_like(act) if keep_pre else x.new_empty(0)
+    cfg = _configuration(x, weight, M, N, K, descriptors)
+    _launch(
+        _gemm_gelu_fwd_kernel, cfg, x, M, N, K,
+        x_ptr=x, w_ptr=weight, bias_ptr=bias, pre_ptr=pre if keep_pre else None, act_ptr=act,
+    )  # fmt: skip
+    return pre, act
+
+
+def gemm_gelu_backward(
+    dout: Tensor,
+    weight: Tensor,
+    pre: Tensor,
+    activation: bool,
+    bias_gradient: bool,
+    *,
+    descriptors: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_pre, act, d_bias) of dout (M, K), weight (K, N), pre (M, N); act, d_bias empty where not asked for."""
+    dout, weight, pre = dout.contiguous(), weight.contiguous(), pre.contiguous()
+    M, N = pre.shape
+    K = dout.shape[1]
+    dpre = torch.empty_like(pre)
+    act = torch.empty_like(pre) if activation else pre.new_empty(0)
+    cfg = _configuration(dout, weight, M, N, K, descriptors)
+    partial = None
+    if bias_gradient:
+        partial = pre.new_empty(triton.cdiv(M, cfg.block_m), N, dtype=reference.accumulator(pre))
+    _launch(
+        _gemm_gelu_bwd_kernel, cfg, dout, M, N, K,
+        dout_ptr=dout, w_ptr=weight, pre_ptr=pre, dpre_ptr=dpre, act_ptr=act if activation else None,
+        partial_ptr=partial,
+    )  # fmt: skip
+    return dpre, act, pre.new_empty(0) if partial is None else partial.sum(0).to(pre.dtype)
+
+
+def _configuration(a: Tensor, weight: Tensor, M: int, N: int, K: int, descriptors: bool | None) -> GemmLaunch:
+    arch = capability(a)
+    if descriptors is None:
+        wide_rows = all(size * a.itemsize % 16 == 0 for size in (weight.shape[1], K))
+        aligned = all(tensor.is_meta or tensor.data_ptr() % 16 == 0 for tensor in (a, weight))
+        descriptors = wide_rows and aligned and (arch == 0 or arch >= 90)
+    return gemm_launch(M, N, K, a.itemsize, arch, descriptors)
+
+
+def _programs(on: Tensor, arch: int) -> int:
+    """One program for each multiprocessor; two in the interpreter, so that each walks over tiles there as well."""
+    if arch == 0:
+        return 2
+    if on.is_meta:
+        return MULTIPROCESSORS.get(arch, 132)
+    return torch.cuda.get_device_properties(on.device).multi_processor_count
+
+
+def _launch(
+    kernel: Any, cfg: GemmLaunch, on: Tensor, M: int, N: int, K: int, **pointers: Tensor | None
+) -> None:
+    tiles = triton.cdiv(M, cfg.block_m) * triton.cdiv(N, cfg.block_n)
+    programs = min(tiles, _programs(on, capability(on)))
+    run = functools.partial(
+        launch, kernel, (programs,), on, cfg.num_warps, num_stages=cfg.num_stages,
+        **pointers, M=M, N=N, K=K, PROGRAMS=programs, **cfg.meta, ACC=accumulator(on),
+    )  # fmt: skip
+    if cfg.descriptors:
+        # Descriptors live in memory that Triton asks its allocator for: ours for this launch, the user's elsewhere.
+        contextvars.copy_context().run(_with_allocator, run, on)
+    else:
+        run()
+
+
+def _with_allocator(run: Any, on: Tensor) -> None:
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=on.device)
+
+    triton.set_allocator(allocate)
+    run()

@@ -1,0 +1,240 @@
+"""MLP with training epilogues: out = GELU(x fc1_weight^T + fc1_bias) fc2_weight^T.   (Peebles & Xie 2023, section 3.2)
+
+Shapes    x (..., D), fc1_weight (F, D), fc1_bias (F,), fc2_weight (E, F); out (..., E), usually E = D and F = 4 D.
+          fc2's bias is left to the gated residual that follows, which adds it and gives its gradient.
+Backward  pre = x fc1_weight^T + fc1_bias is saved, and act = GELU(pre) if kept, else computed again:
+          d_act = d_out fc2_weight, d_pre = d_act * GELU'(pre), d_fc2_weight = d_out^T act,
+          d_fc1_weight = d_pre^T x, d_fc1_bias = sum(d_pre), d_x = d_pre fc1_weight.
+Traffic   beside the products, in U = one (B, T, D) token tensor, F = 4 D: a GELU pass of its own moves 8 forward and
+          16 backward (12 with act kept); epilogues 4 forward (writing pre) and 4 backward (reading it), and 4 for act
+          again. Keeping act costs 4 U of memory.
+Numerics  products in the dtype of x, sums in float32; GELU as in gelu.py, from the pre-activation as it was rounded,
+          so that act is the same kept or computed again.
+
+Who applies the GELU is the `epilogue`: "separate", products by PyTorch (cuBLAS) and the pass of gelu.py; "triton",
+the products of gemm.py; "cublaslt", cuBLASLt's own epilogues (cublaslt.py, the extra `epilogues`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast.kernels import cublaslt, gemm, reference
+from dit_fast.kernels.gelu import gelu_backward, gelu_forward
+from dit_fast.kernels.op import define_op, uses_triton
+
+EPILOGUES = ("auto", "separate", "triton", "cublaslt")
+
+
+def mlp_epilogue(shape: tuple[int, int, int], device: torch.device) -> str:
+    """What epilogue="auto" stands for: the provider for (rows, D, F) on a device; "separate" until one is measured."""
+    return "separate"
+
+
+def _expand(x: Tensor, weight: Tensor, bias: Tensor, keep_pre: bool, epilogue: str) -> tuple[Tensor, Tensor]:
+    """(pre, act) (rows, F) of x (rows, D); pre empty unless `keep_pre`."""
+    if epilogue == "triton":
+        return gemm.gemm_gelu(x, weight, bias, keep_pre)
+    if epilogue == "cublaslt":
+        return cublaslt.gemm_gelu(x, weight, bias, keep_pre)
+    pre = torch.addmm(bias, x, weight.t())
+    if keep_pre:
+        return pre, gelu_forward(pre, None)
+    return x.new_empty(0), gelu_forward(pre, None, act=pre)
+
+
+def _expand_backward(
+    dout: Tensor, weight: Tensor, pre: Tensor, activation: bool, bias_gradient: bool, epilogue: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_pre, act, d_bias) of dout (rows, E), weight (E, F) and pre (rows, F), the last two empty if not asked for."""
+    if epilogue == "triton":
+        return gemm.gemm_gelu_backward(dout, weight, pre, activation, bias_gradient)
+    if epilogue == "cublaslt":
+        return cublaslt.gemm_gelu_backward(dout, weight, pre, activation, bias_gradient)
+    dact = dout @ weight
+    return gelu_backward(dact, pre, None, activation, bias_gradient, dpre=dact)
+
+
+def _mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    keep_activation: bool = False,
+    training: bool = True,
+    epilogue: str = "separate",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, and for the backward pass pre (empty unless `training`) and act (empty unless kept as well)."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    pre, act = _expand(rows, fc1_weight, fc1_bias, training, epilogue)
+    out = act @ fc2_weight.t()
+    kept = act if training and keep_activation else x.new_empty(0)
+    return out.view(*x.shape[:-1], out.shape[-1]), pre, kept
+
+
+def _mlp_reference(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    keep_activation: bool = False,
+    training: bool = True,
+    epilogue: str = "separate",
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    pre = torch.addmm(fc1_bias, rows, fc1_weight.t())
+    act = reference.gelu(pre)
+    out = act @ fc2_weight.t()
+    empty = x.new_empty(0)
+    kept = act if training and keep_activation else empty
+    return out.view(*x.shape[:-1], out.shape[-1]), pre if training else torch.empty_like(empty), kept
+
+
+def _mlp_fake(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    keep_activation: bool = False,
+    training: bool = True,
+    epilogue: str = "separate",
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = (x.shape[:-1].numel(), fc1_weight.shape[0])
+    return (
+        x.new_empty(*x.shape[:-1], fc2_weight.shape[0]),
+        x.new_empty(hidden if training else 0),
+        x.new_empty(hidden if training and keep_activation else 0),
+    )
+
+
+def _mlp_backward(
+    dout: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    act: Tensor | None,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    weights: bool,
+    epilogue: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight, the last three empty unless `weights`; act None: made again."""
+    rows, dout = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1]).contiguous()
+    dpre, again, dbias = _expand_backward(dout, fc2_weight, pre, weights and act is None, weights, epilogue)
+    dx = (dpre @ fc1_weight).view(x.shape)
+    if not weights:
+        return dx, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    return dx, dpre.t() @ rows, dbias, dout.t() @ (again if act is None else act)
+
+
+def _mlp_backward_reference(
+    dout: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    act: Tensor | None,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    weights: bool,
+    epilogue: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, dout = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
+    dpre, again, dbias = reference.gelu_backward(dout @ fc2_weight, pre, None)
+    dx = (dpre @ fc1_weight).view(x.shape)
+    if not weights:
+        return dx, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    return dx, dpre.t() @ rows, dbias, dout.t() @ (again if act is None else act)
+
+
+def _mlp_backward_fake(
+    dout: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    act: Tensor | None,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    weights: bool,
+    epilogue: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(fc1_weight.shape if weights else 0),
+        x.new_empty(fc1_weight.shape[0] if weights else 0),
+        x.new_empty(fc2_weight.shape if weights else 0),
+    )
+
+
+_mlp_backward_op = define_op(
+    "mlp_backward",
+    triton_impl=_mlp_backward,
+    reference_impl=_mlp_backward_reference,
+    fake=_mlp_backward_fake,
+)
+
+
+def _mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, fc1_weight, _, fc2_weight, ctx.keep_activation, _, ctx.epilogue = inputs
+    _, pre, act = output
+    ctx.save_for_backward(x, pre, act if ctx.keep_activation else None, fc1_weight, fc2_weight)
+    ctx.mark_non_differentiable(pre, act)
+
+
+def _mlp_autograd(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    weights = any(ctx.needs_input_grad[1:4])
+    dx, *rest = _mlp_backward_op(dout, *ctx.saved_tensors, weights, ctx.epilogue)
+    return dx, *(rest if weights else (None, None, None)), None, None, None
+
+
+_mlp_op = define_op(
+    "mlp",
+    triton_impl=_mlp,
+    reference_impl=_mlp_reference,
+    fake=_mlp_fake,
+    backward=_mlp_autograd,
+    setup_context=_mlp_context,
+)
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    *,
+    keep_activation: bool = False,
+    epilogue: str = "auto",
+    kernels: str = "auto",
+) -> Tensor:
+    """GELU(x fc1_weight^T + fc1_bias) fc2_weight^T, the tanh GELU; fc2's bias is not added.
+
+    x (..., D), fc1_weight (F, D), fc1_bias (F,), fc2_weight (E, F) -> (..., E). The weights are cast to the dtype of
+    `x`, as autocast would. `keep_activation` saves the activation (rows x F) instead of computing it again in the
+    backward pass. `epilogue`: "auto", "separate", "triton" or "cublaslt" (see the module); `kernels`: "auto",
+    "triton" or "reference". Raises ValueError for arguments that do not fit, ImportError where "cublaslt" is not
+    installed.
+    """
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"mlp: epilogue={epilogue!r}, choose one of {', '.join(map(repr, EPILOGUES))}")
+    if not uses_triton(kernels, x):
+        return reference.mlp(x, fc1_weight, fc1_bias, fc2_weight)
+    check_mlp(x, fc1_weight, fc1_bias, fc2_weight)
+    if epilogue == "auto":
+        rows = x.shape[:-1].numel()
+        epilogue = mlp_epilogue((rows, x.shape[-1], fc1_weight.shape[0]), x.device)
+    inputs = [x, *(tensor.to(x.dtype) for tensor in (fc1_weight, fc1_bias, fc2_weight))]
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return _mlp_op(*inputs, keep_activation, training, epilogue)[0]
+
+
+def check_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> None:
+    """ValueError naming the first argument of `mlp` that does not fit the ones before it."""
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(f"mlp: x is {tuple(x.shape)}, expected (..., width)")
+    for name, weight, columns in (("fc1_weight", fc1_weight, x.shape[-1]), ("fc2_weight", fc2_weight, None)):
+        columns = fc1_weight.shape[0] if columns is None else columns
+        if weight.ndim != 2 or weight.shape[1] != columns or weight.shape[0] == 0:
+            raise ValueError(f"mlp: {name} is {tuple(weight.shape)}, expected (outputs, {columns})")
+    if tuple(fc1_bias.shape) != (fc1_weight.shape[0],):
+        raise ValueError(f"mlp: fc1_bias is {tuple(fc1_bias.shape)}, expected ({fc1_weight.shape[0]},)")
+    for name, tensor in (("fc1_weight", fc1_weight), ("fc1_bias", fc1_bias), ("fc2_weight", fc2_weight)):
+        if tensor.device != x.device:
+            raise ValueError(f"mlp: {name} is on {tensor.device}, x on {x.device}")
