@@ -350,6 +350,8 @@ def _layout(
         ) from None
     if sum(counts) != images:
         raise DataError(f"{path}: the shards hold {sum(counts)} latents for {images} labels")
+    if images == 0:
+        raise DataError(f"{folder} holds no latents")
     if len(shape) != 5 or shape[:2] != (2, 2) or channels != (shape[2], shape[2]):
         raise DataError(
             f"{path}: sample shape {shape} with {channels} shifts and scales; expected (2, 2, C, H, W)"
