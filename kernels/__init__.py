@@ -8,6 +8,8 @@ if __name__ != "dit_fast.kernels":
     raise ImportError("import dit_fast.kernels: the bare name 'kernels' belongs to Hugging Face's package")
 
 from dit_fast.kernels.adaln import adaln_modulate
+from dit_fast.kernels.adamw_ema import adamw_ema, grad_square_sum
+from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors
 from dit_fast.kernels.gated_residual import gated_residual
 from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
 from dit_fast.kernels.gelu import gelu
@@ -18,10 +20,14 @@ from dit_fast.kernels.patchify import patch_embed, unpatchify
 __all__ = [
     "EPILOGUES",
     "KERNEL_MODES",
+    "AdamWSettings",
+    "AdamWTensors",
     "adaln_modulate",
+    "adamw_ema",
     "gated_residual",
     "gated_residual_adaln",
     "gelu",
+    "grad_square_sum",
     "mlp",
     "patch_embed",
     "unpatchify",

@@ -5,9 +5,15 @@ the dtype of their inputs; the `_backward` functions are the closed forms that t
 float32 (float64 for float64 input) and rounded once. Equations: Peebles & Xie 2023, section 3.2 and figure 3.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors
 
 
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -162,3 +168,41 @@ def patch_embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
     dx = dpatches.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
     dweight = torch.einsum("btd,btk->dk", dtokens, patches).reshape(weight.shape)
     return dx.to(x.dtype), dweight.to(weight.dtype), dtokens.sum((0, 1)).to(weight.dtype)
+
+
+def grad_square_sum(grads: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of all gradients, (1,), from their norms as `clip_grad_norm_` takes them."""
+    norms = torch._foreach_norm(list(grads), 2, dtype=accumulator(grads[0]))
+    return torch.stack(norms).double().square().sum()[None]
+
+
+def adamw_ema(
+    tensors: "AdamWTensors",
+    grads: Sequence[Tensor],
+    lr: Tensor,
+    settings: "AdamWSettings",
+    square_sum: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """AdamW on the clipped gradients, in PyTorch's own fused form, then average and copy, all in place."""
+    p, steps, beta = tensors.params[0], tensors.steps, settings.betas
+    grads = [grad.to(p.dtype) for grad in grads]
+    if square_sum is not None and settings.max_norm is not None:
+        clip = (settings.max_norm / (square_sum.double().sum().sqrt() + 1e-6)).clamp(max=1.0).to(p.dtype)
+        # On a CPU the factor can be looked at, and most steps need none.
+        if p.is_cuda or clip != 1:
+            grads = torch._foreach_mul(grads, clip)
+    done = None if found_inf is None else (found_inf == 0).float().reshape(())
+    torch._foreach_add_(steps, 1) if done is None else torch._foreach_add_(steps, done)
+    torch._fused_adamw_(
+        tensors.params, grads, tensors.exp_avgs, tensors.exp_avg_sqs, [], steps,
+        lr=lr.reshape(()), beta1=beta[0], beta2=beta[1], weight_decay=settings.weight_decay, eps=settings.eps,
+        amsgrad=False, maximize=False, found_inf=None if done is None else 1 - done,
+    )  # fmt: skip
+    if tensors.averages is not None:
+        t = torch.stack(steps).double()
+        warmup = (1 + t) / (10 + t) if settings.ema_warmup else torch.ones_like(t)
+        weights = (1 - warmup.clamp(max=settings.ema_decay)) * (1 if done is None else done)
+        torch._foreach_lerp_(tensors.averages, tensors.params, list(weights.to(p.dtype).unbind()))
+    if tensors.copies is not None:
+        torch._foreach_copy_(tensors.copies, tensors.params)

@@ -1,0 +1,310 @@
+"""AdamW that also keeps the moving average of the parameters and their low-precision copy, in one pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dit_fast.errors import ConfigError
+from dit_fast.kernels import KERNEL_MODES, AdamWSettings, AdamWTensors, adamw_ema, grad_square_sum
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the parameters of one launch have in common. `shards`: the process groups that share each of them."""
+
+    group: int
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    shards: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter with the state it had when the tables were made; another object there makes them anew."""
+
+    parameter: Tensor
+    address: int
+    grad_dtype: torch.dtype
+    state: tuple[Tensor | None, ...]
+
+
+class AdamWEma(torch.optim.Optimizer):
+    """`torch.optim.AdamW` with clipping, moving average and low-precision copy (`dit_fast.kernels.adamw_ema`).
+
+    lr (float, or a tensor on the parameters' device, which a CUDA graph reads anew), betas, eps and weight_decay as
+    in AdamW; weight_decay is 0 unless given, as the DiT recipe has it (Peebles & Xie 2023, section 4).
+    ema_decay: d of ema <- d ema + (1 - d) p, None for no average; ema_warmup: d = min(ema_decay, (1 + t) / (10 + t)).
+    low_precision_copy: torch.bfloat16 or torch.float16, None for no copy. max_grad_norm: clip the norm of all gradients
+    as `clip_grad_norm_` does, but without changing `.grad`. kernels: "auto", "triton" or "reference".
+
+    Parameters are float32 or float64, plain or DTensor (`fully_shard`): each rank updates its shards, and the norm is
+    summed over the ranks that share them. A step does not wait for the device. Set `found_inf` to one element on the
+    device: while it is not zero, steps change nothing. `state[p]` holds step, exp_avg and exp_avg_sq as AdamW's does,
+    and ema. State dicts are interchangeable with AdamW's; without ema in one, the average starts from the parameters
+    at the next step. Raises ConfigError for options, parameters or gradients that cannot work.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
+        low_precision_copy: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        kernels: str = "auto",
+    ):
+        if ema_decay is not None and not 0 <= ema_decay <= 1:
+            raise ConfigError(f"ema_decay={ema_decay}: expected a number from 0 to 1, or None for no average")
+        if low_precision_copy not in (None, torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"low_precision_copy={low_precision_copy}: expected torch.bfloat16 or torch.float16"
+            )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm={max_grad_norm}: expected a positive number, or None")
+        if kernels not in KERNEL_MODES:
+            raise ConfigError(f"kernels={kernels!r}: choose one of {', '.join(map(repr, KERNEL_MODES))}")
+        self.ema_decay = ema_decay
+        self.ema_warmup = ema_warmup
+        self.low_precision_copy = low_precision_copy
+        self.max_grad_norm = max_grad_norm
+        self.kernels = kernels
+        self.found_inf: Tensor | None = None
+        self._copies: dict[Tensor, Tensor] = {}
+        self._rates: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
+        self._slots: list[Slot] = []
+        self._buckets: list[tuple[Layout, list[Tensor], AdamWTensors]] = []
+        self._square_sum: Tensor | None = None
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) and not lr >= 0:
+            raise ConfigError(f"lr={lr}: expected a number from 0")
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ConfigError(f"lr has {lr.numel()} elements: expected one")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ConfigError(f"betas={group['betas']}: expected two numbers from 0 to below 1")
+        for name in ("eps", "weight_decay"):
+            if not group[name] >= 0:
+                raise ConfigError(f"{name}={group[name]}: expected a number from 0")
+        for index, p in enumerate(group["params"]):
+            if p.dtype not in (torch.float32, torch.float64):
+                raise ConfigError(
+                    f"parameter {index} of group {len(self.param_groups) - 1} is {p.dtype}: expected float32 or "
+                    f"float64; low_precision_copy holds the weights in half precision"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step on the parameters that have a gradient; returns what `closure`, which makes them, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gathered = self._gather()
+        square_sum = self._square_sum
+        if square_sum is None and self.max_grad_norm is not None:
+            square_sum = self._sum_squares(gathered)
+        self._square_sum = None
+        for (layout, _, tensors), grads in zip(self._buckets, gathered, strict=True):
+            group = self.param_groups[layout.group]
+            settings = AdamWSettings(
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                ema_decay=self.ema_decay or 0.0,
+                ema_warmup=self.ema_warmup,
+                max_norm=self.max_grad_norm,
+            )
+            adamw_ema(
+                tensors,
+                grads,
+                self._rate(layout),
+                settings,
+                square_sum=square_sum if self.max_grad_norm is not None else None,
+                found_inf=self.found_inf,
+                kernels=self.kernels,
+            )
+        return loss
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Norm of all gradients before clipping, over all shards: one element on the device.
+
+        A `step` that follows clips with this norm and takes no other, unless `zero_grad` comes between.
+        """
+        self._square_sum = self._sum_squares(self._gather())
+        return self._square_sum.sum(dtype=torch.float64).sqrt().float()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._square_sum = None
+        super().zero_grad(set_to_none)
+
+    def average(self, parameter: Tensor) -> Tensor:
+        """The moving average of a parameter, sharded as it is; live, not a copy."""
+        if self.ema_decay is None:
+            raise ConfigError("this optimiser keeps no average: give it ema_decay")
+        return self._state_of(parameter)["ema"]
+
+    def copy(self, parameter: Tensor) -> Tensor:
+        """The low-precision copy of a parameter, sharded as it is; live, and current after each step."""
+        if self.low_precision_copy is None:
+            raise ConfigError("this optimiser keeps no copy: give it low_precision_copy")
+        if parameter not in self._copies:
+            self._copies[parameter] = parameter.detach().to(self.low_precision_copy)
+        return self._copies[parameter]
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Bring the copies up to date after the parameters changed otherwise, such as by loading a checkpoint."""
+        for parameter, copy in self._copies.items():
+            copy.copy_(parameter)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of an AdamWEma or of a `torch.optim.AdamW`, of any of its implementations."""
+        for group in state_dict["param_groups"]:
+            for option in ("amsgrad", "maximize"):
+                if group.get(option):
+                    raise ConfigError(
+                        f"the state dict is of an AdamW with {option}=True, which AdamWEma has not"
+                    )
+        super().load_state_dict(state_dict)
+        self._square_sum = None
+        self._slots, self._buckets = [], []
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter; what is missing of it starts here."""
+        state = self.state[p]
+        step = state.get("step")
+        if (
+            not isinstance(step, Tensor)
+            or step.device != p.device
+            or step.dtype != torch.float32
+            or step.ndim
+        ):
+            state["step"] = torch.tensor(float(step or 0), device=p.device)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(p)
+        if self.ema_decay is not None and "ema" not in state:
+            state["ema"] = p.detach().clone()
+        return state
+
+    def _gather(self) -> list[list[Tensor]]:
+        """Local gradients by launch; makes the tables again where parameters, state or gradients' dtypes changed."""
+        pairs = [
+            (index, p, shard(p.grad))
+            for index, group in enumerate(self.param_groups)
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        if len(pairs) != len(self._slots) or not all(
+            slot.parameter is p
+            and slot.grad_dtype == grad.dtype
+            and slot.address == shard(p).data_ptr()
+            and all(now is then for now, then in zip(fields(self.state[p]), slot.state, strict=True))
+            for slot, (_, p, grad) in zip(self._slots, pairs, strict=True)
+        ):
+            self._make_tables(pairs)
+        gradients = {p: grad for _, p, grad in pairs}
+        return [[gradients[p] for p in parameters] for _, parameters, _ in self._buckets]
+
+    def _make_tables(self, pairs: list[tuple[int, Tensor, Tensor]]) -> None:
+        layouts: dict[Layout, list[Tensor]] = {}
+        steps: set[int] = set()
+        for index, p, grad in pairs:
+            if grad.device != pairs[0][2].device:
+                raise ConfigError(
+                    f"parameters on {pairs[0][2].device} and {grad.device}: expected one device"
+                )
+            if placements(p.grad) != placements(p):
+                raise ConfigError(
+                    f"a gradient is {placements(p.grad)} where its parameter is {placements(p)}"
+                )
+            state = self._state_of(p)
+            if state["step"].data_ptr() in steps:
+                # Each parameter's step is advanced, so no two may be one tensor.
+                state["step"] = state["step"].clone()
+            steps.add(state["step"].data_ptr())
+            for name in ("exp_avg", "exp_avg_sq", "ema"):
+                if name in state and shard(state[name]).stride() != shard(p).stride():
+                    state[name] = torch.empty_like(p).copy_(state[name])
+            key = Layout(index, shard(p).device, p.dtype, grad.dtype, sharing_groups(p))
+            layouts.setdefault(key, []).append(p)
+        self._buckets = [(key, parameters, self._tensors(parameters)) for key, parameters in layouts.items()]
+        self._slots = [
+            Slot(p, shard(p).data_ptr(), grad.dtype, fields(self.state[p])) for _, p, grad in pairs
+        ]
+
+    def _tensors(self, parameters: list[Tensor]) -> AdamWTensors:
+        states = [self._state_of(p) for p in parameters]
+        try:
+            return AdamWTensors(
+                [shard(p) for p in parameters],
+                [shard(state["exp_avg"]) for state in states],
+                [shard(state["exp_avg_sq"]) for state in states],
+                [state["step"] for state in states],
+                None if self.ema_decay is None else [shard(state["ema"]) for state in states],
+                None if self.low_precision_copy is None else [shard(self.copy(p)) for p in parameters],
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _rate(self, layout: Layout) -> Tensor:
+        """The learning rate on the device; a number is written there when it changes."""
+        lr = self.param_groups[layout.group]["lr"]
+        if isinstance(lr, Tensor) and lr.device == layout.device:
+            return lr
+        value, key = float(lr), (layout.group, layout.device)
+        if key not in self._rates:
+            self._rates[key] = value, torch.full((), value, dtype=torch.float64, device=layout.device)
+        held, rate = self._rates[key]
+        if held != value:
+            self._rates[key] = value, rate.fill_(value)
+        return rate
+
+    def _sum_squares(self, gathered: list[list[Tensor]]) -> Tensor:
+        sums = []
+        for (layout, _, tensors), grads in zip(self._buckets, gathered, strict=True):
+            partial = grad_square_sum(tensors, grads, kernels=self.kernels)
+            for ranks in layout.shards:
+                dist.all_reduce(partial, group=ranks)
+            sums.append(partial)
+        if not sums:
+            return torch.zeros(1)
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def shard(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; another tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def fields(state: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    return state.get("step"), state.get("exp_avg"), state.get("exp_avg_sq"), state.get("ema")
+
+
+def placements(tensor: Any) -> tuple[Any, ...]:
+    """How a DTensor lies on its mesh; () for another tensor."""
+    return getattr(tensor, "placements", ())
+
+
+def sharing_groups(parameter: Any) -> tuple[Any, ...]:
+    """The process groups over which a DTensor is sharded; ranks that hold replicas hold the whole sum already."""
+    return tuple(
+        parameter.device_mesh.get_group(index)
+        for index, placement in enumerate(placements(parameter))
+        if placement.is_shard()
+    )
