@@ -31,7 +31,7 @@ from dit_fast.kernels.device import (
     store_vector,
     token_rows,
 )  # fmt: skip
-from dit_fast.kernels.launch import accumulator, as_vectors, launch, row_launch
+from dit_fast.kernels.launch import accumulator, as_vectors, launch, tuned_rows
 from dit_fast.kernels.op import check_shapes, define_op, uses_triton
 
 
@@ -232,7 +232,7 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
     y = torch.empty_like(x, dtype=scale.dtype)
     mean = x.new_empty(B, T, dtype=reference.accumulator(x))
     rstd = torch.empty_like(mean)
-    cfg = row_launch(B, T, D, min(x.itemsize, y.itemsize))
+    cfg = tuned_rows(_adaln_fwd_kernel, x, y)
     launch(
         _adaln_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, shift_ptr=shift, scale_ptr=scale, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
@@ -256,7 +256,7 @@ def _backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) 
     B, T, D = x.shape
     dy, x, scale = dy.contiguous(), x.contiguous(), as_vectors(scale)
     dx = torch.empty_like(x)
-    cfg = row_launch(B, T, D, min(x.itemsize, dy.itemsize))
+    cfg = tuned_rows(_adaln_bwd_kernel, x, dy)
     partial = x.new_empty(2, B, cfg.splits, D, dtype=mean.dtype)
     launch(
         _adaln_bwd_kernel, (B * cfg.splits,), on=x, num_warps=cfg.num_warps,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.device import column_sum, load_vector, part, split_tokens, store_vector, token_rows
-from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, launch, row_launch
+from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, launch, tuned_rows
 from dit_fast.kernels.op import check_shapes, define_op, uses_triton
 
 
@@ -136,7 +136,7 @@ def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> T
     B, T, D = x.shape
     x, branch, gate = x.contiguous(), branch.contiguous(), as_vectors(gate)
     out = torch.empty_like(x)
-    cfg = row_launch(B, T, D, min(x.itemsize, branch.itemsize))
+    cfg = tuned_rows(_gated_residual_fwd_kernel, x, branch)
     launch(
         _gated_residual_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias), out_ptr=out,
@@ -161,7 +161,7 @@ def _residual_backward(
     B, T, D = dout.shape
     dout, branch, gate = dout.contiguous(), branch.contiguous(), as_vectors(gate)
     dbranch = torch.empty_like(branch)
-    cfg = row_launch(B, T, D, min(dout.itemsize, branch.itemsize))
+    cfg = tuned_rows(_gated_residual_bwd_kernel, dout, branch)
     partial = dout.new_empty(1 if bias is None else 2, B, cfg.splits, D, dtype=reference.accumulator(dout))
     launch(
         _gated_residual_bwd_kernel, (B * cfg.splits,), on=dout, num_warps=cfg.num_warps,

@@ -35,7 +35,7 @@ from dit_fast.kernels.gated_residual import (
     load_sum,
     store_gate_sums,
 )  # fmt: skip
-from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, launch, row_launch
+from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, launch, tuned_rows
 from dit_fast.kernels.op import define_op, uses_triton
 
 
@@ -187,7 +187,7 @@ def _forward(
     out, y = torch.empty_like(x), torch.empty_like(x, dtype=scale.dtype)
     mean = x.new_empty(B, T, dtype=reference.accumulator(x))
     rstd = torch.empty_like(mean)
-    cfg = row_launch(B, T, D, min(x.itemsize, branch.itemsize, y.itemsize))
+    cfg = tuned_rows(_gated_residual_adaln_fwd_kernel, x, branch, y)
     launch(
         _gated_residual_adaln_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=as_bias(bias),
@@ -221,7 +221,7 @@ def _backward(
     dout, dy, out, branch = dout.contiguous(), dy.contiguous(), out.contiguous(), branch.contiguous()
     gate, scale = as_vectors(gate), as_vectors(scale)
     dx, dbranch = torch.empty_like(out), torch.empty_like(branch)
-    cfg = row_launch(B, T, D, min(out.itemsize, branch.itemsize, dy.itemsize))
+    cfg = tuned_rows(_gated_residual_adaln_bwd_kernel, out, branch, dy)
     partial = out.new_empty(3 if bias is None else 4, B, cfg.splits, D, dtype=mean.dtype)
     launch(
         _gated_residual_adaln_bwd_kernel, (B * cfg.splits,), on=out, num_warps=cfg.num_warps,

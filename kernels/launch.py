@@ -3,20 +3,32 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dit_fast.kernels import tuned
+
+
+def require_powers_of_two(**ranges: tuple[int, int, int]) -> None:
+    """ValueError naming the first of `name=(value, least, most)` that is no power of two from least to most."""
+    for name, (value, least, most) in ranges.items():
+        if not least <= value <= most or value & (value - 1):
+            raise ValueError(f"{name} is {value}, expected a power of two from {least} to {most}")
 
 
 @dataclass(frozen=True)
 class RowLaunch:
     """One tile of a row kernel: `rows` rows of `main` + `tail` columns on `num_warps` warps.
 
-    `splits` programs share the tokens of one sample in kernels that reduce over tokens.
+    `splits` programs share the tokens of one sample in kernels that reduce over tokens. Raises ValueError for sizes
+    that the kernels cannot run.
     """
 
     rows: int
@@ -25,15 +37,60 @@ class RowLaunch:
     num_warps: int
     splits: int
 
+    # Not `splits`: how a sum over tokens is cut stays a function of the shape.
+    tunable: ClassVar = ("rows", "num_warps")
+
+    def __post_init__(self) -> None:
+        # The backward kernels walk over even and odd rows: two at least.
+        require_powers_of_two(rows=(self.rows, 2, 64), num_warps=(self.num_warps, 1, 16))
+
     @property
     def meta(self) -> dict[str, int]:
         return {"ROWS": self.rows, "MAIN": self.main, "TAIL": self.tail}
+
+    def candidates(self) -> Iterator["RowLaunch"]:
+        """What a search tries: other rows and warps that give a thread 4 to 128 values of a tile."""
+        for rows in (2, 4, 8, 16):
+            for num_warps in (1, 2, 4, 8):
+                if 4 <= rows * self.main // (32 * num_warps) <= 128:
+                    yield replace(self, rows=rows, num_warps=num_warps)
+
+
+@dataclass(frozen=True)
+class TileLaunch:
+    """Tiles of a product of few terms: `block_n` tokens, `block_d` columns and `block_k` terms on `num_warps` warps."""
+
+    block_n: int
+    block_d: int
+    block_k: int
+    num_warps: int
+
+    # Not `block_k`: how a product's terms are grouped stays a function of the shape.
+    tunable: ClassVar = ("block_n", "block_d", "num_warps")
+
+    def __post_init__(self) -> None:
+        blocks = {"block_n": self.block_n, "block_d": self.block_d, "block_k": self.block_k}
+        # A product on tensor cores takes 16 values of each dimension at least.
+        sizes = {name: (size, 16, 256) for name, size in blocks.items()}
+        require_powers_of_two(**sizes, num_warps=(self.num_warps, 1, 16))
+
+    @property
+    def meta(self) -> dict[str, int]:
+        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "BLOCK_K": self.block_k}
+
+    def candidates(self) -> Iterator["TileLaunch"]:
+        """What a search tries: tiles of the same terms with other tokens, columns and warps."""
+        for block_n in (32, 64, 128):
+            for block_d in (32, 64, 128):
+                for num_warps in (4, 8):
+                    yield replace(self, block_n=block_n, block_d=block_d, num_warps=num_warps)
 
 
 def row_launch(batch: int, tokens: int, width: int, itemsize: int) -> RowLaunch:
     """The launch for (batch, tokens, width) token tensors whose narrowest dtype has `itemsize` bytes.
 
-    A function of the shape alone, so that the order of every sum, hence every bit, is the same on any device.
+    A function of the shape alone, so that the order of every sum, hence every bit, is the same on any device. sm_80,
+    sm_90 and sm_100 agree in what it rests on: 64 Ki registers and 64 warps a multiprocessor, 128-bit accesses.
     """
     main = 1 << (width.bit_length() - 1)
     tail = triton.next_power_of_2(width - main) if width > main else 0
@@ -49,6 +106,14 @@ def row_launch(batch: int, tokens: int, width: int, itemsize: int) -> RowLaunch:
     # About 4 programs for each of 132 multiprocessors; partial sums stay a few percent of the tokens' bytes.
     splits = min(triton.cdiv(512, max(batch, 1)), max(triton.cdiv(tokens, rows), 1))
     return RowLaunch(rows=rows, main=main, tail=tail, num_warps=num_warps, splits=splits)
+
+
+def tuned_rows(kernel: Any, *streams: Tensor) -> RowLaunch:
+    """The launch of row kernel `kernel` over (B, T, D) tensors `streams`: the tuned table's, else `row_launch`'s."""
+    B, T, D = streams[0].shape
+    heuristic = row_launch(B, T, D, min(x.itemsize for x in streams))
+    dtypes = ",".join(str(x.dtype).removeprefix("torch.") for x in streams)
+    return tuned.config(kernel, f"D={D} {dtypes}", heuristic, capability(streams[0]))
 
 
 def accumulator(x: Tensor) -> tl.dtype:
@@ -70,6 +135,13 @@ MAX_REGISTERS = 255
 """The hardware's limit, given to the assembler: left to itself it aims lower for some kernels, and spills."""
 
 
+class Products(NamedTuple):
+    """Work of a kernel on tensor cores: multiplications and additions, and the dtype of the factors."""
+
+    flops: int
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch that was recorded instead of carried out. `options` are the compiler's: num_warps, num_stages."""
@@ -78,6 +150,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, int]
+    products: Products | None = None
 
     @property
     def num_warps(self) -> int:
@@ -131,6 +204,28 @@ def device_capability(index: int) -> int:
     return 10 * major + minor
 
 
+_products: ContextVar[Products | None] = ContextVar("products", default=None)
+
+
+def describe(grid: tuple[int, ...], metadata: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a profiler (Triton's proton) shows of a launch: name with shape and dtypes, bytes, flops8 | 16 | 32 | 64.
+
+    `bytes` counts each tensor of the arguments once: what has to go to or come from memory.
+    """
+    tensors = [value.base if isinstance(value, TensorDescriptor) else value for value in arguments.values()]
+    tensors = [value for value in tensors if isinstance(value, Tensor)]
+    name = metadata.name.strip("_").removesuffix("_kernel")
+    shape = "x".join(map(str, tensors[0].shape)) if tensors else "x".join(map(str, grid))
+    dtypes = ",".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in tensors))
+    found: dict[str, Any] = {
+        "name": f"{name}[{shape} {dtypes}]",
+        "bytes": sum(x.numel() * x.itemsize for x in tensors),
+    }
+    if (products := _products.get()) is not None:
+        found[f"flops{8 * products.dtype.itemsize}"] = products.flops
+    return found
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -138,16 +233,25 @@ def launch(
     num_warps: int,
     *,
     num_stages: int | None = None,
+    products: Any = None,
     **arguments: Any,
 ) -> None:
-    """Run `kernel` on the device of `on`; an empty grid is no launch. `num_stages` None: the compiler's own choice."""
+    """Run `kernel` on the device of `on`; an empty grid is no launch. `num_stages` None: the compiler's own choice.
+
+    `products`: the `Products` of a kernel with matrix products, for profilers.
+    """
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "maxnreg": MAX_REGISTERS}
     if num_stages is not None:
         options["num_stages"] = num_stages
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, arguments, options))
+        _recording.launches.append(Launch(kernel, grid, arguments, options, products))
         return
-    with torch.cuda.device_of(on):
-        kernel[grid](**arguments, **options)
+    kernel.launch_metadata = describe
+    token = _products.set(products)
+    try:
+        with torch.cuda.device_of(on):
+            kernel[grid](**arguments, **options)
+    finally:
+        _products.reset(token)

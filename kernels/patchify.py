@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels import reference
-from dit_fast.kernels.launch import accumulator, launch
+from dit_fast.kernels import reference, tuned
+from dit_fast.kernels.launch import Products, TileLaunch, accumulator, capability, launch
 from dit_fast.kernels.op import define_op, uses_triton
 
 
@@ -151,14 +151,17 @@ def _permute_kernel(
     tl.store(target_ptr + o_target, tl.load(source_ptr + o_source, mask=mask), mask=mask)
 
 
-def _blocks(width: int, terms: int, itemsize: int) -> dict[str, int]:
-    """Tiles of the products: 64 wide for tensor cores; 32 for float32, whose exact products run without them."""
+def tile_launch(kernel: Any, x: Tensor, width: int, terms: int, itemsize: int) -> TileLaunch:
+    """The tuned table's tiles, else 64 wide for tensor cores; 32 for float32, whose exact products run without them."""
     size = 64 if itemsize < 4 else 32
-    return {
-        "BLOCK_N": size,
-        "BLOCK_D": min(size, max(16, triton.next_power_of_2(width))),
-        "BLOCK_K": min(size, max(16, triton.next_power_of_2(terms))),
-    }
+    heuristic = TileLaunch(
+        block_n=size,
+        block_d=min(size, max(16, triton.next_power_of_2(width))),
+        block_k=min(size, max(16, triton.next_power_of_2(terms))),
+        num_warps=4,
+    )
+    key = f"D={width} K={terms} {8 * itemsize} bits"
+    return tuned.config(kernel, key, heuristic, capability(x))
 
 
 def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
@@ -167,13 +170,14 @@ def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     x, weight, bias, pos = x.contiguous(), weight.contiguous(), bias.contiguous(), pos.contiguous()
     T, K = (H // P) * (W // P), C * P * P
     tokens = x.new_empty(B, T, D, dtype=torch.promote_types(weight.dtype, pos.dtype))
-    blocks = _blocks(D, K, weight.itemsize)
+    cfg = tile_launch(_patch_embed_fwd_kernel, x, D, K, weight.itemsize)
     launch(
         _patch_embed_fwd_kernel,
-        (triton.cdiv(B * T, blocks["BLOCK_N"]), triton.cdiv(D, blocks["BLOCK_D"])), on=x, num_warps=4,
+        (triton.cdiv(B * T, cfg.block_n), triton.cdiv(D, cfg.block_d)), on=x, num_warps=cfg.num_warps,
+        products=Products(2 * B * T * D * K, weight.dtype),
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, pos_ptr=pos, tokens_ptr=tokens,
         N=B * T, T=T, C=C, W=W,
-        D=D, K=K, P=P, **blocks, ACC=accumulator(weight),
+        D=D, K=K, P=P, **cfg.meta, ACC=accumulator(weight),
     )  # fmt: skip
     return tokens
 
@@ -195,23 +199,33 @@ def _embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor, image: bool) -> 
     D, _, P, _ = weight.shape
     dtokens, x, weight = dtokens.contiguous(), x.contiguous(), weight.contiguous()
     T, K = dtokens.shape[1], C * P * P
-    blocks, acc = _blocks(D, K, dtokens.itemsize), reference.accumulator(dtokens)
-    sizes = {"N": B * T, "T": T, "C": C, "W": W}
-    meta = {"D": D, "K": K, "P": P, **blocks, "ACC": accumulator(dtokens)}
+    cfg, acc = (
+        tile_launch(_patch_embed_bwd_weight_kernel, x, D, K, dtokens.itemsize),
+        reference.accumulator(dtokens),
+    )
+    sizes: dict[str, Any] = {"N": B * T, "T": T, "C": C, "W": W}
+    meta = {
+        "D": D,
+        "K": K,
+        "P": P,
+        "ACC": accumulator(dtokens),
+        "products": Products(2 * B * T * D * K, dtokens.dtype),
+    }
     # Enough programs for a GPU from width alone would read the tokens again for each block of terms.
-    splits = min(32, max(1, triton.cdiv(B * T, blocks["BLOCK_N"])))
+    splits = min(32, max(1, triton.cdiv(B * T, 64)))
     dweight, dbias = x.new_empty(splits, D, K, dtype=acc), x.new_empty(splits, D, dtype=acc)
     launch(
         _patch_embed_bwd_weight_kernel,
-        (splits, triton.cdiv(D, blocks["BLOCK_D"]), triton.cdiv(K, blocks["BLOCK_K"])), on=x, num_warps=4,
-        dtokens_ptr=dtokens, x_ptr=x, dweight_ptr=dweight, dbias_ptr=dbias, **sizes, SPLITS=splits, **meta,
+        (splits, triton.cdiv(D, cfg.block_d), triton.cdiv(K, cfg.block_k)), on=x, num_warps=cfg.num_warps,
+        dtokens_ptr=dtokens, x_ptr=x, dweight_ptr=dweight, dbias_ptr=dbias, **sizes, SPLITS=splits, **cfg.meta, **meta,
     )  # fmt: skip
     dx = torch.empty_like(x) if image else x.new_empty(0)
     if image:
+        cfg = tile_launch(_patch_embed_bwd_image_kernel, x, D, K, dtokens.itemsize)
         launch(
             _patch_embed_bwd_image_kernel,
-            (triton.cdiv(B * T, blocks["BLOCK_N"]), triton.cdiv(K, blocks["BLOCK_K"])), on=x, num_warps=4,
-            dtokens_ptr=dtokens, weight_ptr=weight, dx_ptr=dx, **sizes, **meta,
+            (triton.cdiv(B * T, cfg.block_n), triton.cdiv(K, cfg.block_k)), on=x, num_warps=cfg.num_warps,
+            dtokens_ptr=dtokens, weight_ptr=weight, dx_ptr=dx, **sizes, **cfg.meta, **meta,
         )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype).view(weight.shape), dbias.sum(0).to(weight.dtype)
 

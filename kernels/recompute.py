@@ -18,7 +18,7 @@ from torch import Tensor
 from dit_fast.kernels import reference
 from dit_fast.kernels.adaln import modulate
 from dit_fast.kernels.device import part, token_rows
-from dit_fast.kernels.launch import accumulator, as_vectors, launch, row_launch
+from dit_fast.kernels.launch import accumulator, as_vectors, launch, tuned_rows
 from dit_fast.kernels.op import define_op
 
 
@@ -63,7 +63,7 @@ def _from_moments(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: T
     B, T, D = x.shape
     x, shift, scale = x.contiguous(), as_vectors(shift), as_vectors(scale)
     y = torch.empty_like(x, dtype=scale.dtype)
-    cfg = row_launch(B, T, D, min(x.itemsize, y.itemsize))
+    cfg = tuned_rows(_adaln_from_moments_kernel, x, y)
     launch(
         _adaln_from_moments_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, mean_ptr=mean.contiguous(), rstd_ptr=rstd.contiguous(), shift_ptr=shift, scale_ptr=scale, y_ptr=y,
