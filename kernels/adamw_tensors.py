@@ -124,6 +124,8 @@ class AdamWTensors:
         if len(grads) != len(self.params):
             raise ValueError(f"adamw_ema: {len(grads)} grads, expected {len(self.params)}")
         dtype, device, fitting = grads[0].dtype, self.params[0].device, list(grads)
+        if not dtype.is_floating_point:
+            raise ValueError(f"adamw_ema: grads are {dtype}, expected float32, float64, bfloat16 or float16")
         for index, (grad, stride) in enumerate(zip(grads, self.strides, strict=True)):
             p = self.params[index]
             if grad.shape != p.shape or grad.dtype != dtype or grad.device != device:
