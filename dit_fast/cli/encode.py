@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shlex
 import sys
 
 import torch
@@ -74,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
     done = f"shards: {result.encoded} encoded, {result.kept} kept"
     if result.complete:
         print(f"{result.out} is complete: {result.images} images; {done}", flush=True)
-        print(f"train with: dit-fast train --data {shlex.quote(str(result.out))}", flush=True)
     else:
         print(
             f"rank {rank}/{world_size}: {done}, {result.missing} still to come from other ranks", flush=True
