@@ -10,6 +10,8 @@ if __name__ != "dit_fast.kernels":
 from dit_fast.kernels.adaln import adaln_modulate
 from dit_fast.kernels.adamw_ema import adamw_ema, grad_square_sum
 from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors
+from dit_fast.kernels.attention import attention
+from dit_fast.kernels.attention_backends import BACKENDS, Choice, choose_backend
 from dit_fast.kernels.gated_residual import gated_residual
 from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
 from dit_fast.kernels.gelu import gelu
@@ -18,12 +20,16 @@ from dit_fast.kernels.op import KERNEL_MODES, uses_triton
 from dit_fast.kernels.patchify import patch_embed, unpatchify
 
 __all__ = [
+    "BACKENDS",
     "EPILOGUES",
     "KERNEL_MODES",
     "AdamWSettings",
     "AdamWTensors",
+    "Choice",
     "adaln_modulate",
     "adamw_ema",
+    "attention",
+    "choose_backend",
     "gated_residual",
     "gated_residual_adaln",
     "gelu",

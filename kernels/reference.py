@@ -5,6 +5,7 @@ the dtype of their inputs; the `_backward` functions are the closed forms that t
 float32 (float64 for float64 input) and rounded once. Equations: Peebles & Xie 2023, section 3.2 and figure 3.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,19 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> 
     """fc2(GELU(fc1(x))) without fc2's bias, weights (F, D), (F,), (D, F) cast to the dtype of `x`."""
     act = gelu(F.linear(x, fc1_weight.to(x.dtype), fc1_bias.to(x.dtype)))
     return F.linear(act, fc2_weight.to(x.dtype))
+
+
+def attention(qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v of packed qkv + bias, (B, T, 3 * H * K) read as (3, H, K); returns (B, T, H * K).
+
+    Step by step: on a CPU, PyTorch's fused float32 attention loses NaN in a query.
+    """
+    if bias is not None:
+        qkv = qkv + bias.to(qkv.dtype)
+    B, T, packed = qkv.shape
+    q, k, v = qkv.reshape(B, T, 3, num_heads, packed // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    out = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return out.transpose(1, 2).reshape(B, T, packed // 3)
 
 
 def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
@@ -154,6 +168,37 @@ def gelu_backward(dact: Tensor, pre: Tensor, bias: Tensor | None) -> tuple[Tenso
     gate = torch.sigmoid(2 * root * v * (1 + 0.044715 * v * v))
     dpre = dact.to(acc) * (gate + v * gate * (1 - gate) * (2 * root) * (1 + 0.134145 * v * v))
     return dpre.to(pre.dtype), (v * gate).to(pre.dtype), dpre.flatten(0, -2).sum(0).to(like.dtype)
+
+
+def attention_probabilities(
+    qkv: Tensor, num_heads: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, T, K), the softmax (B, H, T, T) and log2(sum(exp(scores))) (B, H, T), in the accumulator's dtype."""
+    acc = accumulator(qkv)
+    qkv = qkv.to(acc) if bias is None else qkv.to(acc) + bias.to(acc)
+    B, T, packed = qkv.shape
+    q, k, v = qkv.reshape(B, T, 3, num_heads, packed // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return q, k, v, scores.softmax(-1), scores.logsumexp(-1) * math.log2(math.e)
+
+
+def attention_backward(
+    dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """d_qkv, packed as `qkv`, and d_bias (empty without a bias) of `attention`.
+
+    With P the softmax: d_v = P^T d_out, d_P = d_out v^T, d_S = P * (d_P - sum(P * d_P)), d_q = d_S k / sqrt(K),
+    d_k = d_S^T q / sqrt(K).
+    """
+    q, k, v, p, _ = attention_probabilities(qkv, num_heads, bias)
+    B, H, T, K = q.shape
+    dout = dout.to(q.dtype).reshape(B, T, H, K).transpose(1, 2)
+    dp = dout @ v.transpose(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * K**-0.5
+    dqkv = torch.stack((ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout))
+    dqkv = dqkv.permute(1, 3, 0, 2, 4).reshape(qkv.shape)
+    dbias = qkv.new_empty(0) if bias is None else dqkv.sum((0, 1)).to(bias.dtype)
+    return dqkv.to(qkv.dtype), dbias
 
 
 def patch_embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

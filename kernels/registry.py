@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.adaln import adaln_modulate
+from dit_fast.kernels.attention import attention
 from dit_fast.kernels.gated_residual import gated_residual
 from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
 from dit_fast.kernels.gelu import gelu
@@ -90,6 +91,14 @@ def _mlp_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make)
     return make(B, T, D, dtype=low), fc1, make(4 * D, dtype=stream), fc2
 
 
+def _attention_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+    """Heads of 72, 64 or 40 columns, the first that divides the width; at least one head."""
+    B, T, D = shape
+    K = next((K for K in (72, 64) if D % K == 0), 40)
+    heads = max(D // K, 1)
+    return make(B, T, 3 * heads * K, dtype=low), heads, make(3 * heads * K, dtype=stream)
+
+
 def _tokens_and_weights(tokens: int, weights: int) -> Callable[[int, int, int], int]:
     return lambda B, T, D: tokens * B * T * D + weights * D * D
 
@@ -108,6 +117,7 @@ REGISTRY: dict[str, OpSpec] = {
         OpSpec(
             "adaln_modulate", adaln_modulate, reference.adaln_modulate, _adaln_inputs, _tokens(2), _tokens(3)
         ),
+        OpSpec("attention", attention, reference.attention, _attention_inputs, _tokens(4), _tokens(7)),
         OpSpec(
             "gated_residual",
             gated_residual,

@@ -1,0 +1,171 @@
+"""Self-attention on the packed projection: out = softmax(q k^T / sqrt(K)) v.      (Vaswani et al. 2017, equation 1)
+
+Shapes    qkv (B, T, 3 * H * K), rows [q; k; v] of (H, K) each, read in place; bias (3 * H * K,), the projection's,
+          still to be added, or None; out (B, T, H * K). K a multiple of 8 up to 128. No mask, no dropout.
+Backward  d_qkv comes packed as qkv is, d_bias from the same kernels; kept for it: qkv, bias, out and the
+          log2 of each row's sum of exponentials, lse (B, H, T).
+Traffic   of U = B * T * H * K elements: forward 4 U; backward 7 U up to 128 tokens, about 10 U up to 256, 12 U beyond.
+Numerics  products of the inputs' dtype with float32 sums (float64 for float64), never TF32, softmax in float32 by
+          powers of two; sums in a fixed order, no atomics. NaN and infinities give what softmax in PyTorch gives.
+          For b_q, b_k and b_v see attention_tiles.py: b_k's gradient is 0 up to rounding.
+
+Up to 256 tokens attention_short.py runs, beyond it and for float32 and float64 attention_long.py; attention_backends.py
+chooses between these kernels and those of PyTorch and flash-attn.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast.kernels import attention_long, attention_short, reference
+from dit_fast.kernels.attention_backends import choose_backend, flash_attention, sdpa_attention
+from dit_fast.kernels.launch import capability
+from dit_fast.kernels.op import define_op, uses_triton
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 128
+
+
+def _path(qkv: Tensor) -> ModuleType:
+    """The short kernels keep a head's keys in one tile, which the hardware holds in 16-bit dtypes only."""
+    fits = qkv.itemsize == 2 or capability(qkv) == 0
+    return attention_short if fits and qkv.shape[1] <= attention_short.MOST_TOKENS else attention_long
+
+
+def _attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _path(qkv).forward(qkv, num_heads, None if bias is None else bias.contiguous())
+
+
+def _attention_reference(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    lse = reference.attention_probabilities(qkv, num_heads, bias)[-1]
+    return reference.attention(qkv, num_heads, bias).contiguous(), lse.contiguous()
+
+
+def _attention_fake(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    B, T, packed = qkv.shape
+    lse = qkv.new_empty(B, num_heads, T, dtype=reference.accumulator(qkv))
+    return qkv.new_empty(B, T, packed // 3), lse
+
+
+def _attention_backward(
+    dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """d_qkv, d_bias; d_bias is empty without a bias."""
+    contiguous = None if bias is None else bias.contiguous()
+    dqkv, shares = _path(qkv).backward(dout.contiguous(), qkv, num_heads, contiguous, out, lse)
+    return dqkv, qkv.new_empty(0) if bias is None else shares.sum((0, 1)).to(bias.dtype)
+
+
+def _attention_backward_reference(
+    dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    return reference.attention_backward(dout, qkv, num_heads, bias)
+
+
+def _attention_backward_fake(
+    dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    dbias = qkv.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return qkv.new_empty(qkv.shape), dbias
+
+
+_attention_backward_op = define_op(
+    "attention_backward",
+    triton_impl=_attention_backward,
+    reference_impl=_attention_backward_reference,
+    fake=_attention_backward_fake,
+)
+
+
+def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, num_heads, bias = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, bias, out, lse)
+    ctx.num_heads = num_heads
+    ctx.mark_non_differentiable(lse)
+
+
+def _attention_autograd(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    qkv, bias, out, lse = ctx.saved_tensors
+    dqkv, dbias = _attention_backward_op(dout, qkv, ctx.num_heads, bias, out, lse)
+    return dqkv, None, None if bias is None else dbias
+
+
+_attention_op = define_op(
+    "attention",
+    triton_impl=_attention,
+    reference_impl=_attention_reference,
+    fake=_attention_fake,
+    backward=_attention_autograd,
+    setup_context=_attention_context,
+)
+
+
+def attention(
+    qkv: Tensor, num_heads: int, bias: Tensor | None = None, *, backend: str = "auto", kernels: str = "auto"
+) -> Tensor:
+    """Non-causal self-attention of every token with all tokens of its sample, heads apart, scale 1 / sqrt(K).
+
+    qkv (B, T, 3 * H * K) as a projection to [q; k; v], each (H, K), gives it; float16, bfloat16, float32 or float64,
+    rows contiguous; num_heads H; bias (3 * H * K,), to be added to qkv first, or None. Returns (B, T, H * K) in the
+    dtype of `qkv`. backend: "auto", "triton" (these kernels), "sdpa" (PyTorch) or "flash" (a flash-attn package); see
+    `choose_backend`. kernels: "triton" makes "auto" these kernels, "reference" is PyTorch whatever the backend.
+    Raises ValueError for arguments that do not fit or another word, ImportError where a package is missing.
+    """
+    K = _check(qkv, num_heads, bias)
+    chosen = attention_backend(qkv, K, backend, kernels)
+    if chosen == "triton":
+        if not takes_head_dim(K):
+            raise ValueError(f"attention: head_dim {K} of qkv is not a multiple of 8 up to {MAX_HEAD_DIM}")
+        return _attention_op(qkv, num_heads, bias)[0]
+    if chosen == "flash":
+        return flash_attention(qkv, num_heads, bias)
+    return sdpa_attention(qkv, num_heads, bias)
+
+
+def takes_head_dim(K: int) -> bool:
+    """Whether the Triton kernels take heads of width K."""
+    return K % 8 == 0 and K <= MAX_HEAD_DIM
+
+
+def attention_backend(x: Tensor, K: int, backend: str = "auto", kernels: str = "auto") -> str:
+    """Which of "triton", "sdpa" or "flash" `attention` takes for tokens x (B, T, ...) and heads of width K.
+
+    kernels="triton" makes "auto" the Triton kernels where they take K, kernels="reference" makes all PyTorch's.
+    """
+    forced = uses_triton(kernels, x) and kernels == "triton" and takes_head_dim(K)
+    backend = "triton" if backend == "auto" and forced else backend
+    choice = choose_backend(backend, x.device, x.dtype, x.shape[1], K)
+    return "sdpa" if kernels == "reference" else choice.name
+
+
+def _check(qkv: Tensor, num_heads: int, bias: Tensor | None) -> int:
+    """The head width K; ValueError naming the first argument that does not fit."""
+    if qkv.ndim != 3:
+        raise ValueError(
+            f"attention: qkv is {tuple(qkv.shape)}, expected (batch, tokens, 3 * heads * head_dim)"
+        )
+    if qkv.dtype not in DTYPES:
+        raise ValueError(f"attention: qkv is {qkv.dtype}, expected float16, bfloat16, float32 or float64")
+    packed = qkv.shape[2]
+    if num_heads < 1 or packed == 0 or packed % (3 * num_heads):
+        raise ValueError(
+            f"attention: num_heads {num_heads} does not divide qkv's {packed} columns into q, k and v"
+        )
+    K = packed // (3 * num_heads)
+    if qkv.shape[1] * packed >= 2**31:
+        raise ValueError(
+            f"attention: a sample of {qkv.shape[1]} x {packed} elements of qkv is beyond 32-bit offsets"
+        )
+    if bias is not None:
+        if tuple(bias.shape) != (packed,):
+            raise ValueError(f"attention: bias is {tuple(bias.shape)}, expected {(packed,)}")
+        if bias.dtype not in DTYPES:
+            raise ValueError(
+                f"attention: bias is {bias.dtype}, expected float16, bfloat16, float32 or float64"
+            )
+        if bias.device != qkv.device:
+            raise ValueError(f"attention: bias is on {bias.device}, qkv on {qkv.device}")
+    return K

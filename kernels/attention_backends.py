@@ -1,0 +1,200 @@
+"""Which implementation `attention` runs: these kernels, PyTorch's, or a flash-attn package's.
+
+"sdpa" is `torch.nn.functional.scaled_dot_product_attention` (flash or cuDNN on CUDA); "flash" is flash-attn 4
+(`flash_attn.cute`), 3 (`flash_attn_interface`) or 2 (`flash_attn`), the first that the device can run and that imports.
+All of them read the packed projection through views and have a gradient for the bias, since it is added first.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_fast.kernels import attention_long, attention_short, tuned
+from dit_fast.kernels.launch import device_capability
+from dit_fast.kernels.op import define_op
+
+BACKENDS = ("auto", "triton", "sdpa", "flash")
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_MODULES = {
+    2: ("flash_attn", "flash_attn_qkvpacked_func"),
+    3: ("flash_attn_interface", "flash_attn_qkvpacked_func"),
+    4: ("flash_attn.cute", "flash_attn_func"),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs ("triton" | "sdpa" | "flash") and why, in words."""
+
+    name: str
+    reason: str
+
+
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int
+) -> Choice:
+    """What `attention(..., backend=backend)` runs for qkv of `dtype` on `device`; nothing is launched.
+
+    "auto" is PyTorch's until this device's tuned table, measured by `benchmarks.tune`, says otherwise. Raises
+    ValueError for another word or for what flash-attn does not take, ImportError where no flash-attn imports.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "flash":
+        if device.type != "cuda" or dtype not in FLASH_DTYPES:
+            raise ValueError(
+                f"attention: backend='flash' takes float16 or bfloat16 on CUDA, qkv is {dtype} on {device.type}"
+            )
+        return Choice("flash", f"asked for; flash-attn {flash_version(_index(device))} is installed")
+    if backend != "auto":
+        return Choice(backend, "asked for")
+    if device.type != "cuda":
+        return Choice("sdpa", f"auto on {device.type}: PyTorch's kernels are the ones made for it")
+    bucket = next((bound for bound in (256, 1024, 4096) if tokens <= bound), 0)
+    measured = _tuned_backend(f"{dtype}-K{head_dim}-T{bucket or 'more'}", _index(device))
+    if measured == "":
+        return Choice("sdpa", "auto: no tuned table of this device has measured this shape")
+    if measured == "flash" and not (dtype in FLASH_DTYPES and _installed(_index(device))):
+        return Choice("sdpa", "auto: the tuned table says flash, which is not installed (extra 'flash')")
+    return Choice(measured, "auto: fastest in this device's tuned table")
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@torch.compiler.assume_constant_result
+def _tuned_backend(key: str, index: int) -> str:
+    """The tuned table's word, "" without one."""
+    kernels = (
+        attention_short._attention_short_fwd_kernel,
+        attention_short._attention_short_bwd_kernel,
+        attention_long._attention_long_fwd_kernel,
+        attention_long._attention_long_bwd_queries_kernel,
+        attention_long._attention_long_bwd_keys_kernel,
+    )
+    return tuned.choice(
+        "attention", key, "", options=("sdpa", "triton", "flash"), kernels=kernels,
+        capability=device_capability(index),
+    )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _installed(index: int) -> bool:
+    try:
+        flash_version(index)
+    except ImportError:
+        return False
+    return True
+
+
+@torch.compiler.assume_constant_result
+def flash_version(index: int) -> int:
+    """The flash-attn (4, 3 or 2) that CUDA device `index` runs; ImportError in one line where none imports."""
+    capability = device_capability(index)
+    fit = {9: (3, 4, 2), 10: (4, 2), 11: (4, 2)}.get(capability // 10, (2,))
+    found = {version: _flash_function(version) for version in fit}
+    for version, function in found.items():
+        if callable(function):
+            return version
+    tried = "; ".join(f"{FLASH_MODULES[version][0]}: {error}" for version, error in found.items())
+    raise ImportError(f"attention: backend='flash' needs flash-attn, extra 'flash' of dit-fast ({tried})")
+
+
+@functools.cache
+def _flash_function(version: int) -> Callable[..., Any] | str:
+    """The public function of a flash-attn package, or what is wrong with the package."""
+    module, name = FLASH_MODULES[version]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, OSError) as error:
+        return " ".join(str(error).split())
+
+
+def sdpa_attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:
+    """`attention` by torch.nn.functional.scaled_dot_product_attention."""
+    if bias is not None:
+        qkv = qkv + bias.to(qkv.dtype)
+    B, T, packed = qkv.shape
+    q, k, v = qkv.reshape(B, T, 3, num_heads, packed // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, packed // 3)
+
+
+def flash_attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:
+    """`attention` by a flash-attn package, deterministic."""
+    if bias is not None:
+        qkv = qkv + bias.to(qkv.dtype)
+    B, T, packed = qkv.shape
+    qkv = qkv.reshape(B, T, 3, num_heads, packed // (3 * num_heads))
+    version = flash_version(_index(qkv.device))
+    if version == 4:
+        out, _ = _flash4_op(qkv)
+    else:
+        out = call_qkvpacked(version)(qkv, softmax_scale=qkv.shape[-1] ** -0.5, deterministic=True)
+        out = out[0] if isinstance(out, tuple) else out
+    return out.reshape(B, T, packed // 3)
+
+
+@torch.compiler.assume_constant_result
+def call_qkvpacked(version: int) -> Callable[..., Any]:
+    """flash-attn 2's or 3's function of packed (B, T, 3, H, K), found to import by `flash_version`."""
+    function = _flash_function(version)
+    assert callable(function)
+    return function
+
+
+# flash-attn 4 compiles its kernels from Python, which torch.compile cannot trace: it stands behind a registered
+# operation, forward and backward.
+
+
+def _flash4(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """out (B, T, H, K) and log-sum-exp (B, H, T) of packed qkv (B, T, 3, H, K)."""
+    interface = importlib.import_module("flash_attn.cute.interface")
+    q, k, v = qkv.unbind(2)
+    out, lse = interface._flash_attn_fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, return_lse=True)[:2]
+    return out, lse
+
+
+def _flash4_fake(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, _, H, K = qkv.shape
+    return qkv.new_empty(B, T, H, K), qkv.new_empty(B, H, T, dtype=torch.float32)
+
+
+def _flash4_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    interface = importlib.import_module("flash_attn.cute.interface")
+    q, k, v = qkv.unbind(2)
+    grads = interface._flash_attn_bwd(
+        q, k, v, out, dout.contiguous(), lse, softmax_scale=q.shape[-1] ** -0.5, deterministic=True
+    )
+    return torch.stack(grads[:3], 2)
+
+
+def _flash4_backward_fake(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+_flash4_backward_op = define_op(
+    "attention_flash4_backward", triton_impl=_flash4_backward, reference_impl=_flash4_backward,
+    fake=_flash4_backward_fake,
+)  # fmt: skip
+
+
+def _flash4_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _flash4_autograd(ctx: Any, dout: Tensor, _: Tensor | None) -> Tensor:
+    return _flash4_backward_op(dout, *ctx.saved_tensors)
+
+
+_flash4_op = define_op(
+    "attention_flash4", triton_impl=_flash4, reference_impl=_flash4, fake=_flash4_fake,
+    backward=_flash4_autograd, setup_context=_flash4_context,
+)  # fmt: skip
