@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors
+from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors, Gradients
 from dit_fast.kernels.launch import accumulator, launch, recording
 from dit_fast.kernels.op import uses_triton
 
@@ -205,13 +205,15 @@ def runs_kernel(kernels: str, on: Tensor) -> bool:
     return uses_triton(kernels, on) and (on.is_cuda or recording() or triton.knobs.runtime.interpret)
 
 
-def grad_square_sum(tensors: AdamWTensors, grads: Sequence[Tensor], *, kernels: str = "auto") -> Tensor:
+def grad_square_sum(
+    tensors: AdamWTensors, grads: Sequence[Tensor] | Gradients, *, kernels: str = "auto"
+) -> Tensor:
     """Partial sums of squares of all gradients, (n,) in float32 or float64; their sum is the squared norm.
 
     The sums of several groups are concatenated, and those of a model's shards added over ranks, element by element
     (n does not depend on the number of elements), before `adamw_ema` takes them. Deterministic.
     """
-    grads = tensors.check_gradients(grads)
+    grads = tensors.accept(grads).tensors
     p = tensors.params[0]
     if not runs_kernel(kernels, p):
         return reference.grad_square_sum(grads)
@@ -228,7 +230,7 @@ def grad_square_sum(tensors: AdamWTensors, grads: Sequence[Tensor], *, kernels: 
 
 def adamw_ema(
     tensors: AdamWTensors,
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor] | Gradients,
     lr: Tensor,
     settings: AdamWSettings,
     *,
@@ -242,7 +244,7 @@ def adamw_ema(
     CUDA graph reads anew; square_sum: partial sums of `grad_square_sum`, needed if `settings.max_norm` is set;
     found_inf: one element on the device, if not zero nothing changes, steps included. Raises ValueError.
     """
-    grads = tensors.check_gradients(grads)
+    grads = tensors.accept(grads).tensors
     p = tensors.params[0]
     if (square_sum is None) != (settings.max_norm is None):
         raise ValueError("adamw_ema: square_sum and settings.max_norm are given together or not at all")

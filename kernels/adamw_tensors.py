@@ -77,6 +77,7 @@ class AdamWTensors:
         self.copies = None if copies is None else list(copies)
         self.config = config
         self._check()
+        self.shapes = [p.shape for p in self.params]
         self.strides = [p.stride() for p in self.params]
         self._blocks: Tensor | None = None
         self._addresses: list[int] = []
@@ -119,25 +120,34 @@ class AdamWTensors:
                         f"on {p.device}"
                     )
 
-    def check_gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
+    def accept(self, grads: "Sequence[Tensor] | Gradients") -> "Gradients":
         """The gradients, those laid out unlike their parameter copied; ValueError for one that does not fit."""
+        if isinstance(grads, Gradients):
+            if grads.of is not self:
+                raise ValueError("adamw_ema: grads were accepted by other tensors")
+            return grads
         if len(grads) != len(self.params):
             raise ValueError(f"adamw_ema: {len(grads)} grads, expected {len(self.params)}")
         dtype, device, fitting = grads[0].dtype, self.params[0].device, list(grads)
         if not dtype.is_floating_point:
             raise ValueError(f"adamw_ema: grads are {dtype}, expected float32, float64, bfloat16 or float16")
-        for index, (grad, stride) in enumerate(zip(grads, self.strides, strict=True)):
-            p = self.params[index]
-            if grad.shape != p.shape or grad.dtype != dtype or grad.device != device:
-                raise ValueError(
-                    f"adamw_ema: grads[{index}] is {grad.dtype} {tuple(grad.shape)} on {grad.device}, "
-                    f"expected {dtype} {tuple(p.shape)} on {device}"
-                )
-            if grad.stride() != stride:
-                fitting[index] = torch.empty_like(p, dtype=dtype).copy_(grad)
-        return fitting
+        # Whole lists are compared first: the loops below would take the host longer than the launches do.
+        if [(grad.shape, grad.dtype, grad.device) for grad in grads] != [
+            (shape, dtype, device) for shape in self.shapes
+        ]:
+            for index, (grad, shape) in enumerate(zip(grads, self.shapes, strict=True)):
+                if (grad.shape, grad.dtype, grad.device) != (shape, dtype, device):
+                    raise ValueError(
+                        f"adamw_ema: grads[{index}] is {grad.dtype} {tuple(grad.shape)} on {grad.device}, "
+                        f"expected {dtype} {tuple(shape)} on {device}"
+                    )
+        if [grad.stride() for grad in grads] != self.strides:
+            for index, (grad, stride) in enumerate(zip(grads, self.strides, strict=True)):
+                if grad.stride() != stride:
+                    fitting[index] = torch.empty_like(self.params[index], dtype=dtype).copy_(grad)
+        return Gradients(fitting, self)
 
-    def point_to(self, grads: Sequence[Tensor]) -> None:
+    def point_to(self, grads: list[Tensor]) -> None:
         """Put the addresses of the gradients on the device, if they moved; the table too, the first time."""
         p = self.params[0]
         if self._blocks is None:
@@ -184,3 +194,11 @@ class AdamWTensors:
         each = 2 * itemsize * (3 if self.averages is None else 4) + grad_itemsize
         each += 0 if self.copies is None else self.copies[0].itemsize
         return each * sum(p.numel() for p in self.params)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients that fit, so that several operations on them check them once."""
+
+    tensors: list[Tensor]
+    of: AdamWTensors

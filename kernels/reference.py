@@ -5,6 +5,7 @@ the dtype of their inputs; the `_backward` functions are the closed forms that t
 float32 (float64 for float64 input) and rounded once. Equations: Peebles & Xie 2023, section 3.2 and figure 3.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -231,19 +232,31 @@ def adamw_ema(
 ) -> None:
     """AdamW on the clipped gradients, in PyTorch's own fused form, then average and copy, all in place."""
     p, steps, beta = tensors.params[0], tensors.steps, settings.betas
-    grads = [grad.to(p.dtype) for grad in grads]
+    clip = None
     if square_sum is not None and settings.max_norm is not None:
         clip = (settings.max_norm / (square_sum.double().sum().sqrt() + 1e-6)).clamp(max=1.0).to(p.dtype)
-        # On a CPU the factor can be looked at, and most steps need none.
-        if p.is_cuda or clip != 1:
-            grads = torch._foreach_mul(grads, clip)
     done = None if found_inf is None else (found_inf == 0).float().reshape(())
     torch._foreach_add_(steps, 1) if done is None else torch._foreach_add_(steps, done)
-    torch._fused_adamw_(
-        tensors.params, grads, tensors.exp_avgs, tensors.exp_avg_sqs, [], steps,
+    step = functools.partial(
+        torch._fused_adamw_,
         lr=lr.reshape(()), beta1=beta[0], beta2=beta[1], weight_decay=settings.weight_decay, eps=settings.eps,
         amsgrad=False, maximize=False, found_inf=None if done is None else 1 - done,
     )  # fmt: skip
+    # On a CPU the factor can be looked at without waiting, and most steps need none.
+    if clip is None or (p.is_cpu and clip == 1):
+        step(
+            tensors.params,
+            [grad.to(p.dtype) for grad in grads],
+            tensors.exp_avgs,
+            tensors.exp_avg_sqs,
+            [],
+            steps,
+        )
+    else:
+        # One at a time, so that the clipped gradients take the memory of one.
+        states = zip(tensors.params, grads, tensors.exp_avgs, tensors.exp_avg_sqs, steps, strict=True)
+        for weight, grad, exp_avg, exp_avg_sq, count in states:
+            step([weight], [grad.to(p.dtype) * clip], [exp_avg], [exp_avg_sq], [], [count])
     if tensors.averages is not None:
         t = torch.stack(steps).double()
         warmup = (1 + t) / (10 + t) if settings.ema_warmup else torch.ones_like(t)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dit_fast.errors import ConfigError
 from dit_fast.kernels import KERNEL_MODES, AdamWSettings, AdamWTensors, adamw_ema, grad_square_sum
+from dit_fast.kernels.adamw_tensors import Gradients
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,6 @@ class Layout:
     dtype: torch.dtype
     grad_dtype: torch.dtype
     shards: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A parameter with the state it had when the tables were made; another object there makes them anew."""
-
-    parameter: Tensor
-    address: int
-    grad_dtype: torch.dtype
-    state: tuple[Tensor | None, ...]
 
 
 class AdamWEma(torch.optim.Optimizer):
@@ -81,8 +73,10 @@ class AdamWEma(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
         self._copies: dict[Tensor, Tensor] = {}
         self._rates: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
-        self._slots: list[Slot] = []
-        self._buckets: list[tuple[Layout, list[Tensor], AdamWTensors]] = []
+        # What the tables were made for: gradients' dtypes, parameters' addresses, and the tensors in `state`.
+        self._present: tuple[list[torch.dtype | None], list[int]] = ([], [])
+        self._held: list[Any] = []
+        self._buckets: list[tuple[Layout, list[int], AdamWTensors]] = []
         self._square_sum: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -182,7 +176,7 @@ class AdamWEma(torch.optim.Optimizer):
                     )
         super().load_state_dict(state_dict)
         self._square_sum = None
-        self._slots, self._buckets = [], []
+        self._present, self._held, self._buckets = ([], []), [], []
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter; what is missing of it starts here."""
@@ -202,33 +196,25 @@ class AdamWEma(torch.optim.Optimizer):
             state["ema"] = p.detach().clone()
         return state
 
-    def _gather(self) -> list[list[Tensor]]:
+    def _gather(self) -> list[Gradients]:
         """Local gradients by launch; makes the tables again where parameters, state or gradients' dtypes changed."""
-        pairs = [
-            (index, p, shard(p.grad))
-            for index, group in enumerate(self.param_groups)
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        if len(pairs) != len(self._slots) or not all(
-            slot.parameter is p
-            and slot.grad_dtype == grad.dtype
-            and slot.address == shard(p).data_ptr()
-            and all(now is then for now, then in zip(fields(self.state[p]), slot.state, strict=True))
-            for slot, (_, p, grad) in zip(self._slots, pairs, strict=True)
-        ):
-            self._make_tables(pairs)
-        gradients = {p: grad for _, p, grad in pairs}
-        return [[gradients[p] for p in parameters] for _, parameters, _ in self._buckets]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        gradients = [shard(p.grad) for p in parameters]
+        held = [value for state in self.state.values() for value in state.values()]
+        present = [None if grad is None else grad.dtype for grad in gradients], addresses(parameters)
+        if present != self._present or len(held) != len(self._held) or not all(map(is_, held, self._held)):
+            self._make_tables(parameters, gradients)
+            self._present = present
+            self._held = [value for state in self.state.values() for value in state.values()]
+        return [tensors.accept([gradients[i] for i in chosen]) for _, chosen, tensors in self._buckets]
 
-    def _make_tables(self, pairs: list[tuple[int, Tensor, Tensor]]) -> None:
-        layouts: dict[Layout, list[Tensor]] = {}
+    def _make_tables(self, parameters: list[Tensor], gradients: list[Tensor | None]) -> None:
+        layouts: dict[Layout, list[int]] = {}
         steps: set[int] = set()
-        for index, p, grad in pairs:
-            if grad.device != pairs[0][2].device:
-                raise ConfigError(
-                    f"parameters on {pairs[0][2].device} and {grad.device}: expected one device"
-                )
+        groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+        for i, (group, p, grad) in enumerate(zip(groups, parameters, gradients, strict=True)):
+            if grad is None:
+                continue
             if placements(p.grad) != placements(p):
                 raise ConfigError(
                     f"a gradient is {placements(p.grad)} where its parameter is {placements(p)}"
@@ -241,11 +227,14 @@ class AdamWEma(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq", "ema"):
                 if name in state and shard(state[name]).stride() != shard(p).stride():
                     state[name] = torch.empty_like(p).copy_(state[name])
-            key = Layout(index, shard(p).device, p.dtype, grad.dtype, sharing_groups(p))
-            layouts.setdefault(key, []).append(p)
-        self._buckets = [(key, parameters, self._tensors(parameters)) for key, parameters in layouts.items()]
-        self._slots = [
-            Slot(p, shard(p).data_ptr(), grad.dtype, fields(self.state[p])) for _, p, grad in pairs
+            key = Layout(group, shard(p).device, p.dtype, grad.dtype, sharing_groups(p))
+            layouts.setdefault(key, []).append(i)
+        devices = sorted({str(layout.device) for layout in layouts})
+        if len(devices) > 1:
+            raise ConfigError(f"parameters are on {' and '.join(devices)}: expected one device")
+        self._buckets = [
+            (layout, chosen, self._tensors([parameters[i] for i in chosen]))
+            for layout, chosen in layouts.items()
         ]
 
     def _tensors(self, parameters: list[Tensor]) -> AdamWTensors:
@@ -275,7 +264,7 @@ class AdamWEma(torch.optim.Optimizer):
             self._rates[key] = value, rate.fill_(value)
         return rate
 
-    def _sum_squares(self, gathered: list[list[Tensor]]) -> Tensor:
+    def _sum_squares(self, gathered: list[Gradients]) -> Tensor:
         sums = []
         for (layout, _, tensors), grads in zip(self._buckets, gathered, strict=True):
             partial = grad_square_sum(tensors, grads, kernels=self.kernels)
@@ -287,13 +276,13 @@ class AdamWEma(torch.optim.Optimizer):
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
-def shard(tensor: Tensor) -> Tensor:
-    """What this rank holds of a DTensor; another tensor as it is."""
+def shard(tensor: Any) -> Any:
+    """What this rank holds of a DTensor; another tensor, or None, as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def fields(state: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-    return state.get("step"), state.get("exp_avg"), state.get("exp_avg_sq"), state.get("ema")
+def addresses(tensors: list[Tensor]) -> list[int]:
+    return [shard(tensor).data_ptr() for tensor in tensors]
 
 
 def placements(tensor: Any) -> tuple[Any, ...]:
