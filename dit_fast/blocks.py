@@ -1,15 +1,37 @@
 """The adaLN-Zero block of the paper and its final layer (Peebles & Xie 2023, figure 3), on fused operations.
 
 A block adds its branches lazily: `Stream` carries the residual stream together with the branch that has not been
-added yet, so that the addition and the next norm are one pass over memory.
+added yet, so that the addition and the next norm are one pass over memory. Biases wait in the same way, so that
+the kernel that adds one also sums its gradient.
 """
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_fast.kernels import adaln_modulate, gated_residual, gated_residual_adaln, uses_triton
+from dit_fast.kernels import (
+    adaln_modulate,
+    attention,
+    gated_residual,
+    gated_residual_adaln,
+    mlp,
+    uses_triton,
+)
+from dit_fast.kernels.adaln import adaln_with_moments
+from dit_fast.kernels.attention import attention_backend
+from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln_with_moments
+from dit_fast.kernels.recompute import NormRecipe, linear
+
+RECOMPUTE = ("none", "cheap", "blocks")
+"""What is made again in the backward pass: nothing; norm outputs and GELU; every block from its input."""
+
+
+class Normed(NamedTuple):
+    """The residual stream x, y = norm(x) * (1 + scale) + shift, and what y is made of (None: keep y)."""
+
+    x: Tensor
+    y: Tensor
+    recipe: NormRecipe | None
 
 
 class Stream(NamedTuple):
@@ -29,15 +51,19 @@ class Stream(NamedTuple):
             return self.x
         return gated_residual(self.x, self.branch, self.gate, self.bias, kernels=kernels)
 
-    def add_norm_modulate(
-        self, shift: Tensor, scale: Tensor, eps: float, kernels: str
-    ) -> tuple[Tensor, Tensor]:
-        """The stream as one tensor and norm(stream) * (1 + scale) + shift."""
+    def norm_modulate(self, shift: Tensor, scale: Tensor, eps: float, kernels: str) -> Normed:
+        """Add what is pending, then norm(stream) * (1 + scale) + shift."""
+        fused = uses_triton(kernels, self.x)
         if self.branch is None or self.gate is None:
-            return self.x, adaln_modulate(self.x, shift, scale, eps, kernels=kernels)
-        return gated_residual_adaln(
-            self.x, self.branch, self.gate, shift, scale, self.bias, eps, kernels=kernels
-        )
+            if not fused:
+                return Normed(self.x, adaln_modulate(self.x, shift, scale, eps, kernels=kernels), None)
+            x, (y, mean, rstd) = self.x, adaln_with_moments(self.x, shift, scale, eps)
+        else:
+            inputs = (self.x, self.branch, self.gate, shift, scale, self.bias, eps)
+            if not fused:
+                return Normed(*gated_residual_adaln(*inputs, kernels=kernels), None)
+            x, y, mean, rstd = gated_residual_adaln_with_moments(*inputs)
+        return Normed(x, y, NormRecipe(x, mean, rstd, shift, scale))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -54,35 +80,50 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not hooked
 
 
-def without_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`linear(x)` as (product, bias still to be added), so that a fused kernel adds it and gives its gradient.
+def without_bias(
+    layer: nn.Module, x: Tensor, recipe: NormRecipe | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`layer(x)` as (product, bias still to be added), so that a fused kernel adds it and gives its gradient.
 
-    A layer that is not a plain nn.Linear (LoRA, float8) or has hooks is called as it is: (its output, None).
+    `recipe`: of x, kept in its place. A layer that is not a plain nn.Linear (LoRA, float8) or has hooks is called as
+    it is: (its output, None).
     """
-    if isinstance(linear, nn.Linear) and is_plain(linear, nn.Linear):
-        return F.linear(x, linear.weight), linear.bias
-    return linear(x), None
+    if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
+        return linear(x, layer.weight, recipe=recipe), layer.bias
+    return layer(x), None
+
+
+def with_bias(layer: nn.Module, x: Tensor, recipe: NormRecipe | None = None) -> Tensor:
+    """`layer(x)`, keeping `recipe` in place of x where the layer is a plain nn.Linear."""
+    if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
+        return linear(x, layer.weight, layer.bias, recipe)
+    return layer(x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on one packed projection; rows of `qkv` are [q; k; v], each (heads, head_dim)."""
+    """Multi-head self-attention on one packed projection; rows of `qkv` are [q; k; v], each (heads, head_dim).
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False):
+    `backend`: "auto" | "triton" | "sdpa" | "flash", see `dit_fast.kernels.attention`.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, *, backend: str = "auto"):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
+        self.backend = backend
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Attention before the output projection, (N, T, D)."""
-        N, T, D = x.shape
-        q, k, v = self.qkv(x).reshape(N, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (N, H, T, K)
-        return out.transpose(1, 2).reshape(N, T, D)
+    def attend(self, x: Tensor, recipe: NormRecipe | None = None, kernels: str = "auto") -> Tensor:
+        """Attention before the output projection, (N, T, D); `recipe`: of x, kept in its place."""
+        if attention_backend(x, self.head_dim, self.backend, kernels) == "triton":
+            qkv, bias = without_bias(self.qkv, x, recipe)
+        else:
+            qkv, bias = with_bias(self.qkv, x, recipe), None
+        return attention(qkv, self.num_heads, bias, backend=self.backend, kernels=kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.attend(x))
@@ -97,26 +138,32 @@ class Mlp(nn.Module):
         self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(hidden_features, in_features)
 
-    def expand(self, x: Tensor) -> Tensor:
-        """The activations before the second projection, (N, T, hidden_features)."""
-        return self.act(self.fc1(x))
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.expand(x))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class DiTBlock(nn.Module):
     """A transformer block with adaptive layer norm, initialised to the identity (adaLN-Zero).
 
     `forward(x, c)`: x (N, T, D), c (N, D) -> (N, T, D). Given a `Stream`, returns a `Stream`: that is how `DiT`
-    runs its blocks.
+    runs its blocks. `kernels`, `attention` and `recompute` as in `DiT`.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, *, kernels: str = "auto"):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        kernels: str = "auto",
+        attention: str = "auto",
+        recompute: str = "none",
+    ):
         super().__init__()
         self.kernels = kernels
+        self.recompute = recompute
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True, backend=attention)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size, bias=True))
@@ -127,24 +174,38 @@ class DiTBlock(nn.Module):
             6, dim=1
         )
 
-        h, y = stream.add_norm_modulate(shift_msa, scale_msa, self.norm1.eps, self.kernels)
-        stream = Stream(h, *self.attention_branch(y), gate_msa)
-        h, y = stream.add_norm_modulate(shift_mlp, scale_mlp, self.norm2.eps, self.kernels)
-        stream = Stream(h, *self.mlp_branch(y), gate_mlp)
+        h = stream.norm_modulate(shift_msa, scale_msa, self.norm1.eps, self.kernels)
+        stream = Stream(h.x, *self.attention_branch(h), gate_msa)
+        h = stream.norm_modulate(shift_mlp, scale_mlp, self.norm2.eps, self.kernels)
+        stream = Stream(h.x, *self.mlp_branch(h), gate_mlp)
 
         return stream if isinstance(x, Stream) else stream.add(self.kernels)
 
-    def attention_branch(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`self.attn(y)` as (branch, bias still to be added)."""
-        if not uses_triton(self.kernels, y) or not is_plain(self.attn, Attention):
-            return self.attn(y), None
-        return without_bias(self.attn.proj, self.attn.attend(y))
+    def attention_branch(self, h: Normed) -> tuple[Tensor, Tensor | None]:
+        """`self.attn(h.y)` as (branch, bias still to be added)."""
+        if not uses_triton(self.kernels, h.y) or not is_plain(self.attn, Attention):
+            return self.attn(h.y), None
+        recipe = None if self.recompute == "none" else h.recipe
+        return without_bias(self.attn.proj, self.attn.attend(h.y, recipe, self.kernels))
 
-    def mlp_branch(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`self.mlp(y)` as (branch, bias still to be added)."""
-        if not uses_triton(self.kernels, y) or not is_plain(self.mlp, Mlp):
-            return self.mlp(y), None
-        return without_bias(self.mlp.fc2, self.mlp.expand(y))
+    def mlp_branch(self, h: Normed) -> tuple[Tensor, Tensor | None]:
+        """`self.mlp(h.y)` as (branch, bias still to be added)."""
+        if not uses_triton(self.kernels, h.y) or not self.mlp_is_plain():
+            return self.mlp(h.y), None
+        keep = self.recompute == "none"
+        recipe = None if keep else h.recipe
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        branch = mlp(
+            h.y, fc1.weight, fc1.bias, fc2.weight, keep_activation=keep, recipe=recipe, kernels=self.kernels
+        )
+        return branch, fc2.bias
+
+    def mlp_is_plain(self) -> bool:
+        """Whether the MLP and its parts are what this file built, so that one operation may stand for them."""
+        if not is_plain(self.mlp, Mlp):
+            return False
+        linears = is_plain(self.mlp.fc1, nn.Linear) and is_plain(self.mlp.fc2, nn.Linear)
+        return linears and is_plain(self.mlp.act, nn.GELU) and self.mlp.act.approximate == "tanh"
 
 
 class FinalLayer(nn.Module):
@@ -160,5 +221,4 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor | Stream, c: Tensor) -> Tensor:
         stream = x if isinstance(x, Stream) else Stream(x)
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        _, y = stream.add_norm_modulate(shift, scale, self.norm_final.eps, self.kernels)
-        return self.linear(y)
+        return self.linear(stream.norm_modulate(shift, scale, self.norm_final.eps, self.kernels).y)

@@ -12,9 +12,10 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dit_fast import __version__, kernels
-from dit_fast.blocks import Attention, DiTBlock, FinalLayer, Mlp, Stream, modulate
+from dit_fast.blocks import RECOMPUTE, Attention, DiTBlock, FinalLayer, Mlp, Stream, modulate
 from dit_fast.embedders import (
     LabelEmbedder,
     PatchEmbed,
@@ -50,7 +51,9 @@ class DiT(nn.Module):
     in_channels: channels of the latent; hidden_size, depth, num_heads, mlp_ratio: the transformer;
     class_dropout_prob: share of labels dropped in training, 0 for a model without a null class;
     num_classes; learn_sigma: predict the variance beside the noise; kernels: "auto" (Triton on CUDA, PyTorch
-    elsewhere), "triton" or "reference". Raises ConfigError for sizes that do not fit each other.
+    elsewhere), "triton" or "reference"; attention: "auto", "triton", "sdpa" or "flash"; recompute, in the backward
+    pass: "none", "cheap" (norm outputs and GELU, where the kernels run: a third less memory for no matrix product)
+    or "blocks" (every block from its input). Raises ConfigError for sizes that do not fit each other.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         *,
         kernels: str = "auto",
+        attention: str = "auto",
+        recompute: str = "none",
     ):
         super().__init__()
         self.learn_sigma = learn_sigma
@@ -87,6 +92,7 @@ class DiT(nn.Module):
                 DiTBlock(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernels=kernels) for _ in range(depth)
             )
             self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, kernels=kernels)
+            self.attention, self.recompute = attention, recompute
             self.initialize_weights()
         except ValueError as error:
             raise ConfigError(str(error)) from None
@@ -103,8 +109,36 @@ class DiT(nn.Module):
             module.kernels = mode
 
     @property
+    def attention(self) -> str:
+        """Which attention runs: "auto", "triton", "sdpa" or "flash"; assign to change it for the whole model."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, backend: str) -> None:
+        if backend not in kernels.BACKENDS:
+            raise ConfigError(
+                f"attention={backend!r}: choose one of {', '.join(map(repr, kernels.BACKENDS))}"
+            )
+        self._attention = backend
+        for block in self.blocks:
+            cast(DiTBlock, block).attn.backend = backend
+
+    @property
+    def recompute(self) -> str:
+        """What the backward pass makes again: "none", "cheap" or "blocks"; assign to change it."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, what: str) -> None:
+        if what not in RECOMPUTE:
+            raise ConfigError(f"recompute={what!r}: choose one of {', '.join(map(repr, RECOMPUTE))}")
+        self._recompute = what
+        for block in self.blocks:
+            cast(DiTBlock, block).recompute = what
+
+    @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments as JSON values, without `kernels`."""
+        """The constructor's arguments as JSON values, without those that say how it is computed."""
         return {
             "input_size": list(self.x_embedder.img_size),
             "patch_size": self.patch_size,
@@ -194,7 +228,10 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y, self.training)  # (N, D)
         stream = Stream(self.x_embedder(x, self.pos_embed))  # (N, T, D)
         for block in self.blocks:
-            stream = block(stream, c)
+            if self.recompute == "blocks" and torch.is_grad_enabled():
+                stream = checkpoint(block, stream, c, use_reentrant=False)
+            else:
+                stream = block(stream, c)
         return self.unpatchify(self.final_layer(stream, c))
 
     def forward_with_cfg(

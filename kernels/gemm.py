@@ -50,20 +50,23 @@ class GemmLaunch:
         }  # fmt: skip
 
 
-def gemm_launch(M: int, N: int, K: int, itemsize: int, arch: int, descriptors: bool) -> GemmLaunch:
-    """The launch of an (M, N, K) product on sm_<arch> (0: Triton's interpreter).
+def gemm_launch(
+    M: int, N: int, K: int, itemsize: int, arch: int, aligned: bool, descriptors: bool
+) -> GemmLaunch:
+    """The launch of an (M, N, K) product on sm_<arch> (0: Triton's interpreter), of rows of whole 16 bytes or not.
 
     16-bit tiles of 128 x 128 divide 1536, 3072, 4096 and 4608; each of the 8 warps then holds 64 sums a thread, which
-    leaves registers for the epilogue's second tile. float32 products are exact, without tensor cores: small tiles.
+    leaves registers for the epilogue's second tile. Small tiles for float32, whose exact products run without tensor
+    cores, and for rows that are not aligned: loads of single values take an address each.
     """
-    size, depth = (128, 64) if itemsize == 2 else (64, 32)
-    stages = 3 if arch == 80 or itemsize > 2 else 4
-    fit = functools.partial(_fit, smallest=16)
-    return GemmLaunch(fit(M, size), fit(N, size), fit(K, depth), 8, stages, descriptors)
+    size, depth = (128, 64) if itemsize == 2 and aligned else (64, 32)
+    stages = 4 if itemsize == 2 and aligned and arch != 80 else 3
+    return GemmLaunch(_fit(M, size), _fit(N, size), _fit(K, depth), 8, stages, descriptors)
 
 
-def _fit(extent: int, block: int, smallest: int) -> int:
-    return max(smallest, min(block, triton.next_power_of_2(max(extent, 1))))
+def _fit(extent: int, block: int) -> int:
+    """`block`, or less where the extent is smaller; tensor cores take 16 at least."""
+    return max(16, min(block, triton.next_power_of_2(max(extent, 1))))
 
 
 @triton.jit
@@ -200,6 +203,9 @@ def _gemm_gelu_bwd_kernel(
             )
 
 
+KERNELS = (_gemm_gelu_fwd_kernel, _gemm_gelu_bwd_kernel)
+
+
 def gemm_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, keep_pre: bool, *, descriptors: bool | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -249,11 +255,11 @@ def gemm_gelu_backward(
 
 def _configuration(a: Tensor, weight: Tensor, M: int, N: int, K: int, descriptors: bool | None) -> GemmLaunch:
     arch = capability(a)
+    aligned = all(size * a.itemsize % 16 == 0 for size in (N, K))
+    aligned = aligned and all(tensor.is_meta or tensor.data_ptr() % 16 == 0 for tensor in (a, weight))
     if descriptors is None:
-        wide_rows = all(size * a.itemsize % 16 == 0 for size in (weight.shape[1], K))
-        aligned = all(tensor.is_meta or tensor.data_ptr() % 16 == 0 for tensor in (a, weight))
-        descriptors = wide_rows and aligned and (arch == 0 or arch >= 90)
-    return gemm_launch(M, N, K, a.itemsize, arch, descriptors)
+        descriptors = aligned and (arch == 0 or arch >= 90)
+    return gemm_launch(M, N, K, a.itemsize, arch, aligned, descriptors)
 
 
 def _programs(on: Tensor, arch: int) -> int:

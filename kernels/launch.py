@@ -207,13 +207,21 @@ def device_capability(index: int) -> int:
 _products: ContextVar[Products | None] = ContextVar("products", default=None)
 
 
+def tensor_arguments(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among a kernel's arguments by name, those behind descriptors included."""
+    values = {
+        name: value.base if isinstance(value, TensorDescriptor) else value
+        for name, value in arguments.items()
+    }
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
 def describe(grid: tuple[int, ...], metadata: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """What a profiler (Triton's proton) shows of a launch: name with shape and dtypes, bytes, flops8 | 16 | 32 | 64.
 
     `bytes` counts each tensor of the arguments once: what has to go to or come from memory.
     """
-    tensors = [value.base if isinstance(value, TensorDescriptor) else value for value in arguments.values()]
-    tensors = [value for value in tensors if isinstance(value, Tensor)]
+    tensors = list(tensor_arguments(arguments).values())
     name = metadata.name.strip("_").removesuffix("_kernel")
     shape = "x".join(map(str, tensors[0].shape)) if tensors else "x".join(map(str, grid))
     dtypes = ",".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in tensors))

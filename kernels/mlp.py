@@ -15,21 +15,39 @@ Who applies the GELU is the `epilogue`: "separate", products by PyTorch (cuBLAS)
 the products of gemm.py; "cublaslt", cuBLASLt's own epilogues (cublaslt.py, the extra `epilogues`).
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_fast.kernels import cublaslt, gemm, reference
+from dit_fast.kernels import cublaslt, gemm, reference, tuned
 from dit_fast.kernels.gelu import gelu_backward, gelu_forward
+from dit_fast.kernels.launch import device_capability
 from dit_fast.kernels.op import define_op, uses_triton
+from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments
 
 EPILOGUES = ("auto", "separate", "triton", "cublaslt")
 
 
-def mlp_epilogue(shape: tuple[int, int, int], device: torch.device) -> str:
-    """What epilogue="auto" stands for: the provider for (rows, D, F) on a device; "separate" until one is measured."""
-    return "separate"
+def mlp_epilogue(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> str:
+    """What epilogue="auto" stands for, given (rows, D, F), the dtype and the device of x.
+
+    "separate" until the tuned table of the device says otherwise; rows count in powers of two.
+    """
+    rows, width, hidden = shape
+    capability = device_capability(device.index or 0) if device.type == "cuda" else 0
+    key = f"D={width} F={hidden} rows={1 << max(rows, 1).bit_length() - 1} {str(dtype).removeprefix('torch.')}"
+    return tuned.choice(
+        "mlp", key, "separate", options=EPILOGUES[1:], kernels=gemm.KERNELS, capability=capability
+    )
+
+
+def _provider(epilogue: str, x: Tensor, hidden: int) -> str:
+    """The provider that `epilogue` names. Asked where the products run, so that a compiled graph reads no table."""
+    if epilogue != "auto":
+        return epilogue
+    return mlp_epilogue((math.prod(x.shape[:-1]), x.shape[-1], hidden), x.dtype, x.device)
 
 
 def _expand(x: Tensor, weight: Tensor, bias: Tensor, keep_pre: bool, epilogue: str) -> tuple[Tensor, Tensor]:
@@ -63,10 +81,16 @@ def _mlp(
     fc2_weight: Tensor,
     keep_activation: bool = False,
     training: bool = True,
-    epilogue: str = "separate",
+    epilogue: str = "auto",
+    stream: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, and for the backward pass pre (empty unless `training`) and act (empty unless kept as well)."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
+    epilogue = _provider(epilogue, x, fc1_weight.shape[0])
     pre, act = _expand(rows, fc1_weight, fc1_bias, training, epilogue)
     out = act @ fc2_weight.t()
     kept = act if training and keep_activation else x.new_empty(0)
@@ -80,7 +104,12 @@ def _mlp_reference(
     fc2_weight: Tensor,
     keep_activation: bool = False,
     training: bool = True,
-    epilogue: str = "separate",
+    epilogue: str = "auto",
+    stream: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     pre = torch.addmm(fc1_bias, rows, fc1_weight.t())
@@ -98,9 +127,14 @@ def _mlp_fake(
     fc2_weight: Tensor,
     keep_activation: bool = False,
     training: bool = True,
-    epilogue: str = "separate",
+    epilogue: str = "auto",
+    stream: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = (x.shape[:-1].numel(), fc1_weight.shape[0])
+    hidden = (math.prod(x.shape[:-1]), fc1_weight.shape[0])
     return (
         x.new_empty(*x.shape[:-1], fc2_weight.shape[0]),
         x.new_empty(hidden if training else 0),
@@ -120,6 +154,7 @@ def _mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight, the last three empty unless `weights`; act None: made again."""
     rows, dout = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1]).contiguous()
+    epilogue = _provider(epilogue, x, fc1_weight.shape[0])
     dpre, again, dbias = _expand_backward(dout, fc2_weight, pre, weights and act is None, weights, epilogue)
     dx = (dpre @ fc1_weight).view(x.shape)
     if not weights:
@@ -172,16 +207,21 @@ _mlp_backward_op = define_op(
 
 
 def _mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, fc1_weight, _, fc2_weight, ctx.keep_activation, _, ctx.epilogue = inputs
+    x, fc1_weight, _, fc2_weight, ctx.keep_activation, _, ctx.epilogue, *recipe = inputs
     _, pre, act = output
-    ctx.save_for_backward(x, pre, act if ctx.keep_activation else None, fc1_weight, fc2_weight)
+    # With the recipe of x (stream, mean, rstd, shift, scale), x is made again in the backward pass.
+    kept = x if recipe[0] is None else None, pre, act if ctx.keep_activation else None
+    ctx.save_for_backward(*kept, fc1_weight, fc2_weight, *recipe)
     ctx.mark_non_differentiable(pre, act)
 
 
 def _mlp_autograd(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     weights = any(ctx.needs_input_grad[1:4])
-    dx, *rest = _mlp_backward_op(dout, *ctx.saved_tensors, weights, ctx.epilogue)
-    return dx, *(rest if weights else (None, None, None)), None, None, None
+    x, pre, act, fc1_weight, fc2_weight, *recipe = ctx.saved_tensors
+    if x is None:
+        x = adaln_from_moments(*recipe)
+    dx, *rest = _mlp_backward_op(dout, x, pre, act, fc1_weight, fc2_weight, weights, ctx.epilogue)
+    return dx, *(rest if weights else (None, None, None)), *[None] * 8
 
 
 _mlp_op = define_op(
@@ -202,27 +242,27 @@ def mlp(
     *,
     keep_activation: bool = False,
     epilogue: str = "auto",
+    recipe: NormRecipe | None = None,
     kernels: str = "auto",
 ) -> Tensor:
     """GELU(x fc1_weight^T + fc1_bias) fc2_weight^T, the tanh GELU; fc2's bias is not added.
 
     x (..., D), fc1_weight (F, D), fc1_bias (F,), fc2_weight (E, F) -> (..., E). The weights are cast to the dtype of
     `x`, as autocast would. `keep_activation` saves the activation (rows x F) instead of computing it again in the
-    backward pass. `epilogue`: "auto", "separate", "triton" or "cublaslt" (see the module); `kernels`: "auto",
-    "triton" or "reference". Raises ValueError for arguments that do not fit, ImportError where "cublaslt" is not
-    installed.
+    backward pass; `recipe`, that of x, is kept in place of x. `epilogue`: "auto", "separate", "triton" or "cublaslt"
+    (see the module); `kernels`: "auto", "triton" or "reference". Raises ValueError for arguments that do not fit,
+    ImportError where "cublaslt" is not installed.
     """
     if epilogue not in EPILOGUES:
         raise ValueError(f"mlp: epilogue={epilogue!r}, choose one of {', '.join(map(repr, EPILOGUES))}")
     if not uses_triton(kernels, x):
         return reference.mlp(x, fc1_weight, fc1_bias, fc2_weight)
     check_mlp(x, fc1_weight, fc1_bias, fc2_weight)
-    if epilogue == "auto":
-        rows = x.shape[:-1].numel()
-        epilogue = mlp_epilogue((rows, x.shape[-1], fc1_weight.shape[0]), x.device)
     inputs = [x, *(tensor.to(x.dtype) for tensor in (fc1_weight, fc1_bias, fc2_weight))]
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return _mlp_op(*inputs, keep_activation, training, epilogue)[0]
+    # Detached: the gradient reaches them through x.
+    parts = () if recipe is None or not training else [part.detach() for part in recipe]
+    return _mlp_op(*inputs, keep_activation, training, epilogue, *parts)[0]
 
 
 def check_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> None:

@@ -160,7 +160,7 @@ def tile_launch(kernel: Any, x: Tensor, width: int, terms: int, itemsize: int) -
         block_k=min(size, max(16, triton.next_power_of_2(terms))),
         num_warps=4,
     )
-    key = f"D={width} K={terms} {8 * itemsize} bits"
+    key = f"D={width} K={terms} {str(x.dtype).removeprefix('torch.')},{8 * itemsize} bits"
     return tuned.config(kernel, key, heuristic, capability(x))
 
 

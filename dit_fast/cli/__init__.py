@@ -12,6 +12,7 @@ from dit_fast.errors import DitFastError
 # name: what it does. The module dit_fast.cli.<name> has add_arguments(parser) and run(args) -> status; it
 # is imported only when its command is called, so that `dit-fast --help` does not wait for PyTorch.
 COMMANDS = {
+    "doctor": "what this machine has, and which path each part takes on it",
     "train": "train a Diffusion Transformer on images",
     "sample": "draw images from a trained model",
     "encode": "turn a folder of images into latents to train on",

@@ -1,0 +1,101 @@
+"""`dit-fast doctor`: what this machine has, which path each part takes on it, and why."""
+
+import argparse
+import importlib
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Iterator
+
+import torch
+import triton
+
+from dit_fast import __version__
+from dit_fast.kernels import uses_triton
+from dit_fast.kernels.attention_backends import choose_backend
+from dit_fast.kernels.mlp import mlp_epilogue
+
+# distribution: (module to import, the extra of dit-fast that brings it, what it is for).
+OPTIONAL = {
+    "flash-attn": ("flash_attn", "flash", "attention backend"),
+    "nvmath-python": ("nvmath", "epilogues", "GELU in cuBLASLt's epilogue"),
+    "diffusers": ("diffusers", "vae", "latents: encode and decode"),
+    "nvtx": ("nvtx", "profile", "ranges in Nsight"),
+    "matplotlib": ("matplotlib", "plot", "loss curves"),
+    "torch-fidelity": ("torch_fidelity", "evaluation", "FID"),
+    "tensorboard": ("tensorboard", "track", "logging"),
+    "wandb": ("wandb", "track", "logging"),
+}
+# DiT-XL/2 at 256 and 512 pixels.
+TOKENS, HEAD_DIM, WIDTH, BATCH = (256, 1024), 72, 1152, 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--attention", default="auto", help="explain this backend instead of auto's choice")
+
+
+def run(options: argparse.Namespace) -> int:
+    for name, value in report(options.attention):
+        print(f"{name:<16} {value}")
+    return 0
+
+
+def report(backend: str = "auto") -> Iterator[tuple[str, str]]:
+    """(subject, finding) lines; nothing is allocated on the device."""
+    yield "dit-fast", f"{__version__}, Python {platform.python_version()} on {platform.platform()}"
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    yield "PyTorch", f"{torch.__version__} ({cuda}), Triton {triton.__version__}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield "device", describe(device)
+    probe = torch.empty(0, device=device)
+    if uses_triton("auto", probe):
+        yield "kernels", "auto: Triton, because tensors are on CUDA"
+    else:
+        yield "kernels", "auto: the PyTorch reference, because there is no CUDA device"
+    for tokens in TOKENS:
+        choice = choose_backend(backend, device, torch.bfloat16, tokens, HEAD_DIM)
+        yield f"attention T={tokens}", f"{choice.name}: {choice.reason} (head_dim {HEAD_DIM}, bfloat16)"
+    shape = (BATCH * TOKENS[0], WIDTH, 4 * WIDTH)
+    yield "MLP epilogue", mlp_epilogue(shape, torch.bfloat16, device)
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    yield "torch.compile", f"C++ compiler {compiler}" if compiler else "no C++ compiler: needed on the CPU"
+    for distribution, (module, extra, purpose) in OPTIONAL.items():
+        yield distribution, f"{installed(distribution, module)} ({purpose}; extra '{extra}')"
+    yield "NVIDIA apex", apex()
+
+
+def describe(device: torch.device) -> str:
+    """Name, architecture and memory of a CUDA device, or threads and instruction set of the CPU."""
+    if device.type == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        f"{properties.name}, sm_{properties.major}{properties.minor}, "
+        f"{properties.total_memory / 2**30:.0f} GiB, {torch.cuda.device_count()} in all"
+    )
+
+
+def installed(distribution: str, module: str) -> str:
+    """The version of an optional package that imports, or what is wrong with it."""
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"{version}, but does not import: {str(error).splitlines()[0]}"
+    return version
+
+
+def apex() -> str:
+    """Whether `apex` is NVIDIA's; the package of that name on PyPI is another one."""
+    try:
+        importlib.import_module("apex")
+    except ImportError:
+        return "not installed (from NVIDIA's repository; the one on PyPI is unrelated)"
+    try:
+        importlib.import_module("apex.optimizers").FusedAdam  # noqa: B018
+    except (ImportError, AttributeError):
+        return "an unrelated package of that name is installed; it is not used"
+    return "installed"
