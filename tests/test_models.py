@@ -217,6 +217,39 @@ def test_kernels_do_not_change_result_or_gradients() -> None:
     assert_same_gradients(gradients(model), expected, 1e-5)
 
 
+@pytest.mark.parametrize("recompute", ["cheap", "blocks"])
+def test_recomputation_changes_no_gradient_and_keeps_less(recompute: str) -> None:
+    """Bytes kept between the passes, parameters and repeated storages left out, fall; gradients stay."""
+
+    def kept(model: nn.Module) -> int:
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(images(), T, Y)
+        del out
+        return sum(storages.values())
+
+    model = golden_model(kernels="triton")
+    plain, expected = kept(model), gradients(model)
+    model.recompute = recompute
+    assert model.blocks[1].recompute == recompute
+    assert kept(model) < {"cheap": 0.8, "blocks": 0.5}[recompute] * plain
+    assert_same_gradients(gradients(model), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("attention", "fast"), ("recompute", "all")])
+def test_unknown_attention_or_recomputation_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}='{value}': choose one of"):
+        golden_model(**{name: value})
+
+
 def test_unknown_kernels_are_refused() -> None:
     model = golden_model()
     with pytest.raises(ValueError, match="kernels='cuda': choose one of 'auto', 'triton', 'reference'"):

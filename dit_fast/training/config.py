@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dit_fast.data import ImageSet
+from dit_fast.data import ImageSet, LatentSet
 from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.models import DiT, DiT_models
@@ -170,7 +170,7 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
         raise CheckpointError(f"{source} has options of the wrong type: {error}") from None
 
 
-def build_model(config: TrainConfig, data: ImageSet) -> DiT:
+def build_model(config: TrainConfig, data: ImageSet | LatentSet) -> DiT:
     """The model of `config` for images of `data`. Raises ConfigError for sizes that do not fit."""
     overrides = {
         name: value

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import __version__
-from dit_fast.data import ImageSet, generator, open_images
-from dit_fast.data.stream import BatchStream
+from dit_fast.data import ImageSet, LatentSet, generator, open_data, open_stream
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError, NonFiniteError, OutputError
 from dit_fast.training.checkpoint import (
@@ -61,7 +60,7 @@ class Trainer:
     that a DiT does differently in training, and the trainer draws it itself, keyed by the step.
     """
 
-    def __init__(self, config: TrainConfig, data: ImageSet):
+    def __init__(self, config: TrainConfig, data: ImageSet | LatentSet):
         self.config = config
         self.data = data
         self.device = choose_device(config.device)
@@ -78,9 +77,7 @@ class Trainer:
             fused=True,
         )
         self.diffusion = create_diffusion("", **config.diffusion_arguments())
-        self.stream = BatchStream(
-            data.train, config.batch_size, config.seed, data.flip if config.flip is None else config.flip
-        )
+        self.stream = open_stream(data, config.batch_size, config.seed, config.flip)
         self.total_steps = config.total_steps(len(data.train))
         self.step = 0
         self.seconds = 0.0
@@ -287,8 +284,8 @@ def prepare_folder(run: Path) -> None:
         raise OutputError(f"cannot write to {run}: {error.strerror}; give another --out") from error
 
 
-def _open(config: TrainConfig) -> ImageSet:
-    return open_images(
+def _open(config: TrainConfig) -> ImageSet | LatentSet:
+    return open_data(
         config.data,
         config.image_size,
         channels=config.channels,
