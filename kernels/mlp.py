@@ -37,7 +37,9 @@ def mlp_epilogue(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.
     """
     rows, width, hidden = shape
     capability = device_capability(device.index or 0) if device.type == "cuda" else 0
-    key = f"D={width} F={hidden} rows={1 << max(rows, 1).bit_length() - 1} {str(dtype).removeprefix('torch.')}"
+    key = (
+        f"D={width} F={hidden} rows={1 << max(rows, 1).bit_length() - 1} {str(dtype).removeprefix('torch.')}"
+    )
     return tuned.choice(
         "mlp", key, "separate", options=EPILOGUES[1:], kernels=gemm.KERNELS, capability=capability
     )
