@@ -1,0 +1,277 @@
+"""What the compiler made of every kernel, without a GPU: `python -m benchmarks.static_report [--check] [--out DIR]`.
+
+Records what each registered operation launches, forward and backward, at the sizes of DiT-S, B, L and XL, and
+compiles it for each architecture: registers, spills, shared memory, occupancy, accesses to memory, tensor-core and
+float64 instructions in the machine code, and the bytes moved against the least possible. Compiled binaries stay in
+Triton's cache, by the hash of their source. `--check` exits with 1 and names each hard line that is broken.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.static_table import Row, Traffic, markdown
+from dit_fast.kernels.aot import MAX_SHARED, Compiled, compile_launch
+from dit_fast.kernels.launch import Launch, record_launches, tensor_arguments
+from dit_fast.kernels.registry import REGISTRY, OpSpec
+
+BATCH = 256
+WIDTHS = (384, 768, 1024, 1152)
+CAPABILITIES = (80, 90, 100)
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "autocast": (torch.float32, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """How an operation is called: `tokens`, `factor` times the model's width, and keywords.
+
+    `whole` is False where PyTorch carries out a part, so that the kernels' bytes are not the operation's.
+    """
+
+    label: str = ""
+    tokens: int = 256
+    factor: int = 1
+    keywords: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
+
+
+CASES = {
+    "attention": (Case(), Case("T = 1024", tokens=1024)),
+    "gelu": (Case(factor=4),),
+    "mlp": (
+        Case("separate", keywords={"epilogue": "separate"}, whole=False),
+        Case("triton", keywords={"epilogue": "triton"}, whole=False),
+    ),
+}
+"""Operations that are called otherwise than once with 256 tokens."""
+
+NARROW = {"_permute_kernel": "gathers single pixels: the neighbours of one are P * P * C values apart"}
+"""Memory-bound kernels that may move token tensors in less than 128 bits, with the reason."""
+
+TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA", "HMMA")}
+"""What a product of 16-bit factors has to become."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cell of the report."""
+
+    op: str
+    case: int
+    dtypes: str
+    width: int
+    capability: int
+
+    def describe(self, case: Case) -> str:
+        label = f" ({case.label})" if case.label else ""
+        return f"{self.op}{label} {self.dtypes} D={self.width} sm_{self.capability}"
+
+
+def meta(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def record(spec: OpSpec, case: Case, setting: Setting) -> dict[str, list[Launch]]:
+    """What the operation launches in each direction, every floating-point input wanting a gradient."""
+    shape = (BATCH, case.tokens, setting.width * case.factor)
+    inputs = [
+        value.requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in spec.make_inputs(shape, *DTYPES[setting.dtypes], meta)
+    ]
+    with record_launches(setting.capability) as launches:
+        result = spec.op(*inputs, **case.keywords, kernels="triton")
+        forward = list(launches)
+        outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if out.requires_grad]
+        torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+    return {"forward": forward, "backward": launches[len(forward) :]}
+
+
+def token_tensors(launch: Launch) -> dict[str, Tensor]:
+    """The arguments that carry the bytes: those of a quarter of the largest's size or more."""
+    tensors = tensor_arguments(launch.arguments)
+    largest = max((x.numel() * x.itemsize for x in tensors.values()), default=0)
+    return {name: x for name, x in tensors.items() if 4 * x.numel() * x.itemsize >= largest > 0}
+
+
+def broken_lines(kernel: Compiled, launch: Launch) -> Iterator[str]:
+    """Each hard line that a kernel breaks, in words."""
+    tokens = token_tensors(launch)
+    if kernel.spills:
+        yield f"spills {kernel.spills} bytes a thread"
+    limit = MAX_SHARED[kernel.capability]
+    if kernel.shared > limit:
+        yield f"takes {kernel.shared} bytes of shared memory, a block has {limit}"
+    if kernel.float64() and not any(x.dtype == torch.float64 for x in tokens.values()):
+        yield f"computes in float64: {', '.join(kernel.float64())}"
+    if not kernel.products() and kernel.kernel not in NARROW:
+        accesses = kernel.accesses_by_tensor()
+        for name in ("?", *tokens):
+            narrow = sorted(width for width in accesses.get(name, {}) if int(width[2:]) < 128)
+            if narrow:
+                yield f"moves {name.removesuffix('_ptr')} by {', '.join(narrow)}, expected 128 bits"
+    changed = kernel.machine_accesses().keys() - kernel.accesses().keys() - {"tma"}
+    if changed:
+        yield f"was assembled to {', '.join(sorted(changed))}, which the compiler had not asked for"
+    wanted = TENSOR_CORE[kernel.capability]
+    if kernel.products() & {"bf16", "f16"} and not kernel.tensor_core().keys() & set(wanted):
+        found = ", ".join(kernel.tensor_core()) or "none"
+        yield f"multiplies with tensor-core instructions {found}, expected {' or '.join(wanted)}"
+
+
+def examine(setting: Setting) -> tuple[list[Row], list[Traffic]]:
+    """Compile one setting's kernels and read what came out."""
+    spec = REGISTRY[setting.op]
+    case = CASES.get(setting.op, (Case(),))[setting.case]
+    rows, traffic = [], []
+    for direction, launches in record(spec, case, setting).items():
+        for launch in launches:
+            kernel = compile_launch(launch, setting.capability)
+            tensors = tensor_arguments(launch.arguments).values()
+            row = Row(
+                op=setting.op,
+                case=case.label,
+                direction=direction,
+                kernel=kernel.kernel,
+                dtypes=setting.dtypes,
+                width=setting.width,
+                capability=setting.capability,
+                warps=kernel.num_warps,
+                registers=kernel.registers,
+                spills=kernel.spills,
+                shared=kernel.shared,
+                occupancy=kernel.occupancy(),
+                accesses=dict(sorted(kernel.machine_accesses().items())),
+                tensor_core=kernel.tensor_core(),
+                float64=kernel.float64(),
+                bytes=sum(x.numel() * x.itemsize for x in tensors),
+                broken=tuple(broken_lines(kernel, launch)),
+            )
+            if row not in rows:
+                rows.append(row)
+        if launches and case.whole:
+            traffic.append(measure_traffic(spec, case, setting, direction, launches))
+    return rows, traffic
+
+
+def measure_traffic(
+    spec: OpSpec, case: Case, setting: Setting, direction: str, launches: Sequence[Launch]
+) -> Traffic:
+    """Bytes moved against `OpSpec`'s least elements, at the mean element size of the token tensors that were moved."""
+    tensors = [x for launch in launches for x in tensor_arguments(launch.arguments).values()]
+    tokens = [x for launch in launches for x in token_tensors(launch).values()]
+    shape = (BATCH, case.tokens, setting.width * case.factor)
+    elements = spec.backward_elements if direction == "backward" else spec.forward_elements
+    itemsize = sum(x.numel() * x.itemsize for x in tokens) / sum(x.numel() for x in tokens)
+    return Traffic(
+        op=setting.op,
+        case=case.label,
+        direction=direction,
+        dtypes=setting.dtypes,
+        width=setting.width,
+        moved=sum(x.numel() * x.itemsize for x in tensors),
+        least=round(elements(*shape) * itemsize),
+    )
+
+
+def all_settings(
+    ops: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], capabilities: Sequence[int]
+) -> list[Setting]:
+    return [
+        Setting(op, case, kind, width, capability)
+        for op in ops
+        for case in range(len(CASES.get(op, (Case(),))))
+        for width in widths
+        for kind in dtypes
+        for capability in capabilities
+    ]
+
+
+def small_settings(ops: Sequence[str]) -> list[Setting]:
+    """The set that every test run examines: each operation on sm_90 in bf16, the others' corners by turns."""
+    corners = [("bf16", 1152, 90), ("autocast", 768, 80), ("fp32", 384, 100)]
+    return [
+        setting
+        for dtypes, width, capability in corners
+        for setting in all_settings(ops, [dtypes], [width], [capability])
+    ]
+
+
+def report(settings: Sequence[Setting], jobs: int) -> tuple[list[Row], list[Traffic]]:
+    """Examine all settings on `jobs` processes, in order."""
+    rows: list[Row] = []
+    traffic: dict[Traffic, None] = {}
+    pool = ProcessPoolExecutor(jobs) if jobs > 1 else None
+    try:
+        results = pool.map(examine, settings) if pool else map(examine, settings)
+        for found, moved in tqdm(results, total=len(settings), desc="compiling", file=sys.stderr):
+            rows += found
+            # The same on every architecture as long as a launch is a function of the shape.
+            traffic.update(dict.fromkeys(moved))
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    return rows, list(traffic)
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """One line for each hard line that is broken."""
+    return [
+        f"{row.op}{f' ({row.case})' if row.case else ''} {row.direction}, {row.kernel.strip('_')}, {row.dtypes}, "
+        f"D = {row.width}, sm_{row.capability}: {line}"
+        for row in rows
+        for line in row.broken
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="What the compiler made of every kernel, without a GPU.")
+    parser.add_argument("--op", nargs="+", choices=tuple(REGISTRY), default=tuple(REGISTRY))
+    parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
+    parser.add_argument("--width", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--small", action="store_true", help="only the small set that the tests examine")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a hard line is broken")
+    parser.add_argument("--out", type=Path, help="folder for static_report.md and static_report.json")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    args = parser.parse_args(arguments)
+    if args.small:
+        settings = small_settings(args.op)
+    else:
+        settings = all_settings(args.op, args.dtypes, args.width, args.capability)
+    rows, traffic = report(settings, args.jobs)
+    text = markdown(rows, traffic, triton.__version__)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "static_report.md").write_text(text)
+        versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
+        data = {
+            "versions": versions,
+            "kernels": list(map(dataclasses.asdict, rows)),
+            "traffic": list(map(dataclasses.asdict, traffic)),
+        }
+        (args.out / "static_report.json").write_text(json.dumps(data, indent=1) + "\n")
+    elif not args.check:
+        print(text, end="")
+    lines = failures(rows)
+    if args.check:
+        print("\n".join(lines) if lines else f"{len(rows)} kernels, no hard line broken")
+    return 1 if args.check and lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

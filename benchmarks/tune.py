@@ -1,0 +1,269 @@
+"""Measure which launch configuration or provider is fastest: `python -m benchmarks.tune OP [--shape B T D]`.
+
+Asks the operation which questions it puts to the tuned tables (`kernels/tuned.py`), forward and backward, tries every
+answer and writes the best ones to `kernels/tuned/<architecture>.json`, beside the time of the heuristic's. An answer is
+timed only after its outputs and gradients agree with the reference as well as PyTorch does. Times are medians of
+`triton.testing.do_bench`, on the device and with the L2 cache flushed; a launch configuration by its kernel alone, a
+provider by the operation forward and backward. The heuristic stays unless another answer beats it by 2 %.
+Needs a CUDA device; `--dry-run` walks the search on any machine with a made-up timer and writes nothing.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.static_report import DTYPES, WIDTHS
+from dit_fast.kernels import tuned
+from dit_fast.kernels.launch import Launch, record_launches
+from dit_fast.kernels.registry import REGISTRY, OpSpec
+
+MARGIN = 0.02
+"""By how much an answer must beat the heuristic's; smaller differences are noise between runs."""
+
+Timer = Callable[[Callable[[], Any]], float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One question with the microseconds of each answer; None where an answer was wrong or did not run."""
+
+    request: tuned.Request
+    times: tuple[float | None, ...]
+    heuristic: float
+
+    @property
+    def best(self) -> Any:
+        """The fastest answer, the heuristic's own unless another beats it by MARGIN."""
+        timed = [(time, index) for index, time in enumerate(self.times) if time is not None]
+        if not timed:
+            return self.request.default
+        time, index = min(timed)
+        return self.request.options[index] if time < (1 - MARGIN) * self.heuristic else self.request.default
+
+    def entry(self, shape: Sequence[int]) -> dict[str, Any]:
+        """What the table keeps."""
+        best = self.best
+        times = [self.times[i] for i, option in enumerate(self.request.options) if option == best]
+        entry = {
+            "us": times[0] if times else self.heuristic,
+            "heuristic_us": self.heuristic,
+            "shape": list(shape),
+        }
+        if self.request.section == "choices":
+            return {"choice": best, **entry}
+        fields = {name: getattr(best, name) for name in type(best).tunable}
+        return {"config": fields, **entry}
+
+
+class Bench:
+    """One operation at one shape and in one dtype setting: inputs, reference results and what to time."""
+
+    def __init__(self, spec: OpSpec, shape: tuple[int, int, int], dtypes: str, device: str) -> None:
+        self.spec = spec
+        generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+
+        def make(*size: int, dtype: torch.dtype) -> Tensor:
+            return torch.randn(size, dtype=dtype, device=device, generator=generator)
+
+        self.inputs = spec.make_inputs(shape, *DTYPES[dtypes], make)
+
+    def run(
+        self, function: Callable[..., Any], dtype: torch.dtype | None = None, **keywords: Any
+    ) -> list[Tensor]:
+        """Outputs and the gradients of all floating-point inputs, computed in `dtype` if one is given."""
+        inputs = [
+            value.detach().to(dtype or value.dtype).requires_grad_() if _wants_gradient(value) else value
+            for value in self.inputs
+        ]
+        result = function(*inputs, **keywords)
+        outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if out.requires_grad]
+        cotangents = [torch.full_like(out, 0.5) for out in outputs]
+        torch.autograd.backward(outputs, cotangents)
+        gradients = [value.grad for value in inputs if isinstance(value, Tensor) and value.grad is not None]
+        return [out.detach() for out in outputs] + gradients
+
+    def kernel(self, **keywords: Any) -> list[Tensor]:
+        """`run` of the operation itself."""
+        return self.run(self.spec.op, kernels="triton", **keywords)
+
+    def launches(self, name: str, capability: int) -> list[Launch]:
+        """The launches of kernel `name`, recorded."""
+        with record_launches(capability) as launches:
+            self.kernel()
+        return [launch for launch in launches if launch.kernel.fn.__name__ == name]
+
+    def errors(self, found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+        return [
+            float((a.double() - b).norm() / b.norm().clamp_min(1e-30))
+            for a, b in zip(found, exact, strict=True)
+        ]
+
+    def disagreement(self) -> str | None:
+        """In words, where the operation is less exact than three times PyTorch in the same dtypes; None if nowhere.
+
+        Both are compared with the reference in float64; a rounding of the result's own dtype is always allowed.
+        """
+        exact = self.run(self.spec.reference, torch.float64)
+        found, ours = self.kernel(), self.run(self.spec.reference)
+        limits = self.errors(ours, exact)
+        for index, (error, limit) in enumerate(zip(self.errors(found, exact), limits, strict=True)):
+            allowed = 3 * limit + torch.finfo(found[index].dtype).eps
+            if not error <= allowed:
+                return f"result {index} has a relative error of {error:.2e}, PyTorch {limit:.2e}"
+        return None
+
+
+def _wants_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def replay(launches: Sequence[Launch]) -> None:
+    """Carry out recorded launches."""
+    for launch in launches:
+        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+
+def questions(bench: Bench, capability: int) -> list[tuned.Request]:
+    """What the operation asks the tables, each once, where there is more than one answer."""
+    with tuned.search({}) as asked, record_launches(capability):
+        bench.kernel()
+    return [request for request in dict.fromkeys(asked) if len(request.options) > 1]
+
+
+def measure(
+    bench: Bench,
+    request: tuned.Request,
+    capability: int,
+    timer: Timer,
+    check: bool,
+    say: Callable[[str], None],
+) -> Measured:
+    """Time every answer to a question."""
+    times: list[float | None] = []
+    for option in tqdm(request.options, desc=f"{request.name} [{request.key}]", file=sys.stderr):
+        try:
+            times.append(_time(bench, request, option, capability, timer, check))
+        except (RuntimeError, ImportError, ValueError, triton.TritonError) as error:
+            say(f"{request.name} [{request.key}] {option}: left out, {str(error).splitlines()[0]}")
+            times.append(None)
+    heuristic = _time(bench, request, request.default, capability, timer, check)
+    return Measured(request, tuple(times), heuristic)
+
+
+def _time(
+    bench: Bench, request: tuned.Request, option: Any, capability: int, timer: Timer, check: bool
+) -> float:
+    with tuned.search({(request.section, request.name): option}):
+        if check and (wrong := bench.disagreement()) is not None:
+            raise RuntimeError(wrong)
+        if request.section == "choices":
+            return timer(bench.kernel)
+        launches = bench.launches(request.name, capability)
+        return timer(lambda: replay(launches))
+
+
+def write_table(
+    path: Path, found: Sequence[Measured], shape: Sequence[int], device: str, command: str
+) -> None:
+    """Merge measurements into a table; entries of other versions, or of code that has changed, are dropped."""
+    data: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            data = dict(tuned.read_table(path).sections)
+        except ValueError as error:
+            print(f"{path}: written anew: {error}", file=sys.stderr)
+    for item in found:
+        parts = data.setdefault(item.request.section, {})
+        part = parts.get(item.request.name)
+        if part is None or part["source"] != item.request.source:
+            part = parts[item.request.name] = {"source": item.request.source, "entries": {}}
+        part["entries"][item.request.key] = item.entry(shape)
+    head = {
+        "schema": tuned.SCHEMA,
+        "architecture": path.stem,
+        **tuned.versions(),
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**head, **data}, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def device_timer(function: Callable[[], Any]) -> float:
+    """Microseconds on the device, the median over repeats with the L2 cache flushed before each."""
+    return 1e3 * triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
+
+
+def made_up_timer(function: Callable[[], Any]) -> float:
+    """1 us for everything: a dry run has no device and measures nothing."""
+    return 1.0
+
+
+def search(
+    names: Sequence[str],
+    shape: tuple[int, int, int],
+    dtypes: Sequence[str],
+    device: str,
+    capability: int,
+    timer: Timer,
+) -> Iterator[Measured]:
+    """Every question of the operations, measured; on the meta device nothing is computed nor checked."""
+    for name in names:
+        for kind in dtypes:
+            bench = Bench(REGISTRY[name], shape, kind, device)
+            for request in questions(bench, capability):
+                yield measure(bench, request, capability, timer, device != "meta", tqdm.write)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure launch configurations and providers on this GPU.")
+    parser.add_argument("op", nargs="+", choices=tuple(REGISTRY))
+    parser.add_argument(
+        "--shape", type=int, nargs=3, metavar=("B", "T", "D"), help="default: 256 256 and each width"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=("bf16", "autocast"))
+    parser.add_argument(
+        "--out", type=Path, help="table to write (default: kernels/tuned/<architecture>.json)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="walk the search without a GPU; writes nothing"
+    )
+    args = parser.parse_args(arguments)
+    if not args.dry_run and not torch.cuda.is_available():
+        print("tune: no CUDA device here; --dry-run walks the search without one", file=sys.stderr)
+        return 1
+    device, timer = ("meta", made_up_timer) if args.dry_run else ("cuda", device_timer)
+    capability = 90 if args.dry_run else tuned.current_capability()
+    path = args.out or tuned.FOLDER / f"sm{capability}.json"
+    command = " ".join(["python -m benchmarks.tune", *(arguments if arguments is not None else sys.argv[1:])])
+    for shape in [tuple(args.shape)] if args.shape else [(256, 256, width) for width in WIDTHS]:
+        found = []
+        for item in search(args.op, shape, args.dtypes, device, capability, timer):
+            found.append(item)
+            tried = len(item.times)
+            print(f"{item.request.name} [{item.request.key}] {shape}: {tried} tried, ", end="")
+            if args.dry_run:
+                print("none timed")
+            else:
+                entry = item.entry(shape)
+                print(f"{entry['heuristic_us']:.1f} us by the heuristic, {entry['us']:.1f} us by {item.best}")
+        if found and not args.dry_run:
+            write_table(path, found, shape, torch.cuda.get_device_name(), command)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

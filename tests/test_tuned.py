@@ -1,0 +1,290 @@
+"""Tuned tables: used when they fit, ignored with one warning when not, written by the search; what profilers see."""
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import tune
+from benchmarks.tune import Bench, Measured
+from dit_fast.kernels import reference, tuned
+from dit_fast.kernels.launch import (
+    Products,
+    RowLaunch,
+    TileLaunch,
+    describe,
+    launch,
+    record_launches,
+    row_launch,
+)
+from dit_fast.kernels.registry import REGISTRY, OpSpec
+
+SHAPE = (256, 256, 1152)
+KEY = "D=1152 bfloat16,bfloat16"
+FORWARD = "_gated_residual_fwd_kernel"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    tuned.forget()
+    yield tmp_path
+    tuned.forget()
+
+
+def meta(*size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def recorded(capability: int = 90) -> Any:
+    """The forward launch of gated_residual, and its kernel."""
+    spec = REGISTRY["gated_residual"]
+    with record_launches(capability) as launches:
+        spec.op(*spec.make_inputs(SHAPE, torch.bfloat16, torch.bfloat16, meta), kernels="triton")
+    return launches[0]
+
+
+def table(config: Any = None, **head: Any) -> dict[str, Any]:
+    source = tuned.source_hash(recorded().kernel)
+    tuned.forget()
+    entries = {KEY: {"config": config or {"rows": 4, "num_warps": 8}}}
+    launches = {FORWARD: {"source": source, "entries": entries}}
+    return {"schema": 1, "architecture": "sm90", **tuned.versions(), "launches": launches, **head}
+
+
+def write(folder: Path, data: Any) -> None:
+    (folder / "sm90.json").write_text(data if isinstance(data, str) else json.dumps(data))
+    tuned.forget()
+
+
+def test_without_a_table_the_heuristic_decides(folder: Path) -> None:
+    found = recorded()
+    heuristic = row_launch(*SHAPE, 2)
+    assert (found.arguments["ROWS"], found.num_warps) == (heuristic.rows, heuristic.num_warps)
+
+
+def test_a_table_decides_on_its_architecture_alone(folder: Path) -> None:
+    heuristic = row_launch(*SHAPE, 2)
+    assert (heuristic.rows, heuristic.num_warps) != (4, 8)
+    write(folder, table())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (recorded(90).arguments["ROWS"], recorded(90).num_warps) == (4, 8)
+        assert recorded(90).grid == (256 * 64,)
+        assert recorded(80).num_warps == heuristic.num_warps
+
+
+def test_a_table_is_read_once(folder: Path) -> None:
+    write(folder, table())
+    recorded()
+    (folder / "sm90.json").unlink()
+    assert recorded().num_warps == 8
+
+
+def with_source(data: dict[str, Any], source: str) -> dict[str, Any]:
+    data["launches"][FORWARD]["source"] = source
+    return data
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: "{", "not JSON"),
+        (lambda: "[]", "schema is 'list', expected 1"),
+        (lambda: table(schema=2), "schema is 2, expected 1"),
+        (lambda: table(architecture="sm80"), "architecture is 'sm80', expected 'sm90'"),
+        (lambda: table(torch="1.0.0"), "measured with torch 1.0.0, here is "),
+        (lambda: table(triton="1.0.0"), "measured with triton 1.0.0, here is "),
+        (lambda: table(launches=[1]), "'launches' is not {name: {source, entries: {key: entry}}}"),
+        (lambda: with_source(table(), "0"), f"{FORWARD}: its code has changed since it was measured"),
+        (lambda: table({"rows": 3, "num_warps": 4}), "rows is 3, expected a power of two from 2 to 64"),
+        (
+            lambda: table({"rows": 8, "num_warps": 64}),
+            "num_warps is 64, expected a power of two from 1 to 16",
+        ),
+        (lambda: table({"rows": "8"}), "config is {'rows': '8'}, expected whole numbers for rows, num_warps"),
+        (lambda: table({"splits": 1}), "config is {'splits': 1}, expected whole numbers for rows, num_warps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_ignored_with_one_warning(
+    folder: Path, make: Callable[[], Any], reason: str
+) -> None:
+    write(folder, make())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        heuristic = row_launch(*SHAPE, 2)
+        for _ in range(2):
+            found = recorded()
+            assert (found.arguments["ROWS"], found.num_warps) == (heuristic.rows, heuristic.num_warps)
+    (warning,) = caught
+    assert str(warning.message).startswith(f"tuned table ignored: {folder / 'sm90.json'}: ")
+    assert reason in str(warning.message)
+
+
+def choices(word: Any) -> dict[str, Any]:
+    source = tuned.source_hash()
+    entries = {"key": {"choice": word}}
+    return table(choices={"attention": {"source": source, "entries": entries}})
+
+
+def test_choice(folder: Path) -> None:
+    def chosen(key: str = "key") -> str:
+        return tuned.choice("attention", key, "sdpa", options=("sdpa", "triton"), capability=90)
+
+    assert chosen() == "sdpa"
+    write(folder, choices("triton"))
+    assert (chosen(), chosen("another key")) == ("triton", "sdpa")
+    write(folder, choices("cudnn"))
+    with pytest.warns(RuntimeWarning, match="choice is 'cudnn', expected 'sdpa', 'triton'"):
+        assert chosen() == "sdpa"
+
+
+@pytest.mark.parametrize("launch_type", [RowLaunch(8, 1024, 128, 4, 2), TileLaunch(64, 64, 16, 4)])
+def test_candidates_are_valid_and_hold_the_heuristic(launch_type: Any) -> None:
+    found = list(launch_type.candidates())
+    assert launch_type in found
+    assert len(found) == len(set(found)) > 10
+    fixed = set(launch_type.__dataclass_fields__) - set(launch_type.tunable)
+    assert all(getattr(item, name) == getattr(launch_type, name) for item in found for name in fixed)
+
+
+KERNELS = """
+import triton
+import triton.language as tl
+
+SCALE = tl.constexpr({scale})
+
+@triton.jit
+def helper(x):
+    return x {operator} SCALE
+
+@triton.jit
+def kernel(x_ptr):
+    {docstring}
+    tl.store(x_ptr, helper(tl.load(x_ptr)))  {comment}
+"""
+
+
+def test_source_hash_follows_calls_and_constants_but_not_words(tmp_path: Path) -> None:
+    def source(number: int, **changes: Any) -> str:
+        values = {"scale": 2, "operator": "+", "docstring": "", "comment": "", **changes}
+        path = tmp_path / f"kernels_{number}.py"
+        path.write_text(KERNELS.format(**values))
+        spec = importlib.util.spec_from_file_location("hashed_kernels", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return tuned.source_hash(module.kernel)
+
+    first = source(0)
+    assert source(1, comment="# why", docstring='"""What."""') == first
+    assert len({first, source(2, operator="*"), source(3, scale=3)}) == 3
+
+
+def test_without_a_gpu_the_search_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main(["gated_residual"]) == 1
+    assert capsys.readouterr().err == "tune: no CUDA device here; --dry-run walks the search without one\n"
+
+
+def test_dry_run_walks_the_search_and_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["gated_residual", "--shape", "256", "256", "1152", "--dtypes", "bf16", "--dry-run"]
+    assert tune.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{FORWARD} [{KEY}] (256, 256, 1152): 13 tried, none timed"
+    assert len(lines) == 2
+    assert list(folder.iterdir()) == []
+
+
+def test_the_search_writes_what_the_launches_read(folder: Path) -> None:
+    """With a timer that likes the fourth answer to the first question."""
+    times = iter([9.0, 9.0, 9.0, 5.0] + 1000 * [10.0])
+    found = list(tune.search(["gated_residual"], SHAPE, ["bf16"], "meta", 90, lambda _: next(times)))
+    path = folder / "sm90.json"
+    tune.write_table(path, found, SHAPE, "a device", "a command")
+    best = found[0].request.options[3]
+    assert best != found[0].request.default
+    tuned.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (recorded().arguments["ROWS"], recorded().num_warps) == (best.rows, best.num_warps)
+    data = json.loads(path.read_text())
+    entry = data["launches"][FORWARD]["entries"][KEY]
+    assert (entry["us"], entry["heuristic_us"], entry["shape"]) == (5.0, 10.0, list(SHAPE))
+    # A second run keeps what the first one measured.
+    tune.write_table(path, found[1:], SHAPE, "a device", "a command")
+    assert FORWARD in json.loads(path.read_text())["launches"]
+
+
+def request(default: str = "separate") -> tuned.Request:
+    return tuned.Request("choices", "mlp", "key", default, ("separate", "triton", "cublaslt"), "")
+
+
+@pytest.mark.parametrize(
+    ("times", "best"),
+    [
+        ((10.0, 9.9, None), "separate"),
+        ((10.0, 9.7, 9.5), "cublaslt"),
+        ((None, None, None), "separate"),
+    ],
+)
+def test_the_heuristic_stays_unless_clearly_beaten(times: tuple[float | None, ...], best: str) -> None:
+    assert Measured(request(), times, heuristic=10.0).best == best
+
+
+def bench(op: Callable[..., Any]) -> Bench:
+    spec = REGISTRY["gated_residual"]
+    wrong = OpSpec(
+        "wrong", op, spec.reference, spec.make_inputs, spec.forward_elements, spec.backward_elements
+    )
+    return Bench(wrong, (2, 8, 64), "fp32", "cpu")
+
+
+def test_an_answer_that_is_wrong_is_not_timed() -> None:
+    right = bench(REGISTRY["gated_residual"].op)
+    assert right.disagreement() is None
+    slightly = bench(lambda *inputs, kernels: 1.0001 * reference.gated_residual(*inputs))
+    assert (slightly.disagreement() or "").startswith("result 0 has a relative error of 1.00e-04, PyTorch ")
+    with pytest.raises(RuntimeError, match="result 0 has a relative error"):
+        tune.measure(slightly, request(), 90, lambda _: 1.0, check=True, say=lambda _: None)
+
+
+class Profiled:
+    """A kernel that asks for its metadata when it is launched, as Triton does while a profiler listens."""
+
+    launch_metadata: Any = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(**arguments: Any) -> None:
+            self.seen = self.launch_metadata(grid, SimpleNamespace(name="_gemm_fwd_kernel"), arguments)
+
+        return run
+
+
+def test_profilers_see_shape_bytes_and_flops() -> None:
+    kernel, x, weight = Profiled(), torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(16, 8)
+    work = Products(2 * 4 * 8 * 16, torch.bfloat16)
+    launch(kernel, (1,), on=x, num_warps=4, products=work, x_ptr=x, weight_ptr=weight, bias_ptr=None, N=3)
+    assert kernel.seen == {"name": "gemm_fwd[4x8 bfloat16,float32]", "bytes": 64 + 512, "flops16": 1024}
+    launch(kernel, (1,), on=x, num_warps=4, x_ptr=x)
+    assert kernel.seen == {"name": "gemm_fwd[4x8 bfloat16]", "bytes": 64}
+
+
+def test_profilers_see_what_an_operation_moves() -> None:
+    found = recorded()
+    seen = describe(found.grid, SimpleNamespace(name=FORWARD), found.arguments)
+    assert seen["name"] == "gated_residual_fwd[256x256x1152 bfloat16]"
+    # x, branch and out; the gate, a strided view of the modulation, and the bias.
+    assert seen["bytes"] == 2 * (3 * 256 * 256 * 1152 + 256 * 1152 + 1152)
