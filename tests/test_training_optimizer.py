@@ -245,8 +245,11 @@ def test_state_that_is_replaced_is_used() -> None:
         if step == 5:
             shared = torch.tensor(5.0)
             for p in fused.parameters():
-                moments = {name: optimizer.state[p][name].clone() for name in ("exp_avg", "exp_avg_sq")}
+                former = optimizer.state[p]
+                moments = {name: former[name].clone() for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[p] = {"step": shared, **moments}
+                for tensor in former.values():
+                    tensor.fill_(float("nan"))
         give(fused, grads)
         optimizer.step()
     assert distance(plain.parameters(), fused.parameters()) < 1e-12
