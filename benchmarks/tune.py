@@ -50,9 +50,22 @@ class Measured:
         time, index = min(timed)
         return self.request.options[index] if time < (1 - MARGIN) * self.heuristic else self.request.default
 
-    def entry(self, shape: Sequence[int]) -> dict[str, Any]:
-        """What the table keeps."""
+    def describe(self) -> str:
+        """The outcome in a line."""
+        request = self.request
+        times = {str(option): time for option, time in zip(request.options, self.times, strict=True)}
+        time = times.get(str(self.best)) or self.heuristic
+        timed = sum(time is not None for time in self.times)
+        return (
+            f"{request.name} [{request.key}]: {timed} of {len(self.times)} answers ran; heuristic "
+            f"{self.heuristic:.1f}, best {time:.1f} by {self.best}, microseconds"
+        )
+
+    def entry(self, shape: Sequence[int]) -> dict[str, Any] | None:
+        """What the table keeps; None for a heuristic that stays and is no answer of its own, as "" for no choice."""
         best = self.best
+        if best not in self.request.options:
+            return None
         times = [self.times[i] for i, option in enumerate(self.request.options) if option == best]
         entry = {
             "us": times[0] if times else self.heuristic,
@@ -69,7 +82,7 @@ class Bench:
     """One operation at one shape and in one dtype setting: inputs, reference results and what to time."""
 
     def __init__(self, spec: OpSpec, shape: tuple[int, int, int], dtypes: str, device: str) -> None:
-        self.spec = spec
+        self.spec, self.device = spec, device
         generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
         def make(*size: int, dtype: torch.dtype) -> Tensor:
@@ -93,8 +106,8 @@ class Bench:
         return [out.detach() for out in outputs] + gradients
 
     def kernel(self, **keywords: Any) -> list[Tensor]:
-        """`run` of the operation itself."""
-        return self.run(self.spec.op, kernels="triton", **keywords)
+        """`run` of the operation itself, as a model calls it on this device."""
+        return self.run(self.spec.op, kernels="auto" if self.device == "cuda" else "triton", **keywords)
 
     def launches(self, name: str, capability: int) -> list[Launch]:
         """The launches of kernel `name`, recorded."""
@@ -183,11 +196,13 @@ def write_table(
         except ValueError as error:
             print(f"{path}: written anew: {error}", file=sys.stderr)
     for item in found:
+        if (entry := item.entry(shape)) is None:
+            continue
         parts = data.setdefault(item.request.section, {})
         part = parts.get(item.request.name)
         if part is None or part["source"] != item.request.source:
             part = parts[item.request.name] = {"source": item.request.source, "entries": {}}
-        part["entries"][item.request.key] = item.entry(shape)
+        part["entries"][item.request.key] = entry
     head = {
         "schema": tuned.SCHEMA,
         "architecture": path.stem,
@@ -253,13 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = []
         for item in search(args.op, shape, args.dtypes, device, capability, timer):
             found.append(item)
-            tried = len(item.times)
-            print(f"{item.request.name} [{item.request.key}] {shape}: {tried} tried, ", end="")
-            if args.dry_run:
-                print("none timed")
-            else:
-                entry = item.entry(shape)
-                print(f"{entry['heuristic_us']:.1f} us by the heuristic, {entry['us']:.1f} us by {item.best}")
+            print(item.describe(), "of a made-up timer" if args.dry_run else "on this device")
         if found and not args.dry_run:
             write_table(path, found, shape, torch.cuda.get_device_name(), command)
     return 0

@@ -203,7 +203,10 @@ def test_dry_run_walks_the_search_and_writes_nothing(
     command = ["gated_residual", "--shape", "256", "256", "1152", "--dtypes", "bf16", "--dry-run"]
     assert tune.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{FORWARD} [{KEY}] (256, 256, 1152): 13 tried, none timed"
+    assert lines[0].startswith(
+        f"{FORWARD} [{KEY}]: 13 of 13 answers ran; heuristic 1.0, best 1.0 by RowLaunch("
+    )
+    assert lines[0].endswith("microseconds of a made-up timer")
     assert len(lines) == 2
     assert list(folder.iterdir()) == []
 
@@ -242,6 +245,17 @@ def request(default: str = "separate") -> tuned.Request:
 )
 def test_the_heuristic_stays_unless_clearly_beaten(times: tuple[float | None, ...], best: str) -> None:
     assert Measured(request(), times, heuristic=10.0).best == best
+
+
+def test_a_heuristic_without_an_answer_of_its_own_is_not_written(tmp_path: Path) -> None:
+    undecided = Measured(request(default=""), (10.0, 9.9, None), heuristic=10.0)
+    decided = Measured(request(default=""), (10.0, 9.0, None), heuristic=10.0)
+    path = tmp_path / "sm90.json"
+    tune.write_table(path, [undecided], SHAPE, "a device", "a command")
+    assert "choices" not in json.loads(path.read_text())
+    tune.write_table(path, [decided], SHAPE, "a device", "a command")
+    entry = json.loads(path.read_text())["choices"]["mlp"]["entries"]["key"]
+    assert entry == {"choice": "triton", "us": 9.0, "heuristic_us": 10.0, "shape": list(SHAPE)}
 
 
 def bench(op: Callable[..., Any]) -> Bench:
