@@ -1,0 +1,104 @@
+"""`python -m benchmarks.traffic`: what Inductor moves for a DiT block and what ours moves, counted without a GPU.
+
+    python -m benchmarks.traffic --mode bf16 --ours "least traffic" attention=triton choice.mlp=triton
+    python -m benchmarks.traffic --chains
+
+Each `--ours NAME key=value ...` is one more line, with these settings for the block of `--factory` and, for a key
+`choice.OP`, what stands for the tuned table; without one, the defaults are counted. Needs PyTorch's CPU build and g++.
+"""
+
+import argparse
+import ast
+import importlib.metadata
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.traffic import MODES, Program, TrafficError, count, prices, report, steady_state
+
+PLAIN = "benchmarks.traffic.blocks:plain"
+OURS = "benchmarks.traffic.blocks:dit_fast"
+
+
+def parse_settings(words: list[str]) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """(name, settings, choices) of `--ours NAME key=value ...`; a value is a Python literal or else a string."""
+    name, *pairs = words
+    settings: dict[str, Any] = {}
+    choices: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.removeprefix("choice.").isidentifier():
+            raise TrafficError(f"--ours {name}: {pair!r} is not key=value")
+        if key.startswith("choice."):
+            choices[key.removeprefix("choice.")] = value
+            continue
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key] = value
+    return name, settings, choices
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.split("\n")[0])
+    parser.add_argument("--mode", choices=MODES, action="append", help="default: both")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--dim", type=int, default=1152)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--blocks", type=int, default=2, help="a block is the difference to one block more")
+    parser.add_argument("--factory", default=OURS, help="module:function that makes our chain of blocks")
+    parser.add_argument("--ours", nargs="+", action="append", metavar=("NAME", "key=value"))
+    parser.add_argument(
+        "--chains", action="store_true", help="price what is not a block, against the least possible"
+    )
+    parser.add_argument("--out", type=Path, help="also write the table (.md) and the counts (.json) here")
+    return parser.parse_args(arguments)
+
+
+def versions() -> str:
+    """PyTorch and Triton as installed."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton"))
+
+
+def blocks(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The comparison of a block as a document and as JSON values."""
+    shape = Program(
+        PLAIN, batch=args.batch, tokens=args.tokens, width=args.dim, heads=args.heads, blocks=args.blocks
+    )
+    ours = [parse_settings(words) for words in args.ours or [["dit_fast"]]]
+    labels, programs = [], []
+    for mode in args.mode or MODES:
+        labels += [(mode, "Inductor"), *((mode, name) for name, _, _ in ours)]
+        programs.append(replace(shape, mode=mode))
+        programs += [
+            replace(shape, factory=args.factory, settings=settings, choices=choices, mode=mode)
+            for _, settings, choices in ours
+        ]
+    counted = count([one for program in programs for one in steady_state(program)])
+    steady = [longer - shorter for longer, shorter in zip(counted[::2], counted[1::2], strict=True)]
+    rows = [(mode, name, traffic) for (mode, name), traffic in zip(labels, steady, strict=True)]
+    found = {f"{mode}: {name}": traffic.as_json() for mode, name, traffic in rows}
+    return report.comparison(shape, rows, versions()), {"unit": shape.unit, "blocks": found}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        args = parse_arguments(arguments)
+        if args.chains:
+            document, values = prices.document(args.batch, versions())
+        else:
+            document, values = blocks(args)
+    except TrafficError as error:
+        sys.exit(f"error: {error}")
+    print(document, end="")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(document)
+        args.out.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Memory of every operation: nothing outside its tensors (K5), nothing lost beyond 2^31 elements (K4)."""
+
+from pathlib import Path
+
+import pytest
+from guarded import Side
+from interpreter import interpreter_only
+from proofs import OPS, is_beyond_int32, stays_inside_its_tensors
+
+from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
+
+pytestmark = interpreter_only
+
+# Batches of which each token tensor passes 2^31 elements; patch_embed's image does too at a width of 16. Of wide rows
+# there are few to walk for the programs of gelu's backward pass, which share the rows of a column block.
+LARGE: dict[str, Shape] = {
+    "patch_embed": (2**27 + 64, 1, 16),
+    "gelu": (2**11 + 64, 1, 2**20),
+    "mlp": (2**11 + 64, 1, 2**18),
+}
+WALKS_THE_BATCH = {
+    "_patch_embed_bwd_weight_kernel": "its 32 programs walk the whole batch, hours in the interpreter; the rule on "
+    "program ids in test_architecture.py holds it",
+}
+
+
+def large_shape(name: str) -> Shape:
+    return LARGE.get(name, (2**26 + 64, 1, 40))
+
+
+@OPS
+@pytest.mark.parametrize("side", ["above", "below"])
+@pytest.mark.parametrize("shape", [(2, 9, 100), (1, 1, 13)], ids=["D100", "D13"])
+def test_stays_inside_its_tensors(spec: OpSpec, shape: Shape, side: Side) -> None:
+    stays_inside_its_tensors(spec, shape, side)
+
+
+@OPS
+def test_beyond_32_bit_offsets(spec: OpSpec, tmp_path: Path) -> None:
+    assert not is_beyond_int32(spec, large_shape(spec.name), tmp_path, WALKS_THE_BATCH)
+
+
+def test_exemptions_are_of_registered_operations() -> None:
+    assert LARGE.keys() <= REGISTRY.keys()

@@ -1,0 +1,54 @@
+"""K1: any size and any mix of dtypes, drawn by hypothesis; error at most twice PyTorch's own, three times for gradients."""
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from planted import planted
+from proofs import DEVICE, DTYPES, OPS, is_as_accurate_as_torch
+
+from dit_fast.kernels.registry import OpSpec, Shape
+
+EXAMPLES = 300 if DEVICE == "cuda" else 25
+# Few programs a launch: at most 4 samples of at most 4 tiles.
+SIZES = st.tuples(
+    st.integers(1, 4),
+    st.integers(1, 17),
+    st.one_of(st.integers(1, 130), st.sampled_from((251, 257, 384, 509, 1000, 1024, 1151, 1152))),
+)
+SETTINGS = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=EXAMPLES,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@OPS
+def test_any_size(spec: OpSpec) -> None:
+    @SETTINGS
+    @example((1, 1, 1), "fp32")
+    @example((3, 7, 127), "bf16")
+    @example((2, 5, 129), "autocast")
+    @given(SIZES, st.sampled_from(sorted(DTYPES)))
+    def prove(shape: Shape, dtypes: str) -> None:
+        is_as_accurate_as_torch(spec, shape, dtypes)
+
+    prove()
+
+
+@pytest.mark.parametrize("fault", ["odd", "half", "batch"])
+def test_a_planted_fault_is_found(fault: str) -> None:
+    """Forgotten columns, lost precision and a wrong sample turn up within the same number of examples."""
+    spec = planted(fault)
+
+    @SETTINGS
+    @given(SIZES, st.sampled_from(sorted(DTYPES)))
+    def prove(shape: Shape, dtypes: str) -> None:
+        is_as_accurate_as_torch(spec, shape, dtypes)
+
+    with pytest.raises(AssertionError):
+        prove()
