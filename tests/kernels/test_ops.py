@@ -35,6 +35,11 @@ SHAPES: list[Shape] = [
     *((1, 9, width) for width in WIDTHS),
     (3, 5, 384),
     (1, 100, 72),
+    (8, 1, 1152),
+    (1, 64, 72),
+    (1, 255, 72),
+    (1, 256, 72),
+    (1, 1024, 72),
 ]
 if DEVICE == "cuda":
     SHAPES += [
