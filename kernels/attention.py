@@ -4,13 +4,13 @@ Shapes    qkv (B, T, 3 * H * K), rows [q; k; v] of (H, K) each, read in place; b
           still to be added, or None; out (B, T, H * K). K a multiple of 8 up to 128. No mask, no dropout.
 Backward  d_qkv comes packed as qkv is, d_bias from the same kernels; kept for it: qkv, bias, out and the
           log2 of each row's sum of exponentials, lse (B, H, T).
-Traffic   of U = B * T * H * K elements: forward 4 U; backward 7 U up to 128 tokens, about 10 U up to 256, 12 U beyond.
+Traffic   of U = B * T * H * K elements: forward 4 U; backward 7 U to 12 U, as those files say.
 Numerics  products of the inputs' dtype with float32 sums (float64 for float64), never TF32, softmax in float32 by
           powers of two; sums in a fixed order, no atomics. NaN and infinities give what softmax in PyTorch gives.
           For b_q, b_k and b_v see attention_tiles.py: b_k's gradient is 0 up to rounding.
 
-Up to 256 tokens attention_short.py runs, beyond it and for float32 and float64 attention_long.py; attention_backends.py
-chooses between these kernels and those of PyTorch and flash-attn.
+Up to 256 tokens of 16-bit dtypes attention_short.py runs on sm_90 and sm_100, otherwise attention_long.py;
+attention_backends.py chooses between these kernels and those of PyTorch and flash-attn.
 """
 
 from types import ModuleType
@@ -29,9 +29,9 @@ MAX_HEAD_DIM = 128
 
 
 def _path(qkv: Tensor) -> ModuleType:
-    """The short kernels keep a head's keys in one tile, which the hardware holds in 16-bit dtypes only."""
-    fits = qkv.itemsize == 2 or capability(qkv) == 0
-    return attention_short if fits and qkv.shape[1] <= attention_short.MOST_TOKENS else attention_long
+    """The kernels for this shape, dtype and device."""
+    short = attention_short.runs_on(capability(qkv), qkv.dtype, qkv.shape[1])
+    return attention_short if short else attention_long
 
 
 def _attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -205,7 +205,10 @@ def long_launch(kernel: str, dtype: torch.dtype, T: int, K: int, capability: int
         return LongLaunch(min(32, most), min(32, most), 4, 1)
     if kernel == "forward":
         return LongLaunch(128, 64, 8, 2)
-    return LongLaunch(64, 64, 4 if K <= 64 else 8, 1)
+    if capability // 10 not in (9, 10):
+        # Operands of mma.sync are in registers, beside the accumulators.
+        return LongLaunch(32, 64, 4, 2)
+    return LongLaunch(64, 64, 4, 2) if kernel == "queries" else LongLaunch(64, 128, 8, 2)
 
 
 def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,19 @@ from dit_fast.kernels.attention_tiles import (
     subtract_bias,
     zeros_head,
 )
-from dit_fast.kernels.launch import accumulator, capability, launch
+from dit_fast.kernels.launch import accumulator, launch
 
 MOST_TOKENS = 256
+
+
+def runs_on(capability: int, dtype: torch.dtype, T: int) -> bool:
+    """Whether these kernels are the ones for T tokens on sm_<capability> (0 under the interpreter).
+
+    wgmma (sm_90) and tcgen05 (sm_100) read their operands from shared or tensor memory. Elsewhere operands are in
+    registers beside the scores of all keys, and spill; so do those of float32 and float64.
+    """
+    built_for = capability == 0 or (capability // 10 in (9, 10) and dtype.itemsize == 2)
+    return built_for and T <= MOST_TOKENS
 
 
 @triton.jit
@@ -183,7 +193,7 @@ class ShortLaunch:
     steps: int
 
 
-def forward_launch(B: int, T: int, H: int, dtype: torch.dtype, capability: int) -> ShortLaunch:
+def forward_launch(B: int, T: int, H: int) -> ShortLaunch:
     """All keys in one tile; programs take more query tiles each, up to all, while that leaves 512 programs."""
     block_n = max(triton.next_power_of_2(T), 16)
     block_m = min(block_n, 64)
@@ -192,10 +202,16 @@ def forward_launch(B: int, T: int, H: int, dtype: torch.dtype, capability: int) 
     return ShortLaunch(block_m, block_n, 4, 1 << (steps.bit_length() - 1))
 
 
-def backward_launch(T: int, K: int, dtype: torch.dtype, capability: int) -> ShortLaunch:
-    """At most 128 keys a tile and 32 queries beside them: what fits the registers at K = 64 to 128."""
-    block_n = min(max(triton.next_power_of_2(T), 16), 128)
-    return ShortLaunch(min(block_n, 32), block_n, 8 if block_n == 128 else 4, 1)
+def backward_launch(T: int) -> ShortLaunch:
+    """The largest tile of keys whose d_k and d_v leave registers for the scores, up to K = 80 without spills.
+
+    64 keys on 8 warps where they are all; else 128 on 8 warps or 64 on 4, against 32 queries.
+    """
+    if T <= 32:
+        return ShortLaunch(16, max(triton.next_power_of_2(T), 16), 4, 1)
+    if T <= 64:
+        return ShortLaunch(64, 64, 8, 1)
+    return ShortLaunch(32, 64, 4, 1) if T <= 128 else ShortLaunch(32, 128, 8, 1)
 
 
 def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -204,7 +220,7 @@ def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, T
     width = packed // 3
     K = width // num_heads
     qkv, strides = packed_strides(qkv)
-    parts, cfg = head_parts(K), forward_launch(B, T, num_heads, qkv.dtype, capability(qkv))
+    parts, cfg = head_parts(K), forward_launch(B, T, num_heads)
     out = qkv.new_empty(B, T, width)
     lse = qkv.new_empty(B, num_heads, T, dtype=reference.accumulator(qkv))
     tiles = triton.cdiv(T, cfg.block_m * cfg.steps)
@@ -225,7 +241,7 @@ def backward(
     B, T, width = dout.shape
     K = width // num_heads
     qkv, strides = packed_strides(qkv)
-    parts, cfg = head_parts(K), backward_launch(T, K, qkv.dtype, capability(qkv))
+    parts, cfg = head_parts(K), backward_launch(T)
     tiles = triton.cdiv(T, cfg.block_n)
     dqkv = qkv.new_empty(B, T, 3 * width)
     shares = lse.new_empty(B, 0 if bias is None else tiles, 3 * width)

@@ -206,10 +206,11 @@ def survives_hard_rows(spec: OpSpec, kind: str) -> None:
 def is_beyond_int32(spec: OpSpec, shape: Shape, folder: Path, exempt: dict[str, str]) -> list[str]:
     """K4: the last programs of launches that pass 2^31 elements, forward and backward, compute what small ones do.
 
-    `shape` is the large one; the small one has its last 64 samples. Returns what is wrong.
+    `shape` is the large one; the small one has its last samples, whole tiles of them. Returns what is wrong.
     """
+    samples = 64 if shape[-1] < 2**16 else 8
     recorded = []
-    for batch in (64, shape[0]):
+    for batch in (samples, shape[0]):
         with record_launches(capability=0) as launches:
             evaluate_meta(spec, (batch, *shape[1:]))
         recorded.append(launches)
