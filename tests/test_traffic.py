@@ -151,7 +151,10 @@ def test_an_expanded_tensor_counts_its_elements_once() -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("__version__ = '2.14.1+cpu'\ncuda = None\n", f"torch 2.14.1+cpu is installed.*{SUPPORTED_TORCH}"),
+        (
+            "__version__ = '2.14.1+cpu'\ncuda = None\n",
+            rf"torch 2\.14\.1\+cpu is installed.*{SUPPORTED_TORCH}",
+        ),
         (f"__version__ = '{SUPPORTED_TORCH}.0+cu130'\ncuda = '13.0'\n", "built for CUDA"),
     ],
 )
