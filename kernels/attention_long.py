@@ -201,8 +201,10 @@ def long_launch(kernel: str, dtype: torch.dtype, T: int, K: int, capability: int
         # The interpreter's time goes with the number of tiles.
         return LongLaunch(min(256, most), min(128, most), 4, 1)
     if dtype.itemsize > 2:
-        # Products of float32 and float64 run on the ordinary units, operands in registers.
-        return LongLaunch(min(32, most), min(32, most), 4, 1)
+        # Products of float32 and float64 run on the ordinary units, operands in registers: larger tiles of wider
+        # heads spill, and 32 x 32 on 4 warps does. The backward kernels in float64 spill at K = 72 even so.
+        side = min(32 if dtype.itemsize == 4 and head_parts(K).main < 128 else 16, most)
+        return LongLaunch(side, side, 8, 1)
     if kernel == "forward":
         return LongLaunch(128, 64, 8, 2)
     if capability // 10 not in (9, 10):
