@@ -168,11 +168,14 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size, bias=True))
 
-    def forward(self, x: Tensor | Stream, c: Tensor) -> Tensor | Stream:
+    def forward(
+        self, x: Tensor | Stream, c: Tensor | None, modulation: Tensor | None = None
+    ) -> Tensor | Stream:
+        """`modulation` (N, 6 D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
         stream = x if isinstance(x, Stream) else Stream(x)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
-            6, dim=1
-        )
+        if modulation is None:
+            modulation = self.adaLN_modulation(c)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
 
         h = stream.norm_modulate(shift_msa, scale_msa, self.norm1.eps, self.kernels)
         stream = Stream(h.x, *self.attention_branch(h), gate_msa)
@@ -218,7 +221,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size, bias=True))
 
-    def forward(self, x: Tensor | Stream, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Stream, c: Tensor | None, modulation: Tensor | None = None) -> Tensor:
+        """`modulation` (N, 2 D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
         stream = x if isinstance(x, Stream) else Stream(x)
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        if modulation is None:
+            modulation = self.adaLN_modulation(c)
+        shift, scale = modulation.chunk(2, dim=1)
         return self.linear(stream.norm_modulate(shift, scale, self.norm_final.eps, self.kernels).y)

@@ -234,6 +234,24 @@ class DiT(nn.Module):
                 stream = block(stream, c)
         return self.unpatchify(self.final_layer(stream, c))
 
+    def modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        """What `forward` makes of timesteps and labels: every adaLN output (N, (6 depth + 2) D), blocks first.
+
+        t, y (N,), labels up to the null class; nothing is dropped. `forward_modulated` takes it, so that sampling
+        makes it once for all steps.
+        """
+        c = self.t_embedder(t) + self.y_embedder(y, False)
+        return torch.cat([layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)], dim=1)
+
+    def forward_modulated(self, x: Tensor, modulations: Tensor) -> Tensor:
+        """`forward` with what `modulations` gave for its timesteps and labels: x (N, C, H, W)."""
+        width = self._sizes["hidden_size"]
+        *blocks, final = modulations.split([6 * width] * len(self.blocks) + [2 * width], dim=1)
+        stream = Stream(self.x_embedder(x, self.pos_embed))
+        for block, modulation in zip(self.blocks, blocks, strict=True):
+            stream = block(stream, None, modulation)
+        return self.unpatchify(self.final_layer(stream, None, final))
+
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | None = 3
     ) -> Tensor:
