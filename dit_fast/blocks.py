@@ -130,10 +130,14 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear - GELU (tanh approximation) - Linear."""
+    """Linear - GELU (tanh approximation) - Linear.
 
-    def __init__(self, in_features: int, hidden_features: int):
+    `epilogue`: who applies the GELU where the kernels run, see `dit_fast.kernels.mlp`; `forward` is plain PyTorch.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, *, epilogue: str = "auto"):
         super().__init__()
+        self.epilogue = epilogue
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(hidden_features, in_features)
@@ -146,7 +150,7 @@ class DiTBlock(nn.Module):
     """A transformer block with adaptive layer norm, initialised to the identity (adaLN-Zero).
 
     `forward(x, c)`: x (N, T, D), c (N, D) -> (N, T, D). Given a `Stream`, returns a `Stream`: that is how `DiT`
-    runs its blocks. `kernels`, `attention` and `recompute` as in `DiT`.
+    runs its blocks. `kernels`, `attention`, `mlp_epilogue` and `recompute` as in `DiT`.
     """
 
     def __init__(
@@ -157,6 +161,7 @@ class DiTBlock(nn.Module):
         *,
         kernels: str = "auto",
         attention: str = "auto",
+        mlp_epilogue: str = "auto",
         recompute: str = "none",
     ):
         super().__init__()
@@ -165,7 +170,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True, backend=attention)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), epilogue=mlp_epilogue)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size, bias=True))
 
     def forward(
@@ -199,8 +204,9 @@ class DiTBlock(nn.Module):
         recipe = None if keep else h.recipe
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         branch = mlp(
-            h.y, fc1.weight, fc1.bias, fc2.weight, keep_activation=keep, recipe=recipe, kernels=self.kernels
-        )
+            h.y, fc1.weight, fc1.bias, fc2.weight,
+            keep_activation=keep, epilogue=self.mlp.epilogue, recipe=recipe, kernels=self.kernels,
+        )  # fmt: skip
         return branch, fc2.bias
 
     def mlp_is_plain(self) -> bool:

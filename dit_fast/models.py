@@ -44,6 +44,13 @@ __all__ = [
 ]
 
 
+def one_of(name: str, value: str, words: tuple[str, ...]) -> str:
+    """`value`; ConfigError where it is none of `words`."""
+    if value not in words:
+        raise ConfigError(f"{name}={value!r}: choose one of {', '.join(map(repr, words))}")
+    return value
+
+
 class DiT(nn.Module):
     """Diffusion model with a transformer backbone, class-conditional through adaLN-Zero.
 
@@ -51,9 +58,10 @@ class DiT(nn.Module):
     in_channels: channels of the latent; hidden_size, depth, num_heads, mlp_ratio: the transformer;
     class_dropout_prob: share of labels dropped in training, 0 for a model without a null class;
     num_classes; learn_sigma: predict the variance beside the noise; kernels: "auto" (Triton on CUDA, PyTorch
-    elsewhere), "triton" or "reference"; attention: "auto", "triton", "sdpa" or "flash"; recompute, in the backward
-    pass: "none", "cheap" (norm outputs and GELU, where the kernels run: a third less memory for no matrix product)
-    or "blocks" (every block from its input). Raises ConfigError for sizes that do not fit each other.
+    elsewhere), "triton" or "reference"; attention: "auto", "triton", "sdpa" or "flash"; mlp_epilogue, who applies
+    the GELU: "auto" (as the device's tuned table says), "separate", "triton" or "cublaslt"; recompute, in the
+    backward pass: "none", "cheap" (norm outputs and GELU, where the kernels run: a third less memory for no matrix
+    product) or "blocks" (every block from its input). Raises ConfigError for sizes that do not fit each other.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class DiT(nn.Module):
         *,
         kernels: str = "auto",
         attention: str = "auto",
+        mlp_epilogue: str = "auto",
         recompute: str = "none",
     ):
         super().__init__()
@@ -92,7 +101,7 @@ class DiT(nn.Module):
                 DiTBlock(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernels=kernels) for _ in range(depth)
             )
             self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, kernels=kernels)
-            self.attention, self.recompute = attention, recompute
+            self.attention, self.mlp_epilogue, self.recompute = attention, mlp_epilogue, recompute
             self.initialize_weights()
         except ValueError as error:
             raise ConfigError(str(error)) from None
@@ -115,13 +124,20 @@ class DiT(nn.Module):
 
     @attention.setter
     def attention(self, backend: str) -> None:
-        if backend not in kernels.BACKENDS:
-            raise ConfigError(
-                f"attention={backend!r}: choose one of {', '.join(map(repr, kernels.BACKENDS))}"
-            )
-        self._attention = backend
+        self._attention = one_of("attention", backend, kernels.BACKENDS)
         for block in self.blocks:
             cast(DiTBlock, block).attn.backend = backend
+
+    @property
+    def mlp_epilogue(self) -> str:
+        """Who applies the GELU: "auto", "separate", "triton" or "cublaslt"; assign to change it for the whole model."""
+        return self._mlp_epilogue
+
+    @mlp_epilogue.setter
+    def mlp_epilogue(self, epilogue: str) -> None:
+        self._mlp_epilogue = one_of("mlp_epilogue", epilogue, kernels.EPILOGUES)
+        for block in self.blocks:
+            cast(DiTBlock, block).mlp.epilogue = epilogue
 
     @property
     def recompute(self) -> str:
@@ -130,9 +146,7 @@ class DiT(nn.Module):
 
     @recompute.setter
     def recompute(self, what: str) -> None:
-        if what not in RECOMPUTE:
-            raise ConfigError(f"recompute={what!r}: choose one of {', '.join(map(repr, RECOMPUTE))}")
-        self._recompute = what
+        self._recompute = one_of("recompute", what, RECOMPUTE)
         for block in self.blocks:
             cast(DiTBlock, block).recompute = what
 

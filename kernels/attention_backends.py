@@ -30,7 +30,7 @@ FLASH_MODULES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs ("triton" | "sdpa" | "flash") and why, in words."""
+    """What runs, as the option names it ("triton", "sdpa", "flash", ...), and why, in words."""
 
     name: str
     reason: str

@@ -45,6 +45,15 @@ def bindings() -> Any:
         ) from error
 
 
+def installed() -> bool:
+    """Whether nvmath-python imports."""
+    try:
+        bindings()
+    except ImportError:
+        return False
+    return True
+
+
 @functools.cache
 def _handle(device: int) -> int:
     """One cuBLASLt handle for each device, for the life of the process."""

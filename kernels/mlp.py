@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.kernels import cublaslt, gemm, reference, tuned
+from dit_fast.kernels.attention_backends import Choice
 from dit_fast.kernels.gelu import gelu_backward, gelu_forward
 from dit_fast.kernels.launch import device_capability
 from dit_fast.kernels.op import define_op, uses_triton
@@ -30,19 +31,41 @@ from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments
 EPILOGUES = ("auto", "separate", "triton", "cublaslt")
 
 
-def mlp_epilogue(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> str:
-    """What epilogue="auto" stands for, given (rows, D, F), the dtype and the device of x.
+def choose_epilogue(
+    epilogue: str, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Choice:
+    """What `mlp(..., epilogue=epilogue)` runs, given (rows, D, F), the dtype and the device of x; nothing is launched.
 
-    "separate" until the tuned table of the device says otherwise; rows count in powers of two.
+    "auto" is "separate" until the tuned table of the device, measured by `benchmarks.tune`, says otherwise; rows
+    count in powers of two. Raises ValueError for another word, ImportError where "cublaslt" is not installed.
     """
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"mlp: epilogue={epilogue!r}, choose one of {', '.join(map(repr, EPILOGUES))}")
+    if epilogue == "cublaslt":
+        cublaslt.bindings()
+    if epilogue != "auto":
+        return Choice(epilogue, "asked for")
     rows, width, hidden = shape
     capability = device_capability(device.index or 0) if device.type == "cuda" else 0
     key = (
         f"D={width} F={hidden} rows={1 << max(rows, 1).bit_length() - 1} {str(dtype).removeprefix('torch.')}"
     )
-    return tuned.choice(
-        "mlp", key, "separate", options=EPILOGUES[1:], kernels=gemm.KERNELS, capability=capability
+    measured = tuned.choice(
+        "mlp", key, "", options=EPILOGUES[1:], kernels=gemm.KERNELS, capability=capability
     )
+    if measured == "":
+        return Choice("separate", "auto: no tuned table of this device has measured this shape")
+    if measured == "cublaslt" and not cublaslt.installed():
+        return Choice(
+            "separate",
+            "auto: the tuned table says cublaslt, whose nvmath-python is not installed (extra 'epilogues')",
+        )
+    return Choice(measured, "auto: fastest in this device's tuned table")
+
+
+def mlp_epilogue(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> str:
+    """What epilogue="auto" stands for, given (rows, D, F), the dtype and the device of x; see `choose_epilogue`."""
+    return choose_epilogue("auto", shape, dtype, device).name
 
 
 def _provider(epilogue: str, x: Tensor, hidden: int) -> str:

@@ -6,6 +6,7 @@ import types
 import pytest
 
 from dit_fast.cli import doctor, main
+from dit_fast.kernels import cublaslt, tuned
 
 
 def test_every_part_has_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,6 +28,40 @@ def test_reason_of_the_attention_backend_is_told() -> None:
     findings = dict(doctor.report())
     assert findings["attention T=256"].split(":")[0] in ("sdpa", "triton", "flash")
     assert len(findings["attention T=256"].split(":")[1]) > 10
+
+
+def test_reason_of_the_mlp_epilogue_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for, what the tuned table says, and what is missing for either."""
+    on_cpu = "; the PyTorch reference runs here all the same (batch 256, width 1152, bfloat16)"
+
+    def finding(epilogue: str = "auto") -> str:
+        return dict(doctor.report(epilogue=epilogue))["MLP epilogue"].removesuffix(on_cpu)
+
+    assert finding() == "separate: auto: no tuned table of this device has measured this shape"
+    assert finding("triton") == "triton: asked for"
+    monkeypatch.setattr(tuned, "choice", lambda *_, **__: "triton")
+    assert finding() == "triton: auto: fastest in this device's tuned table"
+    monkeypatch.setattr(tuned, "choice", lambda *_, **__: "cublaslt")
+    monkeypatch.setattr(cublaslt, "installed", lambda: True)
+    assert finding() == "cublaslt: auto: fastest in this device's tuned table"
+    monkeypatch.setattr(cublaslt, "installed", lambda: False)
+    assert finding().startswith("separate: auto: the tuned table says cublaslt, whose nvmath-python")
+
+
+def test_what_cannot_run_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> None:
+        raise ImportError("mlp: epilogue='cublaslt' needs nvmath-python")
+
+    monkeypatch.setattr(cublaslt, "bindings", missing)
+    assert main(["doctor", "--attention", "flash", "--mlp-epilogue", "cublaslt"]) == 0
+    out = capsys.readouterr().out
+    assert "cannot run: mlp: epilogue='cublaslt' needs nvmath-python" in out
+    assert "T=256  cannot run: attention: backend='flash'" in out
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", "--mlp-epilogue", "fast"])
+    assert "invalid choice: 'fast'" in capsys.readouterr().err
 
 
 def test_package_that_does_not_import_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from golden import CONFIG, GOLDEN, golden_model, seeded
 from torch import Tensor, nn
 
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.kernels.launch import record_launches
 from dit_fast.models import DiT, DiT_models
 
 T = torch.tensor([0, 17, 500, 999])
@@ -244,8 +245,30 @@ def test_recomputation_changes_no_gradient_and_keeps_less(recompute: str) -> Non
     assert_same_gradients(gradients(model), expected, 1e-5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("attention", "fast"), ("recompute", "all")])
-def test_unknown_attention_or_recomputation_is_refused(name: str, value: str) -> None:
+def test_the_mlps_epilogue_is_chosen_for_the_whole_model() -> None:
+    """The launches of a forward pass, recorded on the meta device, are those of the epilogue, in every block."""
+
+    def launched(model: DiT) -> int:
+        """How many products with a GELU in their epilogue."""
+        with record_launches() as launches:
+            model(images().to("meta"), T.to("meta"), Y.to("meta"))
+        names = [launch.kernel.fn.__name__ for launch in launches]
+        products = names.count("_gemm_gelu_fwd_kernel")
+        assert names.count("_gelu_fwd_kernel") + products == CONFIG["depth"]
+        return products
+
+    with torch.device("meta"):
+        model = DiT(**CONFIG, kernels="triton")
+        fused = DiT(**CONFIG, kernels="triton", mlp_epilogue="triton")
+    assert (model.mlp_epilogue, launched(model), launched(fused)) == ("auto", 0, CONFIG["depth"])
+    model.mlp_epilogue = "triton"
+    assert launched(model) == CONFIG["depth"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("attention", "fast"), ("mlp_epilogue", "fused"), ("recompute", "all")]
+)
+def test_unknown_attention_epilogue_or_recomputation_is_refused(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}='{value}': choose one of"):
         golden_model(**{name: value})
 

@@ -5,15 +5,14 @@ import importlib
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 
 from dit_fast import __version__
-from dit_fast.kernels import uses_triton
-from dit_fast.kernels.attention_backends import choose_backend
-from dit_fast.kernels.mlp import mlp_epilogue
+from dit_fast.kernels import BACKENDS, EPILOGUES, Choice, choose_backend, uses_triton
+from dit_fast.kernels.mlp import choose_epilogue
 
 # distribution: (module to import, the extra of dit-fast that brings it, what it is for).
 OPTIONAL = {
@@ -31,17 +30,20 @@ TOKENS, HEAD_DIM, WIDTH, BATCH = (256, 1024), 72, 1152, 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--attention", default="auto", help="explain this backend instead of auto's choice")
+    for name, words in (("attention", BACKENDS), ("mlp-epilogue", EPILOGUES)):
+        parser.add_argument(
+            f"--{name}", default="auto", choices=words, help="explain this one instead of auto's choice"
+        )
 
 
 def run(options: argparse.Namespace) -> int:
-    for name, value in report(options.attention):
+    for name, value in report(options.attention, options.mlp_epilogue):
         print(f"{name:<16} {value}")
     return 0
 
 
-def report(backend: str = "auto") -> Iterator[tuple[str, str]]:
-    """(subject, finding) lines; nothing is allocated on the device."""
+def report(backend: str = "auto", epilogue: str = "auto") -> Iterator[tuple[str, str]]:
+    """(subject, finding) lines, of these options of `DiT`; nothing is allocated on the device."""
     yield "dit-fast", f"{__version__}, Python {platform.python_version()} on {platform.platform()}"
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield "PyTorch", f"{torch.__version__} ({cuda}), Triton {triton.__version__}"
@@ -53,15 +55,27 @@ def report(backend: str = "auto") -> Iterator[tuple[str, str]]:
     else:
         yield "kernels", "auto: the PyTorch reference, because there is no CUDA device"
     for tokens in TOKENS:
-        choice = choose_backend(backend, device, torch.bfloat16, tokens, HEAD_DIM)
-        yield f"attention T={tokens}", f"{choice.name}: {choice.reason} (head_dim {HEAD_DIM}, bfloat16)"
+        finding = explain(choose_backend, backend, device, torch.bfloat16, tokens, HEAD_DIM)
+        yield f"attention T={tokens}", f"{finding} (head_dim {HEAD_DIM}, bfloat16)"
     shape = (BATCH * TOKENS[0], WIDTH, 4 * WIDTH)
-    yield "MLP epilogue", mlp_epilogue(shape, torch.bfloat16, device)
+    finding = explain(choose_epilogue, epilogue, shape, torch.bfloat16, device)
+    if not uses_triton("auto", probe):
+        finding += "; the PyTorch reference runs here all the same"
+    yield "MLP epilogue", f"{finding} (batch {BATCH}, width {WIDTH}, bfloat16)"
     compiler = shutil.which("g++") or shutil.which("clang++")
     yield "torch.compile", f"C++ compiler {compiler}" if compiler else "no C++ compiler: needed on the CPU"
     for distribution, (module, extra, purpose) in OPTIONAL.items():
         yield distribution, f"{installed(distribution, module)} ({purpose}; extra '{extra}')"
     yield "NVIDIA apex", apex()
+
+
+def explain(choose: Callable[..., Choice], *arguments: object) -> str:
+    """What runs and why, or why it cannot."""
+    try:
+        choice = choose(*arguments)
+    except (ValueError, ImportError) as error:
+        return f"cannot run: {error}"
+    return f"{choice.name}: {choice.reason}"
 
 
 def describe(device: torch.device) -> str:
