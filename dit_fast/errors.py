@@ -29,5 +29,9 @@ class NonFiniteError(DitFastError, ArithmeticError):
     """A loss or gradient that is NaN or infinite; raised before the optimiser step."""
 
 
+class RankError(DitFastError, RuntimeError):
+    """Another process of a distributed run that hangs, is gone or failed."""
+
+
 class MissingExtraError(DitFastError, ImportError):
     """An optional package that is not installed; the message names the extra that brings it."""

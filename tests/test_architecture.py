@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports point from a higher level to the same or a lower one. "" is dit_fast itself.
 LEVELS = {
-    "": 0, "errors": 0,
+    "": 0, "errors": 0, "keyed": 0,
     "kernels": 1,
     "models": 2, "blocks": 2, "embedders": 2, "diffusion": 2, "sampling": 2,
     "training": 3, "data": 3, "evaluation": 3, "interop": 3, "download": 3,
@@ -24,8 +24,11 @@ HEAVY = frozenset(
     ("diffusers", "flash_attn", "apex", "nvtx", "tensorboard", "wandb", "torch_fidelity", "matplotlib")
     + ("sklearn", "mlxtend", "torchvision", "timm", "transformers", "accelerate")
 )
-# Of torchrun, C++ builds and OpenMP; there are no variables of our own.
-ENVIRONMENT = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "CXX", "OMP_WAIT_POLICY"}
+# Of torchrun, Slurm, C++ builds and OpenMP; there are no variables of our own.
+ENVIRONMENT = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID",
+    "CXX", "OMP_WAIT_POLICY",
+}  # fmt: skip
 MOST_LINES = 400
 MOST_TEST_LINES = 500
 

@@ -12,7 +12,9 @@ from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop.configuration import infer_config, registry_size, require_config
 from dit_fast.interop.weight_file import WeightFile, read_weight_file
 from dit_fast.models import DiT, load_weights, read_config
-from dit_fast.training.checkpoint import MANIFEST, find_checkpoint, read_manifest, step_folders, verify_files
+from dit_fast.training.checkpoint import find_checkpoint, read_part, step_folders
+from dit_fast.training.manifest import MANIFEST, read_manifest, verify_files
+from dit_fast.training.tensor_files import part_files
 
 WEIGHTS = ("ema", "model")
 
@@ -87,8 +89,8 @@ def load_model(
 
 def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> tuple[DiT, ModelInfo]:
     manifest = read_manifest(folder)
-    verify_files(folder, manifest, ["config.json", f"{weights}.safetensors"])
-    file = read_weight_file(folder / f"{weights}.safetensors")
+    verify_files(folder, manifest, ["config.json", *part_files(manifest["files"], weights)])
+    file = WeightFile(folder / f"{weights}.safetensors", read_part(folder, manifest, weights), weights)
     model = _build(file, read_config(folder / "config.json"), expected)
     data = dict(manifest.get("data") or {})
     data["flip"] = (manifest.get("train_config") or {}).get("flip")

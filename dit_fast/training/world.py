@@ -1,0 +1,236 @@
+"""The processes that train together: who this one is, how they agree, and what is said when one is lost.
+
+torchrun starts them and says who is who (RANK, LOCAL_RANK, WORLD_SIZE); one process alone needs no process group.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dit_fast.errors import ConfigError, DitFastError, RankError
+
+START_TIMEOUT = 1800.0
+"""Seconds that ranks wait for each other until the first step is done: some read data or compile longer."""
+_ROLL_CALL = 0.7
+_FAILED = "failed"
+_LOST = "lost"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """One process of `size`, on `device`; `attempt` counts the restarts of `torchrun --max-restarts`.
+
+    `local_rank` of `local_size` on this machine. `control` is a group of all ranks for small objects on the CPU, and
+    `background` another one for a thread of its own; both None, as `store`, for a process that is alone.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    attempt: int = 0
+    store: Any = None
+    control: Any = None
+    background: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Return when every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def broadcast(self, value: Any) -> Any:
+        """The `value` of rank 0."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any, background: bool = False) -> list[Any]:
+        """The values of all ranks, by rank, on each of them; `background` where the main thread may speak too."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.background if background else self.control)
+        return values
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """The largest value over ranks, in place, element by element."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def set_timeout(self, seconds: float, groups: tuple[Any, ...] = ()) -> None:
+        """From now on a rank that is waited for longer than this is lost; `groups` besides the default ones."""
+        if self.size == 1:
+            return
+        for group in (dist.group.WORLD, self.control, *groups):
+            for device in ("cpu", self.device.type):
+                set_group_timeout(group, torch.device(device), seconds)
+
+    @contextmanager
+    def watch(self, step: int) -> Iterator[None]:
+        """Turn the failure of a collective in `step` into a RankError that names the ranks that do not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not is_lost_connection(error):
+                raise
+            raise RankError(self._lost(step)) from error
+
+    def _lost(self, step: int) -> str:
+        """Ranks that still run say so in the store; who is missing hangs or is gone."""
+        missing, reasons = list(range(self.size)), []
+        try:
+            self.store.set(f"{_LOST}/{self.rank}", str(step))
+            deadline = time.monotonic() + _ROLL_CALL
+            while missing and time.monotonic() < deadline:
+                missing = [rank for rank in missing if not self.store.check([f"{_LOST}/{rank}"])]
+                time.sleep(0.05)
+            for rank in list(missing):
+                if self.store.check([f"{_FAILED}/{rank}"]):
+                    missing.remove(rank)
+                    reasons.append(f"rank {rank} failed: {self.store.get(f'{_FAILED}/{rank}').decode()}")
+        except RuntimeError:
+            return (
+                f"step {step}: the connection to the other ranks is lost; continue from the last checkpoint"
+            )
+        if missing:
+            ranks = ", ".join(map(str, missing))
+            reasons.append(f"rank {ranks} does not answer: it hangs or is gone")
+        return (
+            f"step {step}: {'; '.join(reasons) or 'the ranks lost each other'}; continue with --resume from "
+            "the last checkpoint"
+        )
+
+
+@contextmanager
+def join_world(device: str = "auto", start_timeout: float = START_TIMEOUT) -> Iterator[World]:
+    """The world that torchrun describes, or this process alone; the process group ends with the block.
+
+    device: "auto", "cpu" or "cuda"; CUDA devices are taken by LOCAL_RANK. Raises ConfigError for an environment or a
+    device that is not there.
+    """
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    chosen = choose_device(device, local_rank)
+    warn_of_slurm()
+    if size == 1:
+        yield World(device=chosen)
+        return
+    attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
+    limit = timedelta(seconds=start_timeout)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    # torchrun's agent keeps one store over restarts: without a prefix, a restarted rank finds the addresses of dead
+    # ones in it (pytorch, torch/distributed/rendezvous.py).
+    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=limit,
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    control, background = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+    try:
+        yield World(rank, local_rank, size, local_size, chosen, attempt, store, control, background)
+    except RankError:
+        raise
+    except DitFastError as error:
+        # For the others, who only see this rank go.
+        store.set(f"{_FAILED}/{rank}", str(error))
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device for "auto", "cpu" or "cuda". Raises ConfigError for CUDA where there is none for this rank."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this PyTorch sees no CUDA device; give --device cpu or auto")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    devices = torch.cuda.device_count()
+    if local_rank >= devices:
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank}, and this machine shows {devices} CUDA devices; "
+            f"give torchrun --nproc-per-node {devices}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def warn_of_slurm() -> None:
+    """Under Slurm, say so when SIGUSR1 would kill: that is how `#SBATCH --signal=USR1@...` announces the end.
+
+    The trainer handles it; torchrun must be told to (`--signals-to-handle`), or it dies and leaves its workers.
+    """
+    if os.environ.get("SLURM_JOB_ID") is None or os.environ.get("RANK") is None:
+        return
+    try:
+        with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
+            launcher = file.read().decode(errors="replace").split("\0")
+    except OSError:
+        return
+    if any("torch" in part for part in launcher) and not any("SIGUSR1" in part for part in launcher):
+        logger.warning(
+            "Slurm announces the end of a job by SIGUSR1 where #SBATCH --signal=USR1@... asks it to, and torchrun "
+            "does not pass it on: start it with --signals-to-handle SIGTERM,SIGINT,SIGUSR1"
+        )
+
+
+def set_group_timeout(group: Any, device: torch.device, seconds: float) -> None:
+    """Set how long collectives of `group` on `device` wait; a group without a backend for it is left alone."""
+    try:
+        backend = group._get_backend(device)
+    except RuntimeError:
+        return
+    backend._set_default_timeout(timedelta(seconds=seconds))
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("gloo", "nccl", "connection reset", "connection closed", "timed out")
+    )
+
+
+def _number(variable: str, otherwise: int) -> int:
+    value = {
+        "RANK": os.environ.get("RANK"),
+        "WORLD_SIZE": os.environ.get("WORLD_SIZE"),
+        "LOCAL_RANK": os.environ.get("LOCAL_RANK"),
+        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE"),
+        "TORCHELASTIC_RESTART_COUNT": os.environ.get("TORCHELASTIC_RESTART_COUNT"),
+    }[variable]
+    if value is None:
+        return otherwise
+    if not value.isdecimal():
+        raise ConfigError(f"{variable} is {value!r}: torchrun sets a number there")
+    return int(value)
