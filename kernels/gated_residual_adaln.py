@@ -7,7 +7,8 @@ Backward  with d_norm the layer norm's d_x (adaln.py) at `out`: d_x = d_out + d_
 Traffic   forward reads x and branch and writes out and y; backward reads d_out, d_y, out and branch and writes d_x
           and d_branch: all vectors and the branch's bias gradient come out of that one pass.
 Numerics  as in adaln.py: float32 sums, one rounding at each store, `out` in the dtype of x, y in that of `scale`,
-          sums over tokens in a fixed order without atomics. Statistics are of `out` before it is rounded.
+          sums over tokens in a fixed order without atomics. y and the moments are those of `out` as it is stored,
+          so that the backward pass and a recomputation of y, which read it again, see what the forward pass saw.
 """
 
 from typing import Any
@@ -62,12 +63,16 @@ def _gated_residual_adaln_fwd_kernel(
 
     o_main, m_main = part(o_t, m_t, 0, MAIN, D)
     out_main = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_main, m_main, 0, MAIN, D, ACC)
-    tl.store(out_ptr + o_main, out_main.to(out_ptr.dtype.element_ty), mask=m_main)
+    out_main = out_main.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + o_main, out_main, mask=m_main)
+    out_main = out_main.to(ACC)
     mean = row_sum(out_main)
     if TAIL > 0:
         o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
         out_tail = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_tail, m_tail, MAIN, TAIL, D, ACC)
-        tl.store(out_ptr + o_tail, out_tail.to(out_ptr.dtype.element_ty), mask=m_tail)
+        out_tail = out_tail.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + o_tail, out_tail, mask=m_tail)
+        out_tail = out_tail.to(ACC)
         mean += row_sum(out_tail)
     mean /= D
     variance = squared_deviation(out_main, mean, 0, MAIN, D)

@@ -3,8 +3,7 @@
 Shapes    x, y (B, T, D); mean, rstd (B, T); shift, scale (B, D), also strided views.
 Traffic   `adaln_from_moments` reads x and writes y in the backward pass, 2 token tensors a norm; in exchange y is not
           kept between the passes. x is the residual stream, which the norm's own backward keeps anyway.
-Numerics  the same expression on the same moments as in the forward pass. Where x was rounded when it was stored
-          (a 16-bit stream), y is that of the rounded x, as in any recomputation from a stored activation.
+Numerics  the same expression on the same x and moments as in the forward pass.
 """
 
 from typing import Any, NamedTuple

@@ -174,7 +174,7 @@ def gelu_backward(dact: Tensor, pre: Tensor, bias: Tensor | None) -> tuple[Tenso
 def attention_probabilities(
     qkv: Tensor, num_heads: int, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v (B, H, T, K), the softmax (B, H, T, T) and log2(sum(exp(scores))) (B, H, T), in the accumulator's dtype."""
+    """q, k, v (B, H, T, K), softmax (B, H, T, T) and log2(sum(exp(scores))) (B, H, T), in the accumulator's dtype."""
     acc = accumulator(qkv)
     qkv = qkv.to(acc) if bias is None else qkv.to(acc) + bias.to(acc)
     B, T, packed = qkv.shape

@@ -47,10 +47,8 @@ def _scale_rows_fwd_kernel(
     m_d = o_d < (D - D % 2 if FAULT == "odd" else D)
     mask = (o_t < T)[:, None] & m_d[None, :]
     offsets = o_t[:, None] * D + o_d[None, :]
-    if FAULT == "load":
-        x = tl.load(x_ptr + offsets).to(ACC)
-    else:
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    read = mask | True if FAULT == "load" else mask
+    x = tl.load(x_ptr + offsets, mask=read, other=0.0).to(ACC)
     scale = tl.load(scale_ptr + o_d, mask=m_d, other=0.0).to(ACC)
     out = x * scale[None, :]
     if FAULT == "half":

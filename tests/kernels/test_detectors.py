@@ -1,4 +1,4 @@
-"""Negative controls: each proof sees the fault that is planted for it, and finds none in the same operation without one."""
+"""Negative controls: each proof sees the fault that is planted for it, and none in the same operation without one."""
 
 from collections.abc import Callable
 from pathlib import Path

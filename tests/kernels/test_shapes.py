@@ -1,10 +1,10 @@
-"""K1: any size and any mix of dtypes, drawn by hypothesis; error at most twice PyTorch's own, three times for gradients."""
+"""K1: any size and mix of dtypes, by hypothesis; error at most twice PyTorch's own, three times for gradients."""
 
 import pytest
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from planted import planted
 from proofs import DEVICE, DTYPES, OPS, is_as_accurate_as_torch
@@ -45,7 +45,8 @@ def test_a_planted_fault_is_found(fault: str) -> None:
     """Forgotten columns, lost precision and a wrong sample turn up within the same number of examples."""
     spec = planted(fault)
 
-    @SETTINGS
+    # The first example found is enough: a smaller one would be looked for with hundreds of launches.
+    @settings(SETTINGS, phases=[Phase.generate])
     @given(SIZES, st.sampled_from(sorted(DTYPES)))
     def prove(shape: Shape, dtypes: str) -> None:
         is_as_accurate_as_torch(spec, shape, dtypes)
