@@ -30,7 +30,9 @@ def philox(key: int, counter: tuple[Tensor | int, Tensor | int, Tensor | int, Te
     Entries of `counter` broadcast; at least one is an int64 tensor.
     """
     device = next(word.device for word in counter if isinstance(word, Tensor))
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, device=device) for word in counter))
+    # A number becomes a tensor by a fill: copied from the host, it would make the host wait for the device.
+    entries = (w if isinstance(w, Tensor) else torch.full((), w, device=device) for w in counter)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*entries)
     k0, k1 = key & MASK, key >> 32
     for _ in range(ROUNDS):
         # The product wraps at 2^64; as two's complement its upper 32 bits are those of the unsigned one.

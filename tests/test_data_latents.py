@@ -111,8 +111,8 @@ def test_no_sample_is_missing_or_doubled_over_three_epochs_with_a_restart(folder
     seen = []
     for first, last in ((0, 3), (3, 7)):  # a run that stops at step 3 and goes on: 7 steps of 3 are 3 epochs
         stream = open_stream(data, 3, seed=9)
-        for step, (latents, _) in zip(range(first, last), stream.read(first, last), strict=True):
-            assert torch.equal(latents, stream.batch(step)[0])
+        for step, (moments, _) in zip(range(first, last), stream.read(first, last), strict=True):
+            assert torch.equal(moments, stream.moments(step)[0])
             seen += stream.indices(step).tolist()
     assert [sorted(seen[epoch : epoch + 7]) for epoch in (0, 7, 14)] == [list(range(7))] * 3
 
@@ -147,7 +147,7 @@ def test_the_trainer_takes_a_latent_set(folder):
     assert trainer.model.in_channels == 2
     for latents, labels in trainer.stream.read(0, 2):
         trainer.train_step(latents, labels)
-    assert all(np.isfinite(trainer.losses()))
+    assert all(np.isfinite(value.loss) for value in trainer.values())
     manifest = json.loads(json.dumps(trainer.manifest()))
     assert (manifest["data"]["image_size"], manifest["data"]["latent_size"]) == (16, 4)
     assert manifest["data"]["scale"] == [SCALE, SCALE]

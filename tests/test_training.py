@@ -9,16 +9,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dit_fast.data import ImageSet, from_arrays, generator
+from dit_fast import keyed
+from dit_fast.data import ImageSet, from_arrays
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
 from dit_fast.models import DiT
-from dit_fast.training import TrainConfig, Trainer, checkpoint, config, load_checkpoint, loop, resume, train
+from dit_fast.training import (
+    TrainConfig,
+    Trainer,
+    checkpoint,
+    config,
+    load_checkpoint,
+    loop,
+    resume,
+    train,
+)
+from dit_fast.training import (
+    trainer as trainer_module,
+)
 from dit_fast.training.config import build_model, resumed_config
-from dit_fast.training.ema import Ema
 from dit_fast.training.progress import RunLog, plot_loss, read_log
+from dit_fast.training.step import TrainStep
 
 TINY = dict(
     data="set", hidden_size=16, depth=1, num_heads=2, patch_size=4, batch_size=4, lr=1e-2, ema_decay=0.9
@@ -73,16 +86,18 @@ def test_a_step_is_the_plain_recipe(learn_sigma):
     trainer = Trainer(options, data)
     torch.manual_seed(5)
     model = build_model(options, data).eval()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0)
     diffusion = create_diffusion("", learn_sigma=learn_sigma)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
     for step in range(3):
         images, labels = trainer.stream.batch(step)
         trainer.train_step(images, labels)
-        t = torch.randint(0, 1000, (4,), generator=generator(5, "timestep", step))
-        noise = torch.randn(4, 1, 8, 8, generator=generator(5, "noise", step))
-        dropped = torch.rand(4, generator=generator(5, "label drop", step)) < 0.1
+        numbers = torch.arange(4 * step, 4 * step + 4)
+        t = keyed.integers(keyed.key(5, "timestep"), numbers, 1000)
+        noise = keyed.normal(keyed.key(5, "noise"), numbers, (1, 8, 8))
+        dropped = keyed.uniform(keyed.key(5, "label drop"), numbers) < 0.1
         y = torch.where(dropped, 2, labels)
         loss = diffusion.training_losses(model, images, t, {"y": y}, noise)["loss"].mean()
         optimizer.zero_grad()
@@ -94,8 +109,9 @@ def test_a_step_is_the_plain_recipe(learn_sigma):
             ema[name] = decay * ema[name] + (1 - decay) * p.detach()
     for (name, ours), plain in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(trainer.ema.state_dict()[name], ema[name], atol=1e-6, rtol=1e-5)
-    assert trainer.losses()[0] == pytest.approx(sum(losses), rel=1e-5)
+        torch.testing.assert_close(trainer.ema_state()[name], ema[name], atol=1e-6, rtol=1e-5)
+    assert [value.loss for value in trainer.values()] == pytest.approx(losses, rel=1e-5)
+    assert trainer.values() == []
 
 
 def test_steps_touch_no_global_generator():
@@ -152,7 +168,7 @@ def test_a_non_finite_step_makes_no_update(bad, at_once):
         trainer.train_step(*trainer.stream.batch(step))
     tensors = {**trainer.model.state_dict(), **trainer.optimizer_state()}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    averages = {name: tensor.clone() for name, tensor in trainer.ema.state_dict().items()}
+    averages = {name: tensor.clone() for name, tensor in trainer.ema_state().items()}
 
     images, labels = trainer.stream.batch(2)
     if bad == "loss":
@@ -170,20 +186,19 @@ def test_a_non_finite_step_makes_no_update(bad, at_once):
             trainer.check_finite()
     after = {**trainer.model.state_dict(), **trainer.optimizer_state()}
     assert not [name for name in before if not torch.equal(before[name], after[name])]
-    if at_once:
-        assert_equal_states(averages, trainer.ema.state_dict())
+    assert_equal_states(averages, trainer.ema_state())
     with pytest.raises(NonFiniteError, match="step 3: "):
         trainer.save(Path("unused"))
 
 
 def test_a_non_finite_run_keeps_its_last_checkpoint(data, tmp_path, monkeypatch):
-    draw = Trainer._draw
+    draw = TrainStep.draw
 
-    def poisoned(self, images):
-        t, noise, dropped = draw(self, images)
-        return t, noise * float("nan") if self.step == 4 else noise, dropped
+    def poisoned(self, images, labels):
+        images, t, noise, labels = draw(self, images, labels)
+        return images, t, noise * float("nan") if int(self.state.step) == 4 else noise, labels
 
-    monkeypatch.setattr(Trainer, "_draw", poisoned)
+    monkeypatch.setattr(TrainStep, "draw", poisoned)
     with pytest.raises(NonFiniteError, match="step 5: the loss or the gradient norm is not finite"):
         train(tiny(steps=8, ckpt_every=2), tmp_path / "run")
     folders = checkpoint.step_folders(tmp_path / "run")
@@ -199,23 +214,6 @@ def test_training_lowers_the_loss(data, tmp_path):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_ema_follows_its_equation_and_leaves_frozen_parameters():
-    model = nn.Linear(1, 1)
-    model.bias.requires_grad_(False)
-    nn.init.constant_(model.weight, 0.0)
-    nn.init.constant_(model.bias, 3.0)
-    ema = Ema(model, 0.5)
-    expected = 0.0
-    for step, value in enumerate([1.0, -2.0, 4.0, 8.0, 0.0, 1.0, 1.0, 1.0, 5.0], start=1):
-        nn.init.constant_(model.weight, value)
-        nn.init.constant_(model.bias, value)
-        ema.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * value
-        assert ema.state_dict()["weight"].item() == pytest.approx(expected, rel=1e-6)
-    assert ema.state_dict()["bias"].item() == 3.0
-
-
 def test_the_log_and_manifest_say_what_happened(data, tmp_path, capsys):
     result = train(tiny(steps=5, log_every=2, seed=9), tmp_path / "run")
     lines = read_log(tmp_path / "run" / "log.jsonl")
@@ -225,6 +223,10 @@ def test_the_log_and_manifest_say_what_happened(data, tmp_path, capsys):
         assert line["lr"] == 1e-2
         assert line["images_per_second"] > 0
         assert line["grad_norm"] > 0
+        assert line["mfu"] is None
+        assert 0 <= line["data_wait"] <= 1
+        assert line["peak_memory"] > 1 << 20
+        assert (len(line["loss_by_timestep"]), line["skipped"], line["loss_scale"]) == (4, 0, 1.0)
     assert lines[0]["seconds"] < lines[1]["seconds"] < lines[2]["seconds"]
     printed = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in printed] == ["step 2/5", "step 4/5", "step 5/5"]
@@ -242,7 +244,7 @@ def test_the_log_and_manifest_say_what_happened(data, tmp_path, capsys):
         "predict_xstart": False,
         "diffusion_steps": 1000,
     }
-    assert TrainConfig(**manifest["train_config"]) == tiny(steps=5, log_every=2, seed=9)
+    assert TrainConfig(**manifest["train_config"]) == tiny(steps=5, log_every=2, seed=9, precision="fp32")
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -283,7 +285,16 @@ def test_epochs_set_the_length(data, tmp_path):
         ({"batch_size": 0}, "--batch-size 0: give at least 1"),
         ({"class_dropout_prob": 1.0}, "--class-dropout-prob 1.0: give from 0"),
         ({"ema_decay": 1.5}, "--ema-decay 1.5"),
-        ({"precision": "fp8"}, "--precision fp8: give one of fp32, tf32, bf16"),
+        ({"precision": "int8"}, "--precision int8: give one of auto, bf16, fp16, fp32, tf32, fp8"),
+        (
+            {"residual": "bf16", "precision": "fp32"},
+            "--residual bf16 goes with --precision bf16 or fp8, not fp32",
+        ),
+        ({"accumulate": 3}, "--batch-size 4 does not divide into --accumulate 3"),
+        ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0: give a positive number"),
+        ({"weight_decay": -1.0}, "--weight-decay -1.0: give a number from 0"),
+        ({"lr_schedule": "linear"}, "--lr-schedule linear: give one of constant, cosine"),
+        ({"optimizer": "sgd"}, "--optimizer sgd: give one of ours, torch, apex"),
         ({"keep_checkpoints": 1}, "--keep-checkpoints 1: give 0 .all. or at least 2"),
         ({"steps": 5, "epochs": 5}, "both set the length"),
         ({"noise_schedule": "cosine"}, "unknown noise schedule 'cosine'"),
@@ -335,7 +346,7 @@ def test_a_full_disk_is_found_before_the_first_step(data, tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(data, tmp_path, monkeypatch, caplog):
-    save, failed = loop.save_checkpoint, []
+    save, failed = trainer_module.save_checkpoint, []
 
     def full_at_step_two(run, model, ema, optimizer, manifest, keep):
         if manifest["step"] == 2:
@@ -343,7 +354,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(data, tmp_path
             raise OutputError("no space")
         return save(run, model, ema, optimizer, manifest, keep)
 
-    monkeypatch.setattr(loop, "save_checkpoint", full_at_step_two)
+    monkeypatch.setattr(trainer_module, "save_checkpoint", full_at_step_two)
     with caplog.at_level(logging.WARNING):
         result = train(tiny(steps=4, ckpt_every=1, keep_checkpoints=0), tmp_path / "run")
     assert failed == [2]
@@ -384,15 +395,15 @@ def test_bf16_autocast_trains_float32_weights():
         trainer.train_step(*trainer.stream.batch(step))
         plain.train_step(*plain.stream.batch(step))
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-    low, full = trainer.losses()[0], plain.losses()[0]
+    low, full = (sum(value.loss for value in each.values()) for each in (trainer, plain))
     assert low == pytest.approx(full, rel=2e-2)
     assert low != full
 
 
 def test_compilation_without_a_compiler_falls_back(monkeypatch, caplog):
-    monkeypatch.setattr(loop.shutil, "which", lambda name: None)
+    monkeypatch.setattr(trainer_module.shutil, "which", lambda name: None)
     trainer = Trainer(tiny(compile=True), image_set())
-    assert trainer.denoiser is trainer.model
+    assert "forward" not in vars(trainer.model.blocks[0])
     assert "no C++ compiler" in caplog.text
     trainer.train_step(*trainer.stream.batch(0))
 

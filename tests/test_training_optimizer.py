@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dit_fast.errors import ConfigError
-from dit_fast.training.ema import Ema
 from dit_fast.training.optimizer import AdamWEma
+from dit_fast.training.torch_optimizer import TorchAdamWEma, make_optimizer
 
 STEPS = 20
 
@@ -126,15 +126,39 @@ def test_a_norm_taken_before_zero_grad_is_not_used() -> None:
     assert distance(modules[0].parameters(), modules[1].parameters()) == 0
 
 
-def test_warmup_is_that_of_the_training_loop() -> None:
-    module = model(torch.float32)
-    ema = Ema(module, 0.9)
-    optimizer = AdamWEma(module.parameters(), ema_decay=0.9, ema_warmup=True)
-    for step, grads in enumerate(gradients(module), 1):
-        give(module, grads)
+@pytest.mark.parametrize("name", ["ours", "torch"])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_the_training_loops_optimizers_are_the_plain_recipe(name, max_norm) -> None:
+    """d = min(0.9, (1 + t) / (10 + t)), written out; the void step 5 changes neither weights nor averages."""
+    plain, module = model(torch.float32), model(torch.float32)
+    rate = torch.zeros((), dtype=torch.float64 if name == "ours" else torch.float32)
+    options = {"betas": (0.8, 0.95), "weight_decay": 0.1, "ema_decay": 0.9, "max_grad_norm": max_norm}
+    optimizer = make_optimizer(name, module.parameters(), lr=rate, **options)
+    assert isinstance(optimizer, AdamWEma if name == "ours" else TorchAdamWEma)
+    reference = torch.optim.AdamW(plain.parameters(), lr=3e-3, betas=(0.8, 0.95), weight_decay=0.1)
+    averages, made = [p.detach().clone() for p in plain.parameters()], 0
+    for step, grads in enumerate(gradients(module)):
+        rate.fill_(3e-3)
+        give(module, [grad.clone() for grad in grads])
+        expected = torch.nn.utils.get_total_norm(grads)
+        torch.testing.assert_close(optimizer.grad_norm(), expected, rtol=1e-6, atol=0)
+        optimizer.found_inf = torch.tensor(float(step == 5))
         optimizer.step()
-        ema.update(step)
-    assert distance(ema.state_dict().values(), [optimizer.average(p) for p in module.parameters()]) < 1e-7
+        if step == 5:
+            continue
+        made += 1
+        give(plain, grads)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+        reference.step()
+        decay = min(0.9, (1 + made) / (10 + made))
+        averages = [
+            decay * ema + (1 - decay) * p.detach()
+            for ema, p in zip(averages, plain.parameters(), strict=True)
+        ]
+    assert distance(plain.parameters(), module.parameters()) < 1e-6
+    assert distance(averages, [optimizer.average(p) for p in module.parameters()]) < 1e-6
+    assert {float(state["step"]) for state in optimizer.state.values()} == {made}
 
 
 def test_found_inf_changes_nothing() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.errors import ConfigError
-from dit_fast.training.config import DEVICES, PRECISIONS, PRESETS, TrainConfig
+from dit_fast.training.config import CHOICES, PRESETS, TrainConfig
 from dit_fast.training.loop import TrainResult, resume, train
 
 _EPILOG = """The reference's flags --data-path, --results-dir, --global-batch-size and --global-seed work too.
@@ -61,9 +61,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--batch-size", "--global-batch-size", type=int, metavar="B", help="images a step (default: 256)"
     )
-    recipe.add_argument("--lr", type=float, help="constant learning rate of AdamW (default: 1e-4)")
+    recipe.add_argument("--lr", type=float, help="learning rate of AdamW (default: 1e-4)")
+    _choice(recipe, "--lr-schedule", "constant, or half a cosine to 0 at the last step (default: constant)")
+    recipe.add_argument("--warmup-steps", type=int, metavar="N", help="steps of linear warm-up (default: 0)")
     recipe.add_argument("--beta1", type=float, help="AdamW's first decay (default: 0.9)")
     recipe.add_argument("--beta2", type=float, help="AdamW's second decay (default: 0.999)")
+    recipe.add_argument("--weight-decay", type=float, help="AdamW's weight decay (default: 0)")
+    recipe.add_argument(
+        "--max-grad-norm",
+        type=float,
+        metavar="N",
+        help="clip the gradients' norm to N (default: not clipped)",
+    )
+    recipe.add_argument(
+        "--skip-nonfinite",
+        type=int,
+        metavar="N",
+        help="leave out up to N steps whose loss or gradient is not finite (default: 0, the first ends the run)",
+    )
     recipe.add_argument("--ema-decay", type=float, help="decay of the averaged weights (default: 0.9999)")
     recipe.add_argument(
         "--class-dropout-prob", type=float, metavar="P", help="share of labels dropped (default: 0.1)"
@@ -78,17 +93,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=DEVICES, help="(default: auto)")
-    machine.add_argument("--precision", choices=PRECISIONS, help="of the model's arithmetic (default: fp32)")
-    _switch(machine, "--compile", "compile the model with torch.compile (default: off)")
+    _choice(machine, "--device", "(default: auto)")
+    _choice(
+        machine,
+        "--precision",
+        "of the model's arithmetic; weights stay float32 (default: auto, bf16 where CUDA has it, else fp32)",
+    )
+    _choice(machine, "--residual", "dtype of the residual stream; bf16 with bf16 or fp8 (default: fp32)")
+    machine.add_argument(
+        "--accumulate", type=int, metavar="K", help="micro-batches that a batch is cut into (default: 1)"
+    )
+    _choice(
+        machine,
+        "--recompute",
+        "made again in the backward pass: norm outputs and GELU, or blocks (default: cheap)",
+    )
+    _choice(machine, "--attention", "(default: auto)")
+    _choice(machine, "--kernels", "auto is Triton on CUDA, PyTorch elsewhere (default: auto)")
+    _choice(
+        machine, "--optimizer", "AdamW and averaging: in one pass, PyTorch's fused, apex's (default: ours)"
+    )
+    _switch(machine, "--compile", "compile each block with torch.compile (default: off)")
+    _switch(machine, "--cuda-graph", "replay the whole step as one CUDA graph (default: off)")
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads of PyTorch")
-    machine.add_argument("--log-every", type=int, metavar="N", help="steps between log lines (default: 100)")
     machine.add_argument(
         "--ckpt-every", type=int, metavar="N", help="steps between checkpoints (default: 5000)"
     )
     machine.add_argument(
         "--keep-checkpoints", type=int, metavar="N", help="newest checkpoints to keep, 0 for all (default: 2)"
     )
+
+    watch = parser.add_argument_group("watching")
+    watch.add_argument("--log-every", type=int, metavar="N", help="steps between log lines (default: 100)")
+    watch.add_argument(
+        "--sample-every", type=int, metavar="N", help="steps between grids of samples (default: none)"
+    )
+    watch.add_argument(
+        "--sample-steps", type=int, metavar="N", help="noise levels of their sampling (default: 50)"
+    )
+    _switch(watch, "--tensorboard", "also log to RUN/tensorboard (default: off)")
+    _switch(watch, "--wandb", "also log to Weights & Biases (default: off)")
+    _switch(watch, "--nvtx", "NVTX ranges around the parts of a step, for nsys and ncu (default: off)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,6 +153,10 @@ def run(args: argparse.Namespace) -> int:
         config = TrainConfig(**options)
         result = train(config, _run_folder(place["out"], place["results_dir"], config.model))
     return _conclude(result)
+
+
+def _choice(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
+    group.add_argument(flag, choices=CHOICES[flag.removeprefix("--").replace("-", "_")], help=text)
 
 
 def _switch(group: argparse._ArgumentGroup, flag: str, text: str) -> None:

@@ -1,9 +1,7 @@
-"""Random draws that depend on a key and on nothing else.
+"""The order of each epoch, which depends on its key and on nothing else.
 
-A training step must not depend on what was drawn before it, or a resumed run would differ from an
-uninterrupted one. Every draw therefore has its own generator, seeded by (seed, stream, index): the index
-is the global step or the epoch, and one stream each for order, flip, time, noise and label drop keeps
-them apart, so that a new stream shifts none of the others.
+An order is drawn at once, by a generator of its own, seeded by (seed, stream, epoch): what a sample is given in a
+step is drawn by `dit_fast.keyed` instead, keyed by the sample's number.
 """
 
 import hashlib

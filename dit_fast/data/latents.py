@@ -5,6 +5,7 @@ of a mirrored image is not the mirrored latent. Which of the two a step takes, a
 (`LatentStream`), so that no two epochs see the same latent and every run, on any number of ranks, draws the same.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_fast import keyed
 from dit_fast.data.images import heldout_mask
-from dit_fast.data.keyed import generator
 from dit_fast.data.shards import LABELS, MANIFEST, NAMES, digest_file, map_npy, read_json, shard_name
 from dit_fast.data.stream import BatchStream
 from dit_fast.errors import ConfigError, DataError
@@ -46,8 +47,14 @@ class Posterior:
         if noise is not None and self.is_drawn:
             spread = moments[:, 1].float()
             z = torch.addcmul(z, (0.5 * spread).exp_() if self.kind == "logvar" else spread, noise)
-        shift, scale = (z.new_tensor(values).view(-1, 1, 1) for values in (self.shift, self.scale))
+        shift, scale = (per_channel(values, z.device) for values in (self.shift, self.scale))
         return (z - shift) * scale
+
+
+@functools.lru_cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 (C, 1, 1) on `device`; kept, since a copy to the device would make every step wait for it."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class LatentSource(Protocol):
@@ -165,9 +172,9 @@ class LatentSet:
 class LatentStream(BatchStream):
     """The stream of training batches of a latent set: (latents float32 (B, C, H, W), labels int64 (B,)).
 
-    The sample of global sample number g = step * batch_size + position is drawn by a generator of (seed,
-    "posterior", g), on the CPU: it depends on nothing else, so that a rank draws its own rows only and gets what
-    one process would get. Read ahead, on a thread of its own, by `BatchStream.read`.
+    The sample of global sample number g = step * batch_size + position is drawn with the key (seed, "posterior", g):
+    it depends on nothing else, so that a rank draws its own rows only and gets what one process would get. `read`
+    gives the moments, from which `TrainStep` draws on its device, ahead of time on a thread of its own.
     """
 
     def __init__(self, split: LatentSplit, batch_size: int, seed: int, flip: bool):
@@ -177,25 +184,25 @@ class LatentStream(BatchStream):
     def moments(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """Moments (b, K, C, H, W) as stored, flips bool (b,) and labels int64 (b,) of `rows` of a step."""
         indices = self.indices(step)[rows]
-        flips = torch.zeros(self.batch_size, dtype=torch.bool)
-        if self.flip:
-            flips = torch.rand(self.batch_size, generator=generator(self.seed, "flip", step)) < 0.5
-        flips = flips[rows]
+        flips = self.mirrored(step, rows)
+        if flips is None:
+            flips = torch.zeros(len(indices), dtype=torch.bool)
         return self.latents.moments(indices, flips), flips, self.latents.labels[indices]
 
     def noise(self, step: int, rows: slice = slice(None)) -> Tensor:
         """Standard normal float32 (b, C, H, W) for the posteriors of `rows` of a step."""
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
-        noise = torch.empty(len(positions), *self.latents.sample_shape)
-        for row, number in zip(noise, positions, strict=True):
-            row.normal_(generator=generator(self.seed, "posterior", number))
-        return noise
+        key = keyed.key(self.seed, "posterior")
+        return keyed.normal(key, self.numbers(step, rows), self.latents.sample_shape)
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Latents and labels of `rows` of a step."""
         moments, _, labels = self.moments(step, rows)
         posterior = self.latents.posterior
         return posterior.sample(moments, self.noise(step, rows) if posterior.is_drawn else None), labels
+
+    def stored(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        moments, _, labels = self.moments(step, rows)
+        return moments, labels
 
 
 def open_latents(

@@ -2,8 +2,8 @@
 
 Global sample number g = step * batch_size + position belongs to epoch g // N and takes that epoch's
 shuffled place g % N: over each epoch no sample is missing and none comes twice, batches run on over the
-epoch's end, and the batch of a step can be had without those before it. What a run needs to continue is its
-seed and step.
+epoch's end, and the batch of a step, or any rows of it, can be had without those before it. What a run needs to
+continue is its seed and step.
 """
 
 from collections import deque
@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from dit_fast import keyed
 from dit_fast.data.images import Split
 from dit_fast.data.keyed import generator
 from dit_fast.errors import DataError
@@ -51,26 +52,37 @@ class BatchStream:
             first += stop - start
         return torch.cat(parts)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of `step`."""
-        indices = self.indices(step)
-        mirrored = None
-        if self.flip:
-            mirrored = torch.rand(self.batch_size, generator=generator(self.seed, "flip", step)) < 0.5
-        return self.split.batch(indices, mirrored), self.split.labels[indices]
+    def numbers(self, step: int, rows: slice = slice(None)) -> Tensor:
+        """Global sample numbers int64 (b,) of `rows` of a step: what every draw for a sample is keyed by."""
+        return torch.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows]
 
-    def read(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of steps `first` to `last` - 1; files are read ahead in a thread of their own."""
+    def mirrored(self, step: int, rows: slice = slice(None)) -> Tensor | None:
+        """Which samples of `rows` of a step are mirrored, bool (b,); None where none is."""
+        if not self.flip:
+            return None
+        return keyed.uniform(keyed.key(self.seed, "flip"), self.numbers(step, rows)) < 0.5
+
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Images and labels of `rows` of a step."""
+        indices = self.indices(step)[rows]
+        return self.split.batch(indices, self.mirrored(step, rows)), self.split.labels[indices]
+
+    def stored(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """What `dit_fast.training.step.TrainStep` makes the batch of, on its device, and the labels."""
+        return self.batch(step, rows)
+
+    def read(self, first: int, last: int, rows: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+        """`stored` of steps `first` to `last` - 1; files are read ahead in a thread of their own."""
         if not self.split.lazy:
-            yield from map(self.batch, range(first, last))
+            yield from (self.stored(step, rows) for step in range(first, last))
             return
         reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         try:
             steps = iter(range(first, last))
-            waiting = deque(reader.submit(self.batch, step) for step in islice(steps, READ_AHEAD))
+            waiting = deque(reader.submit(self.stored, step, rows) for step in islice(steps, READ_AHEAD))
             while waiting:
                 yield waiting.popleft().result()
-                waiting.extend(reader.submit(self.batch, step) for step in islice(steps, 1))
+                waiting.extend(reader.submit(self.stored, step, rows) for step in islice(steps, 1))
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
 

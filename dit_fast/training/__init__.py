@@ -2,7 +2,8 @@
 
 from dit_fast.training.checkpoint import find_checkpoint, load_checkpoint, read_manifest
 from dit_fast.training.config import PRESETS, TrainConfig
-from dit_fast.training.loop import Trainer, TrainResult, resume, train
+from dit_fast.training.loop import TrainResult, resume, train
+from dit_fast.training.trainer import Trainer
 
 __all__ = [
     "PRESETS",

@@ -6,13 +6,28 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dit_fast.blocks import RECOMPUTE
 from dit_fast.data import ImageSet, LatentSet
 from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.kernels import BACKENDS, KERNEL_MODES
 from dit_fast.models import DiT, DiT_models
+from dit_fast.training.precision import PRECISIONS, RESIDUALS
+from dit_fast.training.rates import SCHEDULES
+from dit_fast.training.torch_optimizer import OPTIMIZERS
 
-PRECISIONS = ("fp32", "tf32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
+CHOICES = {
+    "precision": PRECISIONS,
+    "residual": RESIDUALS,
+    "recompute": RECOMPUTE,
+    "attention": BACKENDS,
+    "kernels": KERNEL_MODES,
+    "optimizer": OPTIMIZERS,
+    "lr_schedule": SCHEDULES,
+    "device": DEVICES,
+}
+"""The values that a field may have, where they are a list."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +37,27 @@ class TrainConfig:
     data                 a built-in set or a folder of class sub-folders
     image_size, channels, num_classes, flip, holdout   see `dit_fast.data.open_images`; None: as the data are
     steps, epochs        length of the run in optimiser steps, or in passes over the training images
-    lr, betas, ema_decay AdamW without weight decay, at a constant rate; decay of the averaged weights
+    lr, beta1, beta2, weight_decay, ema_decay   AdamW, and the decay of the averaged weights
+    lr_schedule, warmup_steps   "constant" or "cosine" (to 0 at the last step), after a linear warm-up
+    max_grad_norm        the gradients' norm is clipped to it; None: not at all
+    optimizer            "ours" (AdamW, clipping and averaging in one pass), "torch" (fused AdamW) or "apex"
+    accumulate           micro-batches that a batch is cut into, to take less memory; the draws stay the same
     class_dropout_prob   share of labels replaced by the null class, for classifier-free guidance
     learn_sigma          learn the variance too, by the hybrid loss (arXiv:2102.09672, eq. 16)
     noise_schedule       "linear" or "squaredcos_cap_v2"
     predict_xstart       predict the image instead of the noise; better where runs are short and patches large
-    precision            "fp32", "tf32" (CUDA matrix products) or "bf16" (autocast; weights stay float32)
+    precision            "auto" (bf16 where CUDA has it, else fp32), "bf16", "fp16" (both autocast; weights stay
+                         float32), "fp32", "tf32" (CUDA matrix products) or "fp8" (torchao's float8 linears)
+    residual             "fp32" or "bf16": dtype of the residual stream
+    recompute, attention, kernels   as in `dit_fast.models.DiT`
+    compile              torch.compile for each block
+    cuda_graph           the whole step as one CUDA graph
+    skip_nonfinite       steps that may be left out for a loss or gradient that is not finite; 0: the first ends the
+                         run
+    sample_every, sample_steps   steps between grids of samples of the averaged weights (None: none), and the noise
+                         levels of their sampling
+    tensorboard, wandb   also log there
+    nvtx                 NVTX ranges around the parts of a step
     keep_checkpoints     newest checkpoints to keep, at least 2; 0 keeps all
     num_workers          threads that decode image files; None: one a core
     threads              PyTorch's CPU threads; None leaves them alone
@@ -53,36 +83,77 @@ class TrainConfig:
     lr: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.999
+    weight_decay: float = 0.0
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
     ema_decay: float = 0.9999
+    optimizer: str = "ours"
+    accumulate: int = 1
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
     noise_schedule: str = "linear"
     predict_xstart: bool = False
     diffusion_steps: int = 1000
     seed: int = 0
-    precision: str = "fp32"
+    precision: str = "auto"
+    residual: str = "fp32"
+    recompute: str = "cheap"
+    attention: str = "auto"
+    kernels: str = "auto"
     compile: bool = False
+    cuda_graph: bool = False
+    skip_nonfinite: int = 0
     device: str = "auto"
     threads: int | None = None
     num_workers: int | None = None
     log_every: int = 100
     ckpt_every: int = 5000
     keep_checkpoints: int = 2
+    sample_every: int | None = None
+    sample_steps: int = 50
+    tensorboard: bool = False
+    wandb: bool = False
+    nvtx: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "log_every", "ckpt_every", "diffusion_steps"):
+        positive = ("batch_size", "accumulate", "log_every", "ckpt_every", "diffusion_steps", "sample_steps")
+        for field in positive:
             _require(self, field, getattr(self, field) >= 1, "at least 1")
-        for field in ("steps", "epochs", "hidden_size", "depth", "num_heads", "patch_size", "threads"):
+        optional = (
+            "steps",
+            "epochs",
+            "hidden_size",
+            "depth",
+            "num_heads",
+            "patch_size",
+            "threads",
+            "sample_every",
+        )
+        for field in optional:
             value = getattr(self, field)
             _require(self, field, value is None or value >= 1, "at least 1")
         _require(self, "lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
+        norm = self.max_grad_norm
+        _require(
+            self, "max_grad_norm", norm is None or (math.isfinite(norm) and norm > 0), "a positive number"
+        )
+        for field in ("weight_decay", "warmup_steps", "skip_nonfinite"):
+            value = getattr(self, field)
+            _require(self, field, math.isfinite(value) and value >= 0, "a number from 0")
         for field in ("beta1", "beta2", "ema_decay", "class_dropout_prob"):
             _require(self, field, 0 <= getattr(self, field) < 1, "from 0 up to, not including, 1")
         _require(self, "seed", 0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1")
-        _require(self, "keep_checkpoints", self.keep_checkpoints != 1, "0 (all) or at least 2")
-        _require(self, "keep_checkpoints", self.keep_checkpoints >= 0, "0 (all) or at least 2")
-        _require(self, "precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-        _require(self, "device", self.device in DEVICES, f"one of {', '.join(DEVICES)}")
+        keep = self.keep_checkpoints
+        _require(self, "keep_checkpoints", keep == 0 or keep >= 2, "0 (all) or at least 2")
+        for field, values in CHOICES.items():
+            _require(self, field, getattr(self, field) in values, f"one of {', '.join(values)}")
+        if self.residual == "bf16" and self.precision in ("fp16", "fp32", "tf32"):
+            raise ConfigError(f"--residual bf16 goes with --precision bf16 or fp8, not {self.precision}")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate}"
+            )
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(
                 f"--steps {self.steps} and --epochs {self.epochs} both set the length: give one"
@@ -141,7 +212,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What may differ between a run and its continuation. Data may have moved: their fingerprint is compared.
 CHANGEABLE = frozenset(
     ("data", "steps", "epochs", "compile", "device", "threads", "num_workers")
-    + ("log_every", "ckpt_every", "keep_checkpoints")
+    + ("log_every", "ckpt_every", "keep_checkpoints", "sample_every", "sample_steps")
+    + ("optimizer", "accumulate", "recompute", "attention", "kernels", "cuda_graph", "skip_nonfinite")
+    + ("tensorboard", "wandb", "nvtx")
 )
 
 
@@ -153,10 +226,12 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(saved.keys() - fields):
         raise CheckpointError(f"{source} has options that this version does not know: {', '.join(unknown)}")
+    # Half a cosine ends with the run, so that its length is part of the recipe.
+    length = ("steps", "epochs") if saved.get("lr_schedule") == "cosine" else ()
     changed = [
         f"--{name.replace('_', '-')} is {saved.get(name)} there and {value} here"
         for name, value in asked.items()
-        if name not in CHANGEABLE and saved.get(name) != value
+        if (name not in CHANGEABLE or name in length) and saved.get(name) != value
     ]
     if changed:
         raise CheckpointError(
@@ -192,6 +267,9 @@ def build_model(config: TrainConfig, data: ImageSet | LatentSet) -> DiT:
         num_classes=data.num_classes,
         class_dropout_prob=config.class_dropout_prob,
         learn_sigma=config.learn_sigma,
+        kernels=config.kernels,
+        attention=config.attention,
+        recompute=config.recompute,
         **overrides,
     )
 

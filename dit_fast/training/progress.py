@@ -16,7 +16,11 @@ from dit_fast.errors import MissingExtraError
 class Record:
     """One line of log.jsonl: means over the steps since the line before, up to and including `step`.
 
-    loss = mse + vb (vb in bits, 0 without learned sigma); seconds of training since the run began.
+    loss = mse + vb (vb in bits, 0 without learned sigma); loss_by_timestep: of the samples in each quarter of the
+    timesteps, least noise first, None where there was none; skipped: steps left out since the line before because they
+    were not finite, which the means leave out too; seconds of training since the run began; mfu: see
+    `dit_fast.training.metrics`, None where the device's peak is not known; data_wait: share of the host's time spent
+    waiting for batches; peak_memory in bytes.
     """
 
     step: int
@@ -24,9 +28,15 @@ class Record:
     mse: float
     vb: float
     grad_norm: float
+    loss_by_timestep: tuple[float | None, ...]
     images_per_second: float
+    mfu: float | None
+    data_wait: float
+    peak_memory: int
     seconds: float
     lr: float
+    loss_scale: float
+    skipped: int
 
 
 class RunLog:
@@ -97,6 +107,14 @@ def plot_loss(log: Path, target: Path) -> None:
 
     Raises MissingExtraError without matplotlib.
     """
+    plot_losses({log.parent.name: log}, target)
+
+
+def plot_losses(logs: dict[str, Path], target: Path) -> None:
+    """Draw the losses of several runs, name: log.jsonl, over each other, each as logged and smoothed.
+
+    Raises MissingExtraError without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -104,16 +122,20 @@ def plot_loss(log: Path, target: Path) -> None:
         raise MissingExtraError(
             "no loss curve: matplotlib is not installed; pip install 'dit-fast[plot]'"
         ) from error
-    records = read_log(log)
-    steps = [record["step"] for record in records]
-    losses = [record["loss"] for record in records]
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="loss, mean since the last log line")
-    axes.plot(steps, _smooth(losses), color="tab:blue", label="smoothed")
-    axes.set(xlabel="optimiser step", ylabel="loss = mse + variational bound (bits)", title=log.parent.name)
-    if losses and min(losses) > 0:
+    lowest = []
+    for index, (name, log) in enumerate(logs.items()):
+        records = read_log(log)
+        steps = [record["step"] for record in records]
+        losses = [record["loss"] for record in records]
+        axes.plot(steps, losses, color=f"C{index}", alpha=0.3, linewidth=0.8)
+        axes.plot(steps, _smooth(losses), color=f"C{index}", label=name)
+        lowest += losses[:1] and [min(losses)]
+    axes.set(xlabel="optimiser step", ylabel="loss = mse + variational bound (bits)")
+    axes.set_title("pale: mean since the last log line; full: smoothed", fontsize="small")
+    if lowest and min(lowest) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -1,0 +1,78 @@
+"""What a run is measured by: model FLOPs, their share of the device's peak, memory, and losses that stand out.
+
+FLOP convention: 3 x the forward pass (backward costs twice the forward), 2 FLOPs a multiply-add, of the linear layers,
+the patch projection and attention's two products; elementwise work and recomputation are not credited. DiT-XL/2 at
+256 px: 118.6 GMAC forward, 711.7 GFLOP an image. MFU is that over the dense bf16 peak of the device, in any precision.
+"""
+
+import resource
+from collections import deque
+
+import torch
+
+from dit_fast.models import DiT
+
+# Dense bf16 tensor-core peaks in FLOP/s of NVIDIA's data sheets; the first name that is part of the device's counts.
+PEAKS = (
+    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("H800", 989e12),
+    ("GH200", 989e12), ("B200", 2250e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12),
+)  # fmt: skip
+
+
+def forward_macs(model: DiT) -> int:
+    """Multiply-adds of one image's forward pass."""
+    sizes = model.config
+    D, depth, mlp = sizes["hidden_size"], sizes["depth"], int(sizes["hidden_size"] * sizes["mlp_ratio"])
+    T, patch = model.x_embedder.num_patches, model.patch_size**2
+    block = T * (4 * D * D + 2 * D * mlp) + 2 * T * T * D + 6 * D * D
+    ends = T * D * patch * (model.in_channels + model.out_channels) + 2 * D * D
+    conditioning = model.t_embedder.frequency_embedding_size * D + D * D
+    return depth * block + ends + conditioning
+
+
+def training_flops(model: DiT) -> int:
+    """Model FLOPs of training on one image."""
+    return 3 * 2 * forward_macs(model)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on a CUDA device, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class SpikeDetector:
+    """Losses that stand out: 10 times the greatest so far, or twice the mean of the last 10.
+
+    The first as Megatron-LM's rerun state machine, the second as Lightning's spike detection. Starts anew with a
+    process; the first `WINDOW` losses are taken in without a verdict.
+    """
+
+    WINDOW, OF_MEAN, OF_MAX = 10, 2.0, 10.0
+
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=self.WINDOW)
+        self.greatest = 0.0
+
+    def judge(self, loss: float) -> str | None:
+        """Why this loss is a spike, or None. It is taken into the window unless it is one."""
+        mean = sum(self.recent) / len(self.recent) if self.recent else 0.0
+        reason = None
+        if len(self.recent) == self.WINDOW:
+            if loss >= self.OF_MAX * self.greatest > 0:
+                reason = f"{loss / self.greatest:.1f} times the greatest loss before"
+            elif loss >= self.OF_MEAN * mean > 0:
+                reason = f"{loss / mean:.1f} times the mean of the {self.WINDOW} before"
+        self.greatest = max(self.greatest, loss)
+        if reason is None:
+            self.recent.append(loss)
+        return reason

@@ -1,0 +1,99 @@
+"""Precision of a training step: what the model computes in; weights, optimiser states and averages stay float32."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast.errors import ConfigError, MissingExtraError
+from dit_fast.models import DiT
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "tf32", "fp8")
+RESIDUALS = ("fp32", "bf16")
+AUTOCAST = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
+FLOAT8_CAPABILITY = (8, 9)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`name`, "auto" resolved: bf16 on a CUDA device whose hardware has it, fp32 elsewhere.
+
+    Raises ConfigError for fp8 on a CUDA device without float8 arithmetic.
+    """
+    if name == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp32"
+    if name == "fp8" and device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        if found < FLOAT8_CAPABILITY:
+            raise ConfigError(
+                f"--precision fp8: the device has compute capability {found[0]}.{found[1]}, float8 needs "
+                f"{FLOAT8_CAPABILITY[0]}.{FLOAT8_CAPABILITY[1]}; give --precision bf16"
+            )
+    return name
+
+
+def keep_residual_in_bf16(model: DiT) -> None:
+    """Round the tokens that enter the blocks to bfloat16: the residual stream keeps that dtype to its end."""
+
+    def narrow(module: nn.Module, arguments: tuple[Any, ...], tokens: Tensor) -> Tensor:
+        return tokens.to(torch.bfloat16)
+
+    model.x_embedder.register_forward_hook(narrow)
+
+
+def use_float8(model: DiT, device: torch.device) -> None:
+    """Put torchao's float8 training linears (tensor-wise dynamic scales) in the place of the blocks' linears.
+
+    The four linears over tokens of each block; those over the batch (modulation, embedders) are too small to gain.
+    Parameters keep their names. A CPU emulates the arithmetic. Raises MissingExtraError without torchao.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise MissingExtraError(
+            "--precision fp8: torchao is not installed; pip install 'dit-fast[fp8]'"
+        ) from error
+
+    def over_tokens(module: nn.Module, name: str) -> bool:
+        # The hardware's float8 product takes dimensions that are multiples of 16.
+        fits = isinstance(module, nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
+        return fits and name.startswith("blocks.") and name.split(".")[-2] in ("attn", "mlp")
+
+    config = Float8LinearConfig(emulate=device.type != "cuda")
+    convert_to_float8_training(model, module_filter_fn=over_tokens, config=config)
+
+
+class LossScale:
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, section 3.2) that the host never waits for.
+
+    As `torch.amp.GradScaler`: the scale is halved after a gradient overflow, doubled after 2000 steps without one.
+    """
+
+    GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
+
+    def __init__(self, device: torch.device, scale: float = 2.0**16):
+        self.scale = torch.full((1,), scale, device=device)
+        self.growth = torch.zeros(1, dtype=torch.int32, device=device)
+        self.found_inf = torch.zeros(1, device=device)
+
+    def unscale(self, gradients: Sequence[Tensor]) -> None:
+        """Divide the gradients by the scale, in place; `found_inf` then says whether one overflowed."""
+        self.found_inf.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            list(gradients), self.found_inf, self.scale.double().reciprocal().float()
+        )
+
+    def update(self) -> None:
+        """Adapt the scale to whether the last gradients overflowed."""
+        torch._amp_update_scale_(
+            self.scale, self.growth, self.found_inf, self.GROWTH, self.BACKOFF, self.INTERVAL
+        )
+
+    def state(self) -> dict[str, float]:
+        """For a checkpoint; waits for the device."""
+        return {"scale": self.scale.item(), "growth": self.growth.item()}
+
+    def restore(self, state: dict[str, float]) -> None:
+        self.scale.fill_(state["scale"])
+        self.growth.fill_(int(state["growth"]))

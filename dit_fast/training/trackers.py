@@ -1,0 +1,81 @@
+"""Where a run's numbers and pictures can go besides its own folder: TensorBoard, Weights & Biases."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from dit_fast.errors import MissingExtraError
+from dit_fast.training.config import TrainConfig
+
+
+class Tracker(Protocol):
+    """Takes what a run says at its log lines."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+
+    def image(self, step: int, path: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `run`/tensorboard. Raises MissingExtraError without tensorboard."""
+
+    def __init__(self, run: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError(
+                "--tensorboard: tensorboard is not installed; pip install 'dit-fast[track]'"
+            ) from error
+        self.writer: Any = SummaryWriter(str(run / "tensorboard"))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, step: int, path: Path) -> None:
+        with Image.open(path) as picture:
+            self.writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run named as the folder; a continued run goes on there. Raises MissingExtraError without wandb."""
+
+    def __init__(self, config: TrainConfig, run: Path):
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingExtraError(
+                "--wandb: wandb is not installed; pip install 'dit-fast[track]'"
+            ) from error
+        self.wandb: Any = wandb
+        self.session = wandb.init(
+            project="dit-fast", name=run.name, id=run.name, resume="allow", dir=str(run),
+            config=dataclasses.asdict(config),
+        )  # fmt: skip
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.session.log(values, step=step)
+
+    def image(self, step: int, path: Path) -> None:
+        self.session.log({"samples": self.wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+def open_trackers(config: TrainConfig, run: Path) -> list[Tracker]:
+    """The trackers that the configuration asks for. Raises MissingExtraError."""
+    trackers: list[Tracker] = []
+    if config.tensorboard:
+        trackers.append(TensorBoard(run))
+    if config.wandb:
+        trackers.append(WeightsAndBiases(config, run))
+    return trackers
