@@ -1,0 +1,114 @@
+"""Starts processes that train together, on gloo, with a time limit; and the small models that they train."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 120
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launch ended: exit statuses by rank (of torchrun: one) and what each printed."""
+
+    codes: list[int]
+    outputs: list[str]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(f"[{rank}] exit {self.codes[rank]}\n{out}" for rank, out in enumerate(self.outputs))
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {
+        **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), **extra,
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def start(command: Sequence[str], size: int, **extra: str) -> list[subprocess.Popen]:
+    """`size` processes with the environment that torchrun gives its workers; stdout and stderr together."""
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            start_new_session=True,
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **extra,
+            ),
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def finish(processes: Sequence[subprocess.Popen], limit: float = LIMIT) -> Ended:
+    """Wait for all of them; none outlives the limit."""
+    deadline = time.monotonic() + limit
+    outputs: list[str] = []
+    try:
+        outputs.extend(
+            process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0] for process in processes
+        )
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            stop(process, signal.SIGKILL)
+        outputs = [process.communicate()[0] for process in processes[len(outputs) :]]
+        raise AssertionError(f"not over after {limit} s:\n" + "\n".join(outputs)) from None
+    return Ended([process.returncode for process in processes], outputs)
+
+
+def stop(process: subprocess.Popen, number: signal.Signals) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+
+
+def launch(command: Sequence[str], size: int, limit: float = LIMIT, **extra: str) -> Ended:
+    return finish(start(command, size, **extra), limit)
+
+
+def torchrun(
+    arguments: Sequence[str], size: int, options: Sequence[str] = (), **extra: str
+) -> subprocess.Popen:
+    """A torchrun of `size` workers; the output of all of them is its own."""
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size),
+            *options, *arguments,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        env=environment(**extra),
+    )  # fmt: skip
+
+
+def alive(pids: Sequence[int]) -> list[int]:
+    """Those processes that still run; zombies do not."""
+    running = []
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        if state != "Z":
+            running.append(pid)
+    return running
