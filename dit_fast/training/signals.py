@@ -1,37 +1,101 @@
-"""Ctrl-C and SIGTERM as a request to stop after the current step."""
+"""Ctrl-C, SIGTERM and Slurm's SIGUSR1 as a request to stop after the current step, on all ranks at the same one."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 
+import torch
+from torch import Tensor
+
+from dit_fast.training.world import World
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopRequest:
-    """Inside `with StopRequest() as stop:` the first SIGINT or SIGTERM only sets `stop.signal`.
+    """Inside `with StopRequest() as stop:` SIGINT, SIGTERM and SIGUSR1 only set `stop.signal`.
 
-    The second one acts as it would have without us, for a user who does not want to wait for the step.
-    Outside the main thread, where Python takes no signals, it never stops anything.
+    A second Ctrl-C acts as it would have without us, for a user who does not want to wait for the step; not so with
+    several ranks, where `alone` is False: a terminal sends it to torchrun too, which sends it on, so that each rank
+    gets it twice. The other signals come from schedulers, twice as well, and never stop a save. Outside the main
+    thread, where Python takes no signals, nothing is ever requested.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = True) -> None:
         self.signal: signal.Signals | None = None
+        self._alone = alone
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        self._restore(*self._previous)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+        self.signal = self.signal or signal.Signals(number)
+        if self._alone:
+            self._restore(signal.SIGINT)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._previous = {}
+    def _restore(self, *numbers: signal.Signals) -> None:
+        for number in numbers:
+            if number in self._previous:
+                signal.signal(number, self._previous.pop(number))  # type: ignore[arg-type]
+
+
+class StepAgreement:
+    """One reduction a step in which the ranks tell each other what all of them must act on.
+
+    Within a step, `exchange(bad, stop, save_failed)`: `bad` is a () tensor on the device, whether the loss or the
+    gradients of this rank are not finite; it returns whether any rank's are, on the device, without waiting for it.
+    After `read`, `stop` and `save_failed` are what any rank said, and `bad_rank` is a rank that was bad. On CUDA,
+    `read` gives the values of the step before, so that the host can run ahead by one step: all ranks still act at the
+    same one.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self.stop: signal.Signals | None = None
+        self.save_failed = False
+        self.bad_rank: int | None = None
+        on_device = world.device.type == "cuda"
+        # Two of each in turn: on CUDA the copies of a step are under way while the next one is prepared.
+        self._said = [torch.zeros(3, pin_memory=on_device) for _ in range(2)]
+        self._heard = [torch.zeros(3, pin_memory=on_device) for _ in range(2)]
+        self._events: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+        self._flags = torch.zeros(3, device=world.device)
+
+    @torch.no_grad()
+    def exchange(self, bad: Tensor, stop: signal.Signals | None, save_failed: bool) -> Tensor:
+        """Whether `bad` is true on any rank, () bool on the device."""
+        said = self._said[self._turn]
+        said[1] = float(stop or 0)
+        said[2] = float(save_failed)
+        flags = self._flags.copy_(said, non_blocking=True)
+        # The largest of rank + 1 names one of the ranks where it is true.
+        flags[0] = bad.to(flags.dtype) * (self.world.rank + 1)
+        self.world.maximum(flags)
+        heard = self._heard[self._turn]
+        heard.copy_(flags, non_blocking=True)
+        if flags.is_cuda:
+            event = self._events[self._turn] = torch.cuda.Event()
+            event.record()
+        return flags[0] > 0
+
+    def read(self) -> None:
+        """Take in what was said: in this step on the CPU, in the one before on CUDA."""
+        if self.world.device.type == "cuda":
+            self._turn = 1 - self._turn
+        event = self._events[self._turn]
+        if event is not None:
+            event.synchronize()
+        bad, stop, save_failed = self._heard[self._turn].tolist()
+        self.bad_rank = int(bad) - 1 if bad else None
+        self.stop = signal.Signals(int(stop)) if stop else None
+        self.save_failed = bool(save_failed)
