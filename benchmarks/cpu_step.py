@@ -9,7 +9,6 @@ of them alike; the speed-up is the median over rounds of plain / variant within 
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.environment import environment
 from benchmarks.plain_dit import PlainDiT
-from dit_fast import __version__
 from dit_fast.models import DiT, DiT_models
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -161,24 +160,6 @@ def summary(variant: str, times: list[float], plain: list[float], size: int) -> 
     return Timing(variant, len(times), median, lower, upper, size / median * 1e3, speed_up)
 
 
-def machine() -> dict[str, object]:
-    """What the figures depend on: processor, its vector instructions, threads, load and versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = set(fields.get("flags", "").split())
-    return {
-        "cpu": fields.get("model name") or platform.processor() or "unknown",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "bf16_instructions": sorted(flags & {"avx512_bf16", "amx_bf16"}),
-        "load_average": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dit_fast": __version__,
-    }
-
-
 def table(timings: list[Timing]) -> str:
     """The timings as aligned text."""
     rows = [
@@ -221,7 +202,7 @@ def main() -> None:
     if args.bf16_repeats == 1:
         parser.error("--bf16-repeats 1 has no spread: give 0 or at least 2")
 
-    before = machine()
+    before = environment()
     timings, agreement = measure(args.model, args.batch, args.repeats, args.bf16_repeats)
     print(f"{args.model}, batch {args.batch}, train step")
     print(", ".join(f"{key} {value}" for key, value in before.items()))

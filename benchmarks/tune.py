@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.op_bench import Bench
 from benchmarks.static_report import DTYPES, WIDTHS
 from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import Launch, record_launches
-from dit_fast.kernels.registry import REGISTRY, OpSpec
+from dit_fast.kernels.registry import REGISTRY
 
 MARGIN = 0.02
 """By how much an answer must beat the heuristic's; smaller differences are noise between runs."""
@@ -76,68 +76,6 @@ class Measured:
             return {"choice": best, **entry}
         fields = {name: getattr(best, name) for name in type(best).tunable}
         return {"config": fields, **entry}
-
-
-class Bench:
-    """One operation at one shape and in one dtype setting: inputs, reference results and what to time."""
-
-    def __init__(self, spec: OpSpec, shape: tuple[int, int, int], dtypes: str, device: str) -> None:
-        self.spec, self.device = spec, device
-        generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
-
-        def make(*size: int, dtype: torch.dtype) -> Tensor:
-            return torch.randn(size, dtype=dtype, device=device, generator=generator)
-
-        self.inputs = spec.make_inputs(shape, *DTYPES[dtypes], make)
-
-    def run(
-        self, function: Callable[..., Any], dtype: torch.dtype | None = None, **keywords: Any
-    ) -> list[Tensor]:
-        """Outputs and the gradients of all floating-point inputs, computed in `dtype` if one is given."""
-        inputs = [
-            value.detach().to(dtype or value.dtype).requires_grad_() if _wants_gradient(value) else value
-            for value in self.inputs
-        ]
-        result = function(*inputs, **keywords)
-        outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if out.requires_grad]
-        cotangents = [torch.full_like(out, 0.5) for out in outputs]
-        torch.autograd.backward(outputs, cotangents)
-        gradients = [value.grad for value in inputs if isinstance(value, Tensor) and value.grad is not None]
-        return [out.detach() for out in outputs] + gradients
-
-    def kernel(self, **keywords: Any) -> list[Tensor]:
-        """`run` of the operation itself, as a model calls it on this device."""
-        return self.run(self.spec.op, kernels="auto" if self.device == "cuda" else "triton", **keywords)
-
-    def launches(self, name: str, capability: int) -> list[Launch]:
-        """The launches of kernel `name`, recorded."""
-        with record_launches(capability) as launches:
-            self.kernel()
-        return [launch for launch in launches if launch.kernel.fn.__name__ == name]
-
-    def errors(self, found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-        return [
-            float((a.double() - b).norm() / b.norm().clamp_min(1e-30))
-            for a, b in zip(found, exact, strict=True)
-        ]
-
-    def disagreement(self) -> str | None:
-        """In words, where the operation is less exact than three times PyTorch in the same dtypes; None if nowhere.
-
-        Both are compared with the reference in float64; a rounding of the result's own dtype is always allowed.
-        """
-        exact = self.run(self.spec.reference, torch.float64)
-        found, ours = self.kernel(), self.run(self.spec.reference)
-        limits = self.errors(ours, exact)
-        for index, (error, limit) in enumerate(zip(self.errors(found, exact), limits, strict=True)):
-            allowed = 3 * limit + torch.finfo(found[index].dtype).eps
-            if not error <= allowed:
-                return f"result {index} has a relative error of {error:.2e}, PyTorch {limit:.2e}"
-        return None
-
-
-def _wants_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def replay(launches: Sequence[Launch]) -> None:

@@ -30,7 +30,8 @@ class OpSpec:
 
     make_inputs(shape, stream, low, make): `stream` is the dtype of the residual stream, `low` that of branches and
     modulation (autocast mixes them), `make(*size, dtype=...)` a factory of tensors. `forward_elements(B, T, D)`,
-    `backward_elements`: what has to be read and written, vectors of one row a sample left out.
+    `backward_elements`: what has to be read and written, vectors of one row a sample left out. `products(B, T, D)`:
+    multiplications and additions of the forward pass's matrix products, `backward_products` times as many backward.
     """
 
     name: str
@@ -39,6 +40,8 @@ class OpSpec:
     make_inputs: Callable[[Shape, torch.dtype, torch.dtype, Make], tuple[Any, ...]]
     forward_elements: Callable[[int, int, int], int]
     backward_elements: Callable[[int, int, int], int]
+    products: Callable[[int, int, int], int] = lambda B, T, D: 0
+    backward_products: float = 2.0
 
     def bytes_moved(self, shape: Shape, itemsize: int, backward: bool = False) -> int:
         """Unavoidable bytes to and from memory, forward or backward."""
@@ -117,7 +120,17 @@ REGISTRY: dict[str, OpSpec] = {
         OpSpec(
             "adaln_modulate", adaln_modulate, reference.adaln_modulate, _adaln_inputs, _tokens(2), _tokens(3)
         ),
-        OpSpec("attention", attention, reference.attention, _attention_inputs, _tokens(4), _tokens(7)),
+        # Backward computes the scores again: five products of which the forward pass has two.
+        OpSpec(
+            "attention",
+            attention,
+            reference.attention,
+            _attention_inputs,
+            _tokens(4),
+            _tokens(7),
+            lambda B, T, D: 4 * B * T * T * D,
+            2.5,
+        ),
         OpSpec(
             "gated_residual",
             gated_residual,
@@ -136,8 +149,24 @@ REGISTRY: dict[str, OpSpec] = {
         ),
         OpSpec("gelu", gelu, reference.gelu, _gelu_inputs, _tokens(2), _tokens(3)),
         # x, out and pre; d_out, x, pre and d_x; the two weights and their gradients.
-        OpSpec("mlp", mlp, reference.mlp, _mlp_inputs, _tokens_and_weights(6, 8), _tokens_and_weights(7, 16)),
-        OpSpec("patch_embed", patch_embed, reference.patch_embed, _embed_inputs, _tokens(1), _tokens(1)),
+        OpSpec(
+            "mlp",
+            mlp,
+            reference.mlp,
+            _mlp_inputs,
+            _tokens_and_weights(6, 8),
+            _tokens_and_weights(7, 16),
+            lambda B, T, D: 16 * B * T * D * D,
+        ),
+        OpSpec(
+            "patch_embed",
+            patch_embed,
+            reference.patch_embed,
+            _embed_inputs,
+            _tokens(1),
+            _tokens(1),
+            lambda B, T, D: 32 * B * T * D,
+        ),
         OpSpec("unpatchify", unpatchify, reference.unpatchify, _unpatchify_inputs, _patches, _patches),
     )
 }

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import tune
-from benchmarks.tune import Bench, Measured
+from benchmarks.op_bench import Bench
+from benchmarks.tune import Measured
 from dit_fast.kernels import reference, tuned
 from dit_fast.kernels.launch import (
     Products,

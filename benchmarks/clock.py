@@ -1,0 +1,76 @@
+"""Time as the device sees it, and what the device can do at best, measured in the same run."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 256 * 2**20
+"""More than the second-level cache of any GPU so far: written between repeats, it leaves nothing in it."""
+
+
+class DeviceInstant:
+    """A point in a CUDA stream. The difference of two, in seconds, waits until the device has passed both."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "DeviceInstant") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) * 1e-3
+
+
+def now() -> Any:
+    """An instant on the CUDA device where there is one, else on the host's clock; instants subtract to seconds."""
+    return DeviceInstant() if torch.cuda.is_available() else time.perf_counter()
+
+
+@functools.cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+
+def cold() -> None:
+    """Empty the second-level cache. On a CPU nothing is done: there, cases are timed warm."""
+    if torch.cuda.is_available():
+        _flush_buffer().zero_()
+
+
+def seconds(function: Callable[[], Any], repeats: int, warmup: int = 3) -> list[float]:
+    """Times of `repeats` calls, caches cold, after `warmup` calls that are not counted."""
+    for _ in range(warmup):
+        function()
+    times = []
+    for _ in range(repeats):
+        cold()
+        start = now()
+        function()
+        times.append(now() - start)
+    return times
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Best of the device: bytes per second of a copy, read and written, and operations per second of a product."""
+
+    copy: float
+    product: float
+
+
+@functools.cache
+def ceiling(dtype: torch.dtype) -> Ceiling:
+    """Measured once per dtype and process: a large copy and a large square product."""
+    on_gpu = torch.cuda.is_available()
+    device, size, side = ("cuda", 2**28, 8192) if on_gpu else ("cpu", 2**23, 1024)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    factor = torch.randn(side, side, dtype=dtype, device=device)
+    repeats = 20 if on_gpu else 5
+    copied = statistics.median(seconds(lambda: target.copy_(source), repeats))
+    multiplied = statistics.median(seconds(lambda: factor @ factor, repeats))
+    return Ceiling(2 * size / copied, 2 * side**3 / multiplied)
