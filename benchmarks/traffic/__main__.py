@@ -1,10 +1,12 @@
 """`python -m benchmarks.traffic`: what Inductor moves for a DiT block and what ours moves, counted without a GPU.
 
-    python -m benchmarks.traffic --mode bf16 --ours "least traffic" attention=triton choice.mlp=triton
+    python -m benchmarks.traffic --out benchmarks/results/traffic.md
+    python -m benchmarks.traffic --mode bf16 --ours "least traffic" attention=triton mlp_epilogue=triton
     python -m benchmarks.traffic --chains
+    python -m benchmarks.traffic --memory
 
 Each `--ours NAME key=value ...` is one more line, with these settings for the block of `--factory` and, for a key
-`choice.OP`, what stands for the tuned table; without one, the defaults are counted. Needs PyTorch's CPU build and g++.
+`choice.OP`, what stands for the tuned table; without one, those of SETTINGS. Needs PyTorch's CPU build and g++.
 """
 
 import argparse
@@ -16,10 +18,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.traffic import MODES, Program, TrafficError, count, prices, report, steady_state
+from benchmarks.traffic import MODES, Program, TrafficError, count, memory, prices, report, steady_state
 
 PLAIN = "benchmarks.traffic.blocks:plain"
 OURS = "benchmarks.traffic.blocks:dit_fast"
+
+SETTINGS = (
+    ["dit_fast, defaults"],
+    ["least traffic", "attention=triton", "mlp_epilogue=triton"],
+    ["least traffic, standalone GELU", "attention=triton", "mlp_epilogue=separate"],
+    ["least memory", "attention=triton", "mlp_epilogue=triton", "recompute=cheap"],
+    ["least memory, standalone GELU", "attention=triton", "mlp_epilogue=separate", "recompute=cheap"],
+)
+"""Our block as it is counted for benchmarks/results."""
 
 
 def parse_settings(words: list[str]) -> tuple[str, dict[str, Any], dict[str, str]]:
@@ -54,6 +65,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--chains", action="store_true", help="price what is not a block, against the least possible"
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="whether a step of the whole model fits in 80 GB"
+    )
     parser.add_argument("--out", type=Path, help="also write the table (.md) and the counts (.json) here")
     return parser.parse_args(arguments)
 
@@ -63,20 +77,22 @@ def versions() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton"))
 
 
-def blocks(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def our_programs(args: argparse.Namespace, shape: Program) -> list[tuple[str, Program]]:
+    """(name, program) of each `--ours`."""
+    ours = [parse_settings(words) for words in args.ours or SETTINGS]
+    return [
+        (name, replace(shape, factory=args.factory, settings=settings, choices=choices))
+        for name, settings, choices in ours
+    ]
+
+
+def blocks(args: argparse.Namespace, shape: Program) -> tuple[str, dict[str, Any]]:
     """The comparison of a block as a document and as JSON values."""
-    shape = Program(
-        PLAIN, batch=args.batch, tokens=args.tokens, width=args.dim, heads=args.heads, blocks=args.blocks
-    )
-    ours = [parse_settings(words) for words in args.ours or [["dit_fast"]]]
+    ours = our_programs(args, shape)
     labels, programs = [], []
     for mode in args.mode or MODES:
-        labels += [(mode, "Inductor"), *((mode, name) for name, _, _ in ours)]
-        programs.append(replace(shape, mode=mode))
-        programs += [
-            replace(shape, factory=args.factory, settings=settings, choices=choices, mode=mode)
-            for _, settings, choices in ours
-        ]
+        labels += [(mode, name) for name, _ in (("Inductor", shape), *ours)]
+        programs += [replace(program, mode=mode) for _, program in (("Inductor", shape), *ours)]
     counted = count([one for program in programs for one in steady_state(program)])
     steady = [longer - shorter for longer, shorter in zip(counted[::2], counted[1::2], strict=True)]
     rows = [(mode, name, traffic) for (mode, name), traffic in zip(labels, steady, strict=True)]
@@ -87,10 +103,17 @@ def blocks(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> None:
     try:
         args = parse_arguments(arguments)
+        shape = Program(
+            PLAIN, batch=args.batch, tokens=args.tokens, width=args.dim, heads=args.heads, blocks=args.blocks
+        )
         if args.chains:
             document, values = prices.document(args.batch, versions())
+        elif args.memory:
+            ours, modes = our_programs(args, shape), args.mode or MODES
+            found = memory.measure(shape, ours, modes, prices.DEPTH)
+            document, values = memory.document(shape, found, prices.DEPTH, versions())
         else:
-            document, values = blocks(args)
+            document, values = blocks(args, shape)
     except TrafficError as error:
         sys.exit(f"error: {error}")
     print(document, end="")
