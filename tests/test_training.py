@@ -20,6 +20,7 @@ from dit_fast.training import (
     TrainConfig,
     Trainer,
     checkpoint,
+    checkpoint_writer,
     config,
     load_checkpoint,
     loop,
@@ -346,19 +347,19 @@ def test_a_full_disk_is_found_before_the_first_step(data, tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(data, tmp_path, monkeypatch, caplog):
-    save, failed = trainer_module.save_checkpoint, []
+    write, failed = checkpoint_writer.write_checkpoint, []
 
-    def full_at_step_two(run, model, ema, optimizer, manifest, keep):
+    def full_at_step_two(run, config, pieces, needed, manifest, *rest):
         if manifest["step"] == 2:
             failed.append(2)
             raise OutputError("no space")
-        return save(run, model, ema, optimizer, manifest, keep)
+        return write(run, config, pieces, needed, manifest, *rest)
 
-    monkeypatch.setattr(trainer_module, "save_checkpoint", full_at_step_two)
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", full_at_step_two)
     with caplog.at_level(logging.WARNING):
         result = train(tiny(steps=4, ckpt_every=1, keep_checkpoints=0), tmp_path / "run")
     assert failed == [2]
-    assert "step 2: no space; training goes on" in caplog.text
+    assert "no space; training goes on" in caplog.text
     assert [path.name[-1] for path in checkpoint.step_folders(tmp_path / "run")] == ["1", "3", "4"]
     assert result.step == 4
 

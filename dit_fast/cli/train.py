@@ -8,7 +8,8 @@ from typing import Any
 
 from dit_fast.errors import ConfigError
 from dit_fast.training.config import CHOICES, PRESETS, TrainConfig
-from dit_fast.training.loop import TrainResult, resume, train
+from dit_fast.training.loop import TrainResult, device_of, resume, train
+from dit_fast.training.world import World, join_world
 
 _EPILOG = """The reference's flags --data-path, --results-dir, --global-batch-size and --global-seed work too.
 Example: dit-fast train --data photos --image-size 64 --model DiT-S/4 --out runs/photos"""
@@ -115,6 +116,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _switch(machine, "--compile", "compile each block with torch.compile (default: off)")
     _switch(machine, "--cuda-graph", "replay the whole step as one CUDA graph (default: off)")
+    _choice(
+        machine,
+        "--parallel",
+        "how the ranks of torchrun share the model (default: auto, fsdp for several)",
+    )
+    machine.add_argument(
+        "--timeout", type=float, metavar="S", help="seconds to wait for a rank that hangs (default: 600)"
+    )
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads of PyTorch")
     machine.add_argument(
         "--ckpt-every", type=int, metavar="N", help="steps between checkpoints (default: 5000)"
@@ -122,6 +131,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--keep-checkpoints", type=int, metavar="N", help="newest checkpoints to keep, 0 for all (default: 2)"
     )
+
+    machine.add_argument(
+        "--milestone-every", type=int, metavar="N", help="also keep the steps that N divides (default: none)"
+    )
+    _switch(machine, "--async-checkpoint", "write checkpoints beside the training (default: on)")
 
     watch = parser.add_argument_group("watching")
     watch.add_argument("--log-every", type=int, metavar="N", help="steps between log lines (default: 100)")
@@ -145,14 +159,15 @@ def run(args: argparse.Namespace) -> int:
             f"--{name.replace('_', '-')}" for name, value in place.items() if value and name != "resume"
         ]:
             raise ConfigError(f"--resume continues a run where it is: leave out {', '.join(others)}")
-        result = resume(place["resume"], asked)
-    else:
-        options: dict[str, Any] = {**PRESETS.get(place["preset"] or "", {}), **asked}
-        if "data" not in options:
-            raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")
-        config = TrainConfig(**options)
-        result = train(config, _run_folder(place["out"], place["results_dir"], config.model))
-    return _conclude(result)
+        with join_world(asked.get("device") or device_of(place["resume"])) as world:
+            return _conclude(resume(place["resume"], asked, world), world)
+    options: dict[str, Any] = {**PRESETS.get(place["preset"] or "", {}), **asked}
+    if "data" not in options:
+        raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")
+    config = TrainConfig(**options)
+    with join_world(config.device) as world:
+        folder = world.first(lambda: _run_folder(place["out"], place["results_dir"], config.model))
+        return _conclude(train(config, folder, world), world)
 
 
 def _choice(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
@@ -173,15 +188,17 @@ def _run_folder(out: str | None, results: str | None, model: str) -> Path:
     return parent / f"{max(taken, default=-1) + 1:03d}-{model.replace('/', '-')}"
 
 
-def _conclude(result: TrainResult) -> int:
-    print(
-        f"checkpoint {result.checkpoint}, log {result.run / 'log.jsonl'}, "
-        f"loss curve {result.run / 'loss.png'}"
-    )
-    if result.stopped_by is None or result.step == result.total_steps:
-        return 0
-    print(
-        f"{result.stopped_by.name}: stopped and saved at step {result.step} of {result.total_steps}; "
-        f"continue with: dit-fast train --resume {shlex.quote(str(result.run))}"
-    )
-    return 128 + result.stopped_by
+def _conclude(result: TrainResult, world: World) -> int:
+    lines = [
+        f"checkpoint {result.checkpoint}, log {result.run / 'log.jsonl'}, loss curve {result.run / 'loss.png'}"
+    ]
+    status = 0
+    if result.stopped_by is not None and result.step < result.total_steps:
+        status = 128 + result.stopped_by
+        lines.append(
+            f"{result.stopped_by.name}: stopped and saved at step {result.step} of {result.total_steps}; "
+            f"continue with: dit-fast train --resume {shlex.quote(str(result.run))}"
+        )
+    if world.is_first:
+        print(*lines, sep="\n", flush=True)
+    return status

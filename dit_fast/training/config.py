@@ -12,6 +12,7 @@ from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.kernels import BACKENDS, KERNEL_MODES
 from dit_fast.models import DiT, DiT_models
+from dit_fast.training.parallel import PARALLEL
 from dit_fast.training.precision import PRECISIONS, RESIDUALS
 from dit_fast.training.rates import SCHEDULES
 from dit_fast.training.torch_optimizer import OPTIMIZERS
@@ -26,6 +27,7 @@ CHOICES = {
     "optimizer": OPTIMIZERS,
     "lr_schedule": SCHEDULES,
     "device": DEVICES,
+    "parallel": PARALLEL,
 }
 """The values that a field may have, where they are a list."""
 
@@ -51,6 +53,9 @@ class TrainConfig:
     residual             "fp32" or "bf16": dtype of the residual stream
     recompute, attention, kernels   as in `dit_fast.models.DiT`
     compile              torch.compile for each block
+    parallel             how ranks share the model: "none", "ddp", "fsdp", "hsdp" (`dit_fast.training.parallel`) or
+                         "auto": none for one, fsdp for several
+    timeout              seconds that ranks wait for one that hangs, once the first step is made
     cuda_graph           the whole step as one CUDA graph
     skip_nonfinite       steps that may be left out for a loss or gradient that is not finite; 0: the first ends the
                          run
@@ -59,6 +64,8 @@ class TrainConfig:
     tensorboard, wandb   also log there
     nvtx                 NVTX ranges around the parts of a step
     keep_checkpoints     newest checkpoints to keep, at least 2; 0 keeps all
+    milestone_every      also keep the checkpoints of steps that it divides; 0: none
+    async_checkpoint     write checkpoints beside the training, from a copy of the state
     num_workers          threads that decode image files; None: one a core
     threads              PyTorch's CPU threads; None leaves them alone
 
@@ -102,6 +109,8 @@ class TrainConfig:
     attention: str = "auto"
     kernels: str = "auto"
     compile: bool = False
+    parallel: str = "auto"
+    timeout: float = 600.0
     cuda_graph: bool = False
     skip_nonfinite: int = 0
     device: str = "auto"
@@ -110,6 +119,8 @@ class TrainConfig:
     log_every: int = 100
     ckpt_every: int = 5000
     keep_checkpoints: int = 2
+    milestone_every: int = 0
+    async_checkpoint: bool = True
     sample_every: int | None = None
     sample_steps: int = 50
     tensorboard: bool = False
@@ -138,7 +149,8 @@ class TrainConfig:
         _require(
             self, "max_grad_norm", norm is None or (math.isfinite(norm) and norm > 0), "a positive number"
         )
-        for field in ("weight_decay", "warmup_steps", "skip_nonfinite"):
+        _require(self, "timeout", math.isfinite(self.timeout) and self.timeout > 0, "a positive number")
+        for field in ("weight_decay", "warmup_steps", "skip_nonfinite", "milestone_every"):
             value = getattr(self, field)
             _require(self, field, math.isfinite(value) and value >= 0, "a number from 0")
         for field in ("beta1", "beta2", "ema_decay", "class_dropout_prob"):
@@ -214,7 +226,7 @@ CHANGEABLE = frozenset(
     ("data", "steps", "epochs", "compile", "device", "threads", "num_workers")
     + ("log_every", "ckpt_every", "keep_checkpoints", "sample_every", "sample_steps")
     + ("optimizer", "accumulate", "recompute", "attention", "kernels", "cuda_graph", "skip_nonfinite")
-    + ("tensorboard", "wandb", "nvtx")
+    + ("tensorboard", "wandb", "nvtx", "parallel", "timeout", "milestone_every", "async_checkpoint")
 )
 
 

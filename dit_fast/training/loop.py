@@ -1,7 +1,8 @@
-"""The training loop: one process, on the CPU or one CUDA device.
+"""The training loop: one process or many, on CPUs or CUDA devices.
 
 A step is a function of (seed, step) and the state before it: order, flips, timesteps, noise and dropped
-labels are keyed by them (`dit_fast.keyed`), so a resumed run is bit for bit the uninterrupted one.
+labels are keyed by them (`dit_fast.keyed`), so a resumed run is bit for bit the uninterrupted one, and any number
+of ranks sees the same samples, noise and timesteps.
 """
 
 import logging
@@ -19,17 +20,19 @@ from dit_fast.training.checkpoint import (
     checkpoint_bytes,
     checkpoints_folder,
     latest_checkpoint,
-    load_checkpoint,
     read_manifest,
     remove_leftovers,
     require_space,
+    step_folders,
 )
+from dit_fast.training.checkpoint_writer import CheckpointWriter
 from dit_fast.training.config import TrainConfig, resumed_config
 from dit_fast.training.prefetch import prefetch
 from dit_fast.training.progress import plot_loss
 from dit_fast.training.signals import StopRequest
 from dit_fast.training.trainer import Trainer
 from dit_fast.training.watch import Watch
+from dit_fast.training.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -45,22 +48,29 @@ class TrainResult:
     stopped_by: signal.Signals | None
 
 
-def train(config: TrainConfig, run: str | Path) -> TrainResult:
-    """Start a run in the folder `run`, which must not hold one yet.
+def train(config: TrainConfig, run: str | Path, world: World | None = None) -> TrainResult:
+    """Start a run in the folder `run`, which must not hold one yet; every rank of `world` calls it.
 
     Leaves checkpoints/step-N, log.jsonl and loss.png there. Raises the errors of `dit_fast.errors` before the
     first step wherever it can: for data, configuration, an output folder that is taken or not writable, and
     for a full disk.
     """
     run = Path(run)
-    if checkpoints_folder(run).exists() or (run / "log.jsonl").exists():
-        raise OutputError(f"{run} already holds a run; continue it with --resume {run} or give another --out")
-    trainer = Trainer(config, _open(config))
-    prepare_folder(run)
+    everyone = world or World()
+
+    def refuse_a_run() -> None:
+        if checkpoints_folder(run).exists() or (run / "log.jsonl").exists():
+            raise OutputError(
+                f"{run} already holds a run; continue it with --resume {run} or give another --out"
+            )
+
+    everyone.first(refuse_a_run)
+    trainer = Trainer(config, _open(config), world=world)
+    everyone.first(lambda: prepare_folder(run))
     return _run(trainer, run)
 
 
-def resume(run: str | Path, asked: dict[str, Any]) -> TrainResult:
+def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -> TrainResult:
     """Continue the run in the folder `run` from its newest checkpoint, with the options `asked` for anew.
 
     Raises CheckpointError where they, or the data, contradict what the run was trained with.
@@ -68,16 +78,27 @@ def resume(run: str | Path, asked: dict[str, Any]) -> TrainResult:
     run = Path(run)
     if not run.is_dir():
         raise CheckpointError(f"--resume {run}: no such run folder")
-    path = latest_checkpoint(run)
-    config = resumed_config(read_manifest(path)["train_config"], asked, str(path))
-    trainer = Trainer(config, _open(config))
-    trainer.restore(load_checkpoint(path))
+    path = latest_checkpoint(run, world)
+    manifest = read_manifest(path)
+    config = resumed_config(manifest["train_config"], asked, str(path))
+    trainer = Trainer(config, _open(config), world=world)
+    trainer.restore(path, manifest)
     if trainer.step >= trainer.total_steps:
         raise ConfigError(
             f"{run} is already at step {trainer.step} of {trainer.total_steps}; give more --steps"
         )
-    prepare_folder(run)
+    trainer.world.first(lambda: prepare_folder(run))
     return _run(trainer, run)
+
+
+def device_of(run: str | Path) -> str:
+    """The device that the run in a folder was told to use; "auto" where no checkpoint says."""
+    for folder in reversed(step_folders(run)):
+        try:
+            return str(read_manifest(folder)["train_config"].get("device", "auto"))
+        except CheckpointError:
+            continue
+    return "auto"
 
 
 def prepare_folder(run: Path) -> None:
@@ -108,35 +129,59 @@ def _run(trainer: Trainer, run: Path) -> TrainResult:
         torch.set_num_threads(config.threads)
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    remove_leftovers(run)
+    world = trainer.world
     saves = -(-(trainer.total_steps - trainer.step) // config.ckpt_every)
     room = min(saves, config.keep_checkpoints + 1) if config.keep_checkpoints else saves
-    size = checkpoint_bytes(trainer.model.state_dict(), trainer.ema_state(), trainer.optimizer_state())
-    require_space(run, room * size)
-    with Watch(trainer, run) as watch, StopRequest() as stop:
-        checkpoint = _steps(trainer, run, watch, stop)
+    size = checkpoint_bytes(*trainer.tensors().values())
+
+    def make_room() -> None:
+        remove_leftovers(run)
+        require_space(run, room * size)
+
+    world.first(make_room)
+    with (
+        world.watch(lambda: trainer.step + 1),
+        Watch(trainer, run) as watch,
+        StopRequest(alone=world.size == 1) as stop,
+        trainer.writer(run) as writer,
+    ):
+        trainer.says = lambda: (stop.signal, writer.failed)
+        checkpoint = _steps(trainer, watch, writer)
     try:
-        plot_loss(run / "log.jsonl", run / "loss.png")
+        if world.is_first:
+            plot_loss(run / "log.jsonl", run / "loss.png")
     except MissingExtraError as error:
         logger.warning("%s", error)
-    return TrainResult(run, trainer.step, trainer.total_steps, checkpoint, stop.signal)
+    return TrainResult(run, trainer.step, trainer.total_steps, checkpoint, trainer.stop)
 
 
-def _steps(trainer: Trainer, run: Path, watch: Watch, stop: StopRequest) -> Path:
+def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter) -> Path:
     """Train to the end or to a stop request; returns the checkpoint written last."""
     config, total = trainer.config, trainer.total_steps
-    batches = prefetch(trainer.stream.read(trainer.step, total), trainer.device)
+    batches = prefetch(trainer.stream.read(trainer.step, total, trainer.rows), trainer.device)
     for samples, labels in watch.waiting(batches):
         trainer.train_step(samples, labels)
-        last = trainer.step == total or stop.signal is not None
+        last = trainer.step == total or trainer.stop is not None
         watch.after_step(last)
+        if trainer.save_failed:
+            _report(trainer, writer)
         if last:
             break
         if trainer.step % config.ckpt_every == 0:
             with watch.paused():
-                try:
-                    trainer.save(run)
-                except OutputError as error:
-                    # The older checkpoints are whole and the run is not lost: try again at the next one.
-                    logger.warning("step %d: %s; training goes on", trainer.step, error)
-    return trainer.save(run)
+                _report(trainer, writer)
+                trainer.save(writer)
+    _report(trainer, writer)
+    trainer.save(writer)
+    path = writer.wait()
+    assert path is not None
+    return path
+
+
+def _report(trainer: Trainer, writer: CheckpointWriter) -> None:
+    """Say so if the last save failed. The older checkpoints are whole and the run is not lost: another will follow."""
+    try:
+        writer.wait()
+    except OutputError as error:
+        if trainer.world.is_first:
+            logger.warning("step %d: %s; training goes on", trainer.step, error)

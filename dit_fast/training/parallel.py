@@ -69,7 +69,8 @@ def parallelize(
         model.recompute = recompute
     if compile:
         for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+            # The method, not the module: hooks (ranges, fully_shard) then stay outside of the graph.
+            setattr(block, "forward", torch.compile(block.forward, dynamic=False, fullgraph=True))  # noqa: B010
     if mode in ("fsdp", "hsdp"):
         return _shard(model, _mesh(world, mode), param_dtype)
     model.to(world.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_fast import keyed
 from dit_fast.data import Posterior
 from dit_fast.diffusion import GaussianDiffusion
+from dit_fast.training.optimizer import shard
 from dit_fast.training.precision import LossScale
 from dit_fast.training.ranges import OFF, Ranges
 
@@ -81,7 +82,8 @@ class TrainStep:
     denoise(x, t, y): the model in its precision, float32 out. optimizer: AdamWEma, or what has its interface; its
     `found_inf` is set here. positions: int64 (b,), the rows of the global batch that this process is given, on the
     device. accumulating(last): a context for each micro-batch, where gradients need not be synchronised before the
-    last. before_update: called between the gradients and the optimiser, on the host.
+    last. agree(bad loss, bad norm): the same of all ranks together, () bool each. before_update: called between the
+    gradients and the optimiser, on the host.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class TrainStep:
         posterior: Posterior | None = None,
         loss_scale: LossScale | None = None,
         accumulating: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext(),
+        agree: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda loss, norm: (loss, norm),
         before_update: Callable[[], None] = lambda: None,
         ranges: Ranges = OFF,
     ):
@@ -108,6 +111,7 @@ class TrainStep:
         self.posterior = posterior
         self.loss_scale = loss_scale
         self.accumulating = accumulating
+        self.agree = agree
         self.before_update = before_update
         self.ranges = ranges
         self.keep_gradients = False
@@ -122,7 +126,7 @@ class TrainStep:
         # In a CUDA graph gradients stay where they are, so that their addresses do.
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         terms = self._accumulate(samples, t, noise, labels)
-        with self.ranges("optimizer and EMA"):
+        with self.ranges("optimizer_ema"):
             loss = terms["loss"].mean()
             norm = self._gradient_norm()
             good = self._judge(loss, norm)
@@ -168,16 +172,17 @@ class TrainStep:
     def _gradient_norm(self) -> Tensor:
         if self.loss_scale is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self.loss_scale.unscale([p.grad for p in parameters if p.grad is not None])
+            self.loss_scale.unscale([shard(p.grad) for p in parameters if p.grad is not None])
         return self.optimizer.grad_norm()
 
     def _judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Decide on the device whether the update is made: () bool. Overflow that a lower scale mends is no failure."""
         state = self.state
-        good = loss.isfinite() & norm.isfinite()
-        bad = ~good
+        bad_loss, bad_norm = self.agree(~loss.isfinite(), ~norm.isfinite())
+        bad = bad_loss | bad_norm
+        good = ~bad
         if self.loss_scale is not None:
-            bad &= ~(loss.isfinite() & (self.loss_scale.scale[0] > 1))
+            bad = bad & ~(~bad_loss & (self.loss_scale.scale[0] > 1))
         going = state.failed < 0
         state.skipped += bad & going
         ends = bad & going & (state.skipped > self.options.skip_nonfinite)

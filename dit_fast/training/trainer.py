@@ -6,19 +6,22 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_fast import __version__, keyed
 from dit_fast.data import ImageSet, LatentSet, open_stream
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from dit_fast.models import DiT
-from dit_fast.training.checkpoint import Checkpoint, save_checkpoint
+from dit_fast.training.checkpoint import Retention, load_into, model_config
+from dit_fast.training.checkpoint_writer import CheckpointWriter
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.cuda_graph import CudaGraphs, GraphedStep
+from dit_fast.training.parallel import choose_parallel, groups_of, micro_batch, parallelize, rank_rows
 from dit_fast.training.precision import (
     AUTOCAST,
     LossScale,
@@ -28,8 +31,10 @@ from dit_fast.training.precision import (
 )
 from dit_fast.training.ranges import OFF, Ranges, mark_blocks, nvtx_ranges
 from dit_fast.training.rates import learning_rate
-from dit_fast.training.step import StepOptions, StepState, StepValues, TrainStep
+from dit_fast.training.signals import StepAgreement
+from dit_fast.training.step import BUCKETS, StepOptions, StepState, StepValues, TrainStep
 from dit_fast.training.torch_optimizer import make_optimizer
+from dit_fast.training.world import World, choose_device
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +42,20 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Model, optimiser with averaged weights, diffusion and stream of a run, and its step.
 
-    `step` counts finished optimiser steps. The model is trained in eval mode: label dropout is the only thing
-    that a DiT does differently in training, and the step draws it itself, keyed by the sample.
+    `step` counts finished optimiser steps. Each rank of `world` takes its rows of every batch. The model is
+    trained in eval mode: label dropout is the only thing that a DiT does differently in training, and the step draws it
+    itself, keyed by the sample.
     """
 
-    def __init__(self, config: TrainConfig, data: ImageSet | LatentSet, ranges: Ranges | None = None):
-        self.device = choose_device(config.device)
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageSet | LatentSet,
+        ranges: Ranges | None = None,
+        world: World | None = None,
+    ):
+        self.world = world or World(device=choose_device(config.device))
+        self.device = self.world.device
         # A run keeps the precision that "auto" chose, wherever it goes on.
         config = dataclasses.replace(config, precision=choose_precision(config.precision, self.device))
         self.config = config
@@ -50,9 +63,14 @@ class Trainer:
         self.ranges = ranges or (nvtx_ranges() if config.nvtx else OFF)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = build_model(config, data).to(self.device).eval()
-        self._prepare(self.model)
-        self.denoiser: Callable[[Tensor, Tensor, Tensor], Tensor] = self.model
+            self.model = build_model(config, data).eval()
+        self.parallel = choose_parallel(config.parallel, self.world)
+        if self.parallel in ("fsdp", "hsdp") and config.optimizer != "ours":
+            raise ConfigError(
+                f"--optimizer {config.optimizer} does not go with --parallel {self.parallel}: give ours"
+            )
+        self.rows = rank_rows(config.batch_size, config.accumulate, self.world)
+        self.denoiser = self._prepare(self.model)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         rate_dtype = torch.float64 if config.optimizer == "ours" else torch.float32
         self.state = StepState(self.device, config.log_every, rate_dtype)
@@ -87,33 +105,47 @@ class Trainer:
                 skip_nonfinite=config.skip_nonfinite,
             ),
             self.state,
-            torch.arange(config.batch_size, device=self.device),
+            torch.arange(config.batch_size, device=self.device)[self.rows],
             posterior=data.posterior if isinstance(data, LatentSet) else None,
             loss_scale=self.loss_scale,
+            accumulating=lambda last: micro_batch(self.denoiser, last),
+            agree=self._agree,
             before_update=self._check_at_once,
             ranges=self.ranges,
         )
+        if config.compile and can_compile(self.device):
+            # A hundred integer operations for each stream of random numbers become one launch.
+            self.work.draw = torch.compile(self.work.draw, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+        self.agreement = StepAgreement(self.world)
+        # What this rank tells the others in each step: a signal to stop for, and whether a checkpoint failed.
+        self.says: Callable[[], tuple[Signals | None, bool]] = lambda: (None, False)
         self.run_step: Callable[[Tensor, Tensor], None] = self.work
+        if config.cuda_graph and self.world.size > 1:
+            raise ConfigError("--cuda-graph: a step of several ranks is no CUDA graph; leave it out")
         if config.cuda_graph:
             if self.device.type != "cuda":
                 raise ConfigError(f"--cuda-graph: a step on a {self.device.type} device is no CUDA graph")
             self.run_step = GraphedStep(self.work, CudaGraphs())
+        self._started = False
         self._rate: float | None = None
         self._read = 0
 
-    def _prepare(self, model: DiT) -> None:
-        """Precision, compilation and ranges of the model's parts, in the order in which they may be nested."""
+    def _prepare(self, model: DiT) -> nn.Module:
+        """Precision, ranges, compilation and sharing, in the order in which they may be nested; the module to call."""
         config = self.config
         if config.precision == "fp8":
             use_float8(model, self.device)
         if config.residual == "bf16":
             keep_residual_in_bf16(model)
-        if config.compile and can_compile(self.device):
-            for block in model.blocks:
-                # The method, not the module: hooks (ranges, fully_shard) then stay outside of the graph.
-                setattr(block, "forward", torch.compile(block.forward, dynamic=False, fullgraph=True))  # noqa: B010
         if self.ranges is not OFF:
             mark_blocks(model.blocks, self.ranges)
+        return parallelize(
+            model,
+            self.world,
+            self.parallel,
+            compile=config.compile and can_compile(self.device),
+            param_dtype=AUTOCAST.get(config.precision),
+        )
 
     def train_step(self, samples: Tensor, labels: Tensor) -> None:
         """One optimiser and EMA step on what `stream.stored` gives for `step`: samples or moments, labels (B,).
@@ -127,6 +159,11 @@ class Trainer:
             self.state.lr.fill_(rate)
         self.run_step(samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
         self.step += 1
+        if self.world.size > 1 and self.device.type == "cuda":
+            self.agreement.read()
+        if not self._started:
+            self._started = True
+            self.world.set_timeout(self.config.timeout, groups_of(self.denoiser))
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
@@ -139,20 +176,42 @@ class Trainer:
             total_steps=self.total_steps,
         )
 
+    def _agree(self, bad_loss: Tensor, bad_norm: Tensor) -> tuple[Tensor, Tensor]:
+        if self.world.size == 1:
+            return bad_loss, bad_norm
+        return self.agreement.exchange(bad_loss, bad_norm, *self.says())
+
     def _check_at_once(self) -> None:
         if self.checks_every_step:
+            if self.world.size > 1:
+                self.agreement.read()
             self.check_finite()
+
+    @property
+    def stop(self) -> Signals | None:
+        """The signal to stop for, the same on all ranks after a step."""
+        return self.says()[0] if self.world.size == 1 else self.agreement.stop
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether a checkpoint could not be written, the same on all ranks after a step."""
+        return self.says()[1] if self.world.size == 1 else self.agreement.save_failed
 
     def check_finite(self) -> None:
         """Raise NonFiniteError if a step so far had a loss or gradient norm that is NaN or infinite."""
         failed = int(self.state.failed)
         if failed < 0:
             return
-        samples = ", ".join(map(str, self.sample_ids(failed)[:8]))
-        more = f", {self.config.batch_size - 8} more" if self.config.batch_size > 8 else ""
+        rank = self.agreement.bad_rank
+        ids = self.sample_ids(failed)
+        if rank is not None:
+            rows = len(ids) // self.world.size
+            ids = ids[rank * rows : (rank + 1) * rows]
+        samples = ", ".join(map(str, ids[:8]))
+        more = f", {len(ids) - 8} more" if len(ids) > 8 else ""
         cap = self.config.skip_nonfinite
         raise NonFiniteError(
-            f"step {failed}: the loss or the gradient norm is not finite"
+            f"step {failed}{'' if rank is None else f', rank {rank}'}: the loss or the gradient norm is not finite"
             + (f", after {cap} such steps were skipped" if cap else "")
             + f"; the update was not made (training samples {samples}{more}). "
             f"Start anew with a lower --lr or with --precision fp32; the last checkpoint is whole"
@@ -170,9 +229,15 @@ class Trainer:
         return keyed.integers(key, numbers, self.diffusion.num_timesteps).tolist()
 
     def values(self) -> list[StepValues]:
-        """What the steps since the last call left behind, at most as many as are remembered; waits for the device."""
+        """What the steps since the last call left behind, at most as many as are remembered; waits for the device.
+
+        Of all ranks together: each must call it.
+        """
         size = len(self.state.history)
-        rows = self.state.history.tolist()
+        history = self.world.mean(self.state.history.clone())
+        # Losses are means, the buckets by timestep are sums and counts.
+        history[:, -2 * BUCKETS :] *= self.world.size
+        rows = history.tolist()
         first, self._read = max(self._read, self.step - size), self.step
         return [StepValues.of_row(rows[step % size]) for step in range(first, self.step)]
 
@@ -182,6 +247,8 @@ class Trainer:
             "dit_fast_version": __version__,
             "torch_version": torch.__version__,
             "step": self.step,
+            "ranks": self.world.size,
+            "parallel": self.parallel,
             "samples_seen": self.step * self.config.batch_size,
             "seconds": round(self.seconds, 3),
             "seed": self.config.seed,
@@ -216,60 +283,60 @@ class Trainer:
                 state[f"{moment}.{name}"] = torch.zeros_like(parameter) if held is None else held
         return state
 
-    def save(self, run: Path) -> Path:
-        """Write a checkpoint of this moment; never one that follows a step that failed."""
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint holds, by part, then name; the tensors are live, and sharded as the model is."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema_state(),
+            "optimizer": self.optimizer_state(),
+        }
+
+    def save(self, writer: CheckpointWriter) -> None:
+        """Start writing a checkpoint of this moment; never one that follows a step that failed."""
         self.check_finite()
         with self.ranges("checkpoint"):
-            return save_checkpoint(
-                run,
-                self.model,
-                self.ema_state(),
-                self.optimizer_state(),
-                self.manifest(),
-                self.config.keep_checkpoints,
-            )
+            writer.save(model_config(self.model), self.tensors(), self.manifest())
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Take the state of a verified checkpoint. Raises CheckpointError if it was trained on other data."""
-        manifest, present = checkpoint.manifest, self.data.describe()
+    def writer(self, run: Path) -> CheckpointWriter:
+        """What writes this run's checkpoints."""
+        config = self.config
+        retention = Retention(config.keep_checkpoints, config.milestone_every)
+        return CheckpointWriter(run, retention, self.world, config.async_checkpoint)
+
+    def restore(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Take the state of a verified checkpoint, whatever number of ranks wrote it, in place.
+
+        Raises CheckpointError if it was trained on other data, or is of another model.
+        """
+        present = self.data.describe()
         changed = [
             f"{key} is {manifest['data'].get(key)} there and {value} here"
             for key, value in present.items()
             if key != "name" and manifest["data"].get(key) != value
         ]
         if changed:
-            raise CheckpointError(f"{checkpoint.path} was trained on other data: {'; '.join(changed)}")
-        self.step = self._read = checkpoint.step
+            raise CheckpointError(f"{path} was trained on other data: {'; '.join(changed)}")
+        self.step = self._read = int(manifest["step"])
         self.state.step.fill_(self.step)
         self.state.skipped.fill_(manifest.get("skipped", 0))
         self.seconds = float(manifest["seconds"])
-        self.model.load_state_dict(checkpoint.model)
         if self.loss_scale is not None and manifest.get("loss_scale"):
             self.loss_scale.restore(manifest["loss_scale"])
         updates = float(manifest.get("updates", self.step))
-        for name, parameter in self.trained.items():
-            # Copied, since a file's tensors are mapped.
+        for parameter in self.trained.values():
+            moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(updates, device=self.device),
-                "exp_avg": checkpoint.optimizer[f"exp_avg.{name}"].to(self.device, copy=True),
-                "exp_avg_sq": checkpoint.optimizer[f"exp_avg_sq.{name}"].to(self.device, copy=True),
-                "ema": checkpoint.ema[name].to(self.device, copy=True),
+                **moments,
+                "ema": parameter.detach().clone(),
             }
+        load_into(path, manifest, self.tensors())
 
     def _denoise(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         # Only the model runs in low precision; the losses are taken in float32.
         low = AUTOCAST.get(self.config.precision)
         with torch.autocast(self.device.type, low or torch.bfloat16, enabled=low is not None):
             return self.denoiser(x, t, y).float()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda". Raises ConfigError for CUDA where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this PyTorch sees no CUDA device; give --device cpu or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def can_compile(device: torch.device) -> bool:

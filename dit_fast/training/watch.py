@@ -23,14 +23,18 @@ Item = TypeVar("Item")
 
 
 class Watch:
-    """Follows a `Trainer` and writes to the run folder: log.jsonl, spikes.jsonl, samples/step-N.png, trackers."""
+    """Follows a `Trainer` and writes to the run folder: log.jsonl, spikes.jsonl, samples/step-N.png, trackers.
+
+    Every rank has one, since numbers are put together of all; rank 0 writes.
+    """
 
     def __init__(self, trainer: Trainer, run: Path):
         self.trainer = trainer
         self.run = run
-        self.log = RunLog(run / "log.jsonl", trainer.step)
-        self.progress = Progress(trainer.total_steps, trainer.step)
-        self.trackers: list[Tracker] = open_trackers(trainer.config, run)
+        self.writes = trainer.world.is_first
+        self.log = RunLog(run / "log.jsonl", trainer.step) if self.writes else None
+        self.progress = Progress(trainer.total_steps, trainer.step) if self.writes else None
+        self.trackers: list[Tracker] = open_trackers(trainer.config, run) if self.writes else []
         self.spikes = metrics.SpikeDetector()
         self.flops = metrics.training_flops(trainer.model)
         self.peak = metrics.peak_flops(trainer.device)
@@ -45,7 +49,8 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.close()
+        if self.progress is not None:
+            self.progress.close()
         for tracker in self.trackers:
             tracker.close()
 
@@ -70,7 +75,8 @@ class Watch:
     def after_step(self, last: bool) -> None:
         """Log when a line is due, or now if the run ends; draw samples when they are due."""
         config, step = self.trainer.config, self.trainer.step
-        self.progress.advance()
+        if self.progress is not None:
+            self.progress.advance()
         if last or step % config.log_every == 0:
             self._log()
         if self.grids is not None and (last or step % (config.sample_every or 1) == 0):
@@ -97,8 +103,9 @@ class Watch:
             loss_scale=values[-1].loss_scale,
             skipped=skipped - self.skipped,
         )
-        self.log.append(record)
-        self.progress.report(record, trainer.config.batch_size)
+        if self.log is not None and self.progress is not None:
+            self.log.append(record)
+            self.progress.report(record, trainer.config.batch_size)
         for tracker in self.trackers:
             tracker.scalars(record.step, flat(record))
         self._note_spikes(values)
@@ -109,7 +116,7 @@ class Watch:
         """Append steps whose loss stands out, or that were left out, to spikes.jsonl, with their samples."""
         for step, value in enumerate(values, start=self.trainer.step - len(values) + 1):
             reason = self.spikes.judge(value.loss) if value.applied else "not finite, left out"
-            if reason is None:
+            if reason is None or not self.writes:
                 continue
             finite = {"loss": value.loss, "grad_norm": value.grad_norm} if value.applied else {}
             ids, times = self.trainer.sample_ids(step), self.trainer.timesteps(step)

@@ -6,11 +6,11 @@ torchrun starts them and says who is who (RANK, LOCAL_RANK, WORLD_SIZE); one pro
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ START_TIMEOUT = 1800.0
 _ROLL_CALL = 0.7
 _FAILED = "failed"
 _LOST = "lost"
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
@@ -69,6 +70,19 @@ class World:
         dist.all_gather_object(values, value, group=self.background if background else self.control)
         return values
 
+    def first(self, action: Callable[[], Result]) -> Result:
+        """What `action` gives on rank 0, which alone calls it; an error of ours is raised on every rank."""
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = action()
+            except DitFastError as raised:
+                error = raised
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return cast(Result, result)
+
     def maximum(self, tensor: Tensor) -> Tensor:
         """The largest value over ranks, in place, element by element."""
         if self.size > 1:
@@ -91,14 +105,14 @@ class World:
                 set_group_timeout(group, torch.device(device), seconds)
 
     @contextmanager
-    def watch(self, step: int) -> Iterator[None]:
-        """Turn the failure of a collective in `step` into a RankError that names the ranks that do not answer."""
+    def watch(self, step: Callable[[], int]) -> Iterator[None]:
+        """Turn the failure of a collective into a RankError that names `step()` and the ranks that do not answer."""
         try:
             yield
         except RuntimeError as error:
             if self.size == 1 or not is_lost_connection(error):
                 raise
-            raise RankError(self._lost(step)) from error
+            raise RankError(self._lost(step())) from error
 
     def _lost(self, step: int) -> str:
         """Ranks that still run say so in the store; who is missing hangs or is gone."""
