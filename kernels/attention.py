@@ -9,8 +9,8 @@ Numerics  products of the inputs' dtype with float32 sums (float64 for float64),
           powers of two; sums in a fixed order, no atomics. NaN and infinities give what softmax in PyTorch gives.
           For b_q, b_k and b_v see attention_tiles.py: b_k's gradient is 0 up to rounding.
 
-Up to 256 tokens of 16-bit dtypes attention_short.py runs on sm_90 and sm_100, otherwise attention_long.py;
-attention_backends.py chooses between these kernels and those of PyTorch and flash-attn.
+On sm_90 and sm_100, up to 256 tokens of 16-bit dtypes in heads of up to 96 run in attention_short.py, all else in
+attention_long.py; attention_backends.py chooses between these kernels and those of PyTorch and flash-attn.
 """
 
 from types import ModuleType
@@ -28,14 +28,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 128
 
 
-def _path(qkv: Tensor) -> ModuleType:
+def _path(qkv: Tensor, num_heads: int) -> ModuleType:
     """The kernels for this shape, dtype and device."""
-    short = attention_short.runs_on(capability(qkv), qkv.dtype, qkv.shape[1])
+    K = qkv.shape[2] // (3 * num_heads)
+    short = attention_short.runs_on(capability(qkv), qkv.dtype, qkv.shape[1], K)
     return attention_short if short else attention_long
 
 
 def _attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _path(qkv).forward(qkv, num_heads, None if bias is None else bias.contiguous())
+    return _path(qkv, num_heads).forward(qkv, num_heads, None if bias is None else bias.contiguous())
 
 
 def _attention_reference(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor]:
     """d_qkv, d_bias; d_bias is empty without a bias."""
     contiguous = None if bias is None else bias.contiguous()
-    dqkv, shares = _path(qkv).backward(dout.contiguous(), qkv, num_heads, contiguous, out, lse)
+    dqkv, shares = _path(qkv, num_heads).backward(dout.contiguous(), qkv, num_heads, contiguous, out, lse)
     return dqkv, qkv.new_empty(0) if bias is None else shares.sum((0, 1)).to(bias.dtype)
 
 

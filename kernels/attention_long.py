@@ -205,12 +205,14 @@ def long_launch(kernel: str, dtype: torch.dtype, T: int, K: int, capability: int
         # heads spill, and 32 x 32 on 4 warps does. The backward kernels in float64 spill at K = 72 even so.
         side = min(32 if dtype.itemsize == 4 and head_parts(K).main < 128 else 16, most)
         return LongLaunch(side, side, 8, 1)
+    if capability // 10 not in (9, 10):
+        # Operands of mma.sync are in registers, beside the accumulators: more warps share them for wider heads.
+        if kernel == "forward":
+            return LongLaunch(128, 64 if K <= 96 else 32, 8, 2)
+        return LongLaunch(32, 64, 8 if kernel == "keys" and K > 72 else 4, 2)
     if kernel == "forward":
         return LongLaunch(128, 64, 8, 2)
-    if capability // 10 not in (9, 10):
-        # Operands of mma.sync are in registers, beside the accumulators.
-        return LongLaunch(32, 64, 4, 2)
-    return LongLaunch(64, 64, 4, 2) if kernel == "queries" else LongLaunch(64, 128, 8, 2)
+    return LongLaunch(64, 64, 4, 2) if kernel == "queries" else LongLaunch(64, 128 if K <= 80 else 64, 8, 2)
 
 
 def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:

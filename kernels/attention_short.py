@@ -41,16 +41,17 @@ from dit_fast.kernels.attention_tiles import (
 from dit_fast.kernels.launch import accumulator, launch
 
 MOST_TOKENS = 256
+WIDEST = 96
 
 
-def runs_on(capability: int, dtype: torch.dtype, T: int) -> bool:
-    """Whether these kernels are the ones for T tokens on sm_<capability> (0 under the interpreter).
+def runs_on(capability: int, dtype: torch.dtype, T: int, K: int) -> bool:
+    """Whether these kernels are the ones for T tokens and heads of K on sm_<capability> (0 under the interpreter).
 
     wgmma (sm_90) and tcgen05 (sm_100) read their operands from shared or tensor memory. Elsewhere operands are in
-    registers beside the scores of all keys, and spill; so do those of float32 and float64.
+    registers beside the scores of all keys, and spill; so do those of float32 and float64, and heads wider than 96.
     """
-    built_for = capability == 0 or (capability // 10 in (9, 10) and dtype.itemsize == 2)
-    return built_for and T <= MOST_TOKENS
+    built_for = capability // 10 in (9, 10) and dtype.itemsize == 2 and K <= WIDEST
+    return (capability == 0 or built_for) and T <= MOST_TOKENS
 
 
 @triton.jit
@@ -202,15 +203,18 @@ def forward_launch(B: int, T: int, H: int) -> ShortLaunch:
     return ShortLaunch(block_m, block_n, 4, 1 << (steps.bit_length() - 1))
 
 
-def backward_launch(T: int) -> ShortLaunch:
-    """The largest tile of keys whose d_k and d_v leave registers for the scores, up to K = 80 without spills.
+def backward_launch(T: int, K: int) -> ShortLaunch:
+    """The largest tile of keys whose d_k and d_v leave registers for the scores without spills.
 
-    64 keys on 8 warps where they are all; else 128 on 8 warps or 64 on 4, against 32 queries.
+    64 keys on 8 warps where they are all; else, against 32 queries, 128 on 8 warps or 64 on 4, and 64 on 8 for K
+    above 80.
     """
     if T <= 32:
         return ShortLaunch(16, max(triton.next_power_of_2(T), 16), 4, 1)
     if T <= 64:
         return ShortLaunch(64, 64, 8, 1)
+    if K > 80:
+        return ShortLaunch(32, 64, 8, 1)
     return ShortLaunch(32, 64, 4, 1) if T <= 128 else ShortLaunch(32, 128, 8, 1)
 
 
@@ -241,7 +245,7 @@ def backward(
     B, T, width = dout.shape
     K = width // num_heads
     qkv, strides = packed_strides(qkv)
-    parts, cfg = head_parts(K), backward_launch(T)
+    parts, cfg = head_parts(K), backward_launch(T, K)
     tiles = triton.cdiv(T, cfg.block_n)
     dqkv = qkv.new_empty(B, T, 3 * width)
     shares = lse.new_empty(B, 0 if bias is None else tiles, 3 * width)

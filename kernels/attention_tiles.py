@@ -215,10 +215,12 @@ def store_bias_shares(
 
 
 def packed_strides(qkv: Tensor) -> tuple[Tensor, dict[str, int]]:
-    """(B, T, 3 * H * K) as the kernels read it, a copy where rows do not start at multiples of 8 elements."""
-    B, T, _ = qkv.shape
+    """(B, T, 3 * H * K) as the kernels read it: a copy where rows do not start at multiples of 8 elements, or where
+    a sample of the view reaches beyond 32-bit offsets.
+    """
+    B, T, packed = qkv.shape
     aligned = qkv.stride(2) == 1 and (T <= 1 or qkv.stride(1) % 8 == 0) and (B <= 1 or qkv.stride(0) % 8 == 0)
-    if not aligned:
+    if not aligned or (T - 1) * qkv.stride(1) + packed >= 2**31:
         qkv = qkv.contiguous()
     # Strides of a dimension of one element are never used and may be anything.
     return qkv, {"stride_b8": qkv.stride(0) // 8, "stride_t8": qkv.stride(1) // 8}

@@ -99,7 +99,7 @@ def test_tiles_of_keys_and_query_steps(T, monkeypatch) -> None:
     qkv, bias, dout = inputs(2, T, 1, 72)
     exact = by_autograd(reference.attention, qkv, 1, bias, dout)
     one = by_kernels(attention_short, qkv, 1, bias, dout)
-    monkeypatch.setattr(attention_short, "backward_launch", lambda _: attention_short.ShortLaunch(32, 16, 4, 1))
+    monkeypatch.setattr(attention_short, "backward_launch", lambda *_: attention_short.ShortLaunch(32, 16, 4, 1))
     monkeypatch.setattr(attention_short, "forward_launch", lambda *_: attention_short.ShortLaunch(16, 64, 4, 2))
     several = by_kernels(attention_short, qkv, 1, bias, dout)
     assert_exact(one, exact)
