@@ -14,6 +14,8 @@ from dit_fast.errors import DitFastError
 COMMANDS = {
     "doctor": "what this machine has, and which path each part takes on it",
     "train": "train a Diffusion Transformer on images",
+    "plot": "draw the loss curves of runs over each other",
+    "profile": "trace training steps and print which kernels take their time",
     "sample": "draw images from a trained model",
     "encode": "turn a folder of images into latents to train on",
 }

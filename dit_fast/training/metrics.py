@@ -64,7 +64,7 @@ class SpikeDetector:
         self.greatest = 0.0
 
     def judge(self, loss: float) -> str | None:
-        """Why this loss is a spike, or None. It is taken into the window unless it is one."""
+        """Why this loss is a spike, or None; taken into the window either way: a new level is no spike."""
         mean = sum(self.recent) / len(self.recent) if self.recent else 0.0
         reason = None
         if len(self.recent) == self.WINDOW:
@@ -73,6 +73,5 @@ class SpikeDetector:
             elif loss >= self.OF_MEAN * mean > 0:
                 reason = f"{loss / mean:.1f} times the mean of the {self.WINDOW} before"
         self.greatest = max(self.greatest, loss)
-        if reason is None:
-            self.recent.append(loss)
+        self.recent.append(loss)
         return reason

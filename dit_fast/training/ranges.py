@@ -42,7 +42,7 @@ def mark_blocks(blocks: nn.ModuleList, ranges: Ranges) -> None:
         open_ranges: list[AbstractContextManager[Any]] = []
 
         def enter(
-            module: nn.Module, arguments: Any, name: str = f"block {number}", stack: Any = open_ranges
+            module: nn.Module, arguments: Any, name: str = f"block_{number}", stack: Any = open_ranges
         ) -> None:
             context = ranges(name)
             context.__enter__()

@@ -1,0 +1,310 @@
+"""What a run says: spikes, MFU, trackers, ranges, grids of samples; `dit-fast plot` and `dit-fast profile`."""
+
+import dataclasses
+import json
+import math
+import sys
+import types
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training_step import TINY, image_set, run, trainer
+from torch import nn
+
+from dit_fast.cli import main
+from dit_fast.errors import MissingExtraError
+from dit_fast.models import DiT_models
+from dit_fast.training import TrainConfig, Trainer, loop, metrics, ranges, train
+from dit_fast.training.progress import read_log
+from dit_fast.training.step import StepValues, TrainStep
+from dit_fast.training.watch import means
+
+
+def tiny(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{**TINY, **changes})
+
+
+@pytest.fixture(autouse=True)
+def data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_open", lambda config: image_set())
+
+
+def test_the_flop_count_is_the_papers():
+    """Peebles & Xie 2023, table 4: 118.64 Gflops (multiply-adds) for XL/2, 29.05 for XL/4, 6.06 for S/2."""
+    for name, published in (("DiT-XL/2", 118.64e9), ("DiT-XL/4", 29.05e9), ("DiT-S/2", 6.06e9)):
+        with torch.device("meta"):
+            model = DiT_models[name](input_size=32)
+        assert metrics.forward_macs(model) == pytest.approx(published, rel=2e-3)
+        assert metrics.training_flops(model) == 6 * metrics.forward_macs(model)
+
+
+def test_the_peak_is_that_of_the_device(monkeypatch):
+    assert metrics.peak_flops(torch.device("cpu")) is None
+    for name, peak in (
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GeForce GTX 1080", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert metrics.peak_flops(torch.device("cuda")) == peak
+
+
+@pytest.mark.parametrize(
+    ("losses", "spikes"),
+    [
+        ([1.0] * 10 + [1.99, 2.19, 1.0], set()),
+        ([1.0] * 10 + [1.99, 2.2, 1.0], {11}),
+        ([1.0] * 9 + [50.0], set()),
+        ([1.0] * 10 + [5.0] * 20, {10, 11, 12, 13}),
+        ([1.0] * 10 + [3.0, 40.0, 1.0], {10, 11}),
+        ([10.0] + [0.5] * 10 + [0.9, 1.2], {12}),
+        ([float(n) for n in range(1, 30)], {10}),
+    ],
+)
+def test_spikes_are_ten_times_the_greatest_or_twice_the_mean(losses, spikes):
+    detector = metrics.SpikeDetector()
+    found = {index for index, loss in enumerate(losses) if detector.judge(loss) is not None}
+    assert found == spikes
+
+
+def test_a_spike_is_noted_with_its_samples_and_left_out_steps_too(tmp_path, monkeypatch, caplog):
+    draw = TrainStep.draw
+
+    def planted(self: TrainStep, samples: Any, labels: Any) -> Any:
+        samples, t, noise, labels = draw(self, samples, labels)
+        step = int(self.state.step)
+        return samples, t, noise * {14: 20.0, 16: float("nan")}.get(step, 1.0), labels
+
+    monkeypatch.setattr(TrainStep, "draw", planted)
+    train(tiny(steps=18, skip_nonfinite=1, lr=1e-5, log_every=6), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "spikes.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [15, 17]
+    assert "times the greatest loss before" in lines[0]["reason"]
+    assert (lines[1]["reason"], "loss" in lines[1]) == ("not finite, left out", False)
+    reference = trainer()
+    for line in lines:
+        assert line["samples"] == reference.sample_ids(line["step"])
+        assert line["timesteps"] == reference.timesteps(line["step"])
+    assert "step 15: the loss is" in caplog.text
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    assert [line["skipped"] for line in log] == [0, 0, 1]
+    assert all(math.isfinite(line["loss"]) for line in log)
+
+
+def test_means_leave_out_steps_that_were_not_made():
+    good = StepValues(1.0, 0.5, 0.5, 2.0, 1.0, 1.0, (1.0, 0.0, 3.0, 0.0), (2.0, 0.0, 1.0, 0.0))
+    bad = good._replace(loss=math.nan, mse=math.nan, grad_norm=math.inf, applied=0.0)
+    assert means([good, bad]) == {
+        "loss": 1.0, "mse": 0.5, "vb": 0.5, "grad_norm": 2.0, "loss_by_timestep": (0.5, None, 3.0, None),
+    }  # fmt: skip
+    assert math.isnan(means([bad])["loss"])
+
+
+class Writer:
+    """What is used of tensorboard's SummaryWriter."""
+
+    written: ClassVar[list[Any]] = []
+
+    def __init__(self, folder: str):
+        self.written.append(folder)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.written.append((name, value, step))
+
+    def add_image(self, name: str, picture: np.ndarray, step: int, dataformats: str) -> None:
+        self.written.append((name, picture.shape, step, dataformats))
+
+    def close(self) -> None:
+        self.written.append("closed")
+
+
+def test_trackers_get_the_log_lines_and_the_pictures(tmp_path, monkeypatch):
+    Writer.written.clear()
+    seen: list[Any] = []
+    session = types.SimpleNamespace(
+        log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append("finished")
+    )
+    wandb = types.SimpleNamespace(
+        init=lambda **options: (seen.append(options), session)[1], Image=lambda path: f"image {path}"
+    )
+    tensorboard = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    options = {"tensorboard": True, "wandb": True, "sample_every": 2, "sample_steps": 2, "log_every": 2}
+    train(tiny(steps=4, **options), tmp_path / "run")
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    assert Writer.written[0] == str(tmp_path / "run" / "tensorboard")
+    for line in log:
+        assert ("loss", line["loss"], line["step"]) in Writer.written
+    pictures = [entry for entry in Writer.written if entry[0] == "samples"]
+    assert [(entry[2], entry[3]) for entry in pictures] == [(2, "HWC"), (4, "HWC")]
+    assert Writer.written[-1] == "closed"
+    assert (seen[0]["id"], seen[0]["resume"], seen[0]["config"]["batch_size"]) == ("run", "allow", 8)
+    assert [entry[0] for entry in seen[1:-1]] == [2, 2, 4, 4]
+    assert seen[1][1]["grad_norm"] == log[0]["grad_norm"]
+    assert seen[-1] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("option", "module", "package"),
+    [("tensorboard", "torch.utils.tensorboard", "tensorboard"), ("wandb", "wandb", "wandb")],
+)
+def test_a_missing_tracker_is_named_before_the_first_step(option, module, package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        MissingExtraError, match=rf"{package} is not installed; pip install 'dit-fast\[track\]'"
+    ):
+        train(tiny(steps=1, **{option: True}), tmp_path / "run")
+
+
+def test_sample_grids_come_from_the_averages_and_one_noise(tmp_path):
+    """Two grids of one state are the same picture, those of two states are not; training does not notice."""
+    with_grids = train(tiny(steps=4, sample_every=2, sample_steps=3), tmp_path / "with")
+    without = train(tiny(steps=4), tmp_path / "without")
+    files = [(result.checkpoint / "model.safetensors").read_bytes() for result in (with_grids, without)]
+    assert files[0] == files[1]
+    pictures = sorted((tmp_path / "with" / "samples").iterdir())
+    assert [path.name for path in pictures] == ["step-0000002.png", "step-0000004.png"]
+    first, second = (np.asarray(Image.open(path)) for path in pictures)
+    assert first.shape == second.shape
+    assert (first != second).any()
+    again = train(tiny(steps=2, sample_every=2, sample_steps=3), tmp_path / "again")
+    assert again.step == 2
+    assert (np.asarray(Image.open(tmp_path / "again" / "samples" / "step-0000002.png")) == first).all()
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of NVTX ranges as they open, by a stand-in for the nvtx package; "/" where one closes."""
+    opened: list[str] = []
+
+    @contextmanager
+    def annotate(name: str, domain: str) -> Any:
+        assert domain == "dit_fast"
+        opened.append(name)
+        yield
+        opened.append("/")
+
+    monkeypatch.setitem(sys.modules, "nvtx", types.SimpleNamespace(annotate=annotate))
+    return opened
+
+
+def test_ranges_stand_around_the_parts_of_a_step(tmp_path, monkeypatch):
+    opened = recorded(monkeypatch)
+    train(tiny(steps=1, depth=2, nvtx=True), tmp_path / "run")
+    blocks = ["block_0", "/", "block_1", "/"]
+    step = ["draw", "/", "forward", *blocks, "/", "backward", "/", "optimizer_ema", "/"]
+    assert opened == ["data", "/", *step, "checkpoint", "/"]
+    opened.clear()
+    each = trainer(depth=2)
+    run(each, 1)
+    assert opened == []
+    assert not each.model.blocks[0]._forward_pre_hooks
+
+
+def test_ranges_that_are_off_are_one_empty_context():
+    assert ranges.OFF("forward") is ranges.OFF("backward")
+    assert trainer().ranges is ranges.OFF
+
+
+def test_a_range_is_closed_when_its_block_fails(monkeypatch):
+    opened = recorded(monkeypatch)
+    each = trainer(nvtx=True)
+
+    def fail(module: nn.Module, arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    each.model.blocks[0].attn.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        each.train_step(*each.stream.stored(0))
+    assert opened.count("/") >= opened.count("block_0") == 1
+
+
+def test_without_nvtx_a_cpu_build_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(MissingExtraError, match=r"nvtx is not installed; pip install 'dit-fast\[profile\]'"):
+        trainer(nvtx=True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert ranges.nvtx_ranges() is torch.cuda.nvtx.range
+
+
+def test_runs_are_drawn_over_each_other(tmp_path, capsys):
+    for name in ("one", "two"):
+        train(tiny(steps=3, log_every=1, seed=len(name)), tmp_path / name)
+    capsys.readouterr()
+    target = tmp_path / "both.png"
+    assert (
+        main(["plot", str(tmp_path / "one"), str(tmp_path / "two" / "log.jsonl"), "--out", str(target)]) == 0
+    )
+    assert capsys.readouterr().out == f"{target}: 2 runs\n"
+    assert target.read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", str(tmp_path / "three")]) == 1
+    assert "three: no run folder with a log.jsonl" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "log.jsonl").touch()
+    assert main(["plot", str(tmp_path / "empty")]) == 1
+    assert "holds no log line yet" in capsys.readouterr().err
+    assert main(["plot", str(tmp_path / "one"), "--out", str(tmp_path / "one" / "log.jsonl" / "x.png")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+PROFILED = [
+    *("profile", "--data", "digits", "--hidden-size", "16", "--depth", "1", "--num-heads", "2"),
+    *("--patch-size", "4", "--batch-size", "4", "--device", "cpu"),
+]  # fmt: skip
+
+
+def test_a_profile_is_a_trace_and_a_table(tmp_path, capsys):
+    target = tmp_path / "deep" / "trace.json"
+    assert main([*PROFILED, "--first", "1", "--count", "2", "--top", "5", "--trace", str(target)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["ms", "a", "step"]
+    assert len(lines) == 7
+    assert lines[-1] == f"{target}: 2 steps after 1"
+    shares = [float(line.split()[1].rstrip("%")) for line in lines[1:-1]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 100.5
+    events = json.loads(target.read_text())["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert all(names.count(name) >= 2 for name in ("data", "forward", "backward", "block_0", "optimizer_ema"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "run"], "dit-fast profile keeps no run: leave out --out"),
+        (["--count", "0"], "--count 0: give at least 1"),
+        (["--lr", "-1"], "--lr -1.0: give a positive number"),
+    ],
+)
+def test_a_profile_that_cannot_be(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*PROFILED, *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_needs_data(capsys):
+    assert main(["profile", "--first", "0"]) == 1
+    assert "--data is missing" in capsys.readouterr().err
+
+
+def test_every_option_that_changes_nothing_else_is_in_the_manifest():
+    each = Trainer(tiny(), image_set())
+    assert each.manifest()["train_config"].keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_the_run_folder_is_all_that_is_written(tmp_path):
+    train(tiny(steps=2), tmp_path / "run")
+    assert {path.name for path in Path(tmp_path / "run").iterdir()} == {
+        "checkpoints",
+        "log.jsonl",
+        "loss.png",
+    }
