@@ -87,7 +87,7 @@ def _require_dit(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     if missing:
         hint = ""
         if any(key.startswith("transformer_blocks.") for key in shapes):
-            hint = " (these are diffusers' names; the reference's layout is wanted)"
+            hint = " (these are diffusers' names: give the folder, with its config.json)"
         raise CheckpointError(f"{source} holds no DiT: {', '.join(missing)} missing{hint}")
     wrong = [key for key, rank in _RANKS.items() if len(shapes[key]) != rank or 0 in shapes[key]]
     if not wrong and len(set(shapes["x_embedder.proj.weight"][2:])) != 1:
@@ -120,15 +120,23 @@ def _registry_heads(hidden_size: int, depth: int, source: str) -> int:
     )
 
 
-def require_config(found: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:
-    """CheckpointError listing every field of `expected` that `found` has otherwise, with both values."""
-    different = [
-        f"{key} is {_plain(found[key])} in the checkpoint, {_plain(value)} expected"
-        for key, value in expected.items()
-        if _plain(found[key]) != _plain(value)
-    ]
-    if different:
-        raise CheckpointError(f"{source} is of another configuration: {'; '.join(different)}")
+def require_config(
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    source: str,
+    hints: Mapping[str, str] | None = None,
+) -> None:
+    """CheckpointError listing every field of `expected` that `found` has otherwise, with both values; `hints` say
+    for some fields what to do about it.
+    """
+    differing = [key for key, value in expected.items() if _plain(found[key]) != _plain(value)]
+    if differing:
+        lines = [
+            f"{key} is {_plain(found[key])} in the checkpoint, {_plain(expected[key])} expected"
+            for key in differing
+        ]
+        lines += [hints[key] for key in differing if hints and key in hints]
+        raise CheckpointError(f"{source} is of another configuration: {'; '.join(lines)}")
 
 
 def _plain(value: Any) -> Any:

@@ -2,14 +2,17 @@
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dit_fast.embedders import as_pair
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop.configuration import infer_config, registry_size, require_config
+from dit_fast.interop.converted import Conventions, ConvertedDiT
+from dit_fast.interop.diffusers_folder import diffusers_config_of, read_folder, transformer_folder
 from dit_fast.interop.weight_file import WeightFile, read_weight_file
 from dit_fast.models import DiT, load_weights, read_config
 from dit_fast.training.checkpoint import find_checkpoint, read_part, step_folders
@@ -17,6 +20,11 @@ from dit_fast.training.manifest import MANIFEST, read_manifest, verify_files
 from dit_fast.training.tensor_files import part_files
 
 WEIGHTS = ("ema", "model")
+
+# Positions are fixed sines: another size needs a new table, not new weights.
+_HINTS = {
+    "input_size": "load_model(..., input_size=SIZE) or model.regrid(SIZE) makes positions for another size"
+}
 
 
 @dataclass(frozen=True)
@@ -53,17 +61,20 @@ def load_model(
     device: torch.device | str = "cpu",
     num_heads: int | None = None,
     expected: Mapping[str, Any] | None = None,
+    input_size: int | tuple[int, int] | None = None,
 ) -> tuple[DiT, ModelInfo]:
     """The model of any checkpoint, in eval mode on `device`, and what is known of it.
 
     `path` is a run folder of `dit-fast train` (its newest checkpoint that verifies), a step folder, a
-    `save_pretrained` folder, a `.safetensors` file, or a `.pt` file: a bare state dict as the reference
+    `save_pretrained` folder, a folder that diffusers or `FastDiT` wrote (a pipeline's or the transformer's; then
+    the model is a `ConvertedDiT`), a `.safetensors` file, or a `.pt` file: a bare state dict as the reference
     publishes, or a dictionary of the reference's train.py.
 
-    weights    "ema" or "model", where the checkpoint has both; the one there is, with a note, where it has
+    weights     "ema" or "model", where the checkpoint has both; the one there is, with a note, where it has
     one
-    num_heads  where neither a config.json nor the registry tells it
-    expected   fields of `DiT.config` that the checkpoint must have
+    num_heads   where neither a config.json nor the registry tells it
+    expected    fields of `DiT.config` that the checkpoint must have
+    input_size  of the model, whatever the checkpoint's: `DiT.regrid` makes its positions for that size, with a note
 
     Raises CheckpointError for a file that is damaged, unsafe, no DiT, or not as `expected`; all differing
     fields and all missing, unexpected and misshaped tensors are listed at once.
@@ -73,18 +84,36 @@ def load_model(
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path}: neither a file nor a folder (a device or a pipe)")
     if path.is_file():
         model, info = _from_file(path, weights, num_heads, expected or {})
     elif (path / MANIFEST).is_file() or step_folders(path):
         model, info = _from_training(find_checkpoint(path), weights, expected or {})
+    elif config := diffusers_config_of(transformer_folder(path) / "config.json"):
+        model, info = _from_diffusers(transformer_folder(path), config, expected or {})
     elif (path / "config.json").is_file():
         model, info = _from_file(path / "model.safetensors", weights, num_heads, expected or {})
     else:
         raise CheckpointError(
             f"{path}: no checkpoint in this folder; expected checkpoints/step-N (a run), {MANIFEST} (one "
-            "step) or config.json with model.safetensors"
+            "step), config.json with model.safetensors, or a folder of diffusers"
         )
+    if input_size is not None and as_pair(input_size) != model.x_embedder.img_size:
+        sizes = " to ".join(
+            "x".join(map(str, size)) for size in (model.x_embedder.img_size, as_pair(input_size))
+        )
+        model.regrid(input_size)
+        info = replace(info, notes=(*info.notes, f"{path}: positions made for another input size, {sizes}"))
     return model.to(device).eval(), info
+
+
+def _from_diffusers(
+    folder: Path, config: Mapping[str, Any], expected: Mapping[str, Any]
+) -> tuple[DiT, ModelInfo]:
+    file, ours, conventions = read_folder(folder, config)
+    model = _build(file, ours, expected, conventions)
+    return model, ModelInfo(file.path, "only", latent=_looks_latent(model), notes=file.notes)
 
 
 def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> tuple[DiT, ModelInfo]:
@@ -115,6 +144,8 @@ def _from_file(
     file = read_weight_file(path, weights)
     beside = path.with_name("config.json")
     if path.suffix == ".safetensors" and beside.is_file():
+        if theirs := diffusers_config_of(beside):
+            return _from_diffusers(path.parent, theirs, expected)
         config = read_config(beside)
     else:
         config = _inferred(file, num_heads, expected)
@@ -137,13 +168,18 @@ def _inferred(file: WeightFile, num_heads: int | None, expected: Mapping[str, An
     return infer_config(_shapes(file), str(file.path), {**expected, **known})
 
 
-def _build(file: WeightFile, config: dict[str, Any], expected: Mapping[str, Any]) -> DiT:
+def _build(
+    file: WeightFile,
+    config: dict[str, Any],
+    expected: Mapping[str, Any],
+    conventions: Conventions | None = None,
+) -> DiT:
     """The model of `config` with the file's tensors; nothing is allocated before the two are known to fit."""
     source = str(file.path)
     require_config(infer_config(_shapes(file), source, known=config), config, source)
-    require_config(config, expected, source)
+    require_config(config, expected, source, _HINTS)
     with torch.device("meta"):
-        model = DiT(**config)
+        model = DiT(**config) if conventions is None else ConvertedDiT(**config, conventions=conventions)
     load_weights(model, file.state, source, assign=True)
     return model
 

@@ -1,0 +1,108 @@
+"""`FastDiT`: a DiT of ours in the shape that diffusers' `DiTPipeline` drives, saves and loads.
+
+diffusers takes three seconds to import, so the class is made when it is first asked for: `dit_fast.FastDiT`.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast.errors import ConfigError, MissingExtraError
+from dit_fast.interop.converted import ConvertedDiT, conventions_of
+from dit_fast.interop.diffusers_layout import ADAPTER, adapter_config, config_from_diffusers
+from dit_fast.models import DiT
+
+# diffusers' pipeline writes this label for the unconditional half, whatever the number of classes.
+_PIPELINE_NULL = 1000
+
+_DOCUMENTATION = """A `DiT` that diffusers' `DiTPipeline` runs with any scheduler, saves and loads.
+
+`FastDiT.from_dit(model)` wraps a model without copying it; `.dit` is the model, with its switches (`kernels`,
+`attention`, ...). The constructor's arguments are those of diffusers' DiTTransformer2DModel and what it cannot say:
+mlp_ratio, class_dropout_prob, timestep_freq_shift, cfg_channels (see `Conventions`). Unlike a model of diffusers, it
+is exact for the reference's weights, and the timestep and label embedders run once a step, not in every block.
+
+`DiTPipeline.from_pretrained(folder)` finds the class after `import dit_fast`. The pipeline guides every channel of
+the noise; `cfg_channels` is kept for `.dit.forward_with_cfg`.
+"""
+
+
+@functools.cache
+def fast_dit_class() -> Any:
+    """The class `FastDiT`; MissingExtraError without diffusers."""
+    try:
+        from diffusers import ConfigMixin, ModelMixin
+        from diffusers.configuration_utils import register_to_config
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    except ImportError as error:
+        raise MissingExtraError(
+            "diffusers, whose pipelines FastDiT runs in, is not installed; pip install 'dit-fast[vae]'"
+        ) from error
+
+    class FastDiT(ModelMixin, ConfigMixin):
+        _no_split_modules = ("DiTBlock",)
+
+        @register_to_config
+        def __init__(
+            self,
+            num_attention_heads: int = 16,
+            attention_head_dim: int = 72,
+            in_channels: int = 4,
+            out_channels: int | None = 8,
+            num_layers: int = 28,
+            sample_size: int = 32,
+            patch_size: int = 2,
+            num_embeds_ada_norm: int = 1000,
+            norm_eps: float = 1e-6,
+            mlp_ratio: float = 4.0,
+            class_dropout_prob: float = 0.1,
+            timestep_freq_shift: float = 0,
+            cfg_channels: int | None = 3,
+        ):
+            super().__init__()
+            config, conventions = config_from_diffusers(dict(self.config), ADAPTER)
+            self.dit: DiT = ConvertedDiT(**config, conventions=conventions)
+
+        @classmethod
+        def from_dit(cls, model: DiT) -> Any:
+            """`model` itself in diffusers' shape; its parameters are shared, not copied."""
+            with torch.device("meta"):
+                adapter = cls(**adapter_config(model.config, conventions_of(model)))
+            adapter.dit = model
+            return adapter.train(model.training)
+
+        def forward(
+            self,
+            hidden_states: Tensor,
+            timestep: Tensor | None = None,
+            class_labels: Tensor | None = None,
+            cross_attention_kwargs: dict[str, Any] | None = None,
+            return_dict: bool = True,
+        ) -> Any:
+            """hidden_states (N, C, H, W), timestep (N,) or one number, class_labels (N,) -> `.sample` (N, out_channels,
+            H, W), or a tuple of it; ConfigError without timestep or labels, or with `cross_attention_kwargs`.
+            """
+            if timestep is None or class_labels is None or cross_attention_kwargs:
+                raise ConfigError("FastDiT takes timestep and class_labels, and no cross_attention_kwargs")
+            timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
+            sample = self.dit(hidden_states, timestep, self._labels(class_labels))
+            return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+        def _labels(self, labels: Tensor) -> Tensor:
+            """The pipeline's null label as this model's own, where it can be no class."""
+            classes = self.dit.y_embedder.num_classes
+            if classes >= _PIPELINE_NULL:
+                return labels
+            null = labels == _PIPELINE_NULL
+            if not self.dit.y_embedder.dropout_prob and bool(null.any()):
+                raise ConfigError(
+                    "guidance on a model without a null class (class_dropout_prob 0): use guidance_scale=1"
+                )
+            return torch.where(null, classes, labels)
+
+    FastDiT.__doc__ = _DOCUMENTATION
+    # Where diffusers and pickle look for it: diffusers records the first part of __module__ in model_index.json.
+    FastDiT.__module__, FastDiT.__qualname__ = "dit_fast", ADAPTER
+    return FastDiT
