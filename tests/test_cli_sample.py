@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from dit_fast.cli import main
+from dit_fast.cli.sample_plan import numbers_of
 from dit_fast.data import open_images
 from dit_fast.models import DiT
-from dit_fast.sampling import sample
+from dit_fast.sampling import Guidance, Sampler
 from dit_fast.training.checkpoint import save_checkpoint
 
 NAMES = tuple(str(digit) for digit in range(10))
@@ -87,27 +88,28 @@ def test_run_folder_to_grid_images_and_scores(run, tmp_path, capsys):
 
 def test_the_checkpoint_s_own_diffusion_and_clipping_are_used(run, tmp_path, monkeypatch):
     seen = {}
+    draw = Sampler.__call__
 
-    def spy(model, diffusion, labels, **options):
-        seen.update(options, model=model, diffusion=diffusion, labels=labels.tolist())
-        return sample(model, diffusion, labels, **options)
+    def spy(sampler, labels, **options):
+        seen.update(options, sampler=sampler, labels=labels.tolist())
+        return draw(sampler, labels, **options)
 
-    monkeypatch.setattr("dit_fast.cli.sample.sample", spy)
+    monkeypatch.setattr(Sampler, "__call__", spy)
     for weights, seed in (("ema", 1), ("model", 0)):
         assert command("--ckpt", run, "--num", 2, "--steps", 5, "--weights", weights, "--out", tmp_path) == 0
         for key, value in small_model(seed).state_dict().items():
-            assert torch.equal(seen["model"].state_dict()[key], value)
-    assert seen["diffusion"].original_num_steps == 100
-    assert seen["clip_denoised"] is True
-    assert (seen["cfg_scale"], seen["cfg_channels"], seen["seed"]) == (4.0, 3, 0)
+            assert torch.equal(seen["sampler"].model.state_dict()[key], value)
+    sampler = seen["sampler"]
+    assert sampler.nodes.times.tolist() == [99, 74, 50, 25, 0]
+    assert (sampler.config.clip, sampler.config.mode, seen["seed"]) == (True, "reference", 0)
+    assert sampler.config.guidance == Guidance(4.0, 3)
     assert command("--ckpt", run, "--num", 1, "--out", tmp_path) == 0
-    assert seen["diffusion"].num_timesteps == 100
-    assert (
-        command("--ckpt", run, "--steps", 1, "--no-clip-denoised", "--cfg-channels", "all", "--out", tmp_path)
-        == 0
-    )
-    assert (seen["clip_denoised"], seen["cfg_channels"]) == (False, None)
-    assert seen["labels"] == list(range(10)) * 8
+    assert len(seen["sampler"].nodes) == 100
+    guided = ("--cfg-channels", "all", "--cfg-interval", 0.1, 0.7, "--cfg-schedule", "linear")
+    assert command("--ckpt", run, "--steps", 1, "--no-clip-denoised", *guided, "--out", tmp_path) == 0
+    config = seen["sampler"].config
+    assert (config.clip, config.guidance) == (False, Guidance(4.0, None, (0.1, 0.7), "linear"))
+    assert seen["labels"] == (list(range(10)) * 8)[64:]
 
 
 def test_same_seed_same_pixels(run, tmp_path):
@@ -124,17 +126,13 @@ def test_same_seed_same_pixels(run, tmp_path):
     [(["3"], [3, 3, 3]), (["7,1"], [7, 1, 7]), (["cat", "2"], [0, 2, 0]), (["red, green", "cat"], [1, 0, 1])],
 )
 def test_classes_by_number_and_by_name(classes, labels):
-    from dit_fast.cli.sample import _classes
-
-    numbers = _classes(classes, 10, ("cat", "red, green", *NAMES[2:]))
+    numbers = numbers_of(classes, 10, ("cat", "red, green", *NAMES[2:]))
     assert [numbers[i % len(numbers)] for i in range(3)] == labels
 
 
 def test_many_classes_show_eight_of_them():
-    from dit_fast.cli.sample import _classes
-
-    assert _classes(None, 1000, None) == [0, 143, 285, 428, 571, 714, 856, 999]
-    assert _classes(None, 20, None) == list(range(20))
+    assert numbers_of(None, 1000, None) == [0, 143, 285, 428, 571, 714, 856, 999]
+    assert numbers_of(None, 20, None) == list(range(20))
 
 
 def test_one_class_wraps_into_rows(run, tmp_path):
@@ -193,7 +191,7 @@ def test_latent_models_are_decoded(tmp_path, monkeypatch):
         def __call__(self, latents):
             return torch.ones(len(latents), 3, 64, 64)
 
-    monkeypatch.setattr("dit_fast.cli.sample.LatentDecoder", Decoder)
+    monkeypatch.setattr("dit_fast.cli.sample_plan.LatentDecoder", Decoder)
     small_model(in_channels=4).save_pretrained(tmp_path / "model")
     ask = ("--ckpt", tmp_path / "model", "--steps", 1, "--num", 2, "--save-images")
     assert command(*ask, "--image-size", 64, "--out", tmp_path / "o") == 0
@@ -244,7 +242,7 @@ def test_folder_without_heldout_images_is_compared_leaving_one_out(run, tmp_path
     ],
 )
 def test_bad_options_are_one_line_and_draw_nothing(run, tmp_path, capsys, monkeypatch, options, line):
-    monkeypatch.setattr("dit_fast.sampling.sampler._trajectory", lambda *a: pytest.fail("sampling began"))
+    monkeypatch.setattr(Sampler, "__call__", lambda *a, **k: pytest.fail("sampling began"))
     assert command("--ckpt", run, "--out", tmp_path, *options) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("dit-fast: error: ")
@@ -254,7 +252,7 @@ def test_bad_options_are_one_line_and_draw_nothing(run, tmp_path, capsys, monkey
 
 
 def test_unlabelled_dropout_and_unknown_data_and_missing_checkpoint(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dit_fast.sampling.sampler._trajectory", lambda *a: pytest.fail("sampling began"))
+    monkeypatch.setattr(Sampler, "__call__", lambda *a, **k: pytest.fail("sampling began"))
     small_model(class_dropout_prob=0.0).save_pretrained(tmp_path / "model")
     out = ("--out", tmp_path / "o")
     assert command("--ckpt", tmp_path / "model", *out) == 1
@@ -276,7 +274,7 @@ def test_data_of_another_number_of_classes(run, tmp_path, capsys):
 
 
 def test_outputs_that_cannot_be_written(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dit_fast.sampling.sampler._trajectory", lambda *a: pytest.fail("sampling began"))
+    monkeypatch.setattr(Sampler, "__call__", lambda *a, **k: pytest.fail("sampling began"))
     (tmp_path / "file").write_text("")
     assert command("--ckpt", run, "--out", tmp_path / "file" / "deep") == 1
     assert "cannot write to" in capsys.readouterr().err

@@ -1,6 +1,24 @@
-"""Drawing images from a model: solvers, guidance and pictures to look at."""
+"""Drawing images from a model: solvers, guidance, the batch sampler and pictures to look at."""
 
 from dit_fast.sampling.grid import draw_grid, to_pil, to_uint8
-from dit_fast.sampling.sampler import MODES, SOLVERS, check_request, sample
+from dit_fast.sampling.guidance import Guidance, classifier_cond_fn
+from dit_fast.sampling.nodes import Nodes, diffusion_nodes, flow_nodes
+from dit_fast.sampling.program import SOLVERS
+from dit_fast.sampling.sampler import MODES, PRECISIONS, Sampler, SamplerConfig, Step
 
-__all__ = ["MODES", "SOLVERS", "check_request", "draw_grid", "sample", "to_pil", "to_uint8"]
+__all__ = [
+    "MODES",
+    "PRECISIONS",
+    "SOLVERS",
+    "Guidance",
+    "Nodes",
+    "Sampler",
+    "SamplerConfig",
+    "Step",
+    "classifier_cond_fn",
+    "diffusion_nodes",
+    "draw_grid",
+    "flow_nodes",
+    "to_pil",
+    "to_uint8",
+]

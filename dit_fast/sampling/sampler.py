@@ -1,221 +1,314 @@
-"""Class-conditional sampling with classifier-free guidance (Ho & Salimans 2022).
+"""`Sampler`: labels in, images (or latents) out, at the speed of the device.
 
-Shapes: labels (M,); images or latents (M, C, H, W). Solvers are the DDPM's ancestral steps (Ho et al. 2020,
-algorithm 2) and DDIM (Song et al. 2020, equation 12), both over the respaced process of `diffusion`.
+Modulation vectors are made before a trajectory, the adaLN weights stay out of its loop, a whole trajectory is one CUDA
+graph where there are any, and sample i has random numbers of its own. Shapes: labels (M,); states (M, C, H, W).
 """
 
-import math
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import copy
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dit_fast.diffusion import GaussianDiffusion
 from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.models import DiT
+from dit_fast.sampling.graphs import CudaGraphs, GraphBackend, GraphCache
+from dit_fast.sampling.guidance import Guidance
+from dit_fast.sampling.modulation import loop_parameters, modulation_width
+from dit_fast.sampling.nodes import Nodes, diffusion_nodes
+from dit_fast.sampling.noise import KeyedNoise, ReferenceNoise
+from dit_fast.sampling.program import SOLVERS, CondFn, Evaluate, Program, ProgramKey, evaluate
 
-SOLVERS = ("ddpm", "ddim")
-MODES = ("reference", "fast")
-_LOG_SECONDS = 10.0
-
-
-def check_request(
-    model: DiT,
-    labels: Tensor,
-    cfg_scale: float,
-    cfg_channels: int | None = 3,
-    solver: str = "ddpm",
-    eta: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> None:
-    """ConfigError when `sample` cannot do what these arguments ask for."""
-    num_classes = model.y_embedder.num_classes
-    if labels.ndim != 1 or labels.numel() == 0 or labels.dtype.is_floating_point:
-        raise ConfigError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected one integer per image")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ConfigError(
-            f"label {low if low < 0 else high} is out of range: the model has {num_classes} classes, "
-            f"0 to {num_classes - 1}"
-        )
-    if not math.isfinite(cfg_scale) or cfg_scale < 0:
-        raise ConfigError(
-            f"guidance scale {cfg_scale}: choose a finite number of at least 0 (1 is no guidance)"
-        )
-    if cfg_scale != 1 and model.y_embedder.dropout_prob == 0:
-        raise ConfigError(
-            f"guidance scale {cfg_scale} needs a model trained with label dropout, this one was trained "
-            "without it (class_dropout_prob 0): use scale 1"
-        )
-    if cfg_channels is not None and cfg_channels < 1:
-        raise ConfigError(f"guided channels {cfg_channels}: choose at least 1, or all")
-    if solver not in SOLVERS:
-        raise ConfigError(f"unknown solver {solver!r}: choose {' or '.join(SOLVERS)}")
-    if not 0 <= eta <= 1:
-        raise ConfigError(f"eta {eta}: choose a number from 0 (deterministic) to 1")
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed {seed}: choose a number from 0 to 2**63 - 1")
-    if batch_size < 1:
-        raise ConfigError(f"batch size {batch_size}: choose at least 1")
+MODES = ("fast", "reference")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRAPHS = ("auto", "never")
 
 
-def batch_seed(seed: int, first: int) -> int:
-    """Seed of the batch whose first image has index `first`; the first batch has `seed` itself."""
-    if first == 0:
-        return seed
-    return int(np.random.SeedSequence((seed, first)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How samples are drawn.
 
+    solver, eta  one of SOLVERS; eta is DDIM's share of fresh noise (0: deterministic)
+    guidance     classifier-free guidance; scale 1 runs the conditional branch alone
+    clip         clamp the predicted x_0 to [-1, 1] at every step: for pixels, not for latents
+    mode         "fast": noise of sample i is a function of (seed, i); "reference": the draws of the reference's
+                 sample.py after `torch.manual_seed(seed)`, which depend on the batch
+    precision    "fp32", "bf16", "fp16" for a copy of the model in it, or None for the model as it is; states are
+                 float32 either way
+    graph        "auto": a CUDA graph where there can be one; "never"
+    compile      torch.compile of each step's evaluation
+    offload      keep the adaLN weights in the CPU's memory (of the model itself, or of its copy in `precision`)
+    table_bytes  most memory for modulation vectors and noise; longer trajectories are cut into segments
 
-def sample(
-    model: DiT,
-    diffusion: GaussianDiffusion,
-    labels: Tensor | Iterable[int],
-    *,
-    cfg_scale: float = 4.0,
-    cfg_channels: int | None = 3,
-    solver: str = "ddpm",
-    eta: float = 0.0,
-    clip_denoised: bool = False,
-    seed: int = 0,
-    batch_size: int = 64,
-    mode: str = "reference",
-    device: torch.device | str | None = None,
-    progress: bool = True,
-) -> Tensor:
-    """Draw one image (or latent) for each label; float32 (M, C, H, W) on the CPU.
-
-    cfg_scale      eps = uncond + scale * (cond - uncond); at 1 only the conditional branch is run
-    cfg_channels   how many noise channels are guided: the reference's 3, None for all
-    solver, eta    "ddpm", or "ddim" with its share of fresh noise (0: deterministic)
-    clip_denoised  clamp the predicted image to [-1, 1] at every step: for pixel space, not for latents
-    seed           of the global generators, which are put back afterwards; a full batch gives the same images
-                   whatever is asked for after it
-    mode           "reference" draws noise for both guidance branches at every step, as the reference's
-    sample.py
-                   does after `torch.manual_seed(seed)`; "fast" draws and updates one half only, which gives
-                   other images of the same distribution and, with DDIM at eta 0, the same ones
-
-    The model is run in eval mode and left in the mode it was in. Raises ConfigError for a request that the
-    model cannot meet and NonFiniteError when it answers NaN or infinity.
+    Raises ConfigError for values out of range.
     """
-    labels = torch.as_tensor(labels if isinstance(labels, Tensor) else list(labels))
-    check_request(model, labels, cfg_scale, cfg_channels, solver, eta, seed, batch_size)
-    if mode not in MODES:
-        raise ConfigError(f"unknown sampling mode {mode!r}: choose {' or '.join(MODES)}")
-    device = model.pos_embed.device if device is None else torch.device(device)
 
-    chunks = labels.split(batch_size)
-    was_training = model.training
-    model.eval()
-    images = []
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            steps = _Progress(diffusion.num_timesteps, len(labels), progress)
-            for number, chunk in enumerate(chunks):
-                torch.manual_seed(batch_seed(seed, number * batch_size))
-                run = _trajectory(
-                    model,
-                    diffusion,
-                    chunk.to(device),
-                    cfg_scale,
-                    cfg_channels,
-                    solver,
-                    eta,
-                    clip_denoised,
-                    mode,
-                )
-                images.append(steps.follow(run, len(chunk)).float().cpu())
-            steps.close()
-    finally:
-        model.train(was_training)
-    result = torch.cat(images)
-    broken = int((~result.isfinite()).flatten(1).any(dim=1).sum())
-    if broken:
-        raise NonFiniteError(
-            f"{broken} of {len(result)} samples have NaN or infinite values: damaged weights or too low a "
-            "precision"
+    solver: str = "ddpm"
+    eta: float = 0.0
+    guidance: Guidance = field(default_factory=Guidance)
+    clip: bool = False
+    mode: str = "fast"
+    precision: str | None = None
+    graph: str = "auto"
+    compile: bool = False
+    offload: bool = False
+    table_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        words = (
+            ("solver", self.solver, SOLVERS),
+            ("sampling mode", self.mode, MODES),
+            ("precision", self.precision, (None, *PRECISIONS)),
+            ("graph", self.graph, GRAPHS),
         )
-    return result
+        for name, value, known in words:
+            if value not in known:
+                raise ConfigError(f"unknown {name} {value!r}: choose {', '.join(map(str, known))}")
+        if not 0 <= self.eta <= 1:
+            raise ConfigError(f"eta {self.eta}: choose a number from 0 (deterministic) to 1")
+        if self.table_bytes < 1:
+            raise ConfigError(f"table_bytes {self.table_bytes}: choose at least 1")
 
 
-def _trajectory(
-    model: DiT,
-    diffusion: GaussianDiffusion,
-    labels: Tensor,
-    cfg_scale: float,
-    cfg_channels: int | None,
-    solver: str,
-    eta: float,
-    clip_denoised: bool,
-    mode: str,
-) -> Iterator[Tensor]:
-    """The states of one batch, (n, C, H, W), after each step from noise to image."""
-    n = len(labels)
-    noise = torch.randn(n, model.in_channels, *model.x_embedder.img_size, device=labels.device)
-    model_kwargs: dict[str, Any] = {"y": labels}
-    denoiser: Callable[..., Tensor] = model.forward
-    if cfg_scale != 1:
-        null = torch.full_like(labels, model.y_embedder.num_classes)
-        model_kwargs = {"y": torch.cat([labels, null]), "cfg_scale": cfg_scale, "cfg_channels": cfg_channels}
-        if mode == "reference":
-            denoiser = model.forward_with_cfg
-            noise = torch.cat([noise, noise])
+class Step(NamedTuple):
+    """Where sampling stands: `done` of `total` steps of `images` samples from place `first`; their state."""
+
+    first: int
+    images: int
+    done: int
+    total: int
+    state: Tensor
+
+
+class Sampler:
+    """Draws samples of a model: `Sampler(model, create_diffusion("250"))(labels, seed=0)`.
+
+    process: a diffusion process, or nodes such as `flow_nodes(50)` for a model of flow matching. cond_fn: classifier
+    guidance, see `classifier_cond_fn`. `model`, `nodes` and `config` may be assigned anew between calls; what depends
+    on them is captured again. After a call, `eager_reason` says why no graph was used (None: one was).
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        process: GaussianDiffusion | Nodes,
+        config: SamplerConfig | None = None,
+        *,
+        cond_fn: CondFn | None = None,
+        backend: GraphBackend | None = None,
+    ) -> None:
+        self.model = model
+        self.nodes = process if isinstance(process, Nodes) else diffusion_nodes(process)
+        self.config = config or SamplerConfig()
+        self.cond_fn = cond_fn
+        self.eager_reason: str | None = None
+        self.backend: GraphBackend = backend or CudaGraphs()
+        self.programs: GraphCache[Program] = GraphCache()
+        self._cast: tuple[object, DiT] | None = None
+        self._compiled: Evaluate | None = None
+
+    def check(self, labels: Tensor, seed: int = 0, batch_size: int = 64) -> None:
+        """ConfigError when the model cannot draw these labels (M,) with the present `config`."""
+        classes = self.model.y_embedder.num_classes
+        if labels.ndim != 1 or labels.numel() == 0 or labels.dtype.is_floating_point:
+            raise ConfigError(
+                f"labels are {labels.dtype} {tuple(labels.shape)}, expected one integer per image"
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise ConfigError(
+                f"label {low if low < 0 else high} is out of range: the model has {classes} classes, "
+                f"0 to {classes - 1}"
+            )
+        if self.config.guidance.active and self.model.y_embedder.dropout_prob == 0:
+            raise ConfigError(
+                f"guidance scale {self.config.guidance.scale} needs a model trained with label dropout, this one was "
+                "trained without it (class_dropout_prob 0): use scale 1"
+            )
+        if self.config.solver == "ddpm" and self.nodes.prediction == "velocity":
+            raise ConfigError(
+                "solver ddpm is of diffusion models: for a model of flow matching use euler or heun"
+            )
+        if self.config.solver == "ddpm" and self.nodes.variance == "learned" and not self.model.learn_sigma:
+            raise ConfigError(
+                "the process has a learned variance and the model predicts none: "
+                "learn_sigma must agree in model and create_diffusion"
+            )
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"seed {seed}: choose a number from 0 to 2**63 - 1")
+        if batch_size < 1:
+            raise ConfigError(f"batch size {batch_size}: choose at least 1")
+
+    def __call__(
+        self,
+        labels: Tensor | Iterable[int],
+        *,
+        seed: int = 0,
+        numbers: Tensor | None = None,
+        batch_size: int = 64,
+        on_step: Callable[[Step], None] | None = None,
+        every: int = 1,
+    ) -> Tensor:
+        """One sample for each label: float32 (M, C, H, W) on the model's device, never overwritten later.
+
+        numbers   the samples' numbers, int64 (M,); 0, 1, ... by default
+        on_step   called after each `every` steps and after the last; under a graph the trajectory is captured in
+                  pieces of `every` steps
+
+        Raises ConfigError for a request that the model cannot meet and NonFiniteError when it answers NaN or
+        infinity. The global random generators are not touched.
+        """
+        labels = torch.as_tensor(labels if isinstance(labels, Tensor) else list(labels)).cpu()
+        self.check(labels, seed, batch_size)
+        if every < 1:
+            raise ConfigError(f"every {every}: choose at least 1")
+        numbers = torch.arange(len(labels)) if numbers is None else numbers.cpu()
+        if numbers.shape != labels.shape or numbers.dtype != torch.int64:
+            raise ConfigError(
+                f"numbers are {numbers.dtype} {tuple(numbers.shape)}, expected int64 {tuple(labels.shape)}"
+            )
+        made = []
+        with torch.no_grad():
+            for first in range(0, len(labels), batch_size):
+                part = slice(first, first + batch_size)
+
+                def report(done: int, state: Tensor, first: int = first) -> None:
+                    assert on_step is not None
+                    on_step(Step(first, len(state), done, len(self.nodes), state))
+
+                notify = None if on_step is None else report
+                made.append(self._batch(labels[part], numbers[part], seed, notify, every))
+        result = torch.cat(made).float()
+        broken = int((~result.isfinite()).flatten(1).any(dim=1).sum())
+        if broken:
+            raise NonFiniteError(
+                f"{broken} of {len(result)} samples have NaN or infinite values: damaged weights or too low a "
+                "precision"
+            )
+        return result
+
+    def _batch(
+        self,
+        labels: Tensor,
+        numbers: Tensor,
+        seed: int,
+        notify: Callable[[int, Tensor], None] | None,
+        every: int,
+    ) -> Tensor:
+        config, model = self.config, self._loop_model()
+        device = model.pos_embed.device
+        shape = (model.in_channels, *model.x_embedder.img_size)
+        noise: KeyedNoise | ReferenceNoise
+        if config.mode == "reference":
+            noise = ReferenceNoise(seed, numbers.to(device), shape, doubled=config.guidance.active)
         else:
+            noise = KeyedNoise(seed, numbers.to(device), shape)
+        rows, slots = self._rows(labels)
+        key = self._key(model, len(labels), len(rows), len(self.nodes) if notify is None else every)
+        rows = rows.to(device)
 
-            def denoiser(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-                return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), **kwargs)[:n]
+        def begin(program: Program) -> None:
+            program.begin(labels.to(device), slots.to(device), noise.start())
 
-    loop = diffusion.p_sample_loop_progressive if solver == "ddpm" else diffusion.ddim_sample_loop_progressive
-    options: dict[str, Any] = {} if solver == "ddpm" else {"eta": eta}
-    for state in loop(
-        denoiser,
-        noise.shape,
-        noise,
-        clip_denoised=clip_denoised,
-        model_kwargs=model_kwargs,
-        device=labels.device,
-        progress=False,
-        **options,
-    ):
-        yield state["sample"][:n]
+        self.eager_reason = self._no_graph(device)
+        if self.eager_reason is None:
+            try:
+                program = self.programs.get(key, lambda: self._captured(model, key))
+            except (
+                RuntimeError
+            ) as error:  # what cannot be captured, and CUDA's out of memory, are of this class
+                self.programs.clear()
+                self.eager_reason = f"capture failed: {str(error).splitlines()[0][:200]}"
+        if self.eager_reason is not None:
+            program = Program(model, key, self._evaluate(), self.cond_fn)
+            states = program.states()
 
+        begin(program)
+        for number, (start, stop) in enumerate(key.segments):
+            program.load(start, stop, rows, noise)
+            if self.eager_reason is None:
+                replay, state = program.replays[number]
+                replay()
+            else:
+                for _ in range(start, stop):
+                    state = next(states)
+            if notify is not None:
+                notify(stop, state.clone())
+        return state.clone()
 
-class _Progress:
-    """A bar over image-steps on a terminal, a line every ten seconds elsewhere."""
+    def _captured(self, model: DiT, key: ProgramKey) -> Program:
+        program = Program(model, key, self._evaluate())
+        program.capture(self.backend)
+        return program
 
-    def __init__(self, num_steps: int, num_images: int, show: bool) -> None:
-        self.num_steps = num_steps
-        self.num_images = num_images
-        self.finished = 0
-        self.started = self.logged = time.monotonic()
-        self.show = show
-        terminal = show and sys.stderr.isatty()
-        self.bar = tqdm(total=num_images * num_steps, desc="sampling", unit="step", disable=not terminal)
+    def _no_graph(self, device: torch.device) -> str | None:
+        if self.config.graph == "never":
+            return "graph is 'never'"
+        if self.cond_fn is not None:
+            return "a classifier's gradient is not captured"
+        return self.backend.unavailable(device)
 
-    def follow(self, trajectory: Iterator[Tensor], n: int) -> Tensor:
-        """Run one batch of `n` images to its end and return its last state."""
-        for step, latest in enumerate(trajectory, start=1):
-            state = latest
-            self.bar.update(n)
-            now = time.monotonic()
-            if self.show and self.bar.disable and now - self.logged > _LOG_SECONDS:
-                self.logged = now
-                done = (self.finished + n * step / self.num_steps) / self.num_images
-                left = (now - self.started) * (1 - done) / done
-                print(
-                    f"sampling: {self.finished} of {self.num_images} images done, "
-                    f"step {step} of {self.num_steps}, {left:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        self.finished += n
-        return state
+    def _rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels of the modulation table's rows, and for each of 2n evaluations its row, the null class's last.
 
-    def close(self) -> None:
-        self.bar.close()
+        The number of rows is a power of two, or the batch's size: batches of random labels then share one capture.
+        """
+        distinct, slots = torch.unique(labels, return_inverse=True)
+        count = min(1 << (len(distinct) - 1).bit_length(), len(labels))
+        rows = torch.cat([distinct, distinct[:1].expand(count - len(distinct))])
+        if self.config.guidance.active:
+            rows = torch.cat([rows, rows.new_full((1,), self.model.y_embedder.num_classes)])
+        return rows, torch.cat([slots, torch.full_like(slots, len(rows) - 1)])
+
+    def _key(self, model: DiT, batch: int, rows: int, every: int) -> ProgramKey:
+        config, steps = self.config, len(self.nodes)
+        sizes = model.x_embedder.img_size
+        bytes_per_step = rows * modulation_width(model) * model.pos_embed.itemsize
+        if config.solver in ("ddpm", "ddim"):
+            bytes_per_step += 4 * batch * model.in_channels * sizes[0] * sizes[1]
+        most = max(1, min(steps, config.table_bytes // bytes_per_step))
+        bounds = sorted({*range(0, steps, every), steps})
+        segments = [
+            (start, min(start + most, stop))
+            for begin, stop in itertools.pairwise(bounds)
+            for start in range(begin, stop, most)
+        ]
+        return ProgramKey(
+            batch=batch,
+            rows=rows,
+            nodes=self.nodes,
+            solver=config.solver,
+            eta=config.eta,
+            guidance=config.guidance,
+            clip=config.clip,
+            dtype=model.pos_embed.dtype,
+            device=model.pos_embed.device,
+            segments=tuple(segments),
+            compiled=config.compile,
+            offload=config.offload,
+            switches=(model.kernels, model.attention),
+            weights=tuple(p.data_ptr() for p in loop_parameters(model)),
+        )
+
+    def _loop_model(self) -> DiT:
+        """The model, or its copy in the precision that is asked for, made again when its weights have changed."""
+        dtype = PRECISIONS.get(self.config.precision or "")
+        if dtype is None or dtype is self.model.pos_embed.dtype:
+            return self.model
+        state = (dtype, id(self.model), *((p.data_ptr(), p._version) for p in self.model.parameters()))
+        if self._cast is None or self._cast[0] != state:
+            self._cast = None
+            self._cast = (state, copy.deepcopy(self.model).to(dtype))
+            self.programs.clear()
+        return self._cast[1]
+
+    def _evaluate(self) -> Evaluate:
+        if not self.config.compile:
+            return evaluate
+        if self._compiled is None:
+            self._compiled = torch.compile(evaluate, fullgraph=True, dynamic=False)
+        return self._compiled

@@ -157,7 +157,7 @@ def dpm_table(nodes: Nodes) -> DeviceTable:
 
 
 def unipc(denoise: Denoiser, x: Tensor, nodes: Nodes) -> Trajectory:
-    """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867, algorithm 1): third order, one evaluation a step.
+    """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867, algorithm 1): third order at one evaluation.
 
     Each evaluation first corrects the state that it was made at (UniC-2), then predicts the next one (UniP-2, which
     for this B is DPM-Solver++(2M)).

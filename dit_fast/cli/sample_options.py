@@ -1,0 +1,150 @@
+"""The options of `dit-fast sample`, those of the reference's sample.py and sample_ddp.py among them."""
+
+import argparse
+from pathlib import Path
+
+from dit_fast.download import pretrained_models
+from dit_fast.sampling import MODES, PRECISIONS, SOLVERS
+from dit_fast.sampling.guidance import SCHEDULES
+
+OWN_DATA = "(the checkpoint's own data)"
+# All classes of a small set are shown; of ImageNet's thousand, this many evenly spaced ones.
+ALL_CLASSES = 20
+SHOWN_CLASSES = 8
+PER_CLASS = 8
+STEPS = 250
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all options."""
+    _model_options(parser.add_argument_group("which model"))
+    _drawing_options(parser.add_argument_group("what to draw"))
+    _machine_options(parser.add_argument_group("on what"))
+    _output_options(parser.add_argument_group("what to write"))
+
+
+def _model_options(group: argparse._ArgumentGroup) -> None:
+    published = ", ".join(sorted(pretrained_models))
+    group.add_argument(
+        "--ckpt",
+        help="run folder, step folder, save_pretrained folder, .safetensors or .pt file, or a published name "
+        f"({published})",
+    )
+    group.add_argument(
+        "--weights", choices=("ema", "model"), default="ema", help="which weights, where there are both"
+    )
+    group.add_argument("--model", help="registry name, e.g. DiT-XL/2; the checkpoint must be of it")
+    group.add_argument("--image-size", type=int, help="side of the images; the checkpoint must be of it")
+    group.add_argument("--num-classes", type=int, help="number of classes; the checkpoint must have as many")
+    group.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
+    group.add_argument("--vae", help="decoder of a latent model: ema, mse (the default), a folder, or none")
+
+
+def _drawing_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--num",
+        "--num-fid-samples",
+        dest="num",
+        type=int,
+        help=f"number of images (default: {PER_CLASS} of each class)",
+    )
+    group.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="class numbers or names in turn; all; or random, as for FID (default: all, of more than "
+        f"{ALL_CLASSES} classes {SHOWN_CLASSES} evenly spaced ones; with --npz random)",
+    )
+    group.add_argument(
+        "--cfg-scale", type=float, default=4.0, help="guidance scale; 1 is none (default: 4.0)"
+    )
+    group.add_argument(
+        "--cfg-channels", default="3", help="noise channels that are guided: a number, or all (default: 3)"
+    )
+    group.add_argument(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=(0.0, 1.0),
+        help="noise levels between which there is guidance, 0 data, 1 noise; outside, one branch is run",
+    )
+    group.add_argument(
+        "--cfg-schedule",
+        choices=tuple(SCHEDULES),
+        default="constant",
+        help="how the scale rises towards data",
+    )
+    group.add_argument(
+        "--steps",
+        "--num-sampling-steps",
+        dest="steps",
+        help="sampling steps, or a respacing such as ddim50 or 10,20,30 (default: 250, or all if fewer)",
+    )
+    group.add_argument("--solver", choices=SOLVERS, default="ddpm")
+    group.add_argument(
+        "--eta", type=float, default=0.0, help="share of fresh noise with --solver ddim (default: 0)"
+    )
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        help="reference: the reference's draws for a seed, which depend on the batch (the default); fast: each image's "
+        "own draws (with --npz or several ranks)",
+    )
+    group.add_argument(
+        "--clip-denoised",
+        action=argparse.BooleanOptionalAction,
+        help="clamp the predicted image at each step (default: yes in pixel space)",
+    )
+    group.add_argument("--seed", "--global-seed", dest="seed", type=int, default=0)
+
+
+def _machine_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--batch-size",
+        "--per-proc-batch-size",
+        dest="batch_size",
+        type=int,
+        default=64,
+        help="images at a time (default: 64)",
+    )
+    group.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
+    )
+    group.add_argument(
+        "--precision", choices=tuple(PRECISIONS), default="fp32", help="of weights (default: fp32)"
+    )
+    group.add_argument(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="TF32 products on CUDA (default: yes)",
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile each step's evaluation")
+    group.add_argument("--no-graph", action="store_true", help="no CUDA graph")
+
+
+def _output_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--out",
+        "--sample-dir",
+        dest="out",
+        type=Path,
+        default=Path("samples"),
+        help="folder for sample.png (default: samples); killed, the same command goes on there",
+    )
+    group.add_argument(
+        "--columns", type=int, default=10, help="most images of one class in the grid (default: 10)"
+    )
+    group.add_argument("--save-images", action="store_true", help="also write each image to OUT/images")
+    group.add_argument(
+        "--npz", action="store_true", help="also write OUT/samples.npz, as ADM's evaluator reads it"
+    )
+    group.add_argument("--gif", action="store_true", help="also write OUT/trajectory.gif of the first images")
+    group.add_argument(
+        "--compare-to",
+        nargs="?",
+        const=OWN_DATA,
+        metavar="DATA",
+        help="score the samples against the real images DATA (default: those that it was trained on)",
+    )

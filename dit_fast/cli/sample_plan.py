@@ -1,0 +1,272 @@
+"""What `dit-fast sample` is asked for, loaded and checked before anything is drawn."""
+
+import argparse
+import difflib
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast import keyed
+from dit_fast.cli.sample_options import ALL_CLASSES, OWN_DATA, PER_CLASS, SHOWN_CLASSES, STEPS
+from dit_fast.data import open_images
+from dit_fast.diffusion import create_diffusion
+from dit_fast.download import fetch_model, pretrained_models
+from dit_fast.errors import CheckpointError, ConfigError, OutputError
+from dit_fast.evaluation import Scorer
+from dit_fast.interop import ModelInfo, load_model, registry_size
+from dit_fast.interop.vae import LATENT_FACTOR, LATENT_SCALE, LatentDecoder
+from dit_fast.models import DiT
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig
+from dit_fast.sampling.output import prepare_folder
+from dit_fast.sampling.parts import Parts
+
+_DIFFUSION_OPTIONS = ("noise_schedule", "sigma_small", "predict_xstart", "diffusion_steps")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that is known to be possible."""
+
+    model: DiT
+    info: ModelInfo
+    sampler: Sampler
+    labels: Tensor
+    decoder: LatentDecoder | None
+    scorer: Scorer | None
+    parts: Parts
+    rank: int
+    world: int
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """Images float32 (M, 3, H, W) of latents (M, C, h, w), as scaled by the set that the model was trained on."""
+        assert self.decoder is not None
+        shift, scale = (self.info.data.get(key) for key in ("shift", "scale"))
+        if shift is not None and scale is not None:
+            # A model of this set makes (z - shift) * scale; the decoder takes z * LATENT_SCALE.
+            shift, scale = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (shift, scale))
+            samples = (samples.cpu() / scale + shift) * LATENT_SCALE
+        return self.decoder(samples)
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Load all that is needed and check it, cheapest first."""
+    if args.num is not None and args.num < 1:
+        raise ConfigError(f"--num {args.num}: ask for at least one image")
+    if args.columns < 1:
+        raise ConfigError(f"--columns {args.columns}: choose at least 1")
+    rank, world = ranks()
+    if world > 1 and args.compare_to is not None:
+        raise ConfigError(
+            "--compare-to scores in one process: sample first, then score with dit-fast evaluate"
+        )
+    guidance = Guidance(
+        args.cfg_scale, _guided_channels(args.cfg_channels), tuple(args.cfg_interval), args.cfg_schedule
+    )
+    mode = args.mode or ("fast" if args.npz or world > 1 else "reference")
+    device = _device(args.device, world)
+    if args.save_images and (args.out / "images").exists():
+        raise OutputError(f"{args.out / 'images'} is there already; remove it or choose another --out")
+    prepare_folder(args.out)
+
+    model, info = load_model(
+        _checkpoint(args),
+        weights=args.weights,
+        device=device,
+        num_heads=args.num_heads,
+        expected=_expected(args),
+    )
+    for note in info.notes:
+        print(note, flush=True)
+    vae = args.vae or ("mse" if info.latent else "none")
+    _check_image_size(args, model, info, encoded=vae != "none" or info.latent)
+
+    options = {key: info.diffusion[key] for key in _DIFFUSION_OPTIONS if key in info.diffusion}
+    steps = args.steps or str(min(STEPS, options.get("diffusion_steps", STEPS)))
+    diffusion = create_diffusion(steps, learn_sigma=model.learn_sigma, **options)
+    clip = args.clip_denoised if args.clip_denoised is not None else vae == "none" and not info.latent
+    config = SamplerConfig(
+        solver=args.solver,
+        eta=args.eta,
+        guidance=guidance,
+        clip=clip,
+        mode=mode,
+        precision=args.precision,
+        graph="never" if args.no_graph else "auto",
+        compile=args.compile,
+    )
+    sampler = Sampler(model, diffusion, config)
+    labels = _labels(args, model.y_embedder.num_classes, info.class_names)
+    num = len(labels)
+    sampler.check(labels, args.seed, args.batch_size)
+
+    factor = 1 if vae == "none" else LATENT_FACTOR
+    height, width = (side * factor for side in model.x_embedder.img_size)
+    # Uncompressed pixels of the parts, the archive and the single files, and of the grid (small images are enlarged).
+    copies = 2 + args.npz + args.save_images
+    prepare_folder(args.out, needed_bytes=3 * (num * height * width * copies + min(num, 4096) * 56 * 56))
+    shape = (model.in_channels if vae == "none" else 3, height, width)
+    scorer = _scorer(args, model, info, shape) if args.compare_to is not None else None
+    decoder = LatentDecoder(vae, model.in_channels, device) if vae != "none" else None
+    if args.npz and shape[0] not in (1, 3):
+        raise ConfigError(
+            f"--npz holds images, these are {shape[0]} channels of latents: decode them with --vae"
+        )
+
+    pixels = shape[0] in (1, 3)
+    request = {
+        "checkpoint": str(info.path),
+        "weights": _digest(model),
+        "steps": steps,
+        "solver": [args.solver, args.eta],
+        "guidance": [guidance.scale, guidance.channels, *guidance.interval, guidance.schedule],
+        "clip_denoised": clip,
+        "mode": mode,
+        "precision": args.precision,
+        "seed": args.seed,
+        "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        "vae": vae,
+    }
+    kept = (height, width, shape[0]) if pixels else shape
+    parts = Parts(args.out, request, num, args.batch_size, kept, "uint8" if pixels else "float32")
+    parts.open()
+    return Plan(model, info, sampler, labels, decoder, scorer, parts, rank, world)
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, number of ranks) as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _digest(model: DiT) -> str:
+    """A fingerprint of the weights."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _guided_channels(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"--cfg-channels {text}: give a positive number, or all")
+    return int(text)
+
+
+def _device(name: str, world: int) -> torch.device:
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else 0)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: no such kind of device; give auto, cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def _checkpoint(args: argparse.Namespace) -> Path:
+    """--ckpt; or, as in the reference, the published weights of --model DiT-XL/2."""
+    name = args.ckpt
+    if name is None:
+        size = args.image_size or 256
+        if args.model != "DiT-XL/2" or size not in (256, 512):
+            raise ConfigError(
+                "--ckpt is missing: give a run folder or a weight file (only DiT-XL/2 at 256 or 512 has "
+                "published weights, which --model DiT-XL/2 fetches)"
+            )
+        name = f"DiT-XL-2-{size}x{size}.pt"
+    if name in pretrained_models and not Path(name).exists():
+        return fetch_model(name)
+    return Path(name)
+
+
+def _expected(args: argparse.Namespace) -> dict[str, Any]:
+    expected: dict[str, Any] = registry_size(args.model) if args.model else {}
+    if args.num_classes is not None:
+        expected["num_classes"] = args.num_classes
+    if args.num_heads is not None:
+        expected["num_heads"] = args.num_heads
+    return expected
+
+
+def _check_image_size(args: argparse.Namespace, model: DiT, info: ModelInfo, encoded: bool) -> None:
+    if args.image_size is None:
+        return
+    made = tuple(side * (LATENT_FACTOR if encoded else 1) for side in model.x_embedder.img_size)
+    if made != (args.image_size, args.image_size):
+        raise CheckpointError(
+            f"{info.path} is of another configuration: it makes {made[0]}x{made[1]} images, "
+            f"--image-size {args.image_size} expected"
+        )
+
+
+def _labels(args: argparse.Namespace, num_classes: int, names: tuple[str, ...] | None) -> Tensor:
+    """The label of each sample, int64 (num,)."""
+    requested = args.classes or (["random"] if args.npz else None)
+    if requested == ["random"]:
+        if args.num is None:
+            raise ConfigError("--classes random: say how many images with --num")
+        return keyed.integers(keyed.key(args.seed, "sampling labels"), torch.arange(args.num), num_classes)
+    classes = list(range(num_classes)) if requested == ["all"] else numbers_of(requested, num_classes, names)
+    num = PER_CLASS * len(classes) if args.num is None else args.num
+    return torch.tensor([classes[i % len(classes)] for i in range(num)])
+
+
+def numbers_of(requested: Sequence[str] | None, num_classes: int, names: tuple[str, ...] | None) -> list[int]:
+    """Class numbers of what the user asked for: names, numbers, or either separated by commas."""
+    if requested is None:
+        if num_classes <= ALL_CLASSES:
+            return list(range(num_classes))
+        return [round(i * (num_classes - 1) / (SHOWN_CLASSES - 1)) for i in range(SHOWN_CLASSES)]
+    by_name = {name: number for number, name in enumerate(names or ())}
+    parts: list[str] = []
+    for word in requested:
+        parts += [word] if word in by_name else [part.strip() for part in word.split(",") if part.strip()]
+    return [_class_number(part, num_classes, by_name) for part in parts]
+
+
+def _class_number(text: str, num_classes: int, by_name: dict[str, int]) -> int:
+    if text in by_name:
+        return by_name[text]
+    try:
+        number = int(text)
+    except ValueError:
+        near = difflib.get_close_matches(text, by_name, n=3, cutoff=0.4)
+        known = f"; near it: {', '.join(near)}" if near else f"; give a number from 0 to {num_classes - 1}"
+        raise ConfigError(f"--classes {text}: the checkpoint has no class of that name{known}") from None
+    if not 0 <= number < num_classes:
+        raise ConfigError(f"--classes {number}: the model has {num_classes} classes, 0 to {num_classes - 1}")
+    return number
+
+
+def _scorer(args: argparse.Namespace, model: DiT, info: ModelInfo, shape: tuple[int, int, int]) -> Scorer:
+    """A scorer against real images of the samples' `shape` (C, H, W)."""
+    source = args.compare_to
+    if source == OWN_DATA:
+        source = info.data.get("name")
+        if source is None:
+            raise ConfigError(f"{info.path} does not say what it was trained on: give --compare-to DATA")
+    if shape[0] not in (1, 3) or shape[1] != shape[2]:
+        raise ConfigError(
+            f"--compare-to scores square grey or RGB images, not {shape}; leave it out or decode with --vae"
+        )
+    own = source == info.data.get("name")
+    flip, holdout = (info.data.get("flip"), info.data.get("holdout")) if own else (None, None)
+    images = open_images(source, shape[1], channels=shape[0], flip=flip, holdout=holdout)
+    if images.num_classes != model.y_embedder.num_classes:
+        raise ConfigError(
+            f"--compare-to {source} has {images.num_classes} classes, "
+            f"the model {model.y_embedder.num_classes}"
+        )
+    if own and images.fingerprint != info.data.get("fingerprint"):
+        print(f"{source} has changed since this checkpoint was trained on it", flush=True)
+    return Scorer(images)
