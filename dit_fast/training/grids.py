@@ -11,7 +11,7 @@ from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import DitFastError
 from dit_fast.interop.vae import LatentDecoder
 from dit_fast.models import load_weights
-from dit_fast.sampling import draw_grid, sample, to_uint8
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, draw_grid, to_uint8
 from dit_fast.training.config import build_model
 from dit_fast.training.precision import AUTOCAST
 from dit_fast.training.trainer import Trainer
@@ -45,14 +45,18 @@ class SampleGrids:
             model = build_model(config, data)
         load_weights(model, trainer.ema_state(), "the averaged weights", assign=True)
         labels = torch.tensor(self.classes).repeat_interleave(PER_CLASS)
+        sampler = Sampler(
+            model,
+            self.diffusion,
+            SamplerConfig(
+                guidance=Guidance(GUIDANCE if config.class_dropout_prob else 1.0, channels=None),
+                clip=not isinstance(data, LatentSet),
+                graph="never",
+            ),
+        )
         low = AUTOCAST.get(config.precision)
         with torch.autocast(trainer.device.type, low or torch.bfloat16, enabled=low is not None):
-            drawn = sample(
-                model, self.diffusion, labels,
-                cfg_scale=GUIDANCE if config.class_dropout_prob else 1.0, cfg_channels=None,
-                clip_denoised=not isinstance(data, LatentSet), seed=config.seed % 2**63,
-                device=trainer.device, progress=False,
-            )  # fmt: skip
+            drawn = sampler(labels, seed=config.seed).cpu()
         images = to_uint8(self._decode(drawn))
         rows = [
             (data.class_names[label], images[row * PER_CLASS : (row + 1) * PER_CLASS])

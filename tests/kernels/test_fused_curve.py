@@ -1,0 +1,69 @@
+"""The trainer's loss curve on the kernels, the optimiser's among them, beside that of PyTorch alone: within 1e-5.
+
+`python -m pytest` runs a few steps. The curve of 200 steps takes minutes in Triton's interpreter:
+TRITON_INTERPRET=1 python -c "import test_fused_curve as t; print(t.largest_difference(200))", in this folder.
+"""
+
+import pytest
+import torch
+
+from dit_fast.data import open_data
+from dit_fast.kernels.launch import record_launches
+from dit_fast.training import TrainConfig, Trainer
+
+
+def start(kernels: str) -> Trainer:
+    """A small DiT on scikit-learn's digits, past adaLN-Zero's start, whose zeros would hide the blocks."""
+    config = TrainConfig(
+        data="digits", hidden_size=32, depth=2, num_heads=2, patch_size=4, batch_size=2, lr=1e-3, precision="fp32",
+        max_grad_norm=1.0, kernels=kernels, attention="triton" if kernels == "triton" else "auto", log_every=200,
+    )  # fmt: skip
+    trainer = Trainer(config, open_data("digits"))
+    draw = torch.Generator().manual_seed(0)
+    for parameter in trainer.trained.values():
+        if not parameter.any():
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
+    return trainer
+
+
+def curve(trainer: Trainer, steps: int) -> list[float]:
+    for step in range(steps):
+        trainer.train_step(*trainer.stream.stored(step))
+    return [value.loss for value in trainer.values()]
+
+
+def largest_difference(steps: int) -> float:
+    """Largest relative difference of the two curves."""
+    ours, plain = (curve(start(kernels), steps) for kernels in ("triton", "reference"))
+    assert len(ours) == len(set(plain)) == steps
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_the_curves_agree() -> None:
+    assert largest_difference(4) <= 1e-5
+
+
+def test_a_planted_fault_parts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimiser's rate a thousandth too large on the kernels only: seen after one step."""
+    ours, plain = start("triton"), start("reference")
+    rate = Trainer.learning_rate
+    monkeypatch.setattr(Trainer, "learning_rate", lambda self: rate(self) * (1.001 if self is ours else 1.0))
+    pairs = zip(curve(ours, 2), curve(plain, 2), strict=True)
+    assert max(abs(a - b) / abs(b) for a, b in pairs) > 1e-5
+
+
+def test_the_kernels_run() -> None:
+    """All of them: forward, backward, clipping, optimiser; none for the other curve."""
+    images, labels = start("triton").stream.stored(0)
+    names = []
+    for kernels in ("triton", "reference"):
+        trainer = start(kernels)
+        # Nothing is computed where launches are recorded.
+        trainer.checks_every_step = False
+        with record_launches() as launches:
+            trainer.train_step(images, labels)
+        names.append({launch.kernel.fn.__name__.strip("_") for launch in launches})
+    assert {"adamw_ema_kernel", "square_sum_kernel", "adamw_scalars_kernel"} <= names[0]
+    assert any("attention" in name for name in names[0])
+    assert any("gated_residual_adaln" in name for name in names[0])
+    assert names[1] == set()
