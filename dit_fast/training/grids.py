@@ -13,6 +13,7 @@ from dit_fast.interop.vae import LatentDecoder
 from dit_fast.models import load_weights
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, draw_grid, to_uint8
 from dit_fast.training.config import build_model
+from dit_fast.training.parallel import whole
 from dit_fast.training.precision import AUTOCAST
 from dit_fast.training.trainer import Trainer
 
@@ -37,13 +38,16 @@ class SampleGrids:
         self.decoder = self._open_decoder(data) if isinstance(data, LatentSet) else None
 
     def draw(self, path: Path) -> None:
-        """Write a labelled grid to the PNG `path`."""
+        """Write a labelled grid to the PNG `path`. Each rank must call it, since it holds a part; the first draws."""
         trainer = self.trainer
         config, data = trainer.config, trainer.data
+        averages = {name: whole(tensor) for name, tensor in trainer.ema_state().items()}
+        if not trainer.world.is_first:
+            return
         # Made on no device: the averages themselves become its parameters.
         with torch.device("meta"):
             model = build_model(config, data)
-        load_weights(model, trainer.ema_state(), "the averaged weights", assign=True)
+        load_weights(model, averages, "the averaged weights", assign=True)
         labels = torch.tensor(self.classes).repeat_interleave(PER_CLASS)
         sampler = Sampler(
             model,

@@ -95,7 +95,7 @@ class Watch:
             step=trainer.step,
             **means(values),
             images_per_second=speed,
-            mfu=None if self.peak is None else speed * self.flops / self.peak,
+            mfu=None if self.peak is None else speed * self.flops / (self.peak * trainer.world.size),
             data_wait=min(1.0, self.waited / elapsed),
             peak_memory=metrics.peak_memory(trainer.device),
             seconds=trainer.seconds,
