@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_fast.errors import OutputError
 from dit_fast.training.checkpoint import Retention, checkpoint_bytes, write_checkpoint
 from dit_fast.training.tensor_files import Piece, own_pieces
-from dit_fast.training.world import World
+from dit_fast.training.world import World, is_lost_connection
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ class CheckpointWriter:
     ) -> None:
         if error is None:
             self.wait()
-        elif self.world.size == 1:
+        elif not (isinstance(error, RuntimeError) and is_lost_connection(error)):
+            # Whatever ended the training, what it had saved is worth having; only a lost rank is not waited for.
             try:
                 self.wait()
             except OutputError as failure:

@@ -1,0 +1,163 @@
+"""One rank of `dit-fast train`, with a fault that comes at a given step; what the tests of faults start.
+
+A fault is "kind:rank:step[:where]"; "none" for none. Kinds: kill, hang, fail (DataError), nan (in the batch), term (a
+SIGTERM to this rank alone), save (SIGKILL within the save of that step, `where` a stage of it), fsize (no file may
+grow in the save of that step), slow (that save takes a second), record (write down what is drawn, in every step).
+"""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES = ("write", "written", "publish", "published")
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str = "none"
+    rank: int = -1
+    step: int = -1
+    where: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Fault":
+        kind, *rest = text.split(":")
+        return cls(kind, *(int(number) for number in rest[:2]), *rest[2:])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def install(fault: Fault, rank: int) -> None:
+    """Make this process behave as the fault says."""
+    # Imported here: the fork server has them already, and the parent needs none.
+    from dit_fast.errors import DataError
+    from dit_fast.training import checkpoint, checkpoint_writer
+    from dit_fast.training.step import TrainStep
+    from dit_fast.training.trainer import Trainer
+
+    if fault.kind == "record":
+        record(TrainStep, Path(fault.where), rank)
+    if rank != fault.rank:
+        return
+    train_step = Trainer.train_step
+
+    def faulty_step(self, samples, labels):
+        if self.step + 1 == fault.step:
+            if fault.kind == "kill":
+                die()
+            elif fault.kind == "hang":
+                time.sleep(1000)
+            elif fault.kind == "fail":
+                raise DataError("shard 7, image 3: cannot be read")
+            elif fault.kind == "nan":
+                samples = samples * float("nan")
+            elif fault.kind == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+        train_step(self, samples, labels)
+
+    Trainer.train_step = faulty_step
+    if fault.kind in ("save", "fsize", "slow"):
+        faulty_save(checkpoint, checkpoint_writer, fault)
+
+
+def faulty_save(checkpoint, checkpoint_writer, fault: Fault) -> None:
+    write_checkpoint, together, write_pieces = (
+        checkpoint_writer.write_checkpoint,
+        checkpoint._together,
+        checkpoint.write_pieces,
+    )
+    calls = []
+
+    def write(run, config, pieces, needed, manifest, *rest):
+        if manifest["step"] != fault.step:
+            return write_checkpoint(run, config, pieces, needed, manifest, *rest)
+        checkpoint._together, checkpoint.write_pieces = staged, partly
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if fault.kind == "fsize":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        try:
+            return write_checkpoint(run, config, pieces, needed, manifest, *rest)
+        finally:
+            checkpoint._together, checkpoint.write_pieces = together, write_pieces
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def partly(path, pieces):
+        if fault.kind == "slow":
+            time.sleep(0.5)
+        write_pieces(path, pieces)
+        if fault.where == "write":
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+
+    def staged(action, world):
+        calls.append(action)
+        stage = len(calls)
+
+        def work():
+            result = action() if not (fault.where == "publish" and stage == 3) else die()
+            if fault.where == "written" and stage == 2:
+                die()
+            return result
+
+        results = together(work, world)
+        if fault.where == "published" and stage == 3:
+            die()
+        return results
+
+    checkpoint_writer.write_checkpoint = write
+
+
+def record(TrainStep, folder: Path, rank: int) -> None:
+    """Append to a file, for each sample of each step, its number and a digest of all that is drawn for it."""
+    draw = TrainStep.draw
+
+    def recording(self, samples, labels):
+        drawn = draw(self, samples, labels)
+        numbers = (self.state.step * self.options.batch_size + self.positions).tolist()
+        with (folder / f"{rank}.jsonl").open("a") as file:
+            for number, *values in zip(numbers, *drawn, strict=True):
+                content = b"".join(value.contiguous().numpy().tobytes() for value in values)
+                file.write(json.dumps([number, hashlib.sha256(content).hexdigest()]) + "\n")
+        return drawn
+
+    TrainStep.draw = recording
+
+
+def rank_main(rank: int, size: int, port: int, fault: str, arguments: list[str], output: str) -> None:
+    """The body of a forked rank."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(descriptor), "w", buffering=1) for _ in range(2))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if size > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    run(fault, arguments, rank)
+
+
+def run(fault: str, arguments: list[str], rank: int) -> None:
+    import torch
+
+    from dit_fast.cli import main
+
+    torch.set_num_threads(1)
+    install(Fault.parse(fault), rank)
+    sys.exit(main(["train", *arguments]))
+
+
+if __name__ == "__main__":
+    # Under torchrun: the fault is for the first attempt only.
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    print(f"pid {os.getpid()}", flush=True)
+    run(sys.argv[1] if first else "none", sys.argv[2:], int(os.environ.get("RANK", "0")))
