@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_fast.errors import ConfigError
 from dit_fast.training.config import CHOICES, PRESETS, TrainConfig
-from dit_fast.training.loop import TrainResult, device_of, resume, train
+from dit_fast.training.loop import TrainResult, device_of, resume, train_or_resume
 from dit_fast.training.world import World, join_world
 
 _EPILOG = """The reference's flags --data-path, --results-dir, --global-batch-size and --global-seed work too.
@@ -110,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "made again in the backward pass: norm outputs and GELU, or blocks (default: cheap)",
     )
     _choice(machine, "--attention", "(default: auto)")
+    _choice(machine, "--mlp-epilogue", "who applies the GELU where the kernels run (default: auto)")
     _choice(machine, "--kernels", "auto is Triton on CUDA, PyTorch elsewhere (default: auto)")
     _choice(
         machine, "--optimizer", "AdamW and averaging: in one pass, PyTorch's fused, apex's (default: ours)"
@@ -166,8 +167,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")
     config = TrainConfig(**options)
     with join_world(config.device) as world:
-        folder = world.first(lambda: _run_folder(place["out"], place["results_dir"], config.model))
-        return _conclude(train(config, folder, world), world)
+        folder = world.first(
+            lambda: _run_folder(place["out"], place["results_dir"], config.model, world.attempt > 0)
+        )
+        return _conclude(train_or_resume(config, folder, world), world)
 
 
 def _choice(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
@@ -178,14 +181,16 @@ def _switch(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
     group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
 
 
-def _run_folder(out: str | None, results: str | None, model: str) -> Path:
+def _run_folder(out: str | None, results: str | None, model: str, again: bool) -> Path:
+    """Where the run goes; `again`: where the one goes that is there already."""
     if out is not None and results is not None:
         raise ConfigError(f"--out {out} and --results-dir {results} both set the run folder: give one")
     if out is not None:
         return Path(out)
     parent = Path(results or "results")
     taken = [int(match[1]) for path in parent.glob("*") if (match := re.match(r"(\d{3,})-", path.name))]
-    return parent / f"{max(taken, default=-1) + 1:03d}-{model.replace('/', '-')}"
+    number = max(taken, default=-1) + (0 if again and taken else 1)
+    return parent / f"{number:03d}-{model.replace('/', '-')}"
 
 
 def _conclude(result: TrainResult, world: World) -> int:

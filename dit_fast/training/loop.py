@@ -59,7 +59,9 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
     everyone = world or World()
 
     def refuse_a_run() -> None:
-        if checkpoints_folder(run).exists() or (run / "log.jsonl").exists():
+        # What a killed first attempt left before its first checkpoint is nothing to keep.
+        begun_by_us = everyone.attempt > 0 and not step_folders(run)
+        if not begun_by_us and (checkpoints_folder(run).exists() or (run / "log.jsonl").exists()):
             raise OutputError(
                 f"{run} already holds a run; continue it with --resume {run} or give another --out"
             )
@@ -83,12 +85,22 @@ def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -
     config = resumed_config(manifest["train_config"], asked, str(path))
     trainer = Trainer(config, _open(config), world=world)
     trainer.restore(path, manifest)
+    if trainer.step >= trainer.total_steps and trainer.world.attempt:
+        # Killed after the last checkpoint.
+        return TrainResult(run, trainer.step, trainer.total_steps, path, None)
     if trainer.step >= trainer.total_steps:
         raise ConfigError(
             f"{run} is already at step {trainer.step} of {trainer.total_steps}; give more --steps"
         )
     trainer.world.first(lambda: prepare_folder(run))
     return _run(trainer, run)
+
+
+def train_or_resume(config: TrainConfig, run: str | Path, world: World) -> TrainResult:
+    """`train`; or, where torchrun has started the ranks again (`--max-restarts`), go on with what they had saved."""
+    if world.attempt and world.first(lambda: bool(step_folders(run))):
+        return resume(run, {}, world)
+    return train(config, run, world)
 
 
 def device_of(run: str | Path) -> str:

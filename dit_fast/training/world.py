@@ -204,7 +204,7 @@ def warn_of_slurm() -> None:
 
     The trainer handles it; torchrun must be told to (`--signals-to-handle`), or it dies and leaves its workers.
     """
-    if os.environ.get("SLURM_JOB_ID") is None or os.environ.get("RANK") is None:
+    if os.environ.get("SLURM_JOB_ID") is None or os.environ.get("LOCAL_RANK") != "0":
         return
     try:
         with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:

@@ -1,0 +1,67 @@
+"""What torchrun does with signals and dead ranks, and that nothing is lost by it."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from dit_fast.training.checkpoint import latest_checkpoint, load_checkpoint
+from dit_fast.training.progress import read_log
+from tests.distributed.ranks import alive, torchrun, train
+from tests.test_faults import TINY, assert_same, finished
+
+WORKER = "tests/distributed/faulty.py"
+
+
+def pids(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"^pid (\d+)$", text, re.MULTILINE)]
+
+
+def end(process: subprocess.Popen, limit: float = 150) -> str:
+    try:
+        return process.communicate(timeout=limit)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def steps_of(run: Path) -> int:
+    return len(read_log(run / "log.jsonl"))
+
+
+def test_max_restarts_goes_on_from_the_last_checkpoint(tmp_path) -> None:
+    options = ["--max-restarts", "2"]
+    arguments = [WORKER, "kill:1:6", *TINY, "--out", str(tmp_path / "run")]
+    text = end(process := torchrun(arguments, 2, options, SLURM_JOB_ID="1"))
+    assert process.returncode == 0, text
+    assert len(pids(text)) == 4, text
+    assert "torchrun does not pass it on: start it with --signals-to-handle SIGTERM,SIGINT,SIGUSR1" in text
+    assert text.count("torchrun does not pass it on") == 2, "once an attempt"
+    ended = train(tmp_path / "clean", 2, [*TINY, "--out", tmp_path / "clean" / "run"])
+    assert ended.codes == [0, 0], ended.text
+    assert_same(tmp_path / "run", finished(tmp_path / "clean" / "run"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path, number) -> None:
+    run = tmp_path / "run"
+    options = ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    arguments = [WORKER, "none", *TINY, "--steps", "100000", "--ckpt-every", "50", "--out", str(run)]
+    process = torchrun(arguments, 2, options, SLURM_JOB_ID="1")
+    deadline = time.monotonic() + 100
+    while steps_of(run) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    text = end(process)
+    assert process.returncode != 0
+    assert "does not pass it on" not in text
+    saved = load_checkpoint(latest_checkpoint(run)).step
+    assert saved == steps_of(run) >= 3
+    assert f"{number.name}: stopped and saved at step {saved} of 100000" in text
+    assert len(pids(text)) == 2
+    assert alive(pids(text)) == []
