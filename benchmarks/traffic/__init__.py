@@ -36,7 +36,8 @@ class Program:
 
     choices: what stands for the tuned tables, such as {"mlp": "triton"}; tables themselves are not read.
     batch, tokens, width, heads: the shape of the token tensors; blocks: how many; mode: "bf16" (weights and
-    activations) or "autocast" (float32 weights and residual stream under bfloat16 autocast).
+    activations) or "autocast" (float32 weights and residual stream under bfloat16 autocast). `compiled` False: what
+    PyTorch launches without a compiler, one operation after another, without autocast.
     """
 
     factory: str
@@ -48,6 +49,7 @@ class Program:
     width: int = 1152
     heads: int = 16
     blocks: int = 1
+    compiled: bool = True
 
     @property
     def unit(self) -> int:

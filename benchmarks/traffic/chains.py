@@ -21,6 +21,7 @@ from benchmarks.plain_dit import (
 from benchmarks.traffic import Program
 from benchmarks.traffic.blocks import chain, default_dtype
 from benchmarks.traffic.inductor import Workload
+from dit_fast import keyed
 from dit_fast.diffusion import create_diffusion
 
 PATCH, CHANNELS, CLASSES, DEPTH = 2, 4, 1000, 28
@@ -137,6 +138,12 @@ def our_patch_embedding(program: Program) -> Workload:
         embed = PatchEmbed(side(program), PATCH, CHANNELS, D)
     positions = torch.empty(1, T, D, dtype=weights(program))
     return Workload(lambda x, pos: embed(x, pos), (latents(program), positions))
+
+
+def noise_draw(program: Program) -> Workload:
+    """The noise of a training step, keyed by the samples' numbers."""
+    key, shape = keyed.key(0, "noise"), (CHANNELS, side(program), side(program))
+    return Workload(lambda index: keyed.normal(key, index, shape), (steps(program),), backward=False)
 
 
 def noise_mixing(program: Program) -> Workload:

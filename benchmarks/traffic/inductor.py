@@ -158,8 +158,26 @@ def record_extern(node: Any, recorder: Recorder) -> None:
     recorder.add(kind_of(target), target.name(), read, write)
 
 
+def count_eager(program: Program, factory: Callable[..., Workload]) -> Traffic:
+    """Run a workload operation by operation on fake CPU tensors, whose backward pass stays in this thread."""
+    found: Counter[Pass] = Counter()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        workload = factory(program, **program.settings)
+        interceptor = ours.Interceptor([], given=workload.arguments)
+        with interceptor, torch.set_grad_enabled(workload.backward):
+            output = workload.function(*workload.arguments)
+            forward = len(interceptor.counted)
+            if workload.backward:
+                output.backward()
+    for index, one in enumerate(interceptor.counted):
+        found[Pass(PHASES[index >= forward], *one)] += 1
+    return Traffic(found)
+
+
 def count(program: Program, factory: Callable[..., Workload], recorder: Recorder) -> Traffic:
     """Compile a workload, forward and (joint) backward, and count what it launches."""
+    if not program.compiled:
+        return count_eager(program, factory)
     recorder.clear()
     torch._dynamo.reset()
     fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -90,15 +90,16 @@ def launches(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any
 class Interceptor(TorchDispatchMode):
     """Counts what is launched while it is entered: Triton kernels from `recorded`, PyTorch's operations itself.
 
-    A tensor is read by a launch when an earlier launch, or the caller, has written it, and else written.
+    A tensor is read by a launch when an earlier launch, or the caller (`given`), has written it, and else written.
     """
 
-    def __init__(self, recorded: list[Launch]) -> None:
+    def __init__(self, recorded: list[Launch], given: Any = ()) -> None:
         super().__init__()
         self.counted: list[Counted] = []
         self._recorded = recorded
         self._taken = 0
         self._written: dict[int, Tensor] = {}  # by storage; holding the tensor keeps the address its own
+        self._write(tensors(given))
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -109,6 +110,8 @@ class Interceptor(TorchDispatchMode):
             self._write(given)
             with self:
                 return OPDEFS[operation.name()]._init_fn(*args, **(kwargs or {}))
+        if operation.namespace == "prim":  # questions to a tensor
+            return operation(*args, **(kwargs or {}))
         if operation._can_decompose():  # `to` and its like, which autograd would have taken apart
             with self:
                 return operation.decompose(*args, **(kwargs or {}))

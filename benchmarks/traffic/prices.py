@@ -19,7 +19,8 @@ class Chain:
     """A chain of chains.py: Inductor's version, ours if there is one, and the least possible.
 
     tokens, latents: float32 or bfloat16 token tensors (in U) and float32 latents (B, 4, H, W) that must move;
-    vectors: bfloat16 (B, D) vectors; table: float32 label tables; launches: how many are needed.
+    vectors: bfloat16 (B, D) vectors; table: float32 label tables; launches: how many are needed. `eager`: count
+    PyTorch without a compiler as well, where nothing of it depends on autocast.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Chain:
     launches: int = 1
     step: str = "training"
     ours: str | None = None
+    eager: bool = False
 
     def least(self, program: Program) -> float:
         """Bytes that must move, forward and backward."""
@@ -50,17 +52,18 @@ CHAINS = (
     Chain("label_embedding", vectors=4 + 2, table=1, launches=2),
     # SiLU; backward, the gradients from all blocks and the final layer added in one pass.
     Chain("modulations", vectors=2 + DEPTH + 1 + 2, launches=2),
-    Chain("noise_mixing", latents=3),
+    Chain("noise_draw", latents=1, eager=True),
+    Chain("noise_mixing", latents=3, eager=True),
     # the output (2 latents), x_0, x_t, noise, and the gradient of the output, all in one pass.
-    Chain("hybrid_loss", latents=7),
+    Chain("hybrid_loss", latents=7, eager=True),
     # n = B / 2: three channels of both halves and five of one, x in, x out.
-    Chain("ddpm_update", latents=(2 * 3 + 5) / 8 + 1, step="sampling"),
-    Chain("ddim_update", latents=(2 * 3 + 5) / 8 + 1, step="sampling"),
+    Chain("ddpm_update", latents=(2 * 3 + 5) / 8 + 1, step="sampling", eager=True),
+    Chain("ddim_update", latents=(2 * 3 + 5) / 8 + 1, step="sampling", eager=True),
 )
 
 HEADER = (
-    "| chain | step | Inductor U | least U | could save, % of the step | launches | least | ours U | ours launches |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| chain | step | Inductor U | least U | could save, % of the step | launches | least | ours U | ours launches "
+    "| eager U | eager launches |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -69,11 +72,17 @@ def document(batch: int, versions: str) -> tuple[str, dict[str, Any]]:
     shape = Program(MODULE, mode="autocast", batch=batch)
     names = [chain.name for chain in CHAINS] + [chain.ours for chain in CHAINS if chain.ours]
     programs = [Program(MODULE + name, mode="autocast", batch=batch) for name in names]
+    eager = [f"{chain.name}, eager" for chain in CHAINS if chain.eager]
+    programs += [
+        Program(MODULE + chain.name, mode="autocast", batch=batch, compiled=False)
+        for chain in CHAINS
+        if chain.eager
+    ]
     block = Program("benchmarks.traffic.blocks:plain", mode="autocast", batch=batch, blocks=2)
     sampling = Program(MODULE + "forward_block", mode="bf16", batch=batch, blocks=2)
     longer = [Program(one.factory, mode=one.mode, batch=batch, blocks=3) for one in (block, sampling)]
     *counted, block_2, forward_2, block_3, forward_3 = count([*programs, block, sampling, *longer])
-    found = dict(zip(names, counted, strict=True))
+    found = dict(zip([*names, *eager], counted, strict=True))
     steps = {
         "training": DEPTH * (block_3 - block_2).moved(),
         "sampling": DEPTH * (forward_3 - forward_2).moved(),
@@ -107,7 +116,8 @@ def line(chain: Chain, found: dict[str, Traffic], shape: Program, step: float) -
     cells = [chain.name, chain.step, f"{moved / shape.unit:.3f}", f"{least / shape.unit:.3f}"]
     cells += [f"{100 * (moved - least) / step:.2f}", bound(traffic), str(chain.launches)]
     mine = found[chain.ours] if chain.ours else None
-    cells += [f"{mine.moved() / shape.unit:.3f}", bound(mine)] if mine else ["", ""]
+    for other in (mine, found.get(f"{chain.name}, eager")):
+        cells += [f"{other.moved() / shape.unit:.3f}", bound(other)] if other else ["", ""]
     return f"| {' | '.join(cells)} |"
 
 
