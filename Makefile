@@ -13,13 +13,14 @@ TORCH := $(call version,torch)
 TRITON := $(call version,triton)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small Diffusion Transformer on handwritten digits, then draw and score samples"
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
+	@echo "make gpu     correctness and speed on one NVIDIA GPU in nine minutes, with the python3 that has torch there"
 	@echo "make clean   remove .venv, demo/ and what tools left behind"
 
 demo: .venv/.demo
@@ -61,6 +62,10 @@ check: .venv/.test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The python of the machine, whose torch is built for its GPU; nothing is installed.
+gpu:
+	$(PYTHON) -m benchmarks.gpu_suite --minutes 9 --out gpu-results
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -205,8 +205,19 @@ def climb(
     repeats: int,
     device: torch.device,
     say: Callable[[str], None],
+    keep: Callable[[list[Result]], None] = lambda results: None,
 ) -> list[Result]:
-    """Every rung, upwards and downwards; a rung that fails or whose losses are off is a row without figures."""
+    """Every rung, upwards and downwards; a rung that fails or whose losses are off is a row without figures.
+
+    `keep` is given the results so far after each rung.
+    """
+
+    def results() -> list[Result]:
+        rows = (
+            result_of(rung, found[rung.name], failed.get(rung.name), model, batch, device) for rung in rungs
+        )
+        return check_losses(list(rows))
+
     found: dict[str, list[Timed]] = {rung.name: [] for rung in rungs}
     failed = {rung.name: "needs a CUDA device" for rung in rungs if rung.needs_gpu and device.type != "cuda"}
     for order in (rungs, rungs[::-1]):
@@ -221,10 +232,8 @@ def climb(
             else:
                 say(f"{rung.name}: {1e3 * statistics.median(found[rung.name][-1].times):.1f} ms")
             clear(device)
-    results = [
-        result_of(rung, found[rung.name], failed.get(rung.name), model, batch, device) for rung in rungs
-    ]
-    return check_losses(results)
+            keep(results())
+    return results()
 
 
 def result_of(
@@ -322,14 +331,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--batch and --repeats: give at least 1")
     before = environment()
     rungs = [rung for rung in RUNGS if args.only is None or rung.name in args.only]
-    model = random_model(name, args.image_size)
     device = torch.device("cuda" if on_gpu else "cpu")
-    results = climb(
-        model, rungs, batch, repeats, device, lambda text: print(text, file=sys.stderr, flush=True)
-    )
-    print(f"{name}, {args.image_size} px, {device.type}, {repeats} steps in each of two passes")
-    print(table(results))
-    if args.out is not None:
+
+    def keep(results: list[Result]) -> None:
+        if args.out is None:
+            return
         report = {
             "benchmark": "ladder",
             "model": name,
@@ -339,8 +345,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "environment_after": environment(),
             "results": [asdict(result) for result in results],
         }
+        temporary = args.out.with_suffix(".tmp")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.replace(args.out)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    results = climb(random_model(name, args.image_size), rungs, batch, repeats, device, say, keep)
+    print(f"{name}, {args.image_size} px, {device.type}, {repeats} steps in each of two passes")
+    print(table(results))
     return 0
 
 
