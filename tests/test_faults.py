@@ -115,7 +115,8 @@ def test_a_rank_that_hangs_is_named_at_the_timeout(tmp_path) -> None:
         said = ranks.outputs[0].stat().st_mtime
     assert ended.codes == [1], ended.text
     assert "step 5: rank 1 does not answer" in errors(ended)[0]
-    assert 3.0 < said - began < 4 + 1
+    # Four seconds and a roll call; the default would be ten minutes.
+    assert 3.0 < said - began < 15
 
 
 def test_what_one_rank_cannot_read_ends_all_with_its_reason(tmp_path) -> None:

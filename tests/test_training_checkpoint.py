@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from dit_fast.errors import CheckpointError, OutputError
 from dit_fast.models import DiT
 from dit_fast.training import checkpoint
 from dit_fast.training.checkpoint import (
+    Retention,
     find_checkpoint,
+    is_complete,
     latest_checkpoint,
     load_checkpoint,
+    load_into,
+    model_config,
     read_manifest,
     remove_leftovers,
     save_checkpoint,
@@ -27,6 +32,7 @@ from dit_fast.training.checkpoint import (
     verify_files,
     write_manifest,
 )
+from dit_fast.training.checkpoint_writer import CheckpointWriter
 
 FILES = ("config.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors", "manifest.json")
 
@@ -217,3 +223,180 @@ def test_only_the_newest_are_kept(tmp_path, monkeypatch, caplog):
 def test_saving_a_step_again_replaces_it_whole(tmp_path):
     save(tmp_path, 1, fill=0.5)
     assert load_checkpoint(save(tmp_path, 1, fill=0.75)).model["final_layer.linear.weight"][0, 0] == 0.75
+
+
+def state_of(built: DiT) -> dict[str, dict[str, torch.Tensor]]:
+    whole = dict(built.state_dict())
+    return {"model": whole, "ema": dict(whole), "optimizer": {f"exp_avg.{n}": t for n, t in whole.items()}}
+
+
+def start_save(writer: CheckpointWriter, step: int, fill: float = 0.0) -> None:
+    built = model(fill)
+    writer.save(model_config(built), state_of(built), {"step": step, "train_config": {}})
+
+
+def test_a_save_that_failed_in_the_background_is_raised_by_the_next_and_at_the_end(tmp_path, monkeypatch):
+    write_pieces = checkpoint.write_pieces
+
+    def full(path, pieces):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_pieces", full)
+    writer = CheckpointWriter(tmp_path)
+    start_save(writer, 1)
+    with pytest.raises(OutputError, match="step-0000001 could not be written: No space left on device"):
+        start_save(writer, 2)
+    assert not writer.failed
+    with pytest.raises(OutputError, match="step-0000003"), CheckpointWriter(tmp_path) as another:
+        start_save(another, 3)
+    monkeypatch.setattr(checkpoint, "write_pieces", write_pieces)
+    start_save(writer, 4)
+    assert writer.wait() == tmp_path / "checkpoints" / "step-0000004"
+    assert list((tmp_path / "checkpoints").iterdir()) == [tmp_path / "checkpoints" / "step-0000004"]
+
+
+def test_the_end_waits_for_a_save_and_what_ended_the_training_is_kept(tmp_path, monkeypatch):
+    write_pieces, may_write = checkpoint.write_pieces, threading.Event()
+
+    def waiting(path, pieces):
+        assert may_write.wait(60)
+        write_pieces(path, pieces)
+
+    monkeypatch.setattr(checkpoint, "write_pieces", waiting)
+    with CheckpointWriter(tmp_path) as writer:
+        start_save(writer, 1)
+        assert step_folders(tmp_path) == [], "save came back while the disk was waited for"
+        may_write.set()
+    assert load_checkpoint(latest_checkpoint(tmp_path)).step == 1
+
+    def fail_in_training() -> None:
+        with CheckpointWriter(tmp_path) as writer:
+            start_save(writer, 2)
+            raise KeyError("training")
+
+    with pytest.raises(KeyError, match="training"):
+        fail_in_training()
+    assert load_checkpoint(latest_checkpoint(tmp_path)).step == 2
+
+
+def test_what_is_written_in_the_background_is_the_state_of_the_save(tmp_path):
+    built = model(0.25)
+    files = []
+    for name, background in (("beside", True), ("within", False)):
+        with CheckpointWriter(tmp_path / name, background=background) as writer:
+            writer.save(model_config(built), state_of(built), {"step": 1, "train_config": {}})
+            with torch.no_grad():
+                built.final_layer.linear.weight.mul_(2.0)
+        with torch.no_grad():
+            built.final_layer.linear.weight.mul_(0.5)
+        files.append(sorted((tmp_path / name).rglob("*.*")))
+    assert [file.name for file in files[0]] == [file.name for file in files[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True) if a.is_file())
+
+
+@pytest.mark.parametrize("moment", ["write_pieces", "write_manifest", "first rename", "second rename"])
+def test_a_step_saved_again_is_the_old_or_the_new_one(tmp_path, moment):
+    older = save(tmp_path, 1, fill=0.5)
+    rename, renamed = os.rename, []
+
+    def die(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_at_rename(*args):
+        renamed.append(args)
+        if len(renamed) == (1 if moment == "first rename" else 2):
+            die()
+        rename(*args)
+
+    def killed_save() -> None:
+        if "rename" in moment:
+            checkpoint.os.rename = die_at_rename
+        else:
+            setattr(checkpoint, moment, die)
+        save(tmp_path, 1, fill=0.75)
+
+    assert in_a_child(killed_save) == -signal.SIGKILL
+    remove_leftovers(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == [older]
+    assert load_checkpoint(older).model["final_layer.linear.weight"].unique().tolist() == [0.5]
+
+
+def test_milestones_stay_and_damaged_steps_do_not_count(tmp_path):
+    for step in range(1, 8):
+        built = model()
+        with CheckpointWriter(tmp_path, Retention(2, 3)) as writer:
+            writer.save(model_config(built), state_of(built), {"step": step, "train_config": {}})
+        if step == 6:
+            (tmp_path / "checkpoints" / "step-0000006" / "ema.safetensors").write_bytes(b"damaged")
+        whole = [folder for folder in step_folders(tmp_path) if is_complete(folder)]
+        assert len(whole) >= min(2, step)
+    names = [int(folder.name.removeprefix("step-")) for folder in step_folders(tmp_path)]
+    assert names == [3, 5, 6, 7], "the newest two that are whole are 5 and 7; 3 and 6 are milestones"
+
+
+def test_a_kill_while_an_old_step_is_removed_leaves_no_half_of_it(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def killed_purge() -> None:
+        remove = shutil.rmtree
+
+        def die(path, ignore_errors=False):
+            if ignore_errors:
+                remove(path, ignore_errors=True)
+                return
+            (Path(path) / "ema.safetensors").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.shutil.rmtree = die
+        save(tmp_path, 3, keep=2)
+
+    assert in_a_child(killed_purge) == -signal.SIGKILL
+    assert [folder.name for folder in step_folders(tmp_path)] == ["step-0000002", "step-0000003"]
+    assert all(is_complete(folder) for folder in step_folders(tmp_path))
+    remove_leftovers(tmp_path)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_everything_that_does_not_fit_is_listed_at_once(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = read_manifest(path)
+    state = {"model": {n: t.clone() for n, t in model().state_dict().items()}}
+    before = {name: tensor.clone() for name, tensor in state["model"].items()}
+    weight = state["model"].pop("final_layer.linear.weight")
+    state["model"]["final_layer.linear.gain"] = weight
+    state["model"]["pos_embed"] = torch.zeros(1, 9, 16)
+    state["model"]["blocks.0.attn.qkv.bias"] = torch.zeros(48, dtype=torch.float64)
+    with pytest.raises(CheckpointError) as caught:
+        load_into(path, manifest, state)
+    message = str(caught.value)
+    assert "model lacks final_layer.linear.gain" in message
+    assert "model has unexpected final_layer.linear.weight" in message
+    assert "pos_embed is (1, 4, 16), expected (1, 9, 16)" in message
+    assert "blocks.0.attn.qkv.bias is torch.float32, expected torch.float64" in message
+    assert torch.equal(weight, before["final_layer.linear.weight"]), "something was read before the refusal"
+    good = {"model": {n: t.double() for n, t in before.items()}}
+    load_into(path, manifest, good, cast=True)
+    assert torch.equal(good["model"]["pos_embed"], before["pos_embed"].double())
+    kept = {name: entry for name, entry in manifest["files"].items() if name != "ema.safetensors"}
+    with pytest.raises(CheckpointError, match="holds no ema weights"):
+        load_into(path, {**manifest, "files": kept}, {"ema": state["model"]})
+
+
+def test_a_manifest_that_points_elsewhere_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = read_manifest(path)
+    manifest["files"]["../secret.safetensors"] = manifest["files"]["ema.safetensors"]
+    write_manifest(path, manifest)
+    with pytest.raises(CheckpointError, match=r"names files outside its folder: '\.\./secret\.safetensors'"):
+        load_checkpoint(path)
+
+
+def test_a_pickle_in_the_folder_is_never_opened(tmp_path):
+    """PyTorch's own format keeps a pickle, `.metadata`, that runs what it likes."""
+    path = save(tmp_path, 1)
+    canary = tmp_path / "canary"
+    (path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR.")
+    assert load_checkpoint(path).step == 1
+    assert DiT.from_pretrained(path, weights="ema") is not None
+    assert not canary.exists()
