@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,10 @@ def _draw(args: argparse.Namespace, plan: Plan) -> None:
     started, drawn = time.perf_counter(), 0
     # Under a graph the trajectory is replayed in pieces between two reports.
     every = 1 if plan.model.pos_embed.device.type == "cpu" else max(1, len(sampler.nodes) // 10)
-    for part in parts.missing(plan.rank, plan.world):
+    missing = parts.missing(plan.rank, plan.world)
+    if plan.world > 1:
+        _meet()
+    for part in missing:
         numbers = torch.tensor(list(parts.numbers(part)))
         samples = sampler(
             plan.labels[numbers],
@@ -101,6 +105,13 @@ def _draw(args: argparse.Namespace, plan: Plan) -> None:
         drawn = parts.num - there if plan.world > 1 else drawn
         print(f"drew {drawn} images in {seconds:.1f} s ({drawn / seconds:.2f} images/s)", flush=True)
     progress.close()
+
+
+def _meet() -> None:
+    """Return when every rank has seen which parts are missing: the first one may then take them away at its end."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(hours=1))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def _as_kept(plan: Plan, samples: Tensor) -> np.ndarray:
