@@ -10,7 +10,7 @@ from dit_fast.blocks import RECOMPUTE
 from dit_fast.data import ImageSet, LatentSet
 from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
 from dit_fast.errors import CheckpointError, ConfigError
-from dit_fast.kernels import BACKENDS, KERNEL_MODES
+from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
 from dit_fast.models import DiT, DiT_models
 from dit_fast.training.parallel import PARALLEL
 from dit_fast.training.precision import PRECISIONS, RESIDUALS
@@ -23,6 +23,7 @@ CHOICES = {
     "residual": RESIDUALS,
     "recompute": RECOMPUTE,
     "attention": BACKENDS,
+    "mlp_epilogue": EPILOGUES,
     "kernels": KERNEL_MODES,
     "optimizer": OPTIMIZERS,
     "lr_schedule": SCHEDULES,
@@ -51,7 +52,7 @@ class TrainConfig:
     precision            "auto" (bf16 where CUDA has it, else fp32), "bf16", "fp16" (both autocast; weights stay
                          float32), "fp32", "tf32" (CUDA matrix products) or "fp8" (torchao's float8 linears)
     residual             "fp32" or "bf16": dtype of the residual stream
-    recompute, attention, kernels   as in `dit_fast.models.DiT`
+    recompute, attention, mlp_epilogue, kernels   as in `dit_fast.models.DiT`
     compile              torch.compile for each block
     parallel             how ranks share the model: "none", "ddp", "fsdp", "hsdp" (`dit_fast.training.parallel`) or
                          "auto": none for one, fsdp for several
@@ -107,6 +108,7 @@ class TrainConfig:
     residual: str = "fp32"
     recompute: str = "cheap"
     attention: str = "auto"
+    mlp_epilogue: str = "auto"
     kernels: str = "auto"
     compile: bool = False
     parallel: str = "auto"
@@ -225,7 +227,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 CHANGEABLE = frozenset(
     ("data", "steps", "epochs", "compile", "device", "threads", "num_workers")
     + ("log_every", "ckpt_every", "keep_checkpoints", "sample_every", "sample_steps")
-    + ("optimizer", "accumulate", "recompute", "attention", "kernels", "cuda_graph", "skip_nonfinite")
+    + (
+        "optimizer",
+        "accumulate",
+        "recompute",
+        "attention",
+        "mlp_epilogue",
+        "kernels",
+        "cuda_graph",
+        "skip_nonfinite",
+    )
     + ("tensorboard", "wandb", "nvtx", "parallel", "timeout", "milestone_every", "async_checkpoint")
 )
 
@@ -281,6 +292,7 @@ def build_model(config: TrainConfig, data: ImageSet | LatentSet) -> DiT:
         learn_sigma=config.learn_sigma,
         kernels=config.kernels,
         attention=config.attention,
+        mlp_epilogue=config.mlp_epilogue,
         recompute=config.recompute,
         **overrides,
     )
