@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dit_fast.errors import CheckpointError
+from dit_fast.interop import load_model
 from dit_fast.training.checkpoint import latest_checkpoint, load_checkpoint, step_folders
 from dit_fast.training.progress import read_log
 from tests.distributed.faulty import STAGES
@@ -276,6 +277,14 @@ def test_a_missing_and_a_foreign_shard_are_found(stopped) -> None:
         load_checkpoint(newest)
     assert "model-00001-of-00002.safetensors is missing" in str(caught.value)
     assert "model-00003-of-00002.safetensors is none of its files" in str(caught.value)
+
+
+def test_a_run_of_two_ranks_is_loaded_as_one_model(clean_run, clean) -> None:
+    for weights in ("ema", "model"):
+        model, info = load_model(clean_run / "run", weights=weights)
+        assert (info.weights, info.step) == (weights, 8)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, clean.tensors[f"{weights}.{name}"])
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_every_rank(tmp_path) -> None:

@@ -17,6 +17,7 @@ COMMANDS = {
     "plot": "draw the loss curves of runs over each other",
     "profile": "trace training steps and print which kernels take their time",
     "sample": "draw images from a trained model",
+    "export": "write a run's weights for other programs",
     "encode": "turn a folder of images into latents to train on",
 }
 

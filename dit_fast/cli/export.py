@@ -1,0 +1,75 @@
+"""`dit-fast export`: the weights of a run, or of any checkpoint, for other programs."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from dit_fast.errors import ConfigError, OutputError
+from dit_fast.interop import DIFFUSERS, load_model, save_diffusers
+from dit_fast.models import DiT
+from dit_fast.sampling.output import write_atomically
+
+_EPILOG = """safetensors  a folder with config.json and model.safetensors, for DiT.from_pretrained
+pt           one file as the reference publishes them: torch.load gives the state dict that its DiT loads
+diffusers    a folder for diffusers' DiTTransformer2DModel.from_pretrained"""
+FORMATS = ("safetensors", "pt", "diffusers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--ckpt",
+        required=True,
+        help="run folder (its newest whole checkpoint), step folder, or any file that dit-fast sample takes",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder or file to write; must not exist")
+    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: safetensors)")
+    parser.add_argument(
+        "--weights", choices=("ema", "model"), default="ema", help="which weights, where there are both"
+    )
+    parser.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the export, whole or not at all, and say what it is."""
+    if args.out.exists():
+        raise OutputError(f"--out {args.out} exists already: give another, or remove it")
+    if args.format == "pt" and args.out.suffix != ".pt":
+        raise ConfigError(f"--out {args.out}: a file of --format pt is named *.pt")
+    model, info = load_model(args.ckpt, weights=args.weights, num_heads=args.num_heads)
+    for note in info.notes:
+        print(f"note: {note}")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        if args.format == "pt":
+            write_atomically(args.out, lambda path: torch.save(dict(model.state_dict()), path))
+        else:
+            _write_folder(model, args.out, args.format)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write {args.out}: {error}; give another --out") from error
+    if args.format == "diffusers":
+        print(
+            "note: diffusers computes timestep frequencies a little otherwise than the reference, which this model was "
+            "trained with; its outputs there are close, not equal"
+        )
+    print(f"wrote {args.out}: {info.summary()}")
+    return 0
+
+
+def _write_folder(model: DiT, folder: Path, kind: str) -> None:
+    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
+    try:
+        if kind == "safetensors":
+            model.save_pretrained(temporary)
+        else:
+            save_diffusers(model, temporary, conventions=DIFFUSERS)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
