@@ -1,7 +1,7 @@
 """What the compiler made of every kernel, without a GPU: `python -m benchmarks.static_report [--check] [--out DIR]`.
 
-Records what each registered operation launches, forward and backward, at the sizes of DiT-S, B, L and XL, and
-compiles it for each architecture: registers, spills, shared memory, occupancy, accesses to memory, tensor-core and
+Records what each operation launches, forward and backward, at the sizes of DiT-S, B, L and XL, and compiles it for
+each architecture: registers, spills, shared memory, occupancy, accesses to memory, tensor-core and
 float64 instructions in the machine code, and the bytes moved against the least possible. Compiled binaries stay in
 Triton's cache, by the hash of their source. `--check` exits with 1 and names each hard line that is broken.
 """
@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.static_table import Row, Traffic, markdown
+from dit_fast.kernels import AdamWSettings, AdamWTensors, adamw_ema, grad_square_sum
 from dit_fast.kernels.aot import MAX_SHARED, Compiled, compile_launch
 from dit_fast.kernels.launch import Launch, record_launches, tensor_arguments
+from dit_fast.kernels.recompute import adaln_from_moments
 from dit_fast.kernels.registry import REGISTRY, OpSpec
 
 BATCH = 256
@@ -40,7 +42,9 @@ DTYPES = {
 class Case:
     """How an operation is called: `tokens`, `factor` times the model's width, and keywords.
 
-    `whole` is False where PyTorch carries out a part, so that the kernels' bytes are not the operation's.
+    `whole` is False where PyTorch carries out a part, so that the kernels' bytes are not the operation's. `head_dim`
+    is that of attention, with as many heads as the width holds, in place of the model's; such a case is examined for
+    one width, in bfloat16.
     """
 
     label: str = ""
@@ -48,10 +52,19 @@ class Case:
     factor: int = 1
     keywords: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
+    head_dim: int = 0
 
+
+HEAD_CASES = tuple(
+    Case(f"K = {K}, T = {T}", tokens=T, head_dim=K, whole=False)
+    for K in (32, 64, 72, 80, 96, 128)
+    for T in (64, 256, 1024)
+    if K != 72 or T == 64
+)
+"""Other heads than DiT's and fewer tokens; 4096 tokens are the machine code of 1024."""
 
 CASES = {
-    "attention": (Case(), Case("T = 1024", tokens=1024)),
+    "attention": (Case(), Case("T = 1024", tokens=1024), *HEAD_CASES),
     "gelu": (Case(factor=4),),
     "mlp": (
         Case("separate", keywords={"epilogue": "separate"}, whole=False),
@@ -60,8 +73,19 @@ CASES = {
 }
 """Operations that are called otherwise than once with 256 tokens."""
 
-NARROW = {"_permute_kernel": "gathers single pixels: the neighbours of one are P * P * C values apart"}
-"""Memory-bound kernels that may move token tensors in less than 128 bits, with the reason."""
+TABLED = "finds tensors by a table of addresses; tails and unaligned ones go by single elements"
+NARROW = {
+    "_permute_kernel": "gathers single pixels: the neighbours of one are P * P * C values apart",
+    "_square_sum_kernel": TABLED,
+    "_adamw_ema_kernel": TABLED,
+    "_adamw_scalars_kernel": "reads scalars",
+}
+"""Memory-bound kernels that may move tensors in less than 128 bits, with the reason."""
+
+FLOAT64 = {
+    "_adamw_scalars_kernel": "the few scalars of a step, in one thread: powers of the betas, clip factor"
+}
+"""Kernels that may compute in float64 on other inputs than float64, with the reason."""
 
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA", "HMMA")}
 """What a product of 16-bit factors has to become."""
@@ -86,19 +110,69 @@ def meta(*size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
-def record(spec: OpSpec, case: Case, setting: Setting) -> dict[str, list[Launch]]:
+def record(case: Case, setting: Setting) -> dict[str, list[Launch]]:
     """What the operation launches in each direction, every floating-point input wanting a gradient."""
+    if setting.op in STEPS:
+        with record_launches(setting.capability) as launches:
+            STEPS[setting.op](setting)
+        return {"step": launches}
+    spec = REGISTRY[setting.op]
     shape = (BATCH, case.tokens, setting.width * case.factor)
-    inputs = [
+    inputs = (
+        attention_inputs(case, setting)
+        if case.head_dim
+        else spec.make_inputs(shape, *DTYPES[setting.dtypes], meta)
+    )
+    inputs = tuple(
         value.requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for value in spec.make_inputs(shape, *DTYPES[setting.dtypes], meta)
-    ]
+        for value in inputs
+    )
     with record_launches(setting.capability) as launches:
         result = spec.op(*inputs, **case.keywords, kernels="triton")
         forward = list(launches)
         outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if out.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
     return {"forward": forward, "backward": launches[len(forward) :]}
+
+
+def attention_inputs(case: Case, setting: Setting) -> tuple[Tensor, int, Tensor]:
+    """qkv, heads and bias of as many heads of `case.head_dim` as the width holds."""
+    stream, low = DTYPES[setting.dtypes]
+    heads = setting.width // case.head_dim
+    packed = 3 * heads * case.head_dim
+    return meta(BATCH, case.tokens, packed, dtype=low), heads, meta(packed, dtype=stream)
+
+
+def record_recomputed_norm(setting: Setting) -> None:
+    stream, low = DTYPES[setting.dtypes]
+    x, moments = meta(BATCH, 256, setting.width, dtype=stream), meta(BATCH, 256, dtype=torch.float32)
+    shift, scale = meta(BATCH, 2 * setting.width, dtype=low).chunk(2, dim=1)
+    adaln_from_moments(x, moments, moments, shift, scale)
+
+
+def record_adamw(setting: Setting) -> None:
+    """float32 parameters; "fp32" without a copy, otherwise gradients of the stream's dtype and a bfloat16 copy."""
+    grad_dtype, low = DTYPES[setting.dtypes]
+    shapes = ((4 * setting.width, setting.width), (setting.width,))
+
+    def tensors(dtype: torch.dtype) -> list[Tensor]:
+        return [meta(*shape, dtype=dtype) for shape in shapes]
+
+    params, exp_avgs, exp_avg_sqs, averages = (tensors(torch.float32) for _ in range(4))
+    steps = [meta(dtype=torch.float32) for _ in shapes]
+    copies = tensors(low) if low == torch.bfloat16 else None
+    state = AdamWTensors(params, exp_avgs, exp_avg_sqs, steps, averages, copies)
+    grads, scalar = tensors(grad_dtype), meta(dtype=torch.float32)
+    square_sum = grad_square_sum(state, grads, kernels="triton")
+    settings = AdamWSettings(weight_decay=0.1, ema_warmup=True, max_norm=1.0)
+    adamw_ema(state, grads, scalar, settings, square_sum=square_sum, found_inf=scalar, kernels="triton")
+
+
+STEPS: dict[str, Callable[[Setting], None]] = {
+    "adaln_from_moments": record_recomputed_norm,
+    "adamw_ema": record_adamw,
+}
+"""Operations without a gradient, and so without an `OpSpec`: what launches them."""
 
 
 def token_tensors(launch: Launch) -> dict[str, Tensor]:
@@ -116,7 +190,10 @@ def broken_lines(kernel: Compiled, launch: Launch) -> Iterator[str]:
     limit = MAX_SHARED[kernel.capability]
     if kernel.shared > limit:
         yield f"takes {kernel.shared} bytes of shared memory, a block has {limit}"
-    if kernel.float64() and not any(x.dtype == torch.float64 for x in tokens.values()):
+    elif kernel.occupancy() == 0:
+        yield f"fits no multiprocessor: {kernel.registers} registers a thread on {kernel.num_warps} warps"
+    doubles = any(x.dtype == torch.float64 for x in tokens.values()) or kernel.kernel in FLOAT64
+    if kernel.float64() and not doubles:
         yield f"computes in float64: {', '.join(kernel.float64())}"
     if not kernel.products() and kernel.kernel not in NARROW:
         accesses = kernel.accesses_by_tensor()
@@ -135,13 +212,13 @@ def broken_lines(kernel: Compiled, launch: Launch) -> Iterator[str]:
 
 def examine(setting: Setting) -> tuple[list[Row], list[Traffic]]:
     """Compile one setting's kernels and read what came out."""
-    spec = REGISTRY[setting.op]
     case = CASES.get(setting.op, (Case(),))[setting.case]
     rows, traffic = [], []
-    for direction, launches in record(spec, case, setting).items():
+    for direction, launches in record(case, setting).items():
         for launch in launches:
             kernel = compile_launch(launch, setting.capability)
             tensors = tensor_arguments(launch.arguments).values()
+            tabled = NARROW.get(kernel.kernel) == TABLED
             row = Row(
                 op=setting.op,
                 case=case.label,
@@ -158,13 +235,13 @@ def examine(setting: Setting) -> tuple[list[Row], list[Traffic]]:
                 accesses=dict(sorted(kernel.machine_accesses().items())),
                 tensor_core=kernel.tensor_core(),
                 float64=kernel.float64(),
-                bytes=sum(x.numel() * x.itemsize for x in tensors),
+                bytes=0 if tabled else sum(x.numel() * x.itemsize for x in tensors),
                 broken=tuple(broken_lines(kernel, launch)),
             )
             if row not in rows:
                 rows.append(row)
-        if launches and case.whole:
-            traffic.append(measure_traffic(spec, case, setting, direction, launches))
+        if launches and case.whole and setting.op in REGISTRY:
+            traffic.append(measure_traffic(REGISTRY[setting.op], case, setting, direction, launches))
     return rows, traffic
 
 
@@ -192,19 +269,26 @@ def all_settings(
     ops: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], capabilities: Sequence[int]
 ) -> list[Setting]:
     return [
-        Setting(op, case, kind, width, capability)
+        Setting(op, number, kind, width, capability)
         for op in ops
-        for case in range(len(CASES.get(op, (Case(),))))
+        for number, case in enumerate(CASES.get(op, (Case(),)))
         for width in widths
         for kind in dtypes
         for capability in capabilities
+        if not case.head_dim or (width, kind) == (1152, "bf16")
+        # AdamW's kernels do not know the width.
+        if op != "adamw_ema" or width == widths[-1]
     ]
 
 
 def small_settings(ops: Sequence[str]) -> list[Setting]:
-    """The set that every test run examines: each case on sm_90 in bf16, each operation in two more corners."""
+    """The set that every test run examines: each case on sm_90 in bf16, each operation in two more corners.
+
+    Other heads than DiT's are left to tests/test_attention_aot.py.
+    """
     corners = [("autocast", 768, 80), ("fp32", 384, 100)]
-    return all_settings(ops, ["bf16"], [1152], [90]) + [
+    each = all_settings(ops, ["bf16"], [1152], [90])
+    return [setting for setting in each if not CASES.get(setting.op, (Case(),))[setting.case].head_dim] + [
         Setting(op, 0, dtypes, width, capability) for dtypes, width, capability in corners for op in ops
     ]
 
@@ -238,7 +322,8 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What the compiler made of every kernel, without a GPU.")
-    parser.add_argument("--op", nargs="+", choices=tuple(REGISTRY), default=tuple(REGISTRY))
+    ops = (*REGISTRY, *STEPS)
+    parser.add_argument("--op", nargs="+", choices=ops, default=ops)
     parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
     parser.add_argument("--width", type=int, nargs="+", default=WIDTHS)

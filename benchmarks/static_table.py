@@ -11,9 +11,26 @@ HEADER = """# What the compiler made of every kernel
 properties of machine code, not speeds. B = 256 and T = 256 unless stated; D is the model's width (DiT-S, B, L, XL),
 autocast a float32 residual stream with bfloat16 branches. Values for {names} are separated by slashes where they
 differ. Spilled and shared memory in bytes, registers a thread; occupancy is what registers, shared memory and warps
-allow. Accesses are the global loads and stores in the machine code by width in bits, "tma" bulk copies; the narrow ones
-that are not listed as broken move vectors of one row a sample, row statistics and partial sums. MB counts each
-tensor of a launch once.
+allow.
+
+The hard lines: no spills; no float64 (the AdamW scalars, in one thread, may); shared memory that a block has, 163 KiB
+on sm_80, 227 KiB on sm_90 and sm_100; a block that fits a multiprocessor; memory-bound kernels move token tensors 128
+bits at a time (unpatchify's permutation gathers single pixels, AdamW's tails go by single elements); 16-bit products
+on tensor cores: HMMA on sm_80, HGMMA (wgmma) on sm_90, UTCHMMA (tcgen05) or HMMA on sm_100.
+
+{count} kernels compiled, {broken} break a hard line.
+
+## In short
+
+Extremes over all dtypes, widths and cases; tensor cores in the order of the architectures.
+"""
+
+DETAILS = """
+## Every kernel
+
+Accesses are the global loads and stores in the machine code by width in bits, "tma" bulk copies; the narrow ones that
+are not listed as broken move vectors of one row a sample, row statistics and partial sums. MB counts each tensor of a
+launch once, "-" where a kernel finds its tensors by a table of addresses.
 """
 
 TRAFFIC = """
@@ -65,8 +82,13 @@ def markdown(rows: Sequence[Row], traffic: Sequence[Traffic], version: str) -> s
     capabilities = sorted({row.capability for row in rows})
     names = ", ".join(f"sm_{capability}" for capability in capabilities)
     broken = [row for row in rows if row.broken]
-    lines = [HEADER.format(triton=version, names=names)]
-    lines.append(f"{len(rows)} kernels compiled, {len(broken)} break a hard line.\n")
+    lines = [HEADER.format(triton=version, names=names, count=len(rows), broken=len(broken))]
+    lines += table(
+        ("operation", "pass", "kernel", "compiled", "warps", "registers", "spilled", "shared", "occupancy",
+         "tensor cores", "float64", "broken"),
+        summary_cells(rows),
+    )  # fmt: skip
+    lines.append(DETAILS)
     lines += table(
         ("operation", "pass", "kernel", "dtypes", "D", "warps", "registers", "spilled", "shared", "occupancy",
          "accesses", "tensor cores", "float64", "MB", "broken"),
@@ -87,11 +109,34 @@ def markdown(rows: Sequence[Row], traffic: Sequence[Traffic], version: str) -> s
     return "\n".join(lines) + "\n"
 
 
+def summary_cells(rows: Sequence[Row]) -> Iterable[tuple[Any, ...]]:
+    """Cells of the first table: one row for each kernel of an operation, extremes over all that was compiled."""
+
+    def identity(row: Row) -> tuple[str, ...]:
+        return row.op, row.direction, short_name(row)
+
+    order = {key: number for number, key in enumerate(dict.fromkeys(map(identity, rows)))}
+    for key, group in groupby(sorted(rows, key=lambda row: order[identity(row)]), identity):
+        members = list(group)
+        cores = [
+            "+".join(sorted({name for row in members if row.capability == sm for name in row.tensor_core}))
+            or "-"
+            for sm in sorted({row.capability for row in members})
+        ]
+        yield (
+            *key, len(members), span(row.warps for row in members), span(row.registers for row in members),
+            max(row.spills for row in members), max(row.shared for row in members),
+            f"{min(row.occupancy for row in members):.0%}", merged(cores),
+            "yes" if any(row.float64 for row in members) else "-",
+            sum(bool(row.broken) for row in members) or "-",
+        )  # fmt: skip
+
+
 def kernel_cells(rows: Sequence[Row]) -> Iterable[tuple[Any, ...]]:
-    """Cells of the first table; the architectures of one kernel, dtypes and width share a row."""
+    """Cells of the second table; the architectures of one kernel, dtypes and width share a row."""
 
     def identity(row: Row) -> tuple[Any, ...]:
-        return named(row), row.direction, row.kernel.strip("_").removesuffix("_kernel"), row.dtypes, row.width
+        return named(row), row.direction, short_name(row), row.dtypes, row.width
 
     order = {key: number for number, key in enumerate(dict.fromkeys(map(identity, rows)))}
     for key, group in groupby(sorted(rows, key=lambda row: order[identity(row)]), identity):
@@ -111,6 +156,16 @@ def kernel_cells(rows: Sequence[Row]) -> Iterable[tuple[Any, ...]]:
         yield *key, *(merged([column(row) for row in members]) for column in columns)
 
 
+def span(values: Iterable[int]) -> str:
+    """One value, or the least and the most."""
+    found = sorted(set(values))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def short_name(row: Row) -> str:
+    return row.kernel.strip("_").removesuffix("_kernel")
+
+
 def merged(values: Sequence[str]) -> str:
     """One value where all agree, else one for each architecture."""
     return values[0] if len(set(values)) == 1 else " / ".join(values)
@@ -125,7 +180,7 @@ def named(item: Row | Traffic) -> str:
 
 
 def megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f}"
+    return f"{size / 1e6:.1f}" if size else "-"
 
 
 def table(header: Sequence[str], cells: Iterable[Sequence[Any]]) -> list[str]:

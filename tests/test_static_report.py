@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import static_report
-from benchmarks.static_report import CASES, Case, broken_lines, examine, main, small_settings
+from benchmarks.static_report import CASES, STEPS, Case, broken_lines, examine, main, small_settings
 from benchmarks.static_table import Row, Traffic, markdown
 from dit_fast.kernels.aot import Compiled, compile_launch
 from dit_fast.kernels.launch import Launch, launch, record_launches
@@ -23,12 +23,14 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(
-    "setting", small_settings(tuple(REGISTRY)), ids=lambda s: s.describe(CASES.get(s.op, (Case(),))[s.case])
+    "setting",
+    small_settings((*REGISTRY, *STEPS)),
+    ids=lambda s: s.describe(CASES.get(s.op, (Case(),))[s.case]),
 )
 def test_hard_lines(setting) -> None:
     """No spills, no float64, shared memory that fits, 128-bit accesses to token tensors, tensor cores for products."""
     rows, _ = examine(setting)
-    assert {row.direction for row in rows} == {"forward", "backward"}
+    assert {row.direction for row in rows} == ({"step"} if setting.op in STEPS else {"forward", "backward"})
     assert static_report.failures(rows) == []
 
 
@@ -98,6 +100,27 @@ def test_oversized_shared_memory_is_noticed() -> None:
     assert list(broken_lines(kernel, recorded)) == [
         f"takes {kernel.shared} bytes of shared memory, a block has 232448"
     ]
+
+
+def test_a_block_that_fits_no_multiprocessor_is_noticed() -> None:
+    """255 registers on 16 warps are twice the 64 Ki of a multiprocessor: such a kernel compiles and cannot run."""
+    kernel, recorded = compiled(_narrow_kernel, vector(4096), vector(4096), SIZE=1024)
+    lines = broken_lines(replace(kernel, registers=255, num_warps=16), recorded)
+    assert next(lines) == "fits no multiprocessor: 255 registers a thread on 16 warps"
+
+
+def test_exempt_kernels_are_named_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's scalars may be float64; without the exemption they break the line, so it is still needed."""
+    setting = static_report.Setting("adamw_ema", 0, "fp32", 384, 90)
+    rows, _ = examine(setting)
+    doubles = {row.kernel for row in rows if row.float64}
+    assert doubles == static_report.FLOAT64.keys()
+    assert static_report.failures(rows) == []
+    monkeypatch.setattr(static_report, "FLOAT64", {})
+    monkeypatch.setattr(static_report, "NARROW", {})
+    broken = {row.kernel: row.broken for row in examine(setting)[0]}
+    assert any("computes in float64" in line for line in broken["_adamw_scalars_kernel"])
+    assert all("128 bits" in " ".join(lines) for lines in broken.values())
 
 
 @pytest.mark.parametrize(("capability", "name"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
@@ -171,6 +194,8 @@ def test_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     # The gate (a strided view of the modulation) and the bias come on top.
     assert forward["moved"] == 3 * tokens + 256 * 384 * 2 + 384 * 2
     table = (tmp_path / "static_report.md").read_text()
+    assert "2 kernels compiled, 0 break a hard line." in table
+    assert "| gated_residual | forward | gated_residual_fwd | 1 |" in table
     assert "| gated_residual | forward | gated_residual_fwd | bf16 | 384 | 1 |" in table
 
 
@@ -181,3 +206,5 @@ def test_committed_table_is_that_of_the_committed_figures() -> None:
     assert (RESULTS / "static_report.md").read_text() == markdown(rows, traffic, data["versions"]["triton"])
     assert {row.capability for row in rows} == {80, 90, 100}
     assert {row.width for row in rows} == {384, 768, 1024, 1152}
+    assert {row.op for row in rows} == {*REGISTRY, *STEPS}
+    assert static_report.failures(rows) == []
