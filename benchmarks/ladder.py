@@ -242,7 +242,10 @@ def result_of(
     if failed is not None or not passes:
         return Result(rung.name, batch, failed=failed or "not run")
     times = [time for timed in passes for time in timed.times]
-    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+    # One time has no quartiles but itself.
+    lower, median, upper = statistics.quantiles(
+        times * 2 if len(times) == 1 else times, n=4, method="inclusive"
+    )
     peak = peak_flops(device)
     return Result(
         rung=rung.name,

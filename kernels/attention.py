@@ -16,15 +16,13 @@ attention_long.py; attention_backends.py chooses between these kernels and those
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dit_fast.kernels import attention_long, attention_short, reference
 from dit_fast.kernels.attention_backends import choose_backend, flash_attention, sdpa_attention
 from dit_fast.kernels.launch import capability
-from dit_fast.kernels.op import define_op, uses_triton
+from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 128
 
 
@@ -144,12 +142,11 @@ def attention_backend(x: Tensor, K: int, backend: str = "auto", kernels: str = "
 
 def _check(qkv: Tensor, num_heads: int, bias: Tensor | None) -> int:
     """The head width K; ValueError naming the first argument that does not fit."""
+    check_tensors("attention", qkv=qkv, bias=bias)
     if qkv.ndim != 3:
         raise ValueError(
             f"attention: qkv is {tuple(qkv.shape)}, expected (batch, tokens, 3 * heads * head_dim)"
         )
-    if qkv.dtype not in DTYPES:
-        raise ValueError(f"attention: qkv is {qkv.dtype}, expected float16, bfloat16, float32 or float64")
     packed = qkv.shape[2]
     if num_heads < 1 or packed == 0 or packed % (3 * num_heads):
         raise ValueError(
@@ -160,13 +157,6 @@ def _check(qkv: Tensor, num_heads: int, bias: Tensor | None) -> int:
         raise ValueError(
             f"attention: a sample of {qkv.shape[1]} x {packed} elements of qkv is beyond 32-bit offsets"
         )
-    if bias is not None:
-        if tuple(bias.shape) != (packed,):
-            raise ValueError(f"attention: bias is {tuple(bias.shape)}, expected {(packed,)}")
-        if bias.dtype not in DTYPES:
-            raise ValueError(
-                f"attention: bias is {bias.dtype}, expected float16, bfloat16, float32 or float64"
-            )
-        if bias.device != qkv.device:
-            raise ValueError(f"attention: bias is on {bias.device}, qkv on {qkv.device}")
+    if bias is not None and tuple(bias.shape) != (packed,):
+        raise ValueError(f"attention: bias is {tuple(bias.shape)}, expected {(packed,)}")
     return K

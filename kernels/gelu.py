@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.launch import accumulator, as_bias, launch
-from dit_fast.kernels.op import define_op, uses_triton
+from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 
 
 @dataclass(frozen=True)
@@ -255,12 +255,11 @@ def gelu(pre: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> T
     """
     if not uses_triton(kernels, pre):
         return reference.gelu(pre, bias)
+    check_tensors("gelu", pre=pre, bias=bias)
     if pre.ndim == 0 or pre.shape[-1] == 0:
         raise ValueError(
             f"gelu: pre is {tuple(pre.shape)}, expected (..., features) with at least one feature"
         )
-    if bias is not None and (tuple(bias.shape) != (pre.shape[-1],) or bias.device != pre.device):
-        raise ValueError(
-            f"gelu: bias is {tuple(bias.shape)} on {bias.device}, expected ({pre.shape[-1]},) on {pre.device}"
-        )
+    if bias is not None and tuple(bias.shape) != (pre.shape[-1],):
+        raise ValueError(f"gelu: bias is {tuple(bias.shape)}, expected ({pre.shape[-1]},)")
     return _gelu_op(pre, bias)

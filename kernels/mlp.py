@@ -25,7 +25,7 @@ from dit_fast.kernels import cublaslt, gemm, reference, tuned
 from dit_fast.kernels.attention_backends import Choice
 from dit_fast.kernels.gelu import gelu_backward, gelu_forward
 from dit_fast.kernels.launch import device_capability
-from dit_fast.kernels.op import define_op, uses_triton
+from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments
 
 EPILOGUES = ("auto", "separate", "triton", "cublaslt")
@@ -292,6 +292,7 @@ def mlp(
 
 def check_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> None:
     """ValueError naming the first argument of `mlp` that does not fit the ones before it."""
+    check_tensors("mlp", x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight)
     if x.ndim < 2 or x.shape[-1] == 0:
         raise ValueError(f"mlp: x is {tuple(x.shape)}, expected (..., width)")
     for name, weight, columns in (("fc1_weight", fc1_weight, x.shape[-1]), ("fc2_weight", fc2_weight, None)):
@@ -300,6 +301,3 @@ def check_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tenso
             raise ValueError(f"mlp: {name} is {tuple(weight.shape)}, expected (outputs, {columns})")
     if tuple(fc1_bias.shape) != (fc1_weight.shape[0],):
         raise ValueError(f"mlp: fc1_bias is {tuple(fc1_bias.shape)}, expected ({fc1_weight.shape[0]},)")
-    for name, tensor in (("fc1_weight", fc1_weight), ("fc1_bias", fc1_bias), ("fc2_weight", fc2_weight)):
-        if tensor.device != x.device:
-            raise ValueError(f"mlp: {name} is on {tensor.device}, x on {x.device}")

@@ -11,6 +11,9 @@ from dit_fast.kernels.launch import recording
 
 KERNEL_MODES = ("auto", "triton", "reference")
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What the kernels compute on."""
+
 MAX_WIDTH = 8192
 """Widest row that a program holds; beyond it registers spill whatever the number of warps."""
 
@@ -56,8 +59,24 @@ def define_op(
     return op
 
 
+def check_tensors(op: str, **tensors: Tensor | None) -> None:
+    """ValueError naming the first tensor that is not of floating point, or not on the first one's device."""
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{op}: {name} is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
+            )
+        first = first or (name, tensor)
+        if tensor.device != first[1].device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first[0]} on {first[1].device}")
+
+
 def check_shapes(op: str, x: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> torch.Size:
     """The shape of the (B, T, D) tensor `x`; ValueError naming the first argument that does not fit beside it."""
+    check_tensors(op, x=x, **{name: tensor for name, (tensor, _) in others.items()})
     if x.ndim != 3:
         raise ValueError(f"{op}: x is {tuple(x.shape)}, expected (batch, tokens, width)")
     if not 0 < x.shape[-1] <= MAX_WIDTH:
@@ -67,6 +86,4 @@ def check_shapes(op: str, x: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -
     for name, (tensor, shape) in others.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}")
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}")
     return x.shape

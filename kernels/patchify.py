@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference, tuned
 from dit_fast.kernels.launch import Products, TileLaunch, accumulator, capability, launch
-from dit_fast.kernels.op import define_op, uses_triton
+from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 
 
 @triton.jit
@@ -347,6 +347,9 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, *, kernels
     """
     if not uses_triton(kernels, x):
         return reference.patch_embed(x, weight, bias, pos)
+    check_tensors("patch_embed", x=x, weight=weight, bias=bias, pos=pos)
+    if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"patch_embed: weight is {tuple(weight.shape)}, expected (width, channels, P, P)")
     D, C, P, _ = weight.shape
     if x.ndim != 4 or x.shape[1] != C or x.shape[2] % P or x.shape[3] % P:
         raise ValueError(
@@ -367,6 +370,7 @@ def unpatchify(tokens: Tensor, patch: int, height: int, width: int, *, kernels: 
     """
     if not uses_triton(kernels, tokens):
         return reference.unpatchify(tokens, patch, height, width)
+    check_tensors("unpatchify", tokens=tokens)
     if tokens.ndim != 3 or tokens.shape[1] != height * width or tokens.shape[2] % (patch * patch):
         raise ValueError(
             f"unpatchify: tokens are {tuple(tokens.shape)}, expected (batch, {height * width}, "

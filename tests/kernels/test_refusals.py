@@ -8,33 +8,16 @@ from dit_fast.kernels.op import MAX_WIDTH
 from dit_fast.kernels.registry import REGISTRY, OpSpec
 
 HOLDS_A_ROW = ("adaln_modulate", "gated_residual", "gated_residual_adaln")
-# Faults that are known and stand: (operation, what) and why. A repaired one fails here until it is taken out.
-KNOWN_FAULTS = {
-    **{
-        (name, "dtype"): "integer tensors are not refused"
-        for name in ("adaln_modulate", "gated_residual", "gated_residual_adaln", "patch_embed", "unpatchify")
-        + ("gelu", "mlp")
-    },
-    ("patch_embed", "device"): "devices are not compared",
-    ("patch_embed", "misfit"): "the rank of weight is not checked before it is unpacked",
-}
-
-
-def expect_known_fault(request: pytest.FixtureRequest, spec: OpSpec, kind: str) -> None:
-    if reason := KNOWN_FAULTS.get((spec.name, kind)):
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 @OPS
-def test_misfits_are_refused(spec: OpSpec, request: pytest.FixtureRequest) -> None:
-    expect_known_fault(request, spec, "misfit")
+def test_misfits_are_refused(spec: OpSpec) -> None:
     refuses_misfits(spec)
 
 
 @OPS
 @pytest.mark.parametrize("kind", ["dtype", "device"])
-def test_strangers_are_refused(spec: OpSpec, kind: str, request: pytest.FixtureRequest) -> None:
-    expect_known_fault(request, spec, kind)
+def test_strangers_are_refused(spec: OpSpec, kind: str) -> None:
     for what, name, inputs in strangers(spec):
         if what == kind:
             assert_refused(spec, inputs, f"{what} of {name}")
