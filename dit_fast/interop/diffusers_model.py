@@ -47,10 +47,10 @@ def to_diffusers(model: DiT) -> Any:
 def from_diffusers(model: Any, *, cfg_channels: int | None = None) -> ConvertedDiT:
     """A `ConvertedDiT` with copies of the weights and the same outputs as diffusers' live `DiTTransformer2DModel`.
 
-    On the model's device, in its dtype, in eval mode. diffusers keeps guidance in the pipeline: `cfg_channels`, the
-    channels that `forward_with_cfg` guides, is None for all, as there, or what the caller knows. For a folder that diffusers wrote, use `load_model`, which
-    does not need diffusers. Raises ConfigError for another class, CheckpointError where its blocks differ in what
-    a DiT has once.
+    On the model's device, in its dtype, in eval mode. diffusers keeps guidance in the pipeline: `cfg_channels`, what
+    `forward_with_cfg` guides, is None for all channels, as there, or what the caller knows. For a folder that
+    diffusers wrote, use `load_model`, which does not need diffusers. Raises ConfigError for another class,
+    CheckpointError where its blocks differ in what a DiT has once.
     """
     name = type(model).__name__
     if name != "DiTTransformer2DModel":

@@ -12,7 +12,7 @@ from dit_fast.embedders import as_pair
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop.configuration import infer_config, registry_size, require_config
 from dit_fast.interop.converted import Conventions, ConvertedDiT
-from dit_fast.interop.diffusers_folder import diffusers_config_of, read_folder, transformer_folder
+from dit_fast.interop.diffusers_folder import diffusers_config_of, read_folder, read_json, transformer_folder
 from dit_fast.interop.weight_file import WeightFile, read_weight_file
 from dit_fast.models import DiT, load_weights, read_config
 from dit_fast.training.checkpoint import find_checkpoint, read_part, step_folders
@@ -120,7 +120,7 @@ def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> t
     manifest = read_manifest(folder)
     verify_files(folder, manifest, ["config.json", *part_files(manifest["files"], weights)])
     file = WeightFile(folder / f"{weights}.safetensors", read_part(folder, manifest, weights), weights)
-    model = _build(file, read_config(folder / "config.json"), expected)
+    model = _build(file, _read_config(folder / "config.json"), expected)
     data = dict(manifest.get("data") or {})
     data["flip"] = (manifest.get("train_config") or {}).get("flip")
     names = manifest.get("class_names")
@@ -146,11 +146,16 @@ def _from_file(
     if path.suffix == ".safetensors" and beside.is_file():
         if theirs := diffusers_config_of(beside):
             return _from_diffusers(path.parent, theirs, expected)
-        config = read_config(beside)
+        config = _read_config(beside)
     else:
         config = _inferred(file, num_heads, expected)
     model = _build(file, config, expected)
     return model, ModelInfo(path, file.weights, latent=_looks_latent(model), notes=file.notes)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    read_json(path)  # refuses what is too deep or too long to be read at all
+    return read_config(path)
 
 
 def _inferred(file: WeightFile, num_heads: int | None, expected: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,8 +183,11 @@ def _build(
     source = str(file.path)
     require_config(infer_config(_shapes(file), source, known=config), config, source)
     require_config(config, expected, source, _HINTS)
-    with torch.device("meta"):
-        model = DiT(**config) if conventions is None else ConvertedDiT(**config, conventions=conventions)
+    try:
+        with torch.device("meta"):
+            model = DiT(**config) if conventions is None else ConvertedDiT(**config, conventions=conventions)
+    except ConfigError as error:
+        raise CheckpointError(f"{source} cannot be built: {error}") from None
     load_weights(model, file.state, source, assign=True)
     return model
 
