@@ -1,0 +1,45 @@
+"""Somebody else's blocks on the Triton kernels themselves: the reference's layout and diffusers'."""
+
+import pytest
+import torch
+from reference_layout import ReferenceDiT, inputs, randomise
+from torch import Tensor, nn
+
+import dit_fast
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def reference() -> nn.Module:
+    return ReferenceDiT(depth=1)
+
+
+def diffusers() -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    return randomise(
+        DiTTransformer2DModel(4, 8, out_channels=8, num_layers=1, sample_size=8, num_embeds_ada_norm=10)
+    )
+
+
+def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    x, t, y = (tensor.to(DEVICE) for tensor in inputs())
+    out = model(x, t, y)
+    out = out if isinstance(out, Tensor) else out.sample
+    out.square().mean().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("make", [reference, diffusers])
+def test_outputs_and_gradients_on_the_kernels(make) -> None:
+    model = make().to(DEVICE)
+    before, slopes = step(model)
+    report = dit_fast.accelerate(model, kernels="triton", attention="triton")
+    after, again = step(model)
+    assert (after - before).abs().max() < 1e-5
+    assert again.keys() == slopes.keys()
+    for name, slope in slopes.items():
+        assert (again[name] - slope).abs().max() < 1e-5 * max(1.0, slope.abs().max()), name
+    report.undo()
+    assert torch.equal(step(model)[0], before)
