@@ -155,6 +155,24 @@ def test_resuming_from_damage_or_with_another_recipe(tmp_path, capsys):
     assert "model.safetensors has 1000 bytes, expected" in error_of(capsys)
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--stepz", "--steps"),
+        ("--accumulat=4", "--accumulate"),
+        ("--lr-shedule", "--lr-schedule"),
+        ("--xyzzy", ""),
+    ],
+)
+def test_a_mistyped_option_is_answered_with_the_nearest(typed, meant, capsys):
+    with pytest.raises(SystemExit) as left:
+        call("--data", "digits", typed)
+    assert left.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    expected = f"unrecognized arguments: {typed}" + (f" (did you mean {meant}?)" if meant else "")
+    assert error == f"dit-fast: error: {expected}"
+
+
 def test_usage_errors_leave_with_status_2(capsys):
     for arguments in (["--stepz", "3"], ["--steps", "many"], ["--device", "tpu"]):
         with pytest.raises(SystemExit) as left:

@@ -1,8 +1,10 @@
 """The command line: `dit-fast COMMAND ...`."""
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -43,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"dit_fast.cli.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        near = _nearest(unknown, commands.choices[called])
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
     try:
         return options.run(options)
     except DitFastError as error:
@@ -52,3 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dit-fast: interrupted; nothing was saved after the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _nearest(unknown: Sequence[str], command: argparse.ArgumentParser) -> str:
+    """What to try instead of options that a command does not have."""
+    known = re.findall(r"--[\w-]+", command.format_usage())
+    names = (argument.partition("=")[0] for argument in unknown if argument.startswith("--"))
+    near = [match for name in names for match in difflib.get_close_matches(name, known, 1)]
+    return f" (did you mean {', '.join(near)}?)" if near else ""
