@@ -21,7 +21,7 @@ from tests.distributed.ranks import Ended, Ranks, train
 TINY = [
     *("--data", "digits", "--hidden-size", "16", "--depth", "2", "--num-heads", "2", "--patch-size", "4"),
     *("--batch-size", "8", "--diffusion-steps", "50", "--threads", "1", "--log-every", "1"),
-    *("--ckpt-every", "2", "--steps", "8", "--timeout", "20"),
+    *("--ckpt-every", "2", "--steps", "8", "--timeout", "60", "--lr", "1e-2"),
 ]  # fmt: skip
 LOGGED = ("loss", "mse", "vb", "grad_norm", "loss_by_timestep", "lr")
 
