@@ -56,7 +56,7 @@ def image_set(**kwargs: Any) -> ImageSet:
 @pytest.fixture
 def data(monkeypatch) -> ImageSet:
     opened = image_set()
-    monkeypatch.setattr(loop, "_open", lambda config: opened)
+    monkeypatch.setattr(loop, "open_set", lambda config: opened)
     return opened
 
 
@@ -373,7 +373,7 @@ def test_resumption_refuses_another_recipe_or_data(data, tmp_path, monkeypatch):
     assert "--seed is 0 there and 7 here" in message
     assert "steps" not in message
     changed = image_set(holdout=0.2)
-    monkeypatch.setattr(loop, "_open", lambda config: changed)
+    monkeypatch.setattr(loop, "open_set", lambda config: changed)
     with pytest.raises(
         CheckpointError, match=r"other data: num_train is 20 there and 16 here; num_heldout is 0 .*holdout"
     ):

@@ -31,7 +31,7 @@ def tiny(**changes: Any) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_open", lambda config: image_set())
+    monkeypatch.setattr(loop, "open_set", lambda config: image_set())
 
 
 def test_the_flop_count_is_the_papers():

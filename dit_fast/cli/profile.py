@@ -8,9 +8,9 @@ import torch
 from torch.autograd import DeviceType
 
 from dit_fast.cli import train
-from dit_fast.data import open_data
 from dit_fast.errors import ConfigError, OutputError
 from dit_fast.training import PRESETS, TrainConfig, Trainer
+from dit_fast.training.config import apply_to_process, open_set
 from dit_fast.training.prefetch import prefetch
 from dit_fast.training.ranges import profiler_ranges
 
@@ -47,16 +47,9 @@ def run(args: argparse.Namespace) -> int:
     if "data" not in options:
         raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")
     config = TrainConfig(**{**options, "epochs": None, "steps": first + count})
-    data = open_data(
-        config.data,
-        config.image_size,
-        channels=config.channels,
-        num_classes=config.num_classes,
-        flip=config.flip,
-        holdout=config.holdout,
-        num_workers=config.num_workers,
-    )
-    print(trace_steps(Trainer(config, data, ranges=profiler_ranges()), first, count, path, top))
+    apply_to_process(config)
+    trainer = Trainer(config, open_set(config), ranges=profiler_ranges())
+    print(trace_steps(trainer, first, count, path, top))
     print(f"{path}: {count} step{'s' if count > 1 else ''} after {first}")
     return 0
 

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dit_fast.blocks import RECOMPUTE
-from dit_fast.data import ImageSet, LatentSet
+from dit_fast.data import ImageSet, LatentSet, open_data
 from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
@@ -266,6 +268,27 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
         return TrainConfig(**{**saved, **asked})
     except TypeError as error:
         raise CheckpointError(f"{source} has options of the wrong type: {error}") from None
+
+
+def open_set(config: TrainConfig) -> ImageSet | LatentSet:
+    """The data of `config`. Raises the errors of `open_data`."""
+    return open_data(
+        config.data,
+        config.image_size,
+        channels=config.channels,
+        num_classes=config.num_classes,
+        flip=config.flip,
+        holdout=config.holdout,
+        num_workers=config.num_workers,
+    )
+
+
+def apply_to_process(config: TrainConfig) -> None:
+    """Set what PyTorch has once for a process: CPU threads and TF32."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
 
 
 def build_model(config: TrainConfig, data: ImageSet | LatentSet) -> DiT:

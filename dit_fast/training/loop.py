@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dit_fast.data import ImageSet, LatentSet, open_data
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError, OutputError
 from dit_fast.training.checkpoint import (
     checkpoint_bytes,
@@ -26,7 +23,7 @@ from dit_fast.training.checkpoint import (
     step_folders,
 )
 from dit_fast.training.checkpoint_writer import CheckpointWriter
-from dit_fast.training.config import TrainConfig, resumed_config
+from dit_fast.training.config import TrainConfig, apply_to_process, open_set, resumed_config
 from dit_fast.training.prefetch import prefetch
 from dit_fast.training.progress import plot_loss
 from dit_fast.training.signals import StopRequest
@@ -67,7 +64,7 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
             )
 
     everyone.first(refuse_a_run)
-    trainer = Trainer(config, _open(config), world=world)
+    trainer = Trainer(config, open_set(config), world=world)
     everyone.first(lambda: prepare_folder(run))
     return _run(trainer, run)
 
@@ -83,7 +80,7 @@ def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -
     path = latest_checkpoint(run, world)
     manifest = read_manifest(path)
     config = resumed_config(manifest["train_config"], asked, str(path))
-    trainer = Trainer(config, _open(config), world=world)
+    trainer = Trainer(config, open_set(config), world=world)
     trainer.restore(path, manifest)
     if trainer.step >= trainer.total_steps and trainer.world.attempt:
         # Killed after the last checkpoint.
@@ -123,24 +120,9 @@ def prepare_folder(run: Path) -> None:
         raise OutputError(f"cannot write to {run}: {error.strerror}; give another --out") from error
 
 
-def _open(config: TrainConfig) -> ImageSet | LatentSet:
-    return open_data(
-        config.data,
-        config.image_size,
-        channels=config.channels,
-        num_classes=config.num_classes,
-        flip=config.flip,
-        holdout=config.holdout,
-        num_workers=config.num_workers,
-    )
-
-
 def _run(trainer: Trainer, run: Path) -> TrainResult:
     config = trainer.config
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    apply_to_process(config)
     world = trainer.world
     saves = -(-(trainer.total_steps - trainer.step) // config.ckpt_every)
     room = min(saves, config.keep_checkpoints + 1) if config.keep_checkpoints else saves
