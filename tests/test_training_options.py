@@ -176,6 +176,7 @@ def test_float8_by_torchao_trains_like_bfloat16():
     model = trainer(hidden_size=32).model
     use_float8(model, torch.device("cpu"))
     assert sum("Float8" in type(module).__name__ for module in model.modules()) == 4
+    assert model.state_dict().keys() == trainer(hidden_size=32).model.state_dict().keys()
 
 
 def test_without_apex_its_optimiser_says_so(monkeypatch):

@@ -19,7 +19,7 @@ from torch import nn
 from dit_fast.cli import main
 from dit_fast.errors import MissingExtraError
 from dit_fast.models import DiT_models
-from dit_fast.training import TrainConfig, Trainer, loop, metrics, ranges, train
+from dit_fast.training import TrainConfig, Trainer, loop, metrics, ranges, resume, train
 from dit_fast.training.progress import read_log
 from dit_fast.training.step import StepValues, TrainStep
 from dit_fast.training.watch import means
@@ -129,7 +129,9 @@ def test_trackers_get_the_log_lines_and_the_pictures(tmp_path, monkeypatch):
     Writer.written.clear()
     seen: list[Any] = []
     session = types.SimpleNamespace(
-        log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append("finished")
+        id="abc123",
+        log=lambda values, step: seen.append((step, values)),
+        finish=lambda: seen.append("finished"),
     )
     wandb = types.SimpleNamespace(
         init=lambda **options: (seen.append(options), session)[1], Image=lambda path: f"image {path}"
@@ -146,10 +148,13 @@ def test_trackers_get_the_log_lines_and_the_pictures(tmp_path, monkeypatch):
     pictures = [entry for entry in Writer.written if entry[0] == "samples"]
     assert [(entry[2], entry[3]) for entry in pictures] == [(2, "HWC"), (4, "HWC")]
     assert Writer.written[-1] == "closed"
-    assert (seen[0]["id"], seen[0]["resume"], seen[0]["config"]["batch_size"]) == ("run", "allow", 8)
+    assert (seen[0]["id"], seen[0]["name"], seen[0]["config"]["batch_size"]) == (None, "run", 8)
     assert [entry[0] for entry in seen[1:-1]] == [2, 2, 4, 4]
     assert seen[1][1]["grad_norm"] == log[0]["grad_norm"]
     assert seen[-1] == "finished"
+    seen.clear()
+    resume(tmp_path / "run", {"steps": 5})
+    assert (seen[0]["id"], seen[0]["resume"]) == ("abc123", "allow")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run named as the folder; a continued run goes on there. Raises MissingExtraError without wandb."""
+    """A run named as the folder, which remembers its id: continued, it goes on there.
+
+    Raises MissingExtraError without wandb.
+    """
 
     def __init__(self, config: TrainConfig, run: Path):
         try:
@@ -56,10 +59,13 @@ class WeightsAndBiases:
                 "--wandb: wandb is not installed; pip install 'dit-fast[track]'"
             ) from error
         self.wandb: Any = wandb
+        remembered = run / "wandb_id"
+        held = remembered.read_text() if remembered.exists() else None
         self.session = wandb.init(
-            project="dit-fast", name=run.name, id=run.name, resume="allow", dir=str(run),
+            project="dit-fast", name=run.name, id=held, resume="allow", dir=str(run),
             config=dataclasses.asdict(config),
         )  # fmt: skip
+        remembered.write_text(self.session.id)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.session.log(values, step=step)
