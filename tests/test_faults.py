@@ -128,6 +128,15 @@ def test_what_one_rank_cannot_read_ends_all_with_its_reason(tmp_path) -> None:
     assert said[1] == "dit-fast: error: shard 7, image 3: cannot be read"
 
 
+def test_a_rank_without_its_data_ends_all_before_the_first_step(tmp_path) -> None:
+    ended = start(tmp_path, "open:1:0")
+    assert ended.codes == [1, 1], ended.text
+    said = errors(ended)
+    assert "outside of the steps: rank 1 failed: --data digits: cannot be opened" in said[0]
+    assert said[1] == "dit-fast: error: --data digits: cannot be opened"
+    assert step_folders(tmp_path / "run") == []
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_path, clean_run) -> None:
     ended = start(tmp_path, "nan:1:5")
     assert ended.codes == [1, 1], ended.text

@@ -134,7 +134,7 @@ def _run(trainer: Trainer, run: Path) -> TrainResult:
 
     world.first(make_room)
     with (
-        world.watch(lambda: trainer.step + 1),
+        world.watch(lambda: f"step {trainer.step + 1}"),
         Watch(trainer, run) as watch,
         StopRequest(alone=world.size == 1) as stop,
         trainer.writer(run) as writer,

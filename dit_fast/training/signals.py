@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dit_fast.training.world import World
 
+_POLL = 2e-4
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -92,13 +94,19 @@ class StepAgreement:
             event.record()
         return flags[0] > 0, flags[1] > 0
 
-    def read(self) -> None:
-        """Take in what was said: in this step on the CPU, in the one before on CUDA."""
+    def read(self, timeout: float) -> None:
+        """Take in what was said: in this step on the CPU, in the one before on CUDA.
+
+        Raises RuntimeError when the device is not done with that step after `timeout` seconds.
+        """
         if self.world.device.type == "cuda":
             self._turn = 1 - self._turn
         event = self._events[self._turn]
-        if event is not None:
-            event.synchronize()
+        deadline = time.monotonic() + timeout
+        while event is not None and not event.query():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"NCCL: a collective is not over after {timeout:g} s: timed out")
+            time.sleep(_POLL)
         bad, _, stop, save_failed = self._heard[self._turn].tolist()
         self.bad_rank = int(bad) - 1 if bad else self.bad_rank
         self.stop = signal.Signals(int(stop)) if stop else None

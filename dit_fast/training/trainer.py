@@ -34,7 +34,7 @@ from dit_fast.training.rates import learning_rate
 from dit_fast.training.signals import StepAgreement
 from dit_fast.training.step import BUCKETS, StepOptions, StepState, StepValues, TrainStep
 from dit_fast.training.torch_optimizer import make_optimizer
-from dit_fast.training.world import World, choose_device
+from dit_fast.training.world import START_TIMEOUT, World, choose_device
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Trainer:
             if self.device.type != "cuda":
                 raise ConfigError(f"--cuda-graph: a step on a {self.device.type} device is no CUDA graph")
             self.run_step = GraphedStep(self.work, CudaGraphs())
-        self._started = False
+        self._patience = START_TIMEOUT
         self._rate: float | None = None
         self._read = 0
 
@@ -160,9 +160,10 @@ class Trainer:
         self.run_step(samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
         self.step += 1
         if self.world.size > 1 and self.device.type == "cuda":
-            self.agreement.read()
-        if not self._started:
-            self._started = True
+            self.agreement.read(self._patience)
+        if self._patience != self.config.timeout:
+            # The first step may compile; from now on a rank that is waited for longer is lost.
+            self._patience = self.config.timeout
             self.world.set_timeout(self.config.timeout, groups_of(self.denoiser))
 
     def learning_rate(self) -> float:
@@ -184,7 +185,7 @@ class Trainer:
     def _check_at_once(self) -> None:
         if self.checks_every_step:
             if self.world.size > 1:
-                self.agreement.read()
+                self.agreement.read(self._patience)
             self.check_finite()
 
     @property

@@ -105,20 +105,20 @@ class World:
                 set_group_timeout(group, torch.device(device), seconds)
 
     @contextmanager
-    def watch(self, step: Callable[[], int]) -> Iterator[None]:
-        """Turn the failure of a collective into a RankError that names `step()` and the ranks that do not answer."""
+    def watch(self, where: Callable[[], str]) -> Iterator[None]:
+        """Turn the failure of a collective into a RankError that says `where()` and which ranks do not answer."""
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not is_lost_connection(error):
+            if self.size == 1 or isinstance(error, RankError) or not is_lost_connection(error):
                 raise
-            raise RankError(self._lost(step())) from error
+            raise RankError(self._lost(where())) from error
 
-    def _lost(self, step: int) -> str:
+    def _lost(self, where: str) -> str:
         """Ranks that still run say so in the store; who is missing hangs or is gone."""
         missing, reasons = list(range(self.size)), []
         try:
-            self.store.set(f"{_LOST}/{self.rank}", str(step))
+            self.store.set(f"{_LOST}/{self.rank}", where)
             deadline = time.monotonic() + _ROLL_CALL
             while missing and time.monotonic() < deadline:
                 missing = [rank for rank in missing if not self.store.check([f"{_LOST}/{rank}"])]
@@ -128,14 +128,12 @@ class World:
                     missing.remove(rank)
                     reasons.append(f"rank {rank} failed: {self.store.get(f'{_FAILED}/{rank}').decode()}")
         except RuntimeError:
-            return (
-                f"step {step}: the connection to the other ranks is lost; continue from the last checkpoint"
-            )
+            return f"{where}: the connection to the other ranks is lost; continue from the last checkpoint"
         if missing:
             ranks = ", ".join(map(str, missing))
             reasons.append(f"rank {ranks} does not answer: it hangs or is gone")
         return (
-            f"step {step}: {'; '.join(reasons) or 'the ranks lost each other'}; continue with --resume from "
+            f"{where}: {'; '.join(reasons) or 'the ranks lost each other'}; continue with --resume from "
             "the last checkpoint"
         )
 
@@ -172,16 +170,22 @@ def join_world(device: str = "auto", start_timeout: float = START_TIMEOUT) -> It
         device_id=chosen if chosen.type == "cuda" else None,
     )
     control, background = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+    world = World(rank, local_rank, size, local_size, chosen, attempt, store, control, background)
+    lost = False
     try:
-        yield World(rank, local_rank, size, local_size, chosen, attempt, store, control, background)
+        with world.watch(lambda: "outside of the steps"):
+            yield world
     except RankError:
+        lost = True
         raise
     except DitFastError as error:
         # For the others, who only see this rank go.
         store.set(f"{_FAILED}/{rank}", str(error))
         raise
     finally:
-        dist.destroy_process_group()
+        # NCCL would wait for the lost rank here.
+        if not (lost and chosen.type == "cuda"):
+            dist.destroy_process_group()
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

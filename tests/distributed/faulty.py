@@ -1,8 +1,9 @@
 """One rank of `dit-fast train`, with a fault that comes at a given step; what the tests of faults start.
 
-A fault is "kind:rank:step[:where]"; "none" for none. Kinds: kill, hang, fail (DataError), nan (in the batch), term (a
-SIGTERM to this rank alone), save (SIGKILL within the save of that step, `where` a stage of it), fsize (no file may
-grow in the save of that step), slow (that save takes a second), record (write down what is drawn, in every step).
+A fault is "kind:rank:step[:where]"; "none" for none. Kinds: open (no data), kill, hang, fail (DataError), nan (in the
+batch), term (a SIGTERM to this rank alone), save (SIGKILL within the save of that step, `where` a stage of it), fsize
+(no file may grow in the save of that step), slow (that save takes a second), record (write down what is drawn, in
+every step).
 """
 
 import hashlib
@@ -39,7 +40,7 @@ def install(fault: Fault, rank: int) -> None:
     """Make this process behave as the fault says."""
     # Imported here: the fork server has them already, and the parent needs none.
     from dit_fast.errors import DataError
-    from dit_fast.training import checkpoint, checkpoint_writer
+    from dit_fast.training import checkpoint, checkpoint_writer, loop
     from dit_fast.training.step import TrainStep
     from dit_fast.training.trainer import Trainer
 
@@ -47,6 +48,12 @@ def install(fault: Fault, rank: int) -> None:
         record(TrainStep, Path(fault.where), rank)
     if rank != fault.rank:
         return
+    if fault.kind == "open":
+
+        def unreadable(config):
+            raise DataError("--data digits: cannot be opened")
+
+        loop.open_set = unreadable
     train_step = Trainer.train_step
 
     def faulty_step(self, samples, labels):
