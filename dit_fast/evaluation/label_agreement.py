@@ -55,6 +55,10 @@ class LabelClassifier:
         """The label of each image, (M,)."""
         return self._pipeline.predict(images.reshape(len(images), -1))
 
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """What the support-vector machine sees of each image: its principal components, (M, at most 64)."""
+        return self._pipeline[0].transform(images.reshape(len(images), -1))
+
 
 def label_agreement(
     classifier: LabelClassifier,

@@ -1,0 +1,229 @@
+"""`dit-fast evaluate`: FID, sFID, Inception score, precision and recall of samples against real images."""
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dit_fast.cli import sample
+from dit_fast.cli.sample_plan import ranks
+from dit_fast.data import open_images
+from dit_fast.errors import ConfigError
+from dit_fast.evaluation import (
+    FEATURES,
+    METRICS,
+    Activations,
+    ClassifierFeatures,
+    EfficientNetFeatures,
+    FeatureExtractor,
+    ImageSource,
+    InceptionFeatures,
+    Reference,
+    collect,
+    open_reference,
+    open_source,
+    score,
+    write_statistics,
+)
+from dit_fast.sampling import PRECISIONS, SOLVERS
+from dit_fast.sampling.output import prepare_folder, write_atomically
+
+_EPILOG = """inception     torch-fidelity's Inception-v3 (extra 'evaluation'), that of FID; --weights is its weight file
+efficientnet  proxy: EfficientNet-Lite0, whose weights come with the extra 'evaluation'
+classifier    proxy: principal components of the labelled reference images (extra 'demo')
+
+A proxy's scores are not comparable with published ones, and are printed and saved as proxies."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "samples", nargs="?", help="folder of PNG or JPEG images, or .npz archive with arr_0 (or give --ckpt)"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="REFERENCE",
+        help="real images: a folder, an .npz with arr_0, statistics (mu, sigma) or both as ADM's, or mnist, digits",
+    )
+    parser.add_argument("--features", choices=FEATURES, default="inception", help="default: inception")
+    parser.add_argument("--weights", type=Path, metavar="PATH", help="weight file of --features inception")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that can be had")
+    parser.add_argument(
+        "--splits", type=int, default=10, help="parts of the Inception score (default: 10, as published)"
+    )
+    parser.add_argument(
+        "--neighbours", type=int, default=3, metavar="K", help="of precision and recall (default: 3)"
+    )
+    parser.add_argument(
+        "--image-size", type=int, metavar="S", help="scale and crop all images to S x S, as in training"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument(
+        "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="also write the scores to this file")
+    parser.add_argument(
+        "--save-statistics", type=Path, metavar="NPZ", help="write the samples' statistics, for --against"
+    )
+    group = parser.add_argument_group(
+        "samples of a checkpoint", "For more options, dit-fast sample --npz first."
+    )
+    group.add_argument("--ckpt", help="draw the samples from this checkpoint, as dit-fast sample does")
+    group.add_argument("--num", type=int, help="number of samples, of random classes")
+    group.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale (default: 1, none)")
+    group.add_argument("--steps", help="sampling steps (default: 250, or all if fewer)")
+    group.add_argument("--solver", choices=SOLVERS, default="ddpm")
+    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
+    group.add_argument("--vae", help="decoder of a latent model: ema, mse (the default) or a folder")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--sample-dir", type=Path, help="keep the samples here; killed, the same command goes on there"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score; 0, or a DitFastError. All that can be refused is refused before images are drawn or read in full."""
+    _check(args)
+    device = _device(args.device)
+    reference = (
+        None if args.against is None else open_reference(args.against, args.image_size, _workers(args))
+    )
+    # A folder of samples is opened before a network is loaded: what is wrong with it is cheaper to find.
+    given = None if args.samples is None else open_source(args.samples, args.image_size, _workers(args))
+    if given is not None and reference is not None:
+        _check_sizes(given, reference)
+    extractor = _extractor(args, device)
+    for path in (args.out, args.save_statistics):
+        if path is not None:
+            prepare_folder(path.parent)
+    with contextlib.ExitStack() as stack:
+        source = given or stack.enter_context(_drawn(args))
+        if given is None and reference is not None:
+            _check_sizes(source, reference)
+        samples = _collect(source, extractor, args.batch_size, "samples")
+    if args.save_statistics is not None:
+        write_atomically(
+            args.save_statistics, lambda temporary: write_statistics(temporary, samples.statistics)
+        )
+        print(f"wrote {args.save_statistics} (statistics of {source.num} images)", flush=True)
+    if reference is not None:
+        _score(args, source.name, samples, reference, extractor, device)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.samples is None) == (args.ckpt is None):
+        raise ConfigError("give either a folder or archive of samples, or --ckpt")
+    if args.ckpt is not None and (args.num is None or args.num < 2):
+        raise ConfigError(f"--ckpt {args.ckpt}: say how many images to draw with --num, at least 2")
+    if ranks()[1] > 1:
+        raise ConfigError(
+            "dit-fast evaluate runs in one process: draw samples under torchrun with dit-fast sample --npz first"
+        )
+    if args.against is None and args.save_statistics is None:
+        raise ConfigError("--against is missing: give real images or statistics (or --save-statistics)")
+    if args.against is None and args.out is not None:
+        raise ConfigError("--out holds scores, which need --against")
+    if args.features == "inception" and args.weights is None:
+        raise ConfigError(
+            "--features inception: give torch-fidelity's weights-inception-2015-12-05-6726825d.pth with --weights "
+            "(or take a proxy: efficientnet, classifier)"
+        )
+    if args.features != "inception" and args.weights is not None:
+        raise ConfigError(f"--weights is for --features inception, not {args.features}")
+    for flag in ("image_size", "batch_size", "splits", "neighbours", "num_workers"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {value}: choose at least 1")
+
+
+def _check_sizes(source: ImageSource, reference: Reference) -> None:
+    if reference.images is not None and reference.images.size != source.size:
+        (height, width), (real_height, real_width) = source.size, reference.images.size
+        raise ConfigError(
+            f"{source.name} has images of {width}x{height}, {reference.name} of {real_width}x{real_height}; "
+            "give --image-size to scale and crop both"
+        )
+
+
+def _extractor(args: argparse.Namespace, device: torch.device) -> FeatureExtractor:
+    if args.features == "inception":
+        return InceptionFeatures(args.weights, device)
+    if args.features == "efficientnet":
+        return EfficientNetFeatures(device)
+    if args.against is None or str(args.against).endswith(".npz"):
+        raise ConfigError(
+            "--features classifier is fitted to labelled images: give --against a built-in set or a folder with a "
+            "sub-folder for each class"
+        )
+    return ClassifierFeatures(open_images(args.against, args.image_size, flip=False, holdout=0.0))
+
+
+@contextlib.contextmanager
+def _drawn(args: argparse.Namespace) -> Iterator[ImageSource]:
+    """Samples of the checkpoint, in --sample-dir or for the time of this command."""
+    with contextlib.ExitStack() as stack:
+        folder = args.sample_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-fast-")))
+        words = ["--ckpt", args.ckpt, "--npz", "--out", folder, "--num", args.num, "--seed", args.seed]
+        words += ["--cfg-scale", args.cfg_scale, "--solver", args.solver, "--precision", args.precision]
+        words += ["--batch-size", args.batch_size, "--device", _device(args.device).type]
+        for name in ("steps", "vae"):
+            if getattr(args, name) is not None:
+                words += [f"--{name}", getattr(args, name)]
+        parser = argparse.ArgumentParser(prog="dit-fast sample", allow_abbrev=False)
+        sample.add_arguments(parser)
+        sample.run(parser.parse_args([str(word) for word in words]))
+        yield open_source(folder / "samples.npz", args.image_size)
+
+
+def _collect(source: ImageSource, extractor: FeatureExtractor, batch_size: int, what: str) -> Activations:
+    print(f"{extractor.name}: {source.num} {what} from {source.name}", flush=True)
+    with tqdm(total=source.num, desc=what, unit="image", disable=None) as bar:
+        return collect(source, extractor, batch_size, bar.update)
+
+
+def _score(
+    args: argparse.Namespace,
+    name: str,
+    samples: Activations,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    device: torch.device,
+) -> None:
+    statistics, features = reference.statistics, None
+    compared = args.metrics is None or bool({"precision", "recall"} & set(args.metrics))
+    if reference.images is not None and (statistics is None or compared):
+        real = _collect(reference.images, extractor, args.batch_size, "reference images")
+        statistics, features = statistics or real.statistics, real.features
+    assert statistics is not None
+    quality = score(
+        samples, statistics, features, extractor.proxy, args.metrics,
+        splits=args.splits, k=args.neighbours, device=device,
+    )  # fmt: skip
+    for line in quality.lines():
+        print(line, flush=True)
+    if args.out is not None:
+        request = {"samples": args.ckpt or name, "against": reference.name}
+        text = json.dumps({**request, **quality.as_json()}, indent=2) + "\n"
+        write_atomically(args.out, lambda temporary: temporary.write_text(text))
+        print(f"wrote {args.out}", flush=True)
+
+
+def _workers(args: argparse.Namespace) -> int:
+    return args.num_workers or os.cpu_count() or 1
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here")
+    return torch.device(name)

@@ -1,0 +1,218 @@
+"""Images to be scored, wherever they lie: uint8 RGB of one size, in batches."""
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dit_fast.data import BUILTIN, centre_crop_array
+from dit_fast.data.folder import SUFFIXES, read_image
+from dit_fast.errors import DataError
+from dit_fast.evaluation.archives import Archive
+
+_LEAST = 2
+_NAMED = 3
+# What Pillow raises for damaged files, by format and kind of damage.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_T = TypeVar("_T")
+
+
+class ImageSource(Protocol):
+    """`num` images of `size` (height, width); `name` says where they lie."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num(self) -> int: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """The images in order, uint8 (B, 3, H, W)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images in memory: uint8 (N, H, W, 3) or grey (N, H, W)."""
+
+    name: str
+    images: np.ndarray
+
+    @property
+    def num(self) -> int:
+        return len(self.images)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.shape[1], self.images.shape[2]
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        for first in range(0, self.num, batch_size):
+            yield _to_rgb(self.images[first : first + batch_size])
+
+
+@dataclass(frozen=True)
+class ArchiveImages:
+    """`arr_0` of an archive in ADM's layout, uint8 (N, H, W, 3), read as it is needed; `crop`: side to scale to."""
+
+    archive: Archive
+    num: int
+    stored: tuple[int, int]
+    crop: int | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.archive.path)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.stored if self.crop is None else (self.crop, self.crop)
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        for batch in self.archive.batches("arr_0", batch_size):
+            images = batch[..., 0] if batch.ndim == 4 and batch.shape[3] == 1 else batch
+            if self.stored != self.size:
+                images = np.stack([centre_crop_array(image, self.size[0]) for image in images])
+            yield _to_rgb(images)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """PNG and JPEG files, decoded by `num_workers` threads; `crop`: side to scale to, as in training."""
+
+    name: str
+    paths: tuple[Path, ...]
+    stored: tuple[int, int]
+    crop: int | None
+    num_workers: int
+
+    @property
+    def num(self) -> int:
+        return len(self.paths)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.stored if self.crop is None else (self.crop, self.crop)
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
+            for first in range(0, self.num, batch_size):
+                paths = self.paths[first : first + batch_size]
+                yield torch.stack(list(pool.map(_reporting(self._decode), paths)))
+
+    def _decode(self, path: Path) -> Tensor:
+        return read_image(path, self.size[0], 3)
+
+
+def open_source(source: str | Path, image_size: int | None = None, num_workers: int = 1) -> ImageSource:
+    """A folder of PNG or JPEG images (sub-folders too), an .npz archive with `arr_0`, or a built-in set's name.
+
+    `image_size`: scale and crop to that side, as ADM does (`centre_crop`); None: the images must be square in a folder
+    and all of one size. Raises DataError for fewer than 2 images, several sizes, damage, and what is none of these.
+    """
+    path = Path(source)
+    if str(source) in BUILTIN and not path.exists():
+        opened: ImageSource = _builtin(str(source), image_size)
+    elif path.is_dir():
+        opened = _folder(path, image_size, num_workers)
+    elif not path.exists():
+        raise DataError(f"{path}: no such file or folder (built-in sets: {', '.join(sorted(BUILTIN))})")
+    elif path.suffix != ".npz":
+        raise DataError(
+            f"{path}: expected a folder of PNG or JPEG images or an .npz archive, not a file of kind "
+            f"{path.suffix or '(none)'}"
+        )
+    else:
+        opened = archive_images(Archive(path), image_size)
+    if opened.num < _LEAST:
+        raise DataError(f"{opened.name} has {opened.num} images; scores need at least {_LEAST}")
+    return opened
+
+
+def archive_images(archive: Archive, image_size: int | None = None) -> ArchiveImages:
+    """The images `arr_0` of an archive; DataError where they are not uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W)."""
+    if "arr_0" not in archive:
+        raise DataError(f"{archive.path} has {', '.join(archive.keys[:5])}, expected images under arr_0")
+    member = archive.member("arr_0")
+    shape = member.shape
+    grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
+    if member.dtype != np.uint8 or not (grey or (len(shape) == 4 and shape[3] == 3)) or 0 in shape[1:]:
+        raise DataError(f"{archive.path}: arr_0 is {member.dtype} {shape}, expected uint8 (N, H, W, 3)")
+    return ArchiveImages(archive, shape[0], (shape[1], shape[2]), image_size)
+
+
+def _builtin(name: str, image_size: int | None) -> ArrayImages:
+    images, _ = BUILTIN[name]()
+    if image_size is not None:
+        images = np.stack([centre_crop_array(image, image_size) for image in images])
+    return ArrayImages(name, images)
+
+
+def _folder(root: Path, image_size: int | None, num_workers: int) -> FolderImages:
+    paths = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if not paths:
+        raise DataError(f"{root} has no PNG or JPEG images")
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        sizes = list(pool.map(_reporting(_size), paths))
+    if image_size is None:
+        other = [(path, size) for path, size in zip(paths, sizes, strict=True) if size != sizes[0]]
+        if other:
+            named = ", ".join(f"{path.name} {size[1]}x{size[0]}" for path, size in other[:_NAMED])
+            raise DataError(
+                f"{root}: {len(other)} of {len(paths)} images are of another size than {paths[0].name} "
+                f"{sizes[0][1]}x{sizes[0][0]}: {named}; give --image-size to scale and crop"
+            )
+        if sizes[0][0] != sizes[0][1]:
+            raise DataError(
+                f"{root}: images are {sizes[0][1]}x{sizes[0][0]}, not square; give --image-size to scale and crop"
+            )
+    return FolderImages(str(root), tuple(paths), sizes[0], image_size, num_workers)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.height, image.width
+
+
+def _reporting(read: Callable[[Path], _T]) -> Callable[[Path], _T]:
+    """`read`, with what Pillow raises for a damaged file as one line that names the file."""
+
+    def attempt(path: Path) -> _T:
+        try:
+            return read(path)
+        except _DECODE_ERRORS as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{path} cannot be read ({reason}); replace or remove it") from error
+
+    return attempt
+
+
+def _to_rgb(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) or (B, H, W) as (B, 3, H, W)."""
+    tensor = torch.from_numpy(np.array(images))
+    if tensor.ndim == 3:
+        return tensor[:, None].expand(-1, 3, -1, -1).contiguous()
+    return tensor.permute(0, 3, 1, 2).contiguous()
