@@ -320,6 +320,16 @@ def failures(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def as_json(rows: Sequence[Row], traffic: Sequence[Traffic]) -> str:
+    """The figures of the tables, one kernel a line, and the versions that they hold for."""
+    versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
+    lists = (
+        f'"{name}": [\n' + ",\n".join(json.dumps(dataclasses.asdict(item)) for item in items) + "\n]"
+        for name, items in (("kernels", rows), ("traffic", traffic))
+    )
+    return "{\n" + ",\n".join((f'"versions": {json.dumps(versions)}', *lists)) + "\n}\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What the compiler made of every kernel, without a GPU.")
     ops = (*REGISTRY, *STEPS)
@@ -341,13 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "static_report.md").write_text(text)
-        versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
-        data = {
-            "versions": versions,
-            "kernels": list(map(dataclasses.asdict, rows)),
-            "traffic": list(map(dataclasses.asdict, traffic)),
-        }
-        (args.out / "static_report.json").write_text(json.dumps(data, indent=1) + "\n")
+        (args.out / "static_report.json").write_text(as_json(rows, traffic))
     elif not args.check:
         print(text, end="")
     lines = failures(rows)
