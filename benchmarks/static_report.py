@@ -260,6 +260,7 @@ def measure_traffic(
         direction=direction,
         dtypes=setting.dtypes,
         width=setting.width,
+        capability=setting.capability,
         moved=sum(x.numel() * x.itemsize for x in tensors),
         least=round(elements(*shape) * itemsize),
     )
@@ -296,18 +297,17 @@ def small_settings(ops: Sequence[str]) -> list[Setting]:
 def report(settings: Sequence[Setting], jobs: int) -> tuple[list[Row], list[Traffic]]:
     """Examine all settings on `jobs` processes, in order."""
     rows: list[Row] = []
-    traffic: dict[Traffic, None] = {}
+    traffic: list[Traffic] = []
     pool = ProcessPoolExecutor(jobs) if jobs > 1 else None
     try:
         results = pool.map(examine, settings) if pool else map(examine, settings)
         for found, moved in tqdm(results, total=len(settings), desc="compiling", file=sys.stderr):
             rows += found
-            # The same on every architecture as long as a launch is a function of the shape.
-            traffic.update(dict.fromkeys(moved))
+            traffic += moved
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-    return rows, list(traffic)
+    return rows, traffic
 
 
 def failures(rows: Sequence[Row]) -> list[str]:

@@ -73,6 +73,7 @@ class Traffic:
     direction: str
     dtypes: str
     width: int
+    capability: int
     moved: int
     least: int
 
@@ -98,13 +99,7 @@ def markdown(rows: Sequence[Row], traffic: Sequence[Traffic], version: str) -> s
         lines.append(TRAFFIC)
         lines += table(
             ("operation", "pass", "dtypes", "D", "MB moved", "MB least", "ratio"),
-            (
-                (
-                    named(item), item.direction, item.dtypes, item.width, megabytes(item.moved),
-                    megabytes(item.least), f"{item.moved / item.least:.3f}",
-                )
-                for item in traffic
-            ),
+            traffic_cells(traffic),
         )  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -154,6 +149,23 @@ def kernel_cells(rows: Sequence[Row]) -> Iterable[tuple[Any, ...]]:
             lambda row: "; ".join(row.broken) or "-",
         )
         yield *key, *(merged([column(row) for row in members]) for column in columns)
+
+
+def traffic_cells(traffic: Sequence[Traffic]) -> Iterable[tuple[Any, ...]]:
+    """Cells of the last table; the architectures of one operation, direction, dtypes and width share a row."""
+
+    def identity(item: Traffic) -> tuple[Any, ...]:
+        return named(item), item.direction, item.dtypes, item.width
+
+    order = {key: number for number, key in enumerate(dict.fromkeys(map(identity, traffic)))}
+    for key, group in groupby(sorted(traffic, key=lambda item: order[identity(item)]), identity):
+        members = sorted(group, key=lambda item: item.capability)
+        columns: tuple[Callable[[Traffic], str], ...] = (
+            lambda item: megabytes(item.moved),
+            lambda item: megabytes(item.least),
+            lambda item: f"{item.moved / item.least:.3f}",
+        )
+        yield *key, *(merged([column(item) for item in members]) for column in columns)
 
 
 def span(values: Iterable[int]) -> str:
