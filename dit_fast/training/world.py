@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -178,9 +178,11 @@ def join_world(device: str = "auto", start_timeout: float = START_TIMEOUT) -> It
     except RankError:
         lost = True
         raise
-    except DitFastError as error:
-        # For the others, who only see this rank go.
-        store.set(f"{_FAILED}/{rank}", str(error))
+    except BaseException as error:
+        # For the others, who only see this rank go; the store may be gone with rank 0.
+        reason = str(error) if isinstance(error, DitFastError) else f"{type(error).__name__}: {error}"
+        with suppress(RuntimeError):
+            store.set(f"{_FAILED}/{rank}", reason.partition("\n")[0])
         raise
     finally:
         # NCCL would wait for the lost rank here.
