@@ -1,4 +1,4 @@
-"""The adaLN-Zero block of the paper and its final layer (Peebles & Xie 2023, figure 3), on fused operations.
+"""The paper's plain and adaLN-Zero blocks and final layer (Peebles & Xie 2023, figure 3), on fused operations.
 
 A block adds its branches lazily: `Stream` carries the residual stream together with the branch that has not been
 added yet, so that the addition and the next norm are one pass over memory. Biases wait in the same way, so that
@@ -7,6 +7,7 @@ the kernel that adds one also sums its gradient.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dit_fast.kernels import (
@@ -71,6 +72,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+def affine_modulation(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(shift, scale), each (N, D), that make `Stream.norm_modulate` compute norm(x) * weight + bias of an affine norm.
+
+    Under autocast the scale is of its dtype, which is then the dtype of the norm's output.
+    """
+    shift, scale = norm.bias.expand(x.shape[0], -1), (norm.weight - 1).expand(x.shape[0], -1)
+    if torch.is_autocast_enabled(x.device.type):
+        scale = scale.to(torch.get_autocast_dtype(x.device.type))
+    return shift, scale
+
+
+def matrix_size(module: nn.Module) -> int:
+    """Numbers in a module's matrices: the multiply-adds of one token that goes through each of them once."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module is exactly a `kind`, so that its parts may be used instead of calling it.
 
@@ -98,6 +115,11 @@ def with_bias(layer: nn.Module, x: Tensor, recipe: NormRecipe | None = None) -> 
     if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
         return linear(x, layer.weight, layer.bias, recipe)
     return layer(x)
+
+
+def unit_gate(x: Tensor) -> Tensor:
+    """The gate (N, D) of a branch that is added as it is: the fused addition and norm then serve it too."""
+    return x.new_ones(1, x.shape[-1]).expand(x.shape[0], -1)
 
 
 class Attention(nn.Module):
@@ -146,11 +168,12 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class DiTBlock(nn.Module):
-    """A transformer block with adaptive layer norm, initialised to the identity (adaLN-Zero).
+class TransformerBlock(nn.Module):
+    """A pre-norm transformer block (Dosovitskiy et al. 2021), what in-context conditioning runs and the others extend.
 
-    `forward(x, c)`: x (N, T, D), c (N, D) -> (N, T, D). Given a `Stream`, returns a `Stream`: that is how `DiT`
-    runs its blocks. `kernels`, `attention`, `mlp_epilogue` and `recompute` as in `DiT`.
+    `forward(x, c)`: x (N, T, D) -> (N, T, D); this block takes the condition from its tokens and does not read c.
+    Given a `Stream`, returns a `Stream`: that is how `DiT` runs its blocks. `affine`: whether the norms have a weight
+    and a bias of their own. `kernels`, `attention`, `mlp_epilogue` and `recompute` as in `DiT`.
     """
 
     def __init__(
@@ -159,6 +182,7 @@ class DiTBlock(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         *,
+        affine: bool = True,
         kernels: str = "auto",
         attention: str = "auto",
         mlp_epilogue: str = "auto",
@@ -167,27 +191,42 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.recompute = recompute
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=affine, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True, backend=attention)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=affine, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), epilogue=mlp_epilogue)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size, bias=True))
+
+    @property
+    def condition_layer(self) -> nn.Module | None:
+        """What is applied to the condition alone, so that sampling can do it before its loop; None: nothing is."""
+        return None
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds of one sample of so many tokens; elementwise work is not counted."""
+        per_token = matrix_size(self.attn) + matrix_size(self.mlp)
+        return tokens * per_token + 2 * tokens**2 * self.attn.proj.out_features
 
     def forward(
-        self, x: Tensor | Stream, c: Tensor | None, modulation: Tensor | None = None
+        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
     ) -> Tensor | Stream:
-        """`modulation` (N, 6 D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
         stream = x if isinstance(x, Stream) else Stream(x)
-        if modulation is None:
-            modulation = self.adaLN_modulation(c)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-
-        h = stream.norm_modulate(shift_msa, scale_msa, self.norm1.eps, self.kernels)
-        stream = Stream(h.x, *self.attention_branch(h), gate_msa)
-        h = stream.norm_modulate(shift_mlp, scale_mlp, self.norm2.eps, self.kernels)
-        stream = Stream(h.x, *self.mlp_branch(h), gate_mlp)
-
+        stream = self.self_attention(stream, *affine_modulation(self.norm1, stream.x))
+        stream = self.feed_forward(stream, *affine_modulation(self.norm2, stream.x))
         return stream if isinstance(x, Stream) else stream.add(self.kernels)
+
+    def self_attention(
+        self, stream: Stream, shift: Tensor, scale: Tensor, gate: Tensor | None = None
+    ) -> Stream:
+        """The stream with attention's branch pending; without a gate it is added as it is."""
+        h = stream.norm_modulate(shift, scale, self.norm1.eps, self.kernels)
+        return Stream(h.x, *self.attention_branch(h), unit_gate(h.x) if gate is None else gate)
+
+    def feed_forward(
+        self, stream: Stream, shift: Tensor, scale: Tensor, gate: Tensor | None = None
+    ) -> Stream:
+        """The stream with the MLP's branch pending; without a gate it is added as it is."""
+        h = stream.norm_modulate(shift, scale, self.norm2.eps, self.kernels)
+        return Stream(h.x, *self.mlp_branch(h), unit_gate(h.x) if gate is None else gate)
 
     def attention_branch(self, h: Normed) -> tuple[Tensor, Tensor | None]:
         """`self.attn(h.y)` as (branch, bias still to be added)."""
@@ -217,6 +256,50 @@ class DiTBlock(nn.Module):
         return linears and is_plain(self.mlp.act, nn.GELU) and self.mlp.act.approximate == "tanh"
 
 
+class DiTBlock(TransformerBlock):
+    """A transformer block with adaptive layer norm, initialised to the identity (adaLN-Zero).
+
+    `forward(x, c)`: x (N, T, D), c (N, D) -> (N, T, D). Given a `Stream`, returns a `Stream`: that is how `DiT`
+    runs its blocks. `kernels`, `attention`, `mlp_epilogue` and `recompute` as in `DiT`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        kernels: str = "auto",
+        attention: str = "auto",
+        mlp_epilogue: str = "auto",
+        recompute: str = "none",
+    ):
+        super().__init__(
+            hidden_size, num_heads, mlp_ratio, affine=False,
+            kernels=kernels, attention=attention, mlp_epilogue=mlp_epilogue, recompute=recompute,
+        )  # fmt: skip
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size, bias=True))
+
+    @property
+    def condition_layer(self) -> nn.Module:
+        return self.adaLN_modulation
+
+    def macs(self, tokens: int) -> int:
+        return super().macs(tokens) + matrix_size(self.adaLN_modulation)
+
+    def forward(
+        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor | Stream:
+        """`modulation` (N, 6 D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
+        stream = x if isinstance(x, Stream) else Stream(x)
+        if modulation is None:
+            modulation = self.adaLN_modulation(c)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        stream = self.self_attention(stream, shift_msa, scale_msa, gate_msa)
+        stream = self.feed_forward(stream, shift_mlp, scale_mlp, gate_mlp)
+        return stream if isinstance(x, Stream) else stream.add(self.kernels)
+
+
 class FinalLayer(nn.Module):
     """Adaptive layer norm and the projection of each token to its patch of noise (and variance)."""
 
@@ -226,6 +309,15 @@ class FinalLayer(nn.Module):
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size, bias=True))
+
+    @property
+    def condition_layer(self) -> nn.Module:
+        """As in `TransformerBlock`."""
+        return self.adaLN_modulation
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds of one sample of so many tokens."""
+        return tokens * matrix_size(self.linear) + matrix_size(self.adaLN_modulation)
 
     def forward(self, x: Tensor | Stream, c: Tensor | None, modulation: Tensor | None = None) -> Tensor:
         """`modulation` (N, 2 D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""

@@ -135,6 +135,12 @@ def get_2d_sincos_pos_embed(
     return embedding
 
 
+def stepped_grid(grid_size: tuple[int, int], steps: tuple[float, float]) -> np.ndarray:
+    """(2, rows, columns) float64: the column's and the row's coordinate of each token, `steps` (row, column) apart."""
+    rows, columns = (np.arange(n, dtype=np.float64) * step for n, step in zip(grid_size, steps, strict=True))
+    return np.stack(np.meshgrid(columns, rows))
+
+
 def get_2d_sincos_pos_embed_from_grid(embed_dim: int, grid: np.ndarray) -> np.ndarray:
     """(T, embed_dim) from the two coordinates of each token, `grid` (2, ...); half of the width for each."""
     if embed_dim % 4:

@@ -4,18 +4,27 @@
 dict, initialisation and outputs. `N` batch, `C` channels, `T` tokens, `D` width.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_fast import __version__, kernels
-from dit_fast.blocks import RECOMPUTE, Attention, DiTBlock, FinalLayer, Mlp, Stream, modulate
+from dit_fast.blocks import (
+    RECOMPUTE,
+    Attention,
+    DiTBlock,
+    FinalLayer,
+    Mlp,
+    Stream,
+    TransformerBlock,
+    matrix_size,
+    modulate,
+)
+from dit_fast.conditioning import ADAPTIVE, BLOCKS, CONDITION_TOKENS, CONDITIONING
 from dit_fast.embedders import (
     LabelEmbedder,
     PatchEmbed,
@@ -24,8 +33,10 @@ from dit_fast.embedders import (
     get_1d_sincos_pos_embed_from_grid,
     get_2d_sincos_pos_embed,
     get_2d_sincos_pos_embed_from_grid,
+    stepped_grid,
 )
-from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.errors import ConfigError
+from dit_fast.model_files import load_weights, read_config, read_model, write_model
 
 __all__ = [
     "Attention",
@@ -40,7 +51,9 @@ __all__ = [
     "get_1d_sincos_pos_embed_from_grid",
     "get_2d_sincos_pos_embed",
     "get_2d_sincos_pos_embed_from_grid",
+    "load_weights",
     "modulate",
+    "read_config",
 ]
 
 
@@ -52,12 +65,13 @@ def one_of(name: str, value: str, words: tuple[str, ...]) -> str:
 
 
 class DiT(nn.Module):
-    """Diffusion model with a transformer backbone, class-conditional through adaLN-Zero.
+    """Diffusion model with a transformer backbone, class-conditional.
 
     input_size: height and width of the latent (or image), one number or a pair; patch_size: side of a patch;
     in_channels: channels of the latent; hidden_size, depth, num_heads, mlp_ratio: the transformer;
     class_dropout_prob: share of labels dropped in training, 0 for a model without a null class;
-    num_classes; learn_sigma: predict the variance beside the noise; kernels: "auto" (Triton on CUDA, PyTorch
+    num_classes; learn_sigma: predict the variance beside the noise; conditioning, how blocks learn of timestep and
+    class: "adaln_zero", "adaln", "cross_attention" or "in_context"; kernels: "auto" (Triton on CUDA, PyTorch
     elsewhere), "triton" or "reference"; attention: "auto", "triton", "sdpa" or "flash"; mlp_epilogue, who applies
     the GELU: "auto" (as the device's tuned table says), "separate", "triton" or "cublaslt"; recompute, in the
     backward pass: "none", "cheap" (norm outputs and GELU, where the kernels run: a third less memory for no matrix
@@ -77,6 +91,7 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         *,
+        conditioning: str = "adaln_zero",
         kernels: str = "auto",
         attention: str = "auto",
         mlp_epilogue: str = "auto",
@@ -88,6 +103,8 @@ class DiT(nn.Module):
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.patch_size = patch_size
         self.num_heads = num_heads
+        self.conditioning = one_of("conditioning", conditioning, CONDITIONING)
+        make_block, make_final = BLOCKS[conditioning]
         self._sizes = {"hidden_size": hidden_size, "depth": depth, "mlp_ratio": mlp_ratio}
         try:
             self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, kernels=kernels)
@@ -98,9 +115,9 @@ class DiT(nn.Module):
                 torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False
             )
             self.blocks = nn.ModuleList(
-                DiTBlock(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernels=kernels) for _ in range(depth)
+                make_block(hidden_size, num_heads, mlp_ratio, kernels=kernels) for _ in range(depth)
             )
-            self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, kernels=kernels)
+            self.final_layer = make_final(hidden_size, patch_size, self.out_channels, kernels=kernels)
             self.attention, self.mlp_epilogue, self.recompute = attention, mlp_epilogue, recompute
             self.initialize_weights()
         except ValueError as error:
@@ -126,7 +143,7 @@ class DiT(nn.Module):
     def attention(self, backend: str) -> None:
         self._attention = one_of("attention", backend, kernels.BACKENDS)
         for block in self.blocks:
-            cast(DiTBlock, block).attn.backend = backend
+            cast(TransformerBlock, block).attn.backend = backend
 
     @property
     def mlp_epilogue(self) -> str:
@@ -137,7 +154,7 @@ class DiT(nn.Module):
     def mlp_epilogue(self, epilogue: str) -> None:
         self._mlp_epilogue = one_of("mlp_epilogue", epilogue, kernels.EPILOGUES)
         for block in self.blocks:
-            cast(DiTBlock, block).mlp.epilogue = epilogue
+            cast(TransformerBlock, block).mlp.epilogue = epilogue
 
     @property
     def recompute(self) -> str:
@@ -148,12 +165,15 @@ class DiT(nn.Module):
     def recompute(self, what: str) -> None:
         self._recompute = one_of("recompute", what, RECOMPUTE)
         for block in self.blocks:
-            cast(DiTBlock, block).recompute = what
+            cast(TransformerBlock, block).recompute = what
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments as JSON values, without those that say how it is computed."""
-        return {
+        """The constructor's arguments as JSON values, without those that say how it is computed.
+
+        `conditioning` is there where it is not "adaln_zero": what every reader of DiT configurations takes for granted.
+        """
+        config: dict[str, Any] = {
             "input_size": list(self.x_embedder.img_size),
             "patch_size": self.patch_size,
             "in_channels": self.in_channels,
@@ -165,6 +185,7 @@ class DiT(nn.Module):
             "num_classes": self.y_embedder.num_classes,
             "learn_sigma": self.learn_sigma,
         }
+        return config if self.conditioning == "adaln_zero" else {**config, "conditioning": self.conditioning}
 
     def initialize_weights(self) -> None:
         """The paper's initialisation, drawing random numbers in the reference's order."""
@@ -188,10 +209,11 @@ class DiT(nn.Module):
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02)
 
-        # Zero modulation makes every block the identity, a zero projection makes the output zero.
-        modulated = (*self.blocks, self.final_layer)
-        last = [cast(nn.Sequential, module.adaLN_modulation)[-1] for module in modulated]
-        for parameter in nn.ModuleList([*last, self.final_layer.linear]).parameters():
+        # A zero projection makes the output zero; zero gates make every block the identity (adaLN-Zero).
+        zero = [self.final_layer.linear]
+        if self.conditioning == "adaln_zero":
+            zero += [cast(nn.Sequential, layer)[-1] for layer in self.modulation_layers()]
+        for parameter in nn.ModuleList(zero).parameters():
             nn.init.zeros_(parameter)
 
     def _set_positions(self, table: Any) -> None:
@@ -213,13 +235,9 @@ class DiT(nn.Module):
         except ValueError as error:
             raise ConfigError(str(error)) from None
         rows, columns = self.x_embedder.grid_size
-        steps = (old_columns / columns, old_rows / rows) if mode == "interpolate" else (1.0, 1.0)
-        axes = [
-            torch.arange(n, dtype=torch.float64) * step
-            for n, step in zip((columns, rows), steps, strict=True)
-        ]
-        grid = torch.stack(torch.meshgrid(*axes, indexing="xy"))
-        self._set_positions(get_2d_sincos_pos_embed_from_grid(self.pos_embed.shape[-1], grid.numpy()))
+        steps = (old_rows / rows, old_columns / columns) if mode == "interpolate" else (1.0, 1.0)
+        grid = stepped_grid((rows, columns), steps)
+        self._set_positions(get_2d_sincos_pos_embed_from_grid(self.pos_embed.shape[-1], grid))
         return self
 
     def unpatchify(self, x: Tensor) -> Tensor:
@@ -239,32 +257,75 @@ class DiT(nn.Module):
         x (N, C, H, W); t (N,) timesteps, int or fractional; y (N,) class labels -> (N, out_channels, H, W).
         In training mode a share `class_dropout_prob` of the labels becomes the null class.
         """
-        c = self.t_embedder(t) + self.y_embedder(y, self.training)  # (N, D)
-        stream = Stream(self.x_embedder(x, self.pos_embed))  # (N, T, D)
+        c = self.condition(self.t_embedder(t), self.y_embedder(y, self.training))
+        stream = self._enter(x, c)
         for block in self.blocks:
             if self.recompute == "blocks" and torch.is_grad_enabled():
                 stream = checkpoint(block, stream, c, use_reentrant=False)
             else:
                 stream = block(stream, c)
-        return self.unpatchify(self.final_layer(stream, c))
+        return self._leave(self.final_layer(stream, c))
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """What blocks are told, of embedded timesteps and labels (N, D): their sum, or the two as tokens (N, 2, D)."""
+        return t + y if self.conditioning in ADAPTIVE else torch.stack([t.to(y.dtype), y], dim=1)
+
+    def _enter(self, x: Tensor, c: Tensor | None) -> Stream:
+        """The tokens of images, (N, T, D), and after them, in context, those of the condition."""
+        tokens = self.x_embedder(x, self.pos_embed)
+        if self.conditioning == "in_context":
+            tokens = torch.cat([tokens, cast(Tensor, c).to(tokens.dtype)], dim=1)
+        return Stream(tokens)
+
+    def _leave(self, tokens: Tensor) -> Tensor:
+        """Images of the final layer's tokens, the condition's removed: narrow by now, so that this copies little."""
+        return self.unpatchify(tokens[:, :-CONDITION_TOKENS] if self.conditioning == "in_context" else tokens)
+
+    def modulation_layers(self) -> list[nn.Module]:
+        """What is applied to the condition alone, each output going to one block or to the final layer.
+
+        The adaLN layers, or cross-attention's keys and values; in context the tokens themselves.
+        """
+        if self.conditioning == "in_context":
+            return [nn.Identity()]
+        layers = (cast(Any, module).condition_layer for module in (*self.blocks, self.final_layer))
+        return [layer for layer in layers if layer is not None]
+
+    def modulation_widths(self) -> list[int]:
+        """Numbers of one timestep and label for each block, and for the final layer or, in context, the tokens."""
+        width, tokens = self.pos_embed.shape[-1], CONDITION_TOKENS
+        return {
+            "adaln_zero": [6 * width] * len(self.blocks) + [2 * width],
+            "adaln": [4 * width] * len(self.blocks) + [2 * width],
+            "cross_attention": [tokens * 2 * width] * len(self.blocks) + [0],
+            "in_context": [0] * len(self.blocks) + [tokens * width],
+        }[self.conditioning]
 
     def modulations(self, t: Tensor, y: Tensor) -> Tensor:
-        """What `forward` makes of timesteps and labels: every adaLN output (N, (6 depth + 2) D), blocks first.
+        """What `forward` makes of timesteps and labels, (N, sum of `modulation_widths`), blocks first.
 
         t, y (N,), labels up to the null class; nothing is dropped. `forward_modulated` takes it, so that sampling
         makes it once for all steps.
         """
-        c = self.t_embedder(t) + self.y_embedder(y, False)
-        return torch.cat([layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)], dim=1)
+        c = self.condition(self.t_embedder(t), self.y_embedder(y, False))
+        return torch.cat([layer(c).flatten(1) for layer in self.modulation_layers()], dim=1)
 
     def forward_modulated(self, x: Tensor, modulations: Tensor) -> Tensor:
         """`forward` with what `modulations` gave for its timesteps and labels: x (N, C, H, W)."""
-        width = self._sizes["hidden_size"]
-        *blocks, final = modulations.split([6 * width] * len(self.blocks) + [2 * width], dim=1)
-        stream = Stream(self.x_embedder(x, self.pos_embed))
-        for block, modulation in zip(self.blocks, blocks, strict=True):
+        *parts, last = modulations.split(self.modulation_widths(), dim=1)
+        c = last.unflatten(1, (CONDITION_TOKENS, -1)) if self.conditioning == "in_context" else None
+        stream = self._enter(x, c)
+        for block, modulation in zip(self.blocks, parts, strict=True):
             stream = block(stream, None, modulation)
-        return self.unpatchify(self.final_layer(stream, None, final))
+        return self._leave(self.final_layer(stream, None, last))
+
+    def macs(self) -> int:
+        """Multiply-adds of one image's forward pass: linear layers, the patch projection, attention's two products."""
+        image = self.x_embedder.num_patches
+        tokens = image + CONDITION_TOKENS if self.conditioning == "in_context" else image
+        modules = (*self.blocks, self.final_layer)
+        trunk = sum(cast(Any, module).macs(tokens) for module in modules)
+        return trunk + image * matrix_size(self.x_embedder) + matrix_size(self.t_embedder)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | None = 3
@@ -285,12 +346,9 @@ class DiT(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` to `folder`, made when missing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        config = {"_class_name": "DiT", "_dit_fast_version": __version__, **self.config}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_model(
+            self, {"_class_name": "DiT", "_dit_fast_version": __version__, **self.config}, Path(folder)
+        )
 
     @classmethod
     def from_pretrained(
@@ -301,71 +359,11 @@ class DiT(nn.Module):
         `weights`: "model", or "ema" for a training checkpoint's averaged weights. Raises CheckpointError for a
         folder that is incomplete or whose weights are not of its configuration.
         """
-        folder = Path(folder)
-        config = read_config(folder / "config.json")
-        path = folder / f"{weights}.safetensors"
-        try:
-            state = load_file(path)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist: is {folder} a saved model?") from None
-        except Exception as error:  # safetensors raises its own class, which is not public in every version
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-        blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
-        if len(blocks) != config["depth"]:
-            raise CheckpointError(
-                f"{path} holds {len(blocks)} blocks, config.json says depth {config['depth']}"
-            )
+        config, state, source = read_model(Path(folder), weights)
         with torch.device("meta"):
             model = cls(**config, kernels=kernels)
-        load_weights(model, state, str(path), assign=True)
+        load_weights(model, state, source, assign=True)
         return model.to(device).eval()
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The constructor's arguments from a `config.json`; CheckpointError for anything that is not a DiT's."""
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist: a saved model is config.json and model.safetensors"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    number = (int, float)
-    expected: dict[str, type | tuple[type, ...]] = {
-        "input_size": list, "patch_size": int, "in_channels": int, "hidden_size": int, "depth": int,
-        "num_heads": int, "mlp_ratio": number, "class_dropout_prob": number, "num_classes": int,
-        "learn_sigma": bool,
-    }  # fmt: skip
-    problems = [f"unknown key {key!r}" for key in sorted(config.keys() - expected.keys())]
-    problems += [f"missing key {key!r}" for key in expected if key not in config]
-    for key in expected.keys() & config.keys():
-        value, kinds = config[key], expected[key]
-        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
-        if wrong or (kinds is int and not 0 < value < 1 << 24):
-            problems.append(f"{key} = {value!r}")
-    if problems:
-        raise CheckpointError(f"{path} is not the configuration of a DiT: {', '.join(problems)}")
-    return config
-
-
-def load_weights(model: DiT, state: dict[str, Tensor], source: str, assign: bool = False) -> None:
-    """Load a state dict; CheckpointError lists every missing, unexpected and misshaped tensor at once."""
-    own = model.state_dict()
-    problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in own]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if problems:
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}")
-    model.load_state_dict(state, assign=assign)
-    model.pos_embed.requires_grad_(False)
 
 
 SIZES: dict[str, dict[str, int]] = {

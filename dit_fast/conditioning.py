@@ -1,0 +1,165 @@
+"""The other three ways of the paper to tell a DiT timestep and class (Peebles & Xie 2023, figure 3).
+
+"in_context" gives them as two more tokens to plain `TransformerBlock`s, "cross_attention" lets the image's tokens
+attend to the two, "adaln" regresses shift and scale of each norm; "adaln_zero", gates too, is `DiTBlock`. The norms,
+and the additions of branches (with gates of one), run on the fused operations in all four.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_fast.blocks import (
+    DiTBlock,
+    FinalLayer,
+    Stream,
+    TransformerBlock,
+    affine_modulation,
+    is_plain,
+    matrix_size,
+    unit_gate,
+    with_bias,
+    without_bias,
+)
+from dit_fast.kernels import uses_triton
+
+ADAPTIVE = ("adaln_zero", "adaln")
+"""Conditionings by one vector (N, D), timestep plus class; the others take the two as tokens (N, 2, D)."""
+
+CONDITION_TOKENS = 2
+
+
+class AdaLNBlock(TransformerBlock):
+    """A transformer block whose norms take shift and scale from the condition (adaLN): `forward(x, c)`, c (N, D).
+
+    Arguments and streams as in `TransformerBlock`.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, **options: str):
+        super().__init__(hidden_size, num_heads, mlp_ratio, affine=False, **options)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size, bias=True))
+
+    @property
+    def condition_layer(self) -> nn.Module:
+        return self.adaLN_modulation
+
+    def macs(self, tokens: int) -> int:
+        return super().macs(tokens) + matrix_size(self.adaLN_modulation)
+
+    def forward(
+        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor | Stream:
+        """`modulation` (N, 4 D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
+        stream = x if isinstance(x, Stream) else Stream(x)
+        if modulation is None:
+            modulation = self.adaLN_modulation(c)
+        shift_msa, scale_msa, shift_mlp, scale_mlp = modulation.chunk(4, dim=1)
+        stream = self.self_attention(stream, shift_msa, scale_msa)
+        stream = self.feed_forward(stream, shift_mlp, scale_mlp)
+        return stream if isinstance(x, Stream) else stream.add(self.kernels)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens x (N, T, D) to a condition's S tokens (Vaswani et al. 2017, section 3.2.2).
+
+    Rows of `kv` are [k; v], each (heads, head_dim). Always PyTorch's scaled_dot_product_attention: S is 2.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        """Attention before the output projection: q (N, T, D), kv (N, S, 2 D) -> (N, T, D)."""
+        N, T, D = q.shape
+        q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).reshape(N, T, D)
+
+    def forward(self, x: Tensor, kv: Tensor) -> Tensor:
+        """x (N, T, D) and what `self.kv` made of the condition's tokens, (N, S, 2 D) -> (N, T, D)."""
+        return self.proj(self.attend(self.q(x), kv))
+
+
+class CrossAttentionBlock(TransformerBlock):
+    """A transformer block with cross-attention between self-attention and MLP: `forward(x, c)`, c (N, S, D).
+
+    Arguments and streams as in `TransformerBlock`.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, **options: str):
+        super().__init__(hidden_size, num_heads, mlp_ratio, affine=True, **options)
+        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.cross = CrossAttention(hidden_size, num_heads)
+
+    @property
+    def condition_layer(self) -> nn.Module:
+        return self.cross.kv
+
+    def macs(self, tokens: int) -> int:
+        cross, S = self.cross, CONDITION_TOKENS
+        projections = tokens * (matrix_size(cross.q) + matrix_size(cross.proj)) + S * matrix_size(cross.kv)
+        return super().macs(tokens) + projections + 2 * tokens * S * cross.proj.out_features
+
+    def forward(
+        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor | Stream:
+        """`modulation` (N, S * 2 D): what `cross.kv(c)` gave earlier, flattened; then `c` is not read."""
+        stream = x if isinstance(x, Stream) else Stream(x)
+        made = None if modulation is None else modulation.unflatten(1, (-1, self.cross.kv.out_features))
+        kv = self.cross.kv(c) if made is None else made
+        stream = self.self_attention(stream, *affine_modulation(self.norm1, stream.x))
+        stream = self.cross_attention(stream, kv)
+        stream = self.feed_forward(stream, *affine_modulation(self.norm2, stream.x))
+        return stream if isinstance(x, Stream) else stream.add(self.kernels)
+
+    def cross_attention(self, stream: Stream, kv: Tensor) -> Stream:
+        """The stream with cross-attention's branch pending."""
+        norm = self.norm_cross
+        h = stream.norm_modulate(*affine_modulation(norm, stream.x), norm.eps, self.kernels)
+        if not uses_triton(self.kernels, h.y) or not is_plain(self.cross, CrossAttention):
+            return Stream(h.x, self.cross(h.y, kv), None, unit_gate(h.x))
+        recipe = None if self.recompute == "none" else h.recipe
+        attended = self.cross.attend(with_bias(self.cross.q, h.y, recipe), kv)
+        return Stream(h.x, *without_bias(self.cross.proj, attended), unit_gate(h.x))
+
+
+class PlainFinalLayer(nn.Module):
+    """Layer norm with weight and bias, and the projection of each token to its patch; the condition is not read."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, *, kernels: str = "auto"):
+        super().__init__()
+        self.kernels = kernels
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True)
+
+    @property
+    def condition_layer(self) -> nn.Module | None:
+        return None
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds of one sample of so many tokens."""
+        return tokens * matrix_size(self.linear)
+
+    def forward(
+        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor:
+        stream = x if isinstance(x, Stream) else Stream(x)
+        shift, scale = affine_modulation(self.norm_final, stream.x)
+        return self.linear(stream.norm_modulate(shift, scale, self.norm_final.eps, self.kernels).y)
+
+
+BLOCKS: dict[str, tuple[type[TransformerBlock], Any]] = {
+    "adaln_zero": (DiTBlock, FinalLayer),
+    "adaln": (AdaLNBlock, FinalLayer),
+    "cross_attention": (CrossAttentionBlock, PlainFinalLayer),
+    "in_context": (TransformerBlock, PlainFinalLayer),
+}
+"""Block and final layer of each conditioning."""
+
+CONDITIONING = tuple(BLOCKS)

@@ -1,0 +1,87 @@
+"""What a saved model's files hold: its configuration, checked, and its weights, fitted to a model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dit_fast.conditioning import CONDITIONING
+from dit_fast.errors import CheckpointError
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The constructor's arguments from a `config.json`; CheckpointError for anything that is not a DiT's."""
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist: a saved model is config.json and model.safetensors"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    number = (int, float)
+    expected: dict[str, type | tuple[type, ...]] = {
+        "input_size": list, "patch_size": int, "in_channels": int, "hidden_size": int, "depth": int,
+        "num_heads": int, "mlp_ratio": number, "class_dropout_prob": number, "num_classes": int,
+        "learn_sigma": bool, "conditioning": str,
+    }  # fmt: skip
+    problems = [f"unknown key {key!r}" for key in sorted(config.keys() - expected.keys())]
+    optional = {"conditioning"}  # of a model that says nothing: adaln_zero
+    problems += [f"missing key {key!r}" for key in expected if key not in config and key not in optional]
+    for key in expected.keys() & config.keys():
+        value, kinds = config[key], expected[key]
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
+        wrong = wrong or (kinds is int and not 0 < value < 1 << 24)
+        if wrong or (key == "conditioning" and value not in CONDITIONING):
+            problems.append(f"{key} = {value!r}")
+    if problems:
+        raise CheckpointError(f"{path} is not the configuration of a DiT: {', '.join(problems)}")
+    return config
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str, assign: bool = False) -> None:
+    """Load a state dict; CheckpointError lists every missing, unexpected and misshaped tensor at once."""
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in own]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(state, assign=assign)
+    model.get_parameter("pos_embed").requires_grad_(False)
+
+
+def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Write `config.json` and `model.safetensors` to `folder`, made when missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_model(folder: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """The constructor's arguments and the tensors of a saved model, and the name of the file that had them.
+
+    Raises CheckpointError for a folder that is incomplete or damaged.
+    """
+    config = read_config(folder / "config.json")
+    path = folder / f"{weights}.safetensors"
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: is {folder} a saved model?") from None
+    except Exception as error:  # safetensors raises its own class, which is not public in every version
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    if len(blocks) != config["depth"]:
+        raise CheckpointError(f"{path} holds {len(blocks)} blocks, config.json says depth {config['depth']}")
+    return config, state, str(path)
