@@ -43,11 +43,6 @@ def choose_parallel(mode: str, world: World) -> str:
     return mode
 
 
-def shard_ranks(mode: str, world: World) -> int:
-    """Over how many ranks a weight is cut."""
-    return {"fsdp": world.size, "hsdp": world.local_size}.get(mode, 1)
-
-
 def parallelize(
     model: DiT,
     world: World,

@@ -49,11 +49,6 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Return when every rank is here."""
-        if self.size > 1:
-            dist.barrier(group=self.control)
-
     def broadcast(self, value: Any) -> Any:
         """The `value` of rank 0."""
         if self.size == 1:

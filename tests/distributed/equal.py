@@ -176,7 +176,7 @@ def checkpoints(world: World, folder: Path) -> None:
         assert furthest({"ema": expected["ema"]}, {"ema": read}) == 0.0
 
     # A lost shard is said by name, on every rank, before anything is changed.
-    world.barrier()
+    world.gather("here")
     manifest = read_manifest(path)
     kept = {
         name: entry for name, entry in manifest["files"].items() if name != "model-00001-of-00002.safetensors"
