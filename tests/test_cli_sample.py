@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from dit_fast.cli import main
-from dit_fast.cli.sample_plan import numbers_of
+from dit_fast.cli.sample_plan import Plan, numbers_of
 from dit_fast.data import open_images
 from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler
@@ -200,6 +201,38 @@ def test_latent_models_are_decoded(tmp_path, monkeypatch):
     assert (image == 255).all()
 
 
+def test_a_latent_set_s_own_shift_and_scale_are_undone():
+    """The model makes (z - shift) * scale; the decoder takes z * 0.18215."""
+    z = torch.randn(2, 4, 3, 3)
+    shift, scale = [0.1, -0.2, 0.3, 0.0], [0.5, 2.0, 1.5, 0.18215]
+    given = [torch.tensor(v).view(-1, 1, 1) for v in (shift, scale)]
+    plan = SimpleNamespace(decoder=lambda latents: latents, info=SimpleNamespace(data={}))
+    assert torch.equal(Plan.decode(plan, z), z), "no set, or one without its own: the autoencoder's"
+    plan.info.data = {"shift": shift, "scale": scale}
+    assert (Plan.decode(plan, (z - given[0]) * given[1]) - z * 0.18215).abs().max() < 1e-6
+
+
+def test_gif_shows_the_way_from_noise_to_the_samples(run, tmp_path, capsys):
+    out = ("--out", tmp_path, "--columns", 4, "--classes", 1, "--num", 4)
+    assert command("--ckpt", run, "--steps", 6, "--gif", *out) == 0
+    assert "trajectory.gif (6 frames)" in capsys.readouterr().out
+    film, grid = Image.open(tmp_path / "trajectory.gif"), Image.open(tmp_path / "sample.png").convert("RGB")
+    assert film.n_frames == 6
+    film.seek(5)
+    last = np.asarray(film.convert("RGB")).astype(int)
+    final = np.asarray(grid)[:, -last.shape[1] :].astype(int)
+    # The last frame is the grid without its label; a GIF has 256 colours.
+    assert np.abs(last[12:68, 12:248] - final[12:68, 12:248]).mean() < 4
+
+
+def test_flags_of_sample_ddp(run, tmp_path):
+    flags = ("--num-fid-samples", 5, "--per-proc-batch-size", 2, "--global-seed", 3, "--sample-dir", tmp_path)
+    assert command("--ckpt", run, "--num-sampling-steps", 2, "--npz", "--no-tf32", *flags) == 0
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as archive:
+        assert (archive["arr_0"].shape, archive["arr_0"].dtype) == ((5, 8, 8, 1), np.uint8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sample.png", "samples.npz"]
+
+
 def test_folder_without_heldout_images_is_compared_leaving_one_out(run, tmp_path, capsys):
     generator = np.random.default_rng(0)
     for name in NAMES:
@@ -225,6 +258,10 @@ def test_folder_without_heldout_images_is_compared_leaving_one_out(run, tmp_path
         (["--num", "0"], "--num 0: ask for at least one image"),
         (["--columns", "0"], "--columns 0"),
         (["--cfg-scale", "nan"], "guidance scale nan"),
+        (
+            ["--cfg-interval", "0.5", "1.5"],
+            "guidance interval 0.5 to 1.5: give two noise levels between 0 (data)",
+        ),
         (["--cfg-channels", "some"], "--cfg-channels some: give a positive number, or all"),
         (["--steps", "101"], "101 steps of a section that has 100"),
         (["--steps", "many"], "timestep respacing 'many' is not understood"),

@@ -200,6 +200,9 @@ def test_what_cannot_be_captured_is_run_eagerly_and_says_why(model, error):
     graph = Sampler(model, eager.nodes, SamplerConfig(), backend=FakeGraphs(fails=error))
     assert torch.equal(graph([1, 2]), eager([1, 2]))
     assert graph.eager_reason == f"capture failed: {error}"
+    graph([3, 4])
+    assert graph.eager_reason == f"capture failed: {error}"
+    assert graph.backend.captures == 1, "not tried again for the same request"
 
 
 def test_reasons_for_running_eagerly(model):

@@ -110,6 +110,7 @@ class Sampler:
         self.programs: GraphCache[Program] = GraphCache()
         self._cast: tuple[object, DiT] | None = None
         self._compiled: Evaluate | None = None
+        self._failed: dict[ProgramKey, str] = {}
 
     def check(self, labels: Tensor, seed: int = 0, batch_size: int = 64) -> None:
         """ConfigError when the model cannot draw these labels (M,) with the present `config`."""
@@ -214,15 +215,17 @@ class Sampler:
         def begin(program: Program) -> None:
             program.begin(labels.to(device), slots.to(device), noise.start())
 
-        self.eager_reason = self._no_graph(device)
+        self.eager_reason = self._no_graph(device) or self._failed.get(key)
         if self.eager_reason is None:
             try:
                 program = self.programs.get(key, lambda: self._captured(model, key))
-            except (
-                RuntimeError
-            ) as error:  # what cannot be captured, and CUDA's out of memory, are of this class
+            # What cannot be captured, and CUDA's out of memory, are RuntimeErrors.
+            except RuntimeError as error:
                 self.programs.clear()
-                self.eager_reason = f"capture failed: {str(error).splitlines()[0][:200]}"
+                self.eager_reason = (
+                    f"capture failed: {(str(error) or type(error).__name__).splitlines()[0][:200]}"
+                )
+                self._failed[key] = self.eager_reason
         if self.eager_reason is not None:
             program = Program(model, key, self._evaluate(), self.cond_fn)
             states = program.states()
