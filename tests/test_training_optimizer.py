@@ -129,7 +129,7 @@ def test_a_norm_taken_before_zero_grad_is_not_used() -> None:
 @pytest.mark.parametrize("name", ["ours", "torch"])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_the_training_loops_optimizers_are_the_plain_recipe(name, max_norm) -> None:
-    """d = min(0.9, (1 + t) / (10 + t)), written out; the void step 5 changes neither weights nor averages."""
+    """d = min(0.9, (1 + t) / (10 + t)), written out; a void step changes neither weights nor averages."""
     plain, module = model(torch.float32), model(torch.float32)
     rate = torch.zeros((), dtype=torch.float64 if name == "ours" else torch.float32)
     options = {"betas": (0.8, 0.95), "weight_decay": 0.1, "ema_decay": 0.9, "max_grad_norm": max_norm}
@@ -142,9 +142,10 @@ def test_the_training_loops_optimizers_are_the_plain_recipe(name, max_norm) -> N
         give(module, [grad.clone() for grad in grads])
         expected = torch.nn.utils.get_total_norm(grads)
         torch.testing.assert_close(optimizer.grad_norm(), expected, rtol=1e-6, atol=0)
-        optimizer.found_inf = torch.tensor(float(step == 5))
+        # Near the end, since an average forgets within a few steps.
+        optimizer.found_inf = torch.tensor(float(step == STEPS - 2))
         optimizer.step()
-        if step == 5:
+        if step == STEPS - 2:
             continue
         made += 1
         give(plain, grads)
