@@ -1,0 +1,133 @@
+"""CPU sampling, `Sampler` beside a loop built as the reference is: `python -m benchmarks.cpu_sampling --out FILE.json`.
+
+The loop evaluates a plain PyTorch DiT on both halves of the batch at every step, takes its coefficients from float64
+tables of the host, and draws and updates all 2n states. Both start from the same weights and draws; their samples are
+compared before anything is timed. Times are processor seconds of all threads, which other programs lengthen less than
+they do the clock; whole trajectories are interleaved, the speed-up is the median over rounds of loop / sampler.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cpu_step import plain_twin, positive, random_model
+from benchmarks.environment import environment
+from dit_fast.diffusion import SpacedDiffusion, create_diffusion
+from dit_fast.models import DiT_models
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig
+
+SCALE = 4.0
+
+
+@torch.no_grad()
+def reference_loop(
+    model: nn.Module, diffusion: SpacedDiffusion, labels: Tensor, null: int, seed: int
+) -> Tensor:
+    """DDPM with classifier-free guidance on three channels, (n, C, H, W), structured as the reference's sampling is."""
+    torch.manual_seed(seed)
+    x = torch.randn(len(labels), 4, 32, 32)
+    x, y = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, null)])
+
+    def extract(table: np.ndarray, t: Tensor) -> Tensor:
+        return torch.from_numpy(table)[t].float()[:, None, None, None] + torch.zeros(x.shape)
+
+    log_betas = np.log(diffusion.betas)
+    for i in reversed(range(diffusion.num_timesteps)):
+        t = torch.tensor([i] * len(x))
+        half = x[: len(x) // 2]
+        out = model(torch.cat([half, half]), torch.tensor(diffusion.timestep_map)[t], y)
+        conditional, unconditional = out[:, :3].chunk(2)
+        guided = unconditional + SCALE * (conditional - unconditional)
+        eps = torch.cat([torch.cat([guided, guided]), out[:, 3:4]], dim=1)
+        least, most = extract(diffusion.posterior_log_variance_clipped, t), extract(log_betas, t)
+        fraction = (out[:, 4:] + 1) / 2
+        log_variance = fraction * most + (1 - fraction) * least
+        data = (
+            extract(diffusion.sqrt_recip_alphas_cumprod, t) * x
+            - extract(diffusion.sqrt_recipm1_alphas_cumprod, t) * eps
+        )
+        mean = (
+            extract(diffusion.posterior_mean_coef1, t) * data + extract(diffusion.posterior_mean_coef2, t) * x
+        )
+        later = (t != 0).float().view(-1, 1, 1, 1)
+        x = mean + later * torch.exp(0.5 * log_variance) * torch.randn_like(x)
+    return x[: len(labels)]
+
+
+def timed(draw: Callable[[], Tensor]) -> float:
+    """Processor seconds of one trajectory."""
+    start = time.process_time()
+    draw()
+    return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", choices=DiT_models, default="DiT-S/2")
+    parser.add_argument("--images", type=positive(1), default=8)
+    parser.add_argument("--steps", type=positive(1), default=4)
+    parser.add_argument("--repeats", type=positive(2), default=5)
+    parser.add_argument("--threads", type=positive(1), default=torch.get_num_threads())
+    parser.add_argument("--note", default="", help="kept in the JSON, e.g. what else the machine was doing")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    model = random_model(args.model).eval()
+    plain = plain_twin(model).eval()
+    diffusion = create_diffusion(str(args.steps))
+    labels = torch.arange(args.images) * 37 % 1000
+    sampler = Sampler(model, diffusion, SamplerConfig(mode="reference", guidance=Guidance(SCALE)))
+    ways: dict[str, Callable[[], Tensor]] = {
+        "reference-structured loop": lambda: reference_loop(plain, diffusion, labels, 1000, seed=0),
+        "Sampler": lambda: sampler(labels, seed=0),
+    }
+    expected, ours = (draw() for draw in ways.values())
+    difference = ((ours - expected).abs().max() / expected.abs().max()).item()
+    if difference > 1e-4:
+        raise SystemExit(f"the samples disagree by {difference:.1e} of the largest value")
+
+    before = environment()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.repeats):
+        for name, draw in ways.items():
+            times[name].append(timed(draw))
+    loop, own = times.values()
+    ratios = sorted(a / b for a, b in zip(loop, own, strict=True))
+    rows = {
+        name: {"median_s": statistics.median(seconds), "least_s": min(seconds), "most_s": max(seconds)}
+        for name, seconds in times.items()
+    }
+    print(f"{args.model}, {args.images} images, guidance, {args.steps} DDPM steps, float32 eager")
+    for name, row in rows.items():
+        print(f"{name:28}{row['median_s']:8.2f} s  ({row['least_s']:.2f} - {row['most_s']:.2f})")
+    print(
+        f"speed-up {statistics.median(ratios):.3f} ({ratios[0]:.3f} - {ratios[-1]:.3f}), {args.repeats} rounds"
+    )
+    if args.out is not None:
+        result = {
+            "benchmark": "cpu_sampling",
+            "model": args.model,
+            "images": args.images,
+            "steps": args.steps,
+            "repeats": args.repeats,
+            "date": time.strftime("%Y-%m-%d"),
+            "note": args.note,
+            "environment": before,
+            "largest_difference": difference,
+            "times": rows,
+            "speed_up": {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]},
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
