@@ -193,6 +193,22 @@ def test_config_json_that_contradicts_its_weights(model, tmp_path):
         load_model(tmp_path)
 
 
+def test_the_first_block_tells_how_it_is_conditioned(model):
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    modulation = "blocks.0.adaLN_modulation.1.weight"
+    without = {key: shape for key, shape in shapes.items() if "adaLN_modulation" not in key}
+    others = {
+        "adaln": {**shapes, modulation: (4 * 64, 64)},
+        "cross_attention": {**without, "blocks.0.cross.q.weight": (64, 64), "blocks.0.norm1.weight": (64,)},
+        "in_context": {**without, "blocks.0.norm1.weight": (64,)},
+    }
+    assert "conditioning" not in infer_config(shapes, "a", {"num_heads": 4})
+    for name, changed in others.items():
+        assert infer_config(changed, "a", {"num_heads": 4})["conditioning"] == name
+    with pytest.raises(CheckpointError, match="conditioning is adaln_zero in the checkpoint, adaln expected"):
+        require_config(infer_config(shapes, "a", {"num_heads": 4}), {"conditioning": "adaln"}, "a")
+
+
 def test_square_sizes_compare_as_one_number():
     require_config({"input_size": [32, 32]}, {"input_size": 32}, "a")
     with pytest.raises(CheckpointError, match=r"input_size is 32 in the checkpoint, \(32, 64\) expected"):

@@ -26,7 +26,12 @@ from dit_fast.interop import (
     save_diffusers,
     to_diffusers,
 )
-from dit_fast.interop.diffusers_layout import config_from_diffusers, state_from_diffusers, state_to_diffusers
+from dit_fast.interop.diffusers_layout import (
+    config_from_diffusers,
+    diffusers_config,
+    state_from_diffusers,
+    state_to_diffusers,
+)
 from dit_fast.models import DiT
 
 SMALL = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -156,6 +161,12 @@ def test_what_diffusers_cannot_be(change, line, tmp_path) -> None:
     with pytest.raises(ConfigError, match=line):
         save_diffusers(model, tmp_path / "a", conventions=DIFFUSERS)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("conditioning", ["adaln", "cross_attention", "in_context"])
+def test_other_blocks_of_the_paper_are_not_diffusers(conditioning) -> None:
+    with pytest.raises(ConfigError, match=f"adaLN-Zero blocks, this model conditioning='{conditioning}'"):
+        diffusers_config({**ours().config, "conditioning": conditioning}, DIFFUSERS)
 
 
 def test_live_models_that_are_no_dit() -> None:

@@ -12,6 +12,7 @@ import torch
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop import load_model
 from dit_fast.models import DiT
+from dit_fast.training.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"input_size": 8, "hidden_size": 32, "depth": 1, "num_heads": 4, "num_classes": 10}
@@ -132,6 +133,13 @@ def test_config_json_that_is_no_configuration(text, tmp_path) -> None:
         with pytest.raises(CheckpointError, match=r"config\.json") as caught:
             load_model(path)
         assert "\n" not in str(caught.value)
+
+
+def test_a_deep_manifest_is_refused(tmp_path) -> None:
+    (tmp_path / MANIFEST).write_text("[" * 10**6)
+    with pytest.raises(CheckpointError, match=r"nested deeper than any|damaged") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 # Another resolution

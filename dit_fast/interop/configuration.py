@@ -68,6 +68,7 @@ def infer_config(
 
     fc1_rows = shapes["blocks.0.mlp.fc1.weight"][0]
     mlp_ratio = known.get("mlp_ratio", 0.0)
+    conditioning = _conditioning(shapes, hidden_size)
     return {
         "input_size": _input_size(shapes["pos_embed"][1], patch, known.get("input_size"), source),
         "patch_size": patch,
@@ -79,7 +80,18 @@ def infer_config(
         "class_dropout_prob": dropout,
         "num_classes": rows - (dropout > 0),
         "learn_sigma": outputs == 2 * in_channels,
+        # As `DiT.config` has it: only where it is not the reference's.
+        **({} if conditioning == "adaln_zero" else {"conditioning": conditioning}),
     }
+
+
+def _conditioning(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> str:
+    """How the blocks learn of timestep and class; the reference's way unless the first block says otherwise."""
+    if shapes.get("blocks.0.adaLN_modulation.1.weight", ())[:1] == (4 * hidden_size,):
+        return "adaln"
+    if "blocks.0.cross.q.weight" in shapes:
+        return "cross_attention"
+    return "in_context" if "blocks.0.norm1.weight" in shapes else "adaln_zero"
 
 
 def _require_dit(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -129,6 +141,7 @@ def require_config(
     """CheckpointError listing every field of `expected` that `found` has otherwise, with both values; `hints` say
     for some fields what to do about it.
     """
+    found = {"conditioning": "adaln_zero", **found}
     differing = [key for key, value in expected.items() if _plain(found[key]) != _plain(value)]
     if differing:
         lines = [

@@ -82,9 +82,14 @@ def diffusers_config(config: Mapping[str, Any], conventions: Conventions) -> dic
 
 
 def adapter_config(config: Mapping[str, Any], conventions: Conventions) -> dict[str, Any]:
-    """Arguments of `FastDiT` for `DiT.config`: diffusers' names, and what they cannot say; ConfigError for a grid
-    that is not square.
+    """Arguments of `FastDiT` for `DiT.config`: diffusers' names, and what they cannot say.
+
+    Raises ConfigError for a grid that is not square, or blocks other than adaLN-Zero.
     """
+    if config.get("conditioning", "adaln_zero") != "adaln_zero":
+        raise ConfigError(
+            f"diffusers' DiT has adaLN-Zero blocks, this model conditioning={config['conditioning']!r}"
+        )
     height, width = config["input_size"]
     if height != width:
         raise ConfigError(

@@ -12,7 +12,7 @@ from dit_fast.embedders import as_pair
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop.configuration import infer_config, registry_size, require_config
 from dit_fast.interop.converted import Conventions, ConvertedDiT
-from dit_fast.interop.diffusers_folder import diffusers_config_of, read_folder, read_json, transformer_folder
+from dit_fast.interop.diffusers_folder import diffusers_config_of, read_folder, transformer_folder
 from dit_fast.interop.weight_file import WeightFile, read_weight_file
 from dit_fast.models import DiT, load_weights, read_config
 from dit_fast.training.checkpoint import find_checkpoint, read_part, step_folders
@@ -86,19 +86,10 @@ def load_model(
         raise CheckpointError(f"{path}: no such file or folder")
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path}: neither a file nor a folder (a device or a pipe)")
-    if path.is_file():
-        model, info = _from_file(path, weights, num_heads, expected or {})
-    elif (path / MANIFEST).is_file() or step_folders(path):
-        model, info = _from_training(find_checkpoint(path), weights, expected or {})
-    elif config := diffusers_config_of(transformer_folder(path) / "config.json"):
-        model, info = _from_diffusers(transformer_folder(path), config, expected or {})
-    elif (path / "config.json").is_file():
-        model, info = _from_file(path / "model.safetensors", weights, num_heads, expected or {})
-    else:
-        raise CheckpointError(
-            f"{path}: no checkpoint in this folder; expected checkpoints/step-N (a run), {MANIFEST} (one "
-            "step), config.json with model.safetensors, or a folder of diffusers"
-        )
+    try:
+        model, info = _from_path(path, weights, num_heads, expected or {})
+    except RecursionError:
+        raise CheckpointError(f"{path}: refused: its JSON is nested deeper than any checkpoint's") from None
     if input_size is not None and as_pair(input_size) != model.x_embedder.img_size:
         sizes = " to ".join(
             "x".join(map(str, size)) for size in (model.x_embedder.img_size, as_pair(input_size))
@@ -106,6 +97,23 @@ def load_model(
         model.regrid(input_size)
         info = replace(info, notes=(*info.notes, f"{path}: positions made for another input size, {sizes}"))
     return model.to(device).eval(), info
+
+
+def _from_path(
+    path: Path, weights: str, num_heads: int | None, expected: Mapping[str, Any]
+) -> tuple[DiT, ModelInfo]:
+    if path.is_file():
+        return _from_file(path, weights, num_heads, expected)
+    if (path / MANIFEST).is_file() or step_folders(path):
+        return _from_training(find_checkpoint(path), weights, expected)
+    if config := diffusers_config_of(transformer_folder(path) / "config.json"):
+        return _from_diffusers(transformer_folder(path), config, expected)
+    if (path / "config.json").is_file():
+        return _from_file(path / "model.safetensors", weights, num_heads, expected)
+    raise CheckpointError(
+        f"{path}: no checkpoint in this folder; expected checkpoints/step-N (a run), {MANIFEST} (one "
+        "step), config.json with model.safetensors, or a folder of diffusers"
+    )
 
 
 def _from_diffusers(
@@ -120,7 +128,7 @@ def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> t
     manifest = read_manifest(folder)
     verify_files(folder, manifest, ["config.json", *part_files(manifest["files"], weights)])
     file = WeightFile(folder / f"{weights}.safetensors", read_part(folder, manifest, weights), weights)
-    model = _build(file, _read_config(folder / "config.json"), expected)
+    model = _build(file, read_config(folder / "config.json"), expected)
     data = dict(manifest.get("data") or {})
     data["flip"] = (manifest.get("train_config") or {}).get("flip")
     names = manifest.get("class_names")
@@ -146,16 +154,11 @@ def _from_file(
     if path.suffix == ".safetensors" and beside.is_file():
         if theirs := diffusers_config_of(beside):
             return _from_diffusers(path.parent, theirs, expected)
-        config = _read_config(beside)
+        config = read_config(beside)
     else:
         config = _inferred(file, num_heads, expected)
     model = _build(file, config, expected)
     return model, ModelInfo(path, file.weights, latent=_looks_latent(model), notes=file.notes)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    read_json(path)  # refuses what is too deep or too long to be read at all
-    return read_config(path)
 
 
 def _inferred(file: WeightFile, num_heads: int | None, expected: Mapping[str, Any]) -> dict[str, Any]:
