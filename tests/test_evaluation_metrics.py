@@ -14,6 +14,7 @@ from dit_fast.evaluation import (
     inception_score,
     precision_recall,
 )
+from dit_fast.evaluation.precision_recall import _distances
 
 
 def gaussian(mean, covariance) -> GaussianStatistics:
@@ -181,6 +182,8 @@ def test_copies_are_covered_and_chunks_do_not_matter():
     assert 0 < whole[0] < 1
     assert precision_recall(real, real) == (1.0, 1.0)
     # Balls of radius zero hold their own centre, far from the origin as well.
+    same = torch.randn(1, 300, dtype=torch.float64).repeat(7, 1)
+    assert torch.equal(next(_distances(same, same, 1 << 20)), torch.zeros(7, 7, dtype=torch.float64))
     copies = torch.tensor([[1e5, 3.3]]).repeat(5, 1)
     assert precision_recall(copies, torch.cat([copies, copies + 1])) == (1.0, 0.5)
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": "draw images from a trained model",
     "export": "write a run's weights for other programs",
     "encode": "turn a folder of images into latents to train on",
+    "explain": "pictures of how a model samples: film strip, sweeps, attention",
     "evaluate": "FID, sFID, Inception score, precision and recall of samples against real images",
 }
 
