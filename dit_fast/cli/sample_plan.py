@@ -205,7 +205,7 @@ def _check_image_size(args: argparse.Namespace, model: DiT, info: ModelInfo, enc
     if made != (args.image_size, args.image_size):
         raise CheckpointError(
             f"{info.path} is of another configuration: it makes {made[0]}x{made[1]} images, "
-            f"--image-size {args.image_size} expected"
+            f"--image-size {args.image_size} expected; leave the option out, or save DiT.regrid's model of that size"
         )
 
 
