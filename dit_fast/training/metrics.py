@@ -21,13 +21,7 @@ PEAKS = (
 
 def forward_macs(model: DiT) -> int:
     """Multiply-adds of one image's forward pass."""
-    sizes = model.config
-    D, depth, mlp = sizes["hidden_size"], sizes["depth"], int(sizes["hidden_size"] * sizes["mlp_ratio"])
-    T, patch = model.x_embedder.num_patches, model.patch_size**2
-    block = T * (4 * D * D + 2 * D * mlp) + 2 * T * T * D + 6 * D * D
-    ends = T * D * patch * (model.in_channels + model.out_channels) + 2 * D * D
-    conditioning = model.t_embedder.frequency_embedding_size * D + D * D
-    return depth * block + ends + conditioning
+    return model.macs()
 
 
 def training_flops(model: DiT) -> int:
@@ -51,10 +45,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 class SpikeDetector:
-    """Losses that stand out: 10 times the greatest so far, or twice the mean of the last 10.
+    """Losses that stand out: 10 times the greatest so far, or, once there are 10, twice the mean of the last 10.
 
     The first as Megatron-LM's rerun state machine, the second as Lightning's spike detection. Starts anew with a
-    process; the first `WINDOW` losses are taken in without a verdict.
+    process.
     """
 
     WINDOW, OF_MEAN, OF_MAX = 10, 2.0, 10.0
@@ -65,12 +59,12 @@ class SpikeDetector:
 
     def judge(self, loss: float) -> str | None:
         """Why this loss is a spike, or None; taken into the window either way: a new level is no spike."""
-        mean = sum(self.recent) / len(self.recent) if self.recent else 0.0
         reason = None
-        if len(self.recent) == self.WINDOW:
-            if loss >= self.OF_MAX * self.greatest > 0:
-                reason = f"{loss / self.greatest:.1f} times the greatest loss before"
-            elif loss >= self.OF_MEAN * mean > 0:
+        if loss >= self.OF_MAX * self.greatest > 0:
+            reason = f"{loss / self.greatest:.1f} times the greatest loss before"
+        elif len(self.recent) == self.WINDOW:
+            mean = sum(self.recent) / self.WINDOW
+            if loss >= self.OF_MEAN * mean > 0:
                 reason = f"{loss / mean:.1f} times the mean of the {self.WINDOW} before"
         self.greatest = max(self.greatest, loss)
         self.recent.append(loss)
