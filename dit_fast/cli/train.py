@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--num-heads", type=int, metavar="N", help="attention heads instead of the model's")
     model.add_argument("--patch-size", type=int, metavar="P", help="patch side instead of the model's")
     model.add_argument("--mlp-ratio", type=float, metavar="R", help="hidden width of the MLP over the width")
+    _choice(model, "--conditioning", "how blocks learn of timestep and class (default: adaln_zero)")
     model.add_argument("--num-classes", type=int, metavar="N", help="checked against the data")
     _switch(model, "--learn-sigma", "learn the variance with the hybrid loss (default: on)")
 

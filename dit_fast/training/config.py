@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dit_fast.blocks import RECOMPUTE
+from dit_fast.conditioning import CONDITIONING
 from dit_fast.data import ImageSet, LatentSet, open_data
 from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
 from dit_fast.errors import CheckpointError, ConfigError
@@ -23,6 +24,7 @@ DEVICES = ("auto", "cpu", "cuda")
 CHOICES = {
     "precision": PRECISIONS,
     "residual": RESIDUALS,
+    "conditioning": CONDITIONING,
     "recompute": RECOMPUTE,
     "attention": BACKENDS,
     "mlp_epilogue": EPILOGUES,
@@ -54,7 +56,7 @@ class TrainConfig:
     precision            "auto" (bf16 where CUDA has it, else fp32), "bf16", "fp16" (both autocast; weights stay
                          float32), "fp32", "tf32" (CUDA matrix products) or "fp8" (torchao's float8 linears)
     residual             "fp32" or "bf16": dtype of the residual stream
-    recompute, attention, mlp_epilogue, kernels   as in `dit_fast.models.DiT`
+    conditioning, recompute, attention, mlp_epilogue, kernels   as in `dit_fast.models.DiT`
     compile              torch.compile for each block
     parallel             how ranks share the model: "none", "ddp", "fsdp", "hsdp" (`dit_fast.training.parallel`) or
                          "auto": none for one, fsdp for several
@@ -82,6 +84,7 @@ class TrainConfig:
     num_heads: int | None = None
     patch_size: int | None = None
     mlp_ratio: float | None = None
+    conditioning: str = "adaln_zero"
     image_size: int | None = None
     channels: int | None = None
     num_classes: int | None = None
@@ -313,6 +316,7 @@ def build_model(config: TrainConfig, data: ImageSet | LatentSet) -> DiT:
         num_classes=data.num_classes,
         class_dropout_prob=config.class_dropout_prob,
         learn_sigma=config.learn_sigma,
+        conditioning=config.conditioning,
         kernels=config.kernels,
         attention=config.attention,
         mlp_epilogue=config.mlp_epilogue,
