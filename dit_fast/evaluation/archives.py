@@ -81,7 +81,7 @@ class Archive:
             return np.lib.format.read_array(file, allow_pickle=False)
 
     def batches(self, key: str, batch_size: int) -> Iterator[np.ndarray]:
-        """The array `key` (N, ...) in batches along its first dimension; the file is checked as it is read."""
+        """The array `key` (N, ...) in batches along its first dimension; the last if the checksum holds."""
         with self._reading(), zipfile.ZipFile(self.path) as archive, archive.open(self._infos[key]) as file:
             member = self._header(key, file)
             num, shape = member.shape[0], member.shape[1:]
@@ -94,8 +94,6 @@ class Archive:
                         f"{self.path}: truncated: {key} ends before image {first + count} of {num}"
                     )
                 yield np.frombuffer(data, member.dtype).reshape(count, *shape)
-            # The checksum is compared at the end of a member, not before.
-            file.read(1)
 
     def _header(self, key: str, file: IO[bytes]) -> Member:
         info = self._infos[key]

@@ -27,7 +27,7 @@ _HEAT = 0.6
 def film_strip(
     sampler: Sampler, labels: Tensor, names: Sequence[str], decode: Decode, seed: int = 0, frames: int = 10
 ) -> Image.Image:
-    """A row for each of `labels` (M,), named: its state at `frames` points on the way from noise to the sample."""
+    """A row for each of `labels` (M,), named: its state at about `frames` points on the way to the sample."""
     every = max(1, len(sampler.nodes) // max(frames - 1, 1))
     states: list[np.ndarray] = []
 
