@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dit-fast: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("dit-fast: interrupted; nothing was saved after the last checkpoint", file=sys.stderr)
+        print("dit-fast: interrupted; complete checkpoints, shards and parts are kept", file=sys.stderr)
         return 130
 
 
