@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError(f"cannot write {args.out}: {error}; give another --out") from error
     if args.format == "diffusers":
         print(
-            "note: diffusers' own model has other timestep frequencies and another epsilon than the reference, with which "
-            "this one was trained: its outputs differ by more than rounding. dit_fast.FastDiT is exact in DiTPipeline"
+            "note: diffusers' own model has other timestep frequencies and another epsilon than the reference, with "
+            "which this one was trained: its outputs differ by more than rounding. "
+            "dit_fast.FastDiT is exact in DiTPipeline"
         )
     print(f"wrote {args.out}: {info.summary()}")
     return 0
