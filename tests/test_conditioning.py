@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit_fast.blocks import TransformerBlock
+from dit_fast.blocks import TransformerBlock, affine_modulation
 from dit_fast.conditioning import BLOCKS, CONDITIONING, CrossAttentionBlock
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import CheckpointError, ConfigError
@@ -210,6 +210,11 @@ def test_context_tokens_run_through_every_block_and_are_removed() -> None:
         block.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.x.shape)))
     assert model(x(), T, Y).shape == (3, 8, 8, 8)
     assert shapes == [(3, 16 + 2, 64)] * 2
+    ends: list[Tensor] = []
+    model.final_layer.register_forward_hook(lambda module, args, out: ends.append(out))
+    out = model(x(), T, Y)
+    # Image tokens come first, in the order of the grid.
+    assert torch.equal(out, model.unpatchify(ends[0][:, :16]))
     # The tokens are the embedded timestep and class, without a position.
     c = model.condition(model.t_embedder(T), model.y_embedder(Y, False))
     assert torch.equal(c[:, 0], model.t_embedder(T))
@@ -233,6 +238,9 @@ def test_initialisation(conditioning: str) -> None:
     c = model.condition(model.t_embedder(T), model.y_embedder(Y, False))
     out = model.blocks[0](tokens, c)
     assert torch.equal(out, tokens) == (conditioning == "adaln_zero")
+    # The paper zeroes no more than that: adaLN and cross-attention tell the condition from the first step on.
+    told = not torch.equal(out, model.blocks[0](tokens, c.flip(0)))
+    assert told == (conditioning in ("adaln", "cross_attention"))
 
 
 @pytest.mark.parametrize("conditioning", OTHERS)
@@ -247,6 +255,9 @@ def test_bfloat16_in_weights_and_by_autocast(conditioning: str, mode: str) -> No
         c = model.condition(model.t_embedder(T), model.y_embedder(Y, False))
         after = model.blocks[0](stream, c)
         assert (after.x.dtype, after.branch.dtype) == (torch.float32, torch.bfloat16)
+        if conditioning != "adaln":
+            shift, scale = affine_modulation(model.blocks[0].norm1, stream.x)
+            assert stream.norm_modulate(shift, scale, 1e-6, mode).y.dtype == torch.bfloat16
         out = model(x(), T, Y)
     assert (out - expected).abs().max() < 0.05 * size
     assert (model.bfloat16()(x().bfloat16(), T, Y) - expected).abs().max() < 0.05 * size
