@@ -131,8 +131,12 @@ def as_bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-MAX_REGISTERS = 255
-"""The hardware's limit, given to the assembler: left to itself it aims lower for some kernels, and spills."""
+def max_registers(num_warps: int) -> int:
+    """The hardware's limit, given to the assembler: left to itself it aims lower for some kernels, and spills.
+
+    255 a thread, and 64 Ki for all threads of a program.
+    """
+    return min(255, 2**16 // (32 * num_warps))
 
 
 class Products(NamedTuple):
@@ -250,7 +254,7 @@ def launch(
     """
     if 0 in grid:
         return
-    options = {"num_warps": num_warps, "maxnreg": MAX_REGISTERS}
+    options = {"num_warps": num_warps, "maxnreg": max_registers(num_warps)}
     if num_stages is not None:
         options["num_stages"] = num_stages
     if _recording is not None:

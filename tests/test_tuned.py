@@ -303,3 +303,12 @@ def test_profilers_see_what_an_operation_moves() -> None:
     assert seen["name"] == "gated_residual_fwd[256x256x1152 bfloat16]"
     # x, branch and out; the gate, a strided view of the modulation, and the bias.
     assert seen["bytes"] == 2 * (3 * 256 * 256 * 1152 + 256 * 1152 + 1152)
+
+
+@pytest.mark.parametrize(("num_warps", "registers"), [(1, 255), (8, 255), (16, 128)])
+def test_a_program_is_never_given_more_registers_than_there_are(num_warps: int, registers: int) -> None:
+    """With 255 of them a thread, a program of 16 warps compiles and cannot be launched."""
+    x = torch.empty(4, device="meta")
+    with record_launches() as launches:
+        launch(None, (1,), x, num_warps)
+    assert launches[0].options["maxnreg"] == registers
