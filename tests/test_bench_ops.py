@@ -111,8 +111,10 @@ def test_device_instants_subtract_to_seconds(monkeypatch: pytest.MonkeyPatch) ->
     assert clock.DeviceInstant() - earlier == pytest.approx(3e-3)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One case through pytest-benchmark; the JSON says what was measured, on what, and how far from the limit."""
+    # pytest-benchmark times nothing in a worker of pytest-xdist, which it knows by this.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     out = tmp_path / "out.json"
     case = "test_op[gated_residual-2x64x384-fp32-forward-eager]"
     command = [

@@ -114,6 +114,15 @@ def test_slurm_without_the_signal_is_warned_of_once_a_machine(monkeypatch, caplo
 
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_is_a_request(number) -> None:
+    # A shell's background job ignores Ctrl-C, and so would we have without StopRequest.
+    before_all = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        expect_a_request(number)
+    finally:
+        signal.signal(signal.SIGINT, before_all)
+
+
+def expect_a_request(number) -> None:
     before = [signal.getsignal(each) for each in STOPPING]
     with StopRequest() as stop:
         assert stop.signal is None

@@ -24,7 +24,9 @@ def draw(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(size, dtype=torch.float64, device=DEVICE).to(dtype)
 
 
-def inputs(B: int, T: int, H: int, K: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    B: int, T: int, H: int, K: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     """qkv, bias, d_out."""
     return draw(B, T, 3 * H * K, dtype=dtype), draw(3 * H * K, dtype=dtype), draw(B, T, H * K, dtype=dtype)
 
@@ -99,8 +101,12 @@ def test_tiles_of_keys_and_query_steps(T, monkeypatch) -> None:
     qkv, bias, dout = inputs(2, T, 1, 72)
     exact = by_autograd(reference.attention, qkv, 1, bias, dout)
     one = by_kernels(attention_short, qkv, 1, bias, dout)
-    monkeypatch.setattr(attention_short, "backward_launch", lambda *_: attention_short.ShortLaunch(32, 16, 4, 1))
-    monkeypatch.setattr(attention_short, "forward_launch", lambda *_: attention_short.ShortLaunch(16, 64, 4, 2))
+    monkeypatch.setattr(
+        attention_short, "backward_launch", lambda *_: attention_short.ShortLaunch(32, 16, 4, 1)
+    )
+    monkeypatch.setattr(
+        attention_short, "forward_launch", lambda *_: attention_short.ShortLaunch(16, 64, 4, 2)
+    )
     several = by_kernels(attention_short, qkv, 1, bias, dout)
     assert_exact(one, exact)
     assert_exact(several, exact)
@@ -118,7 +124,9 @@ def test_as_accurate_as_torch(path, dtype) -> None:
     ):
         error, allowed = (ours.double() - want).abs().max(), (torchs.double() - want).abs().max()
         assert ours.dtype == dtype
-        assert error <= (3 if index else 2) * allowed + 1e-3 * want.abs().max(), f"result {index}: {error:.2e}"
+        assert error <= (3 if index else 2) * allowed + 1e-3 * want.abs().max(), (
+            f"result {index}: {error:.2e}"
+        )
 
 
 def test_autocast_bias_keeps_its_dtype() -> None:
@@ -176,7 +184,11 @@ def hard(kind: str) -> tuple[Tensor, Tensor, Tensor]:
 @PATHS
 @pytest.mark.parametrize(
     "kind",
-    [f"{place} {value}" for place in ("q", "k", "v", "b_q", "b_k", "b_v", "k_all") for value in ("nan", "inf")]
+    [
+        f"{place} {value}"
+        for place in ("q", "k", "v", "b_q", "b_k", "b_v", "k_all")
+        for value in ("nan", "inf")
+    ]
     + ["q -inf", "k -inf", "row inf", "dout nan", "b_k -inf", "q 1e4", "row 0"],
 )
 def test_hard_rows(path, kind, monkeypatch) -> None:
@@ -205,7 +217,9 @@ def test_keys_at_minus_infinity_come_first(monkeypatch) -> None:
     qkv[..., :24].abs_()
     qkv[0, :32, 24] = -math.inf
     out, lse = attention_long.forward(qkv, 1, None)
-    assert_exact([out, lse], [reference.attention(qkv, 1), reference.attention_probabilities(qkv, 1, None)[-1]])
+    assert_exact(
+        [out, lse], [reference.attention(qkv, 1), reference.attention_probabilities(qkv, 1, None)[-1]]
+    )
     qkv[0, :, 24] = -math.inf
     assert attention_long.forward(qkv, 1, None)[0].isnan().all()
 
@@ -217,7 +231,13 @@ def test_keys_at_minus_infinity_come_first(monkeypatch) -> None:
         ((1, 4, 216), 1, torch.int32, None, r"attention: qkv is torch.int32, expected float16"),
         ((1, 4, 216), 5, torch.float32, None, r"attention: num_heads 5 does not divide qkv's 216 columns"),
         ((1, 4, 216), 0, torch.float32, None, r"attention: num_heads 0 does not divide"),
-        ((1, 4, 36), 1, torch.float32, None, r"attention: head_dim 12 of qkv is not a multiple of 8 up to 128"),
+        (
+            (1, 4, 36),
+            1,
+            torch.float32,
+            None,
+            r"attention: head_dim 12 of qkv is not a multiple of 8 up to 128",
+        ),
         ((1, 4, 408), 1, torch.float32, None, r"attention: head_dim 136 of qkv is not a multiple of 8"),
         ((1, 4, 216), 1, torch.float32, (72,), r"attention: bias is \(72,\), expected \(216,\)"),
         ((1, 4, 216), 1, torch.float32, (216, 1), r"attention: bias is \(216, 1\), expected \(216,\)"),
