@@ -261,7 +261,8 @@ class DiT(nn.Module):
         stream = self._enter(x, c)
         for block in self.blocks:
             if self.recompute == "blocks" and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, c, use_reentrant=False)
+                # A block draws nothing, and generators' states cannot be read while a CUDA graph is captured.
+                stream = checkpoint(block, stream, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 stream = block(stream, c)
         return self._leave(self.final_layer(stream, c))

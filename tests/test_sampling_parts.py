@@ -56,6 +56,15 @@ def test_only_whole_parts_count_and_what_is_there_is_not_asked_for_again(tmp_pat
         parts.write(2, images(parts, 1))
 
 
+def test_a_part_that_does_not_read_back_is_an_error(tmp_path, monkeypatch):
+    """Waited for, it would be for ever."""
+    parts = parts_of(tmp_path)
+    parts.open()
+    monkeypatch.setattr(np, "save", lambda file, array: file.write(b"cut"))
+    with pytest.raises(OutputError, match=r"000000\.npy does not read back as it was written"):
+        parts.write(0, images(parts, 0))
+
+
 def test_another_request_is_not_mixed_in(tmp_path):
     parts_of(tmp_path).open()
     with pytest.raises(

@@ -389,6 +389,13 @@ def test_resumption_refuses_another_recipe_or_data(data, tmp_path, monkeypatch):
         resumed_config({"data": "set", "lr": "fast"}, {}, "file")
 
 
+def test_a_run_that_is_older_than_an_option_goes_on_with_its_default():
+    saved = {"data": "set", "steps": 2}
+    assert resumed_config(saved, {"conditioning": "adaln_zero"}, "file").conditioning == "adaln_zero"
+    with pytest.raises(CheckpointError, match="--conditioning is adaln_zero there and adaln here"):
+        resumed_config(saved, {"conditioning": "adaln"}, "file")
+
+
 def test_bf16_autocast_trains_float32_weights():
     trainer = Trainer(tiny(precision="bf16"), image_set())
     plain = Trainer(tiny(), image_set())

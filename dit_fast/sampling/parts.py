@@ -107,6 +107,9 @@ class Parts:
                 os.fsync(file.fileno())
 
         write_atomically(self.path(part), save)
+        # Or `wait` would wait for it for ever.
+        if self.read(part) is None:
+            raise OutputError(f"{self.path(part)} does not read back as it was written; choose another --out")
 
     def wait(self, notify: Callable[[int], None], seconds: float = 1.0) -> None:
         """Return when the parts of all ranks are there; `notify` hears of the number of samples."""

@@ -251,9 +251,12 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
 
     Raises CheckpointError that lists every option that a continuation may not change, with both values.
     """
-    fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    if unknown := sorted(saved.keys() - fields):
+    fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(saved.keys() - fields.keys()):
         raise CheckpointError(f"{source} has options that this version does not know: {', '.join(unknown)}")
+    # An option that is younger than the run was then what is now its default.
+    younger = {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
+    saved = {**younger, **saved}
     # Half a cosine ends with the run, so that its length is part of the recipe.
     length = ("steps", "epochs") if saved.get("lr_schedule") == "cosine" else ()
     changed = [

@@ -45,7 +45,8 @@ def keep_residual_in_bf16(model: DiT) -> None:
 def use_float8(model: DiT, device: torch.device) -> None:
     """Put torchao's float8 training linears (tensor-wise dynamic scales) in the place of the blocks' linears.
 
-    The four linears over tokens of each block; those over the batch (modulation, embedders) are too small to gain.
+    The linears over tokens of each block; those over the batch (modulation, embedders, keys of the condition) are too
+    small to gain.
     Parameters keep their names. A CPU emulates the arithmetic. Raises MissingExtraError without torchao.
     """
     try:
@@ -58,7 +59,8 @@ def use_float8(model: DiT, device: torch.device) -> None:
     def over_tokens(module: nn.Module, name: str) -> bool:
         # The hardware's float8 product takes dimensions that are multiples of 16.
         fits = isinstance(module, nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
-        return fits and name.startswith("blocks.") and name.split(".")[-2] in ("attn", "mlp")
+        over = name.startswith("blocks.") and name.split(".")[-2] in ("attn", "cross", "mlp")
+        return fits and over and not name.endswith("cross.kv")
 
     config = Float8LinearConfig(emulate=device.type != "cuda")
     convert_to_float8_training(model, module_filter_fn=over_tokens, config=config)
