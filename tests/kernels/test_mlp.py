@@ -319,7 +319,7 @@ def test_other_refusals() -> None:
     inputs = mlp_inputs((4,), 12, 48, 12)
     with pytest.raises(ValueError, match="epilogue='fused', choose one of 'auto', 'separate'"):
         mlp(*inputs, epilogue="fused")
-    with pytest.raises(ValueError, match=r"gelu: bias is \(3,\) on \w+(:\d+)?, expected \(4,\)"):
+    with pytest.raises(ValueError, match=r"gelu: bias is \(3,\), expected \(4,\)"):
         gelu(draw(2, 4), draw(3), kernels="triton")
     with pytest.raises(ValueError, match=r"gelu: pre is \(2, 0\)"):
         gelu(draw(2, 0), kernels="triton")
