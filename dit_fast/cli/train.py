@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     place = parser.add_argument_group("where")
     place.add_argument(
-        "--data", "--data-path", metavar="SOURCE", help="mnist, digits, or a folder of class sub-folders"
+        "--data",
+        "--data-path",
+        metavar="SOURCE",
+        help="mnist, digits, a folder of class sub-folders, or latents (dit-fast encode)",
     )
     place.add_argument("--out", metavar="RUN", help="folder of the new run (default: results/NNN-MODEL)")
     place.add_argument("--results-dir", metavar="FOLDER", help="parent of numbered run folders")
@@ -47,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _switch(model, "--learn-sigma", "learn the variance with the hybrid loss (default: on)")
 
     data = parser.add_argument_group("data")
+    data.add_argument(
+        "--vae",
+        metavar="NAME",
+        help="make latents of the images as they are read: ema, mse, or a folder with a diffusers AutoencoderKL",
+    )
     data.add_argument("--image-size", type=int, metavar="S", help="images are scaled and cropped to S x S")
     data.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB (default: as the files are)")
     data.add_argument(

@@ -7,6 +7,7 @@ from dit_fast.data.builtin import BUILTIN, DIGIT_NAMES
 from dit_fast.data.caches import open_cache, recognise
 from dit_fast.data.folder import centre_crop, centre_crop_array, open_folder
 from dit_fast.data.images import ImageSet, Split, from_arrays, to_pixels
+from dit_fast.data.in_loop import Encoder, encode_in_loop
 from dit_fast.data.keyed import generator
 from dit_fast.data.latents import LatentSet, LatentStream, Posterior, open_latents
 from dit_fast.data.shards import MANIFEST, SETTINGS
@@ -21,6 +22,7 @@ __all__ = [
     "Posterior",
     "Split",
     "centre_crop",
+    "encode_in_loop",
     "from_arrays",
     "generator",
     "open_cache",
@@ -103,25 +105,29 @@ def open_data(
     flip: bool | None = None,
     holdout: float | None = None,
     num_workers: int | None = None,
+    encoder: Encoder | None = None,
 ) -> ImageSet | LatentSet:
     """Open `source`, whatever it is: what `dit-fast encode` wrote, a cache of fast-DiT, REPA or LightningDiT, a
     built-in set or a folder of images.
 
-    Options as `open_images`; of latents, `image_size` and `channels` are checked where given. Raises DataError
-    and ConfigError.
+    Options as `open_images`; of latents, `image_size` and `channels` are checked where given. encoder: makes latents
+    of images as they are read. Raises DataError and ConfigError.
     """
     folder = Path(source)
     encoded = any((folder / name).is_file() for name in (MANIFEST, SETTINGS))
     if str(source) in BUILTIN or not folder.is_dir() or not (encoded or recognise(folder)):
-        return open_images(
+        images = open_images(
             source,
             image_size,
-            channels=channels,
+            channels=channels if encoder is None or channels is not None else encoder.image_channels,
             num_classes=num_classes,
             flip=flip,
             holdout=holdout,
             num_workers=num_workers,
         )
+        return images if encoder is None else encode_in_loop(images, encoder)
+    if encoder is not None:
+        raise ConfigError(f"--vae {encoder.name}: {source} holds latents already; leave it out")
     opener = open_latents if encoded else open_cache
     latents = opener(folder, num_classes=num_classes, flip=flip, holdout=holdout)
     if image_size not in (None, latents.pixel_size or image_size):

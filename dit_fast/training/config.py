@@ -13,6 +13,7 @@ from dit_fast.conditioning import CONDITIONING
 from dit_fast.data import ImageSet, LatentSet, open_data
 from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.interop.vae import LatentEncoder
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
 from dit_fast.models import DiT, DiT_models
 from dit_fast.training.parallel import PARALLEL
@@ -41,7 +42,8 @@ CHOICES = {
 class TrainConfig:
     """Options of a run. `model` names a size of the paper; the fields up to `mlp_ratio` replace parts of it.
 
-    data                 a built-in set or a folder of class sub-folders
+    data                 a built-in set, a folder of class sub-folders, or latents
+    vae                  "ema", "mse" or the folder of an autoencoder that makes latents of images as they are read
     image_size, channels, num_classes, flip, holdout   see `dit_fast.data.open_images`; None: as the data are
     steps, epochs        length of the run in optimiser steps, or in passes over the training images
     lr, beta1, beta2, weight_decay, ema_decay   AdamW, and the decay of the averaged weights
@@ -85,6 +87,7 @@ class TrainConfig:
     patch_size: int | None = None
     mlp_ratio: float | None = None
     conditioning: str = "adaln_zero"
+    vae: str | None = None
     image_size: int | None = None
     channels: int | None = None
     num_classes: int | None = None
@@ -277,7 +280,12 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
 
 
 def open_set(config: TrainConfig) -> ImageSet | LatentSet:
-    """The data of `config`. Raises the errors of `open_data`."""
+    """The data of `config`. Raises the errors of `open_data` and `LatentEncoder`."""
+    encoder = None
+    if config.vae is not None:
+        on_gpu = torch.cuda.is_available() and config.device != "cpu"
+        dtype = torch.bfloat16 if config.precision in ("auto", "bf16") and on_gpu else torch.float32
+        encoder = LatentEncoder(config.vae, "cuda" if on_gpu else "cpu", dtype)
     return open_data(
         config.data,
         config.image_size,
@@ -286,6 +294,7 @@ def open_set(config: TrainConfig) -> ImageSet | LatentSet:
         flip=config.flip,
         holdout=config.holdout,
         num_workers=config.num_workers,
+        encoder=encoder,
     )
 
 
