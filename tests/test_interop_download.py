@@ -103,6 +103,9 @@ class StandInVae(torch.nn.Module):
             raise OSError("We couldn't connect to the hub\nsecond line")
         return cls()
 
+    def disable_tiling(self):
+        pass
+
     def decode(self, latents):
         pixels = latents[:, :3].repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
         return types.SimpleNamespace(sample=pixels)
@@ -122,6 +125,25 @@ def test_latents_are_unscaled_and_decoded_in_batches(tmp_path, monkeypatch):
         LatentDecoder("ema", 4)
     with pytest.raises(ConfigError, match="--vae nowhere: give ema, mse, none, or a folder"):
         LatentDecoder("nowhere", 4)
+
+
+def test_large_latents_are_decoded_in_tiles(tmp_path):
+    """diffusers' own autoencoder: in tiles beyond 1024 pixels only, whatever was decoded before."""
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"up_block_types": ("UpDecoderBlock2D",), "down_block_types": ("DownEncoderBlock2D",)}
+    vae = diffusers.AutoencoderKL(
+        **blocks, block_out_channels=(2,), norm_num_groups=1, latent_channels=4, sample_size=32
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    decoder = LatentDecoder(str(tmp_path / "vae"), 4)
+    tiled = []
+    whole = decoder.vae.tiled_decode
+    decoder.vae.tiled_decode = lambda z, *args, **kwargs: (
+        tiled.append(z.shape[-1]) or whole(z, *args, **kwargs)
+    )
+    for size in (64, 136, 64):
+        decoder(torch.randn(1, 4, 8, size))
+    assert tiled == [136]
 
 
 def test_missing_diffusers_names_the_extra(monkeypatch):

@@ -29,7 +29,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class EncodingSource:
-    """Moments of images, by an encoder; of the mirrored image where it is to be mirrored, as `dit-fast encode` has it."""
+    """Moments of images, or of mirrored images, by an encoder, as `dit-fast encode` stores them."""
 
     images: PixelSource
     encoder: Encoder

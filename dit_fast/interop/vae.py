@@ -13,6 +13,8 @@ from dit_fast.interop.weight_file import first_line
 # Rombach et al. 2022, appendix: latents are scaled to unit variance by this factor.
 LATENT_SCALE = 0.18215
 LATENT_FACTOR = 8
+TILED_FROM = 128
+"""Latents larger than this, images of more than 1024 pixels, are decoded in overlapping tiles, to bound the memory."""
 
 _PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
@@ -36,6 +38,8 @@ class LatentDecoder:
     @torch.no_grad()
     def __call__(self, latents: Tensor, batch_size: int = 8) -> Tensor:
         """Images float32 (M, 3, 8 H, 8 W) in about [-1, 1] on the CPU, of latents (M, C, H, W)."""
+        large = max(latents.shape[-2:]) > TILED_FROM
+        (self.vae.enable_tiling if large else self.vae.disable_tiling)()
         parts = latents.split(batch_size)
         decoded = [
             self.vae.decode(part.to(self.device) / LATENT_SCALE).sample.float().cpu() for part in parts
