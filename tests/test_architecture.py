@@ -27,7 +27,7 @@ HEAVY = frozenset(
 # Of torchrun, Slurm, C++ builds and OpenMP; there are no variables of our own.
 ENVIRONMENT = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID",
-    "CXX", "OMP_WAIT_POLICY",
+    "CXX", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
 }  # fmt: skip
 MOST_LINES = 400
 MOST_TEST_LINES = 500
