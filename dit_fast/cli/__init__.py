@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read once, when PyTorch's OpenMP is loaded. Threads that wait by spinning for long make a step ten times slower as
     # soon as another program wants a core, threads that sleep at once twice as slow where none does: spin for tens of
     # microseconds. What the user has set stays.
-    if "OMP_WAIT_POLICY" not in os.environ:
+    if os.environ.get("OMP_WAIT_POLICY") is None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     parser = argparse.ArgumentParser(
         prog="dit-fast", description="Train and sample Diffusion Transformers.", allow_abbrev=False
