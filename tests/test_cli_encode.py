@@ -91,7 +91,14 @@ def test_two_processes_at_once(work):
 
 def start(work: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SLOW_COMMAND, str(ROOT / "tests"), *arguments(work)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment)
+    # A shell's background job, and what it starts, ignores Ctrl-C.
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment, preexec_fn=listen
+    )
+
+
+def listen() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
