@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dit_fast.data.folder import _for_each, _list_failures, _scan, read_image
+from dit_fast.data.folder import list_classes, list_failures, read_each, read_image
 from dit_fast.data.shards import (
     DTYPES,
     FORMAT,
@@ -173,7 +173,7 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
 
 
 def _list_images(root: Path, shard_size: int) -> _Listing:
-    class_names, paths, labels = _scan(root)
+    class_names, paths, labels = list_classes(root)
     names = tuple(path.relative_to(root).as_posix() for path in paths)
     sizes = tuple(path.stat().st_size for path in paths)
     return _Listing(tuple(class_names), tuple(paths), names, tuple(labels), sizes, shard_size)
@@ -261,7 +261,7 @@ class _Run:
         if failures:
             raise DataError(
                 f"{self.config.data}: {len(failures)} of {total} images cannot be read: "
-                f"{_list_failures(failures)}; replace or remove them and run the same command again "
+                f"{list_failures(failures)}; replace or remove them and run the same command again "
                 "(shards without them are kept)"
             )
 
@@ -341,7 +341,7 @@ class _Run:
 
         def load(batch: range) -> tuple[list[Tensor], list[tuple[Path, str]]]:
             paths = self.listing.paths[batch.start : batch.stop]
-            return _for_each(paths, lambda path: read_image(path, size, channels), workers)
+            return read_each(paths, lambda path: read_image(path, size, channels), workers)
 
         ahead = reader.submit(load, batches[0])
         for batch, following in zip(batches, [*batches[1:], None], strict=True):

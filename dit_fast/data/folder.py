@@ -80,11 +80,11 @@ class FileSource:
 
     def read(self, indices: Sequence[int]) -> Tensor:
         paths = [self.paths[index] for index in indices]
-        images, failures = _for_each(
+        images, failures = read_each(
             paths, lambda path: read_image(path, self.size, self.channels), self.num_workers
         )
         if failures:
-            raise DataError(f"{_list_failures(failures)}: readable when training began, not any more")
+            raise DataError(f"{list_failures(failures)}: readable when training began, not any more")
         return torch.stack(images)
 
 
@@ -100,7 +100,7 @@ def _header(path: Path) -> _Header:
         return _Header(image.width, image.height, image.mode)
 
 
-def _for_each(
+def read_each(
     paths: Sequence[Path], read: Callable[[Path], _T], num_workers: int, progress: str = ""
 ) -> tuple[list[_T], list[tuple[Path, str]]]:
     """`read` of every path, in order, and (path, reason) of those that could not be read."""
@@ -126,13 +126,23 @@ def _for_each(
     return results, failures
 
 
-def _list_failures(failures: Sequence[tuple[Path, str]], named: int = 5) -> str:
+def list_failures(failures: Sequence[tuple[Path, str]], named: int = 5) -> str:
+    """What `read_each` could not read, for a message: the first `named` files, each with its reason."""
     text = "; ".join(f"{path} ({reason})" for path, reason in failures[:named])
     return text if len(failures) <= named else f"{text}; and {len(failures) - named} more"
 
 
-def _scan(root: Path) -> tuple[list[str], list[Path], list[int]]:
-    """Class names (sorted sub-folder names), files, and the label of each file."""
+def image_files(folder: Path) -> list[Path]:
+    """The PNG and JPEG files below `folder`, in the order of their names; hidden ones are left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def list_classes(root: Path) -> tuple[list[str], list[Path], list[int]]:
+    """Class names (sorted sub-folder names), files, and the label of each file; DataError where a class has none."""
     if not root.exists():
         raise DataError(f"{root}: no such folder")
     if not root.is_dir():
@@ -144,11 +154,7 @@ def _scan(root: Path) -> tuple[list[str], list[Path], list[int]]:
         raise DataError(f"{root} has {found}; put the images of each class into a sub-folder of its own")
     paths, labels, empty = [], [], []
     for label, folder in enumerate(classes):
-        members = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
+        members = image_files(folder)
         if not members:
             empty.append(folder.name)
         paths += members
@@ -193,25 +199,25 @@ def open_folder(
     A set that fits in `memory_limit` bytes is decoded at once, so that every damaged file is found before
     training begins; of a larger one only the headers are read, and files are decoded as batches need them.
     """
-    class_names, paths, labels = _scan(root)
+    class_names, paths, labels = list_classes(root)
     bar = f"reading {root.name}"
-    headers, failures = _for_each(paths, _header, num_workers)
+    headers, failures = read_each(paths, _header, num_workers)
     if failures:
         # Damage shows in the header or only in the body: count both kinds before saying so.
         headless = {path for path, _ in failures}
         headed = [path for path in paths if path not in headless]
-        failures += _for_each(headed, lambda path: read_image(path, image_size or 1, 1), num_workers, bar)[1]
+        failures += read_each(headed, lambda path: read_image(path, image_size or 1, 1), num_workers, bar)[1]
     else:
         size = image_size or _agreed_size(root, headers)
         depth = channels or (1 if all(header.mode in GREY_MODES for header in headers) else 3)
         source: PixelSource = FileSource(tuple(paths), size, depth, num_workers)
         if len(paths) * depth * size * size <= memory_limit:
-            images, failures = _for_each(paths, lambda path: read_image(path, size, depth), num_workers, bar)
+            images, failures = read_each(paths, lambda path: read_image(path, size, depth), num_workers, bar)
             if not failures:
                 source = ArraySource(torch.stack(images))
     if failures:
         raise DataError(
-            f"{root}: {len(failures)} of {len(paths)} images cannot be read: {_list_failures(failures)}; "
+            f"{root}: {len(failures)} of {len(paths)} images cannot be read: {list_failures(failures)}; "
             f"replace or remove them"
         )
     names = [path.relative_to(root).as_posix() for path in paths]

@@ -1,12 +1,9 @@
 """Images to be scored, wherever they lie: uint8 RGB of one size, in batches."""
 
-import struct
-import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,23 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from dit_fast.data import BUILTIN, centre_crop_array
-from dit_fast.data.folder import SUFFIXES, read_image
+from dit_fast.data.folder import image_files, list_failures, read_each, read_image
 from dit_fast.errors import DataError
 from dit_fast.evaluation.archives import Archive
 
 _LEAST = 2
 _NAMED = 3
-# What Pillow raises for damaged files, by format and kind of damage.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-_T = TypeVar("_T")
 
 
 class ImageSource(Protocol):
@@ -114,10 +100,13 @@ class FolderImages:
         return self.stored if self.crop is None else (self.crop, self.crop)
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
-            for first in range(0, self.num, batch_size):
-                paths = self.paths[first : first + batch_size]
-                yield torch.stack(list(pool.map(_reporting(self._decode), paths)))
+        for first in range(0, self.num, batch_size):
+            images, failures = read_each(
+                self.paths[first : first + batch_size], self._decode, self.num_workers
+            )
+            if failures:
+                raise _unreadable(self.name, failures)
+            yield torch.stack(images)
 
     def _decode(self, path: Path) -> Tensor:
         return read_image(path, self.size[0], 3)
@@ -168,15 +157,12 @@ def _builtin(name: str, image_size: int | None) -> ArrayImages:
 
 
 def _folder(root: Path, image_size: int | None, num_workers: int) -> FolderImages:
-    paths = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    paths = image_files(root)
     if not paths:
         raise DataError(f"{root} has no PNG or JPEG images")
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        sizes = list(pool.map(_reporting(_size), paths))
+    sizes, failures = read_each(paths, _size, num_workers)
+    if failures:
+        raise _unreadable(str(root), failures)
     if image_size is None:
         other = [(path, size) for path, size in zip(paths, sizes, strict=True) if size != sizes[0]]
         if other:
@@ -197,17 +183,8 @@ def _size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def _reporting(read: Callable[[Path], _T]) -> Callable[[Path], _T]:
-    """`read`, with what Pillow raises for a damaged file as one line that names the file."""
-
-    def attempt(path: Path) -> _T:
-        try:
-            return read(path)
-        except _DECODE_ERRORS as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{path} cannot be read ({reason}); replace or remove it") from error
-
-    return attempt
+def _unreadable(name: str, failures: Sequence[tuple[Path, str]]) -> DataError:
+    return DataError(f"{name}: images cannot be read: {list_failures(failures)}; replace or remove them")
 
 
 def _to_rgb(images: np.ndarray) -> Tensor:
