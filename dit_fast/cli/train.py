@@ -38,7 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", choices=sorted(PRESETS), help="start from these options; flags given here win"
     )
 
-    model = parser.add_argument_group("model")
+    add_model_options(parser.add_argument_group("model"))
+    add_data_options(parser.add_argument_group("data"))
+    add_recipe_options(parser.add_argument_group("recipe"))
+    add_machine_options(parser.add_argument_group("machine"))
+    add_watch_options(parser.add_argument_group("watching"))
+
+
+def add_model_options(model: argparse._ArgumentGroup) -> None:
+    """The model; `dit-fast info` takes them too."""
     model.add_argument("--model", metavar="NAME", help="size and patch, e.g. DiT-XL/2 (default: DiT-S/2)")
     model.add_argument("--hidden-size", type=int, metavar="D", help="width instead of the model's")
     model.add_argument("--depth", type=int, metavar="N", help="number of blocks instead of the model's")
@@ -49,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--num-classes", type=int, metavar="N", help="checked against the data")
     _switch(model, "--learn-sigma", "learn the variance with the hybrid loss (default: on)")
 
-    data = parser.add_argument_group("data")
+
+def add_data_options(data: argparse._ArgumentGroup) -> None:
+    """How the data are read."""
     data.add_argument(
         "--vae",
         metavar="NAME",
@@ -65,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
     )
 
-    recipe = parser.add_argument_group("recipe")
+
+def add_recipe_options(recipe: argparse._ArgumentGroup) -> None:
+    """Length, optimiser, loss and draws."""
     recipe.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default: 400000)")
     recipe.add_argument("--epochs", type=int, metavar="N", help="passes over the images, instead of --steps")
     recipe.add_argument(
@@ -102,7 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", "--global-seed", type=int, help="of initial weights and all draws (default: 0)"
     )
 
-    machine = parser.add_argument_group("machine")
+
+def add_machine_options(machine: argparse._ArgumentGroup) -> None:
+    """How it is computed, and what is kept."""
     _choice(machine, "--device", "(default: auto)")
     _choice(
         machine,
@@ -147,7 +161,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _switch(machine, "--async-checkpoint", "write checkpoints beside the training (default: on)")
 
-    watch = parser.add_argument_group("watching")
+
+def add_watch_options(watch: argparse._ArgumentGroup) -> None:
+    """What the run says about itself."""
     watch.add_argument("--log-every", type=int, metavar="N", help="steps between log lines (default: 100)")
     watch.add_argument(
         "--sample-every", type=int, metavar="N", help="steps between grids of samples (default: none)"
