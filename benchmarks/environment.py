@@ -1,7 +1,9 @@
-"""What a figure depends on: device, processor, load and versions."""
+"""What a figure depends on: device, processor, load, versions and the state of the code."""
 
 import os
 import platform
+import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -9,9 +11,16 @@ import triton
 
 from dit_fast import __version__
 
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = (
+    "apex", "diffusers", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel", "nvmath-python",
+    "quack-kernels", "torchao",
+)  # fmt: skip
+CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
+
 
 def environment() -> dict[str, object]:
-    """Processor with its vector instructions, threads, load, versions, and the CUDA device if there is one."""
+    """Processor with its vector instructions, threads, load, versions; the CUDA device with driver and clocks."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = set(fields.get("flags", "").split())
@@ -26,6 +35,7 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "dit_fast": __version__,
+        "peers": {name: version for name in PEERS if (version := _version(name))},
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -35,5 +45,35 @@ def environment() -> dict[str, object]:
             "multiprocessors": properties.multi_processor_count,
             "capability": f"sm_{properties.major}{properties.minor}",
             "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "clocks": _said("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"),
         }
     return found
+
+
+def commit() -> str:
+    """The checkout's commit, "-dirty" behind it where code differs from it; "" where there is no repository.
+
+    What benchmarks write themselves, results and the README, is no code.
+    """
+    head = _said("git", "rev-parse", "--short", "HEAD")
+    code = (".", ":!benchmarks/results", ":!README.md")
+    changes = _said("git", "status", "--porcelain", "--untracked-files=no", "--", *code)
+    return f"{head}-dirty" if head and changes else head
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _said(*command: str) -> str:
+    """What a program prints; "" where it is not there or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
