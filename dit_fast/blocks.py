@@ -5,23 +5,16 @@ added yet, so that the addition and the next norm are one pass over memory. Bias
 the kernel that adds one also sums its gradient.
 """
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dit_fast.kernels import (
-    adaln_modulate,
-    attention,
-    gated_residual,
-    gated_residual_adaln,
-    mlp,
-    uses_triton,
-)
+from dit_fast.kernels import adaln_modulate, gated_residual, gated_residual_adaln, mlp, uses_triton
 from dit_fast.kernels.adaln import adaln_with_moments
-from dit_fast.kernels.attention import attention_backend
 from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln_with_moments
-from dit_fast.kernels.recompute import NormRecipe, linear
+from dit_fast.kernels.recompute import NormRecipe
+from dit_fast.layers import Attention, Mlp, is_plain, matrix_size, without_bias
 
 RECOMPUTE = ("none", "cheap", "blocks")
 """What is made again in the backward pass: nothing; norm outputs and GELU; every block from its input."""
@@ -83,89 +76,9 @@ def affine_modulation(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     return shift, scale
 
 
-def matrix_size(module: nn.Module) -> int:
-    """Numbers in a module's matrices: the multiply-adds of one token that goes through each of them once."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module is exactly a `kind`, so that its parts may be used instead of calling it.
-
-    Not so for a subclass or another module in its place (LoRA, float8), hooks, or a forward that was replaced.
-    """
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is kind and not hooked
-
-
-def without_bias(
-    layer: nn.Module, x: Tensor, recipe: NormRecipe | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`layer(x)` as (product, bias still to be added), so that a fused kernel adds it and gives its gradient.
-
-    `recipe`: of x, kept in its place. A layer that is not a plain nn.Linear (LoRA, float8) or has hooks is called as
-    it is: (its output, None).
-    """
-    if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
-        return linear(x, layer.weight, recipe=recipe), layer.bias
-    return layer(x), None
-
-
-def with_bias(layer: nn.Module, x: Tensor, recipe: NormRecipe | None = None) -> Tensor:
-    """`layer(x)`, keeping `recipe` in place of x where the layer is a plain nn.Linear."""
-    if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
-        return linear(x, layer.weight, layer.bias, recipe)
-    return layer(x)
-
-
 def unit_gate(x: Tensor) -> Tensor:
     """The gate (N, D) of a branch that is added as it is: the fused addition and norm then serve it too."""
     return x.new_ones(1, x.shape[-1]).expand(x.shape[0], -1)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention on one packed projection; rows of `qkv` are [q; k; v], each (heads, head_dim).
-
-    `backend`: "auto" | "triton" | "sdpa" | "flash", see `dit_fast.kernels.attention`.
-    """
-
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, *, backend: str = "auto"):
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}")
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5
-        self.backend = backend
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-    def attend(self, x: Tensor, recipe: NormRecipe | None = None, kernels: str = "auto") -> Tensor:
-        """Attention before the output projection, (N, T, D); `recipe`: of x, kept in its place."""
-        if attention_backend(x, self.head_dim, self.backend, kernels) == "triton":
-            qkv, bias = without_bias(self.qkv, x, recipe)
-        else:
-            qkv, bias = with_bias(self.qkv, x, recipe), None
-        return attention(qkv, self.num_heads, bias, backend=self.backend, kernels=kernels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.attend(x))
-
-
-class Mlp(nn.Module):
-    """Linear - GELU (tanh approximation) - Linear.
-
-    `epilogue`: who applies the GELU where the kernels run, see `dit_fast.kernels.mlp`; `forward` is plain PyTorch.
-    """
-
-    def __init__(self, in_features: int, hidden_features: int, *, epilogue: str = "auto"):
-        super().__init__()
-        self.epilogue = epilogue
-        self.fc1 = nn.Linear(in_features, hidden_features)
-        self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(hidden_features, in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -256,29 +169,19 @@ class TransformerBlock(nn.Module):
         return linears and is_plain(self.mlp.act, nn.GELU) and self.mlp.act.approximate == "tanh"
 
 
-class DiTBlock(TransformerBlock):
-    """A transformer block with adaptive layer norm, initialised to the identity (adaLN-Zero).
+class AdaptiveBlock(TransformerBlock):
+    """A transformer block whose norms take shift and scale from the condition (adaptive layer norm).
 
-    `forward(x, c)`: x (N, T, D), c (N, D) -> (N, T, D). Given a `Stream`, returns a `Stream`: that is how `DiT`
-    runs its blocks. `kernels`, `attention`, `mlp_epilogue` and `recompute` as in `DiT`.
+    `forward(x, c)`: x (N, T, D), c (N, D) -> (N, T, D). Arguments and streams as in `TransformerBlock`. `vectors`: how
+    many of width D the condition becomes, the first half for attention: shift, scale and, where there are 6, a gate.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        *,
-        kernels: str = "auto",
-        attention: str = "auto",
-        mlp_epilogue: str = "auto",
-        recompute: str = "none",
-    ):
-        super().__init__(
-            hidden_size, num_heads, mlp_ratio, affine=False,
-            kernels=kernels, attention=attention, mlp_epilogue=mlp_epilogue, recompute=recompute,
-        )  # fmt: skip
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size, bias=True))
+    vectors: ClassVar[int]
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, **options: Any):
+        super().__init__(hidden_size, num_heads, mlp_ratio, affine=False, **options)
+        regression = nn.Linear(hidden_size, self.vectors * hidden_size, bias=True)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), regression)
 
     @property
     def condition_layer(self) -> nn.Module:
@@ -290,14 +193,20 @@ class DiTBlock(TransformerBlock):
     def forward(
         self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
     ) -> Tensor | Stream:
-        """`modulation` (N, 6 D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
+        """`modulation` (N, `vectors` * D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
         stream = x if isinstance(x, Stream) else Stream(x)
         if modulation is None:
             modulation = self.adaLN_modulation(c)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        stream = self.self_attention(stream, shift_msa, scale_msa, gate_msa)
-        stream = self.feed_forward(stream, shift_mlp, scale_mlp, gate_mlp)
+        parts, half = modulation.chunk(self.vectors, dim=1), self.vectors // 2
+        stream = self.self_attention(stream, *parts[:half])
+        stream = self.feed_forward(stream, *parts[half:])
         return stream if isinstance(x, Stream) else stream.add(self.kernels)
+
+
+class DiTBlock(AdaptiveBlock):
+    """A transformer block with adaptive layer norm and gates, initialised to the identity (adaLN-Zero)."""
+
+    vectors = 6
 
 
 class FinalLayer(nn.Module):

@@ -11,18 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_fast.blocks import (
+    AdaptiveBlock,
     DiTBlock,
     FinalLayer,
     Stream,
     TransformerBlock,
     affine_modulation,
-    is_plain,
-    matrix_size,
     unit_gate,
-    with_bias,
-    without_bias,
 )
 from dit_fast.kernels import uses_triton
+from dit_fast.layers import is_plain, matrix_size, with_bias, without_bias
 
 ADAPTIVE = ("adaln_zero", "adaln")
 """Conditionings by one vector (N, D), timestep plus class; the others take the two as tokens (N, 2, D)."""
@@ -30,34 +28,10 @@ ADAPTIVE = ("adaln_zero", "adaln")
 CONDITION_TOKENS = 2
 
 
-class AdaLNBlock(TransformerBlock):
-    """A transformer block whose norms take shift and scale from the condition (adaLN): `forward(x, c)`, c (N, D).
+class AdaLNBlock(AdaptiveBlock):
+    """A transformer block with adaptive layer norm, without gates (adaLN)."""
 
-    Arguments and streams as in `TransformerBlock`.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, **options: str):
-        super().__init__(hidden_size, num_heads, mlp_ratio, affine=False, **options)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size, bias=True))
-
-    @property
-    def condition_layer(self) -> nn.Module:
-        return self.adaLN_modulation
-
-    def macs(self, tokens: int) -> int:
-        return super().macs(tokens) + matrix_size(self.adaLN_modulation)
-
-    def forward(
-        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
-    ) -> Tensor | Stream:
-        """`modulation` (N, 4 D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
-        stream = x if isinstance(x, Stream) else Stream(x)
-        if modulation is None:
-            modulation = self.adaLN_modulation(c)
-        shift_msa, scale_msa, shift_mlp, scale_mlp = modulation.chunk(4, dim=1)
-        stream = self.self_attention(stream, shift_msa, scale_msa)
-        stream = self.feed_forward(stream, shift_mlp, scale_mlp)
-        return stream if isinstance(x, Stream) else stream.add(self.kernels)
+    vectors = 4
 
 
 class CrossAttention(nn.Module):
@@ -92,7 +66,7 @@ class CrossAttentionBlock(TransformerBlock):
     Arguments and streams as in `TransformerBlock`.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, **options: str):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, **options: Any):
         super().__init__(hidden_size, num_heads, mlp_ratio, affine=True, **options)
         self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
         self.cross = CrossAttention(hidden_size, num_heads)
