@@ -112,7 +112,10 @@ def _machine_options(group: argparse._ArgumentGroup) -> None:
         "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
     )
     group.add_argument(
-        "--precision", choices=tuple(PRECISIONS), default="fp32", help="of weights (default: fp32)"
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default="fp32",
+        help="of weights; fp8: of the blocks' weights and tokens too, the rest bf16 (default: fp32)",
     )
     group.add_argument(
         "--tf32",

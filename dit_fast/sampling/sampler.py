@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_fast.diffusion import GaussianDiffusion
 from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.models import DiT
+from dit_fast.sampling.float8 import require_float8, use_float8_linears
 from dit_fast.sampling.graphs import CudaGraphs, GraphBackend, GraphCache
 from dit_fast.sampling.guidance import Guidance
 from dit_fast.sampling.modulation import loop_parameters, modulation_width
@@ -24,7 +25,7 @@ from dit_fast.sampling.noise import KeyedNoise, ReferenceNoise
 from dit_fast.sampling.program import SOLVERS, CondFn, Evaluate, Program, ProgramKey, evaluate
 
 MODES = ("fast", "reference")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 GRAPHS = ("auto", "never")
 
 
@@ -37,8 +38,9 @@ class SamplerConfig:
     clip         clamp the predicted x_0 to [-1, 1] at every step: for pixels, not for latents
     mode         "fast": noise of sample i is a function of (seed, i); "reference": the draws of the reference's
                  sample.py after `torch.manual_seed(seed)`, which depend on the batch
-    precision    "fp32", "bf16", "fp16" for a copy of the model in it, or None for the model as it is; states are
-                 float32 either way
+    precision    "fp32", "bf16", "fp16" for a copy of the model in it; "fp8" for one in bfloat16 whose blocks have
+                 weights and tokens in float8 (`Float8Linear`; worth it with `compile`, which fuses the scaling of
+                 tokens into what makes them); None for the model as it is. States are float32 in any case
     graph        "auto": a CUDA graph where there can be one; "never"
     compile      torch.compile of each step's evaluation
     offload      keep the adaLN weights in the CPU's memory (of the model itself, or of its copy in `precision`)
@@ -139,6 +141,8 @@ class Sampler:
                 "the process has a learned variance and the model predicts none: "
                 "learn_sigma must agree in model and create_diffusion"
             )
+        if self.config.precision == "fp8":
+            require_float8(self.model)
         if not 0 <= seed < 2**63:
             raise ConfigError(f"seed {seed}: choose a number from 0 to 2**63 - 1")
         if batch_size < 1:
@@ -299,13 +303,17 @@ class Sampler:
 
     def _loop_model(self) -> DiT:
         """The model, or its copy in the precision that is asked for, made again when its weights have changed."""
-        dtype = PRECISIONS.get(self.config.precision or "")
-        if dtype is None or dtype is self.model.pos_embed.dtype:
+        precision = self.config.precision
+        dtype = PRECISIONS[precision] if precision else self.model.pos_embed.dtype
+        if precision != "fp8" and dtype is self.model.pos_embed.dtype:
             return self.model
-        state = (dtype, id(self.model), *((p.data_ptr(), p._version) for p in self.model.parameters()))
+        state = (precision, id(self.model), *((p.data_ptr(), p._version) for p in self.model.parameters()))
         if self._cast is None or self._cast[0] != state:
             self._cast = None
-            self._cast = (state, copy.deepcopy(self.model).to(dtype))
+            cast = copy.deepcopy(self.model).to(dtype)
+            if precision == "fp8":
+                use_float8_linears(cast)
+            self._cast = (state, cast)
             self.programs.clear()
         return self._cast[1]
 

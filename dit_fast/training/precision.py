@@ -6,30 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_fast.errors import ConfigError, MissingExtraError
+from dit_fast.errors import MissingExtraError
 from dit_fast.models import DiT
+from dit_fast.sampling.float8 import require_float8_device, takes_float8
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "tf32", "fp8")
 RESIDUALS = ("fp32", "bf16")
 AUTOCAST = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
-FLOAT8_CAPABILITY = (8, 9)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
     """`name`, "auto" resolved: bf16 on a CUDA device whose hardware has it, fp32 elsewhere.
 
-    Raises ConfigError for fp8 on a CUDA device without float8 arithmetic.
+    Raises ConfigError for fp8 on a device without float8 arithmetic.
     """
     if name == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp32"
-    if name == "fp8" and device.type == "cuda":
-        found = torch.cuda.get_device_capability(device)
-        if found < FLOAT8_CAPABILITY:
-            raise ConfigError(
-                f"--precision fp8: the device has compute capability {found[0]}.{found[1]}, float8 needs "
-                f"{FLOAT8_CAPABILITY[0]}.{FLOAT8_CAPABILITY[1]}; give --precision bf16"
-            )
+    if name == "fp8":
+        require_float8_device(device)
     return name
 
 
@@ -43,10 +38,8 @@ def keep_residual_in_bf16(model: DiT) -> None:
 
 
 def use_float8(model: DiT, device: torch.device) -> None:
-    """Put torchao's float8 training linears (tensor-wise dynamic scales) in the place of the blocks' linears.
+    """Put torchao's float8 training linears (tensor-wise dynamic scales) in the place of those that `takes_float8`.
 
-    The linears over tokens of each block; those over the batch (modulation, embedders, keys of the condition) are too
-    small to gain.
     Parameters keep their names. A CPU emulates the arithmetic. Raises MissingExtraError without torchao.
     """
     try:
@@ -56,14 +49,8 @@ def use_float8(model: DiT, device: torch.device) -> None:
             "--precision fp8: torchao is not installed; pip install 'dit-fast[fp8]'"
         ) from error
 
-    def over_tokens(module: nn.Module, name: str) -> bool:
-        # The hardware's float8 product takes dimensions that are multiples of 16.
-        fits = isinstance(module, nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
-        over = name.startswith("blocks.") and name.split(".")[-2] in ("attn", "cross", "mlp")
-        return fits and over and not name.endswith("cross.kv")
-
     config = Float8LinearConfig(emulate=device.type != "cuda")
-    convert_to_float8_training(model, module_filter_fn=over_tokens, config=config)
+    convert_to_float8_training(model, module_filter_fn=takes_float8, config=config)
 
 
 class LossScale:
