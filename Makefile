@@ -13,13 +13,14 @@ TORCH := $(call version,torch)
 TRITON := $(call version,triton)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu clean
+.PHONY: help demo test check docs gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small Diffusion Transformer on handwritten digits, then draw and score samples"
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
+	@echo "make docs    the documentation as web pages, in site/"
 	@echo "make gpu     correctness and speed on one NVIDIA GPU in nine minutes, with the python3 that has torch there"
 	@echo "make clean   remove .venv, demo/ and what tools left behind"
 
@@ -63,12 +64,16 @@ check: .venv/.test
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+docs: .venv/.test
+	$(PY) -m mkdocs build --strict --quiet
+	@echo "== Open site/index.html"
+
 # The python of the machine, whose torch is built for its GPU; nothing is installed.
 gpu:
 	$(PYTHON) -m benchmarks.gpu_suite --minutes 9 --out gpu-results
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find dit_fast kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The three stages of an installation. Each stamp is written last, so that an interrupted stage runs again.
