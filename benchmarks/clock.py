@@ -11,6 +11,8 @@ import torch
 
 FLUSH_BYTES = 256 * 2**20
 """More than the second-level cache of any GPU so far: written between repeats, it leaves nothing in it."""
+LEAD_CYCLES = 2_000_000
+"""About a millisecond of a GPU's clock."""
 
 
 class DeviceInstant:
@@ -36,9 +38,14 @@ def _flush_buffer() -> torch.Tensor:
 
 
 def cold() -> None:
-    """Empty the second-level cache. On a CPU nothing is done: there, cases are timed warm."""
+    """Empty the second-level cache, and keep the device busy until the host has queued what is timed.
+
+    Without that lead, the time of an operation of many small launches would be the host's. On a CPU nothing is done:
+    there, cases are timed warm.
+    """
     if torch.cuda.is_available():
         _flush_buffer().zero_()
+        torch.cuda._sleep(LEAD_CYCLES)
 
 
 def seconds(function: Callable[[], Any], repeats: int, warmup: int = 3) -> list[float]:

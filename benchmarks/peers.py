@@ -89,6 +89,30 @@ def _torch_norm(spec: OpSpec) -> Function:
     return _modulated(lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6))
 
 
+def _apex_mlp(spec: OpSpec) -> Function:
+    """NVIDIA apex's two products with GELU in cuBLASLt's epilogues."""
+    _needs_cuda("apex")
+    dense = _load("apex.fused_dense.fused_dense").fused_dense_gelu_dense_function
+
+    def run(x: Tensor, fc1: Tensor, bias: Tensor, fc2: Tensor) -> Tensor:
+        weights = [weight.to(x.dtype) for weight in (fc1, bias, fc2)]
+        return dense(x.flatten(0, 1), *weights, x.new_zeros(len(fc2))).unflatten(0, x.shape[:2])
+
+    return run
+
+
+def _quack_mlp(spec: OpSpec) -> Function:
+    """quack's products with GELU in their epilogues, tuned by itself at the first call."""
+    _needs_cuda("quack")
+    function = _load("quack.mlp").mlp_func
+
+    def run(x: Tensor, fc1: Tensor, bias: Tensor, fc2: Tensor) -> Tensor:
+        weights = fc1.to(x.dtype), fc2.to(x.dtype)
+        return function(x, *weights, activation="gelu_tanh_approx", bias1=bias)
+
+    return run
+
+
 PROVIDERS: dict[str, Callable[[OpSpec], Function]] = {"ours": ours, "eager": eager, "compiled": compiled}
 
 PEERS: dict[str, dict[str, Callable[[OpSpec], Function]]] = {
@@ -101,6 +125,7 @@ PEERS: dict[str, dict[str, Callable[[OpSpec], Function]]] = {
         "flash-attn-3": partial(_flash, "flash_attn_interface"),
         "flash-attn-4": partial(_flash, "flash_attn.cute"),
     },
+    "mlp": {"apex": _apex_mlp, "quack": _quack_mlp},
 }
 
 

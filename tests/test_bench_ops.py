@@ -4,15 +4,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks import bench_ops, clock, peers
-from benchmarks.bench_ops import Prepared, figures, work
+from benchmarks import bench_ops, clock, conftest, op_bench, peers
+from benchmarks.bench_ops import Prepared, Wrong, figures, time_case, work
 from benchmarks.clock import Ceiling
-from benchmarks.op_bench import Bench
+from benchmarks.op_bench import Bench, OptimizerBench
+from benchmarks.peers import Missing
+from benchmarks.rows import Recorder, Row, read_results
 from dit_fast.kernels.registry import REGISTRY
+from dit_fast.models import DiT_models
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's shapes and peers")
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,15 +51,116 @@ def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.PROVIDERS, "eager", lambda spec: lambda *args: 1.01 * spec.reference(*args))
     prepared = Prepared()
     for _ in range(2):
-        with pytest.raises(
-            pytest.fail.Exception, match=r"not timed: result 0 has a relative error of 1.00e-02"
-        ):
+        with pytest.raises(Wrong, match=r"not timed: result 0 has a relative error of 1.00e-02"):
             prepared.of("gelu", SHAPE, "fp32", "eager")
 
 
-def test_a_missing_peer_is_skipped_with_its_reason() -> None:
-    with pytest.raises(pytest.skip.Exception, match="apex"):
+CASE = ("gelu", SHAPE, "fp32", "eager", "forward")
+
+
+class Benchmark:
+    """pytest-benchmark's fixture, as far as it is used, with times made up."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, object] = {}
+        self.stats = None
+
+    def pedantic(self, function, setup, rounds: int, warmup_rounds: int) -> None:
+        function()
+        stats = SimpleNamespace(median=2e-3, data=[1e-3, 2e-3, 4e-3])
+        self.stats = SimpleNamespace(stats=stats)
+
+
+def test_a_case_leaves_a_row() -> None:
+    rows: list[Row] = []
+    time_case(CASE, lambda: lambda: None, 4_000_000, 0.0, Benchmark(), rows.append)
+    (row,) = rows
+    assert row.key == ("op", *CASE)
+    assert (row.median, row.repeats, row.failed) == (2e-3, 3, None)
+    assert row.metrics["GB/s"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "reason"),
+    [
+        (Missing("no such peer"), pytest.skip.Exception, "no such peer"),
+        (
+            torch.OutOfMemoryError("out of memory: 1 GB\nlong story"),
+            pytest.skip.Exception,
+            "out of memory: 1 GB",
+        ),
+        (Wrong("not timed: result 0"), pytest.fail.Exception, "not timed: result 0"),
+        (RuntimeError("launch failed"), RuntimeError, "launch failed"),
+        (KeyError(), KeyError, "KeyError"),
+    ],
+)
+def test_a_case_that_fails_leaves_its_reason_and_no_figure(error, outcome, reason: str) -> None:
+    rows: list[Row] = []
+
+    def prepare():
+        raise error
+
+    benchmark = Benchmark()
+    with pytest.raises(outcome):
+        time_case(CASE, prepare, 1, 0.0, benchmark, rows.append)
+    (row,) = rows
+    assert (row.failed, row.median, dict(row.metrics)) == (reason, None, {})
+    assert "GB/s" not in benchmark.extra_info
+
+
+def test_a_missing_peer_has_its_reason() -> None:
+    with pytest.raises(Missing, match="apex needs a CUDA device"):
         Prepared().of("adaln_modulate", SHAPE, "fp32", "apex")
+
+
+@pytest.mark.parametrize("provider", ["ours", "torch"])
+def test_optimisers_agree(provider: str) -> None:
+    assert OptimizerBench("DiT-S/8", "cpu").disagreement(provider) is None
+
+
+def test_a_wrong_optimiser_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, make = OptimizerBench("DiT-S/8", "cpu"), op_bench.make_optimizer
+
+    def other(name, parameters, **options):
+        return make("torch", parameters, **{**options, "weight_decay": 0.02 if name == "ours" else 0.01})
+
+    monkeypatch.setattr(op_bench, "make_optimizer", other)
+    assert bench.disagreement("torch") is None
+    assert "relative error" in bench.disagreement("ours")
+
+
+def test_optimiser_step_counts_the_parameters_of_the_model() -> None:
+    bench = OptimizerBench("DiT-S/8", "cpu")
+    assert bench.count == sum(p.numel() for p in DiT_models["DiT-S/8"]().parameters() if p.requires_grad)
+    bench.shapes = bench.shapes[:3]
+    bench.step("torch")()
+
+
+@pytest.mark.parametrize(
+    ("operation", "provider", "module", "function"),
+    [
+        ("mlp", "apex", "apex.fused_dense.fused_dense", "fused_dense_gelu_dense_function"),
+        ("mlp", "quack", "quack.mlp", "mlp_func"),
+    ],
+)
+def test_products_of_peers(
+    operation: str, provider: str, module: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With PyTorch in the package's place: its function is given what makes it the operation."""
+
+    def apex(x, fc1, bias1, fc2, bias2):
+        return F.linear(F.gelu(F.linear(x, fc1, bias1), approximate="tanh"), fc2, bias2)
+
+    def quack(x, fc1, fc2, activation: str, bias1):
+        assert activation == "gelu_tanh_approx"
+        return apex(x, fc1, bias1, fc2, None)
+
+    stand_in = SimpleNamespace(**{function: {"apex": apex, "quack": quack}[provider]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    built = peers.providers_of(operation)[provider](REGISTRY[operation])
+    monkeypatch.undo()
+    assert Bench(REGISTRY[operation], SHAPE, "fp32", "cpu").disagreement(built) is None
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,13 +223,16 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     out = tmp_path / "out.json"
     case = "test_op[gated_residual-2x64x384-fp32-forward-eager]"
+    missing = "test_op[attention-2x64x384-fp32-forward-flash-attn-2]"
     command = [
         sys.executable,
         "-m",
         "pytest",
         "-q",
         f"benchmarks/bench_ops.py::{case}",
+        f"benchmarks/bench_ops.py::{missing}",
         f"--benchmark-json={out}",
+        f"--results={tmp_path}",
     ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     data = json.loads(out.read_text())
@@ -140,3 +249,29 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert info["GB/s"] == pytest.approx(info["bytes"] / found["stats"]["median"] * 1e-9)
     assert found["stats"]["rounds"] == bench_ops.ROUNDS
     assert data["machine_info"]["dit_fast"]["torch"] == torch.__version__
+    (path,) = tmp_path.glob("*/*.json")
+    timed, failed = read_results(path).rows
+    assert (timed.case, timed.median) == ("gated_residual", found["stats"]["median"])
+    assert timed.metrics["GB/s"] == info["GB/s"]
+    assert failed.failed == "flash_attn needs a CUDA device"
+
+
+def test_a_file_that_is_none_is_refused_before_anything_is_timed(tmp_path: Path) -> None:
+    path = Recorder(tmp_path).path
+    path.write_text("{")
+    config = SimpleNamespace(getoption=lambda *_: tmp_path, stash={})
+    with pytest.raises(pytest.UsageError, match=f"{path} is no result file"):
+        conftest.pytest_configure(config)
+    path.unlink()
+    conftest.pytest_configure(config)
+    assert config.stash[conftest.RECORDER].path == path
+
+
+def test_the_host_has_a_lead_over_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is emptied first, then the device waits: what is timed finds it neither warm nor idle."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(clock, "_flush_buffer", lambda: SimpleNamespace(zero_=lambda: done.append("flush")))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(cycles), raising=False)
+    clock.cold()
+    assert done == ["flush", clock.LEAD_CYCLES]
