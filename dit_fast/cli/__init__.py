@@ -15,6 +15,7 @@ from dit_fast.errors import DitFastError
 # is imported only when its command is called, so that `dit-fast --help` does not wait for PyTorch.
 COMMANDS = {
     "doctor": "what this machine has, and which path each part takes on it",
+    "info": "parameters, multiply-adds and memory of a model",
     "train": "train a Diffusion Transformer on images",
     "plot": "draw the loss curves of runs over each other",
     "profile": "trace training steps and print which kernels take their time",

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -306,7 +306,18 @@ def apply_to_process(config: TrainConfig) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def build_model(config: TrainConfig, data: ImageSet | LatentSet) -> DiT:
+class Samples(Protocol):
+    """What a model must know of what it is trained on: side, channels, classes."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def num_classes(self) -> int: ...
+
+
+def build_model(config: TrainConfig, data: Samples) -> DiT:
     """The model of `config` for images of `data`. Raises ConfigError for sizes that do not fit."""
     overrides = {
         name: value
