@@ -101,10 +101,12 @@ def test_a_perfect_model_of_each_kind_gives_the_true_posterior(mean_type):
     x, noise, t = normal(0, *SHAPE), normal(1, *SHAPE), torch.tensor([0, 1, 7, 12, 15])
     x_t = diffusion.q_sample(x, t, noise)
     expected, _, log_variance = diffusion.q_posterior_mean_variance(x, x_t, t)
+    bars = torch.from_numpy(diffusion.alphas_cumprod).float()[t].view(-1, 1, 1, 1)
     target = {
         ModelMeanType.EPSILON: noise,
         ModelMeanType.START_X: x,
         ModelMeanType.PREVIOUS_X: expected,
+        ModelMeanType.V: bars.sqrt() * noise - (1 - bars).sqrt() * x,
     }[mean_type]
     out = diffusion.p_mean_variance(answering(target), x_t, t, clip_denoised=False)
     torch.testing.assert_close(out["mean"], expected, rtol=1e-4, atol=1e-5)

@@ -63,9 +63,9 @@ def test_second_moment_weights_by_hand():
 def test_default_history_is_ten_losses():
     sampler = LossSecondMomentResampler(FOUR_STEPS)
     sampler.update_with_all_losses(list(range(4)) * 9, [1.0] * 36)
-    assert not sampler._warmed_up()
+    assert not sampler.history.complete()
     sampler.update_with_all_losses(list(range(4)), [3.0] * 4)
-    assert sampler._warmed_up()
+    assert sampler.history.complete()
     np.testing.assert_allclose(sampler.weights(), 0.25)
 
 
@@ -87,7 +87,7 @@ dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_
 sampler = LossSecondMomentResampler(create_diffusion("4"), history_per_term=3)
 timesteps, losses = [([0, 0, 1], [0.5, 1.5, 2.5]), ([0, 0], [3.5, 4.5])][rank]
 sampler.update_with_local_losses(torch.tensor(timesteps), torch.tensor(losses))
-print(json.dumps([sampler._loss_history.tolist(), sampler._loss_counts.tolist()]))
+print(json.dumps([sampler.history.losses[:-1].tolist(), sampler.history.counts.tolist()]))
 dist.destroy_process_group()
 """
 
@@ -105,5 +105,5 @@ def test_ranks_share_their_losses_in_rank_order(tmp_path):
     ]
     answers = [json.loads(worker.communicate(timeout=60)[0]) for worker in workers]
     # Batches of 3 and 2: step 0 saw 0.5, 1.5, 3.5, 4.5 in this order and keeps the last three.
-    expected = [[[1.5, 3.5, 4.5], [2.5, 0.0, 0.0], [0.0] * 3, [0.0] * 3], [3, 1, 0, 0]]
+    expected = [[[4.5, 1.5, 3.5], [2.5, 0.0, 0.0], [0.0] * 3, [0.0] * 3], [4, 1, 0, 0]]
     assert answers == [expected, expected]

@@ -52,7 +52,8 @@ def uneven_nodes(steps: int) -> Nodes:
 
 def short_flow(steps: int) -> Nodes:
     alphas = np.linspace(0.05, 0.95, steps + 1)
-    return Nodes(alphas[:-1], 1 - alphas[:-1], alphas, 1 - alphas, prediction="velocity")
+    one = np.ones(steps)
+    return Nodes(alphas[:-1], 1 - alphas[:-1], alphas, 1 - alphas, "velocity", rates=(one, -one))
 
 
 def error(solver, nodes: Nodes, **options) -> float:
@@ -222,9 +223,9 @@ def test_bad_nodes_and_options_are_refused():
         Nodes(nodes.times, nodes.levels, nodes.alphas[1:], nodes.sigmas)
     with pytest.raises(ConfigError, match="must fall from node to node"):
         Nodes(nodes.times, nodes.levels, nodes.alphas[::-1], nodes.sigmas[::-1])
-    with pytest.raises(ConfigError, match="prediction 'score': choose noise, data, velocity"):
-        Nodes(nodes.times, nodes.levels, nodes.alphas, nodes.sigmas, prediction="score")
-    with pytest.raises(ConfigError, match=r"needs the path alpha \+ sigma = 1"):
+    with pytest.raises(ConfigError, match="prediction 'noise': choose epsilon, x0, v, velocity, score"):
+        Nodes(nodes.times, nodes.levels, nodes.alphas, nodes.sigmas, prediction="noise")
+    with pytest.raises(ConfigError, match="the velocity is a derivative by time"):
         Nodes(nodes.times, nodes.levels, nodes.alphas, nodes.sigmas, prediction="velocity")
     with pytest.raises(ConfigError, match="0 steps: ask for at least one"):
         flow_nodes(0)

@@ -1,4 +1,4 @@
-"""Gaussian diffusion with the reference DiT's interface: `create_diffusion` is the usual way in.
+"""Gaussian diffusion with the reference DiT's interface, `create_diffusion`, and flow matching, `FlowMatching`.
 
 Sources named in this package: DDPM = Ho et al. 2020 (arXiv:2006.11239), Improved DDPM = Nichol & Dhariwal
     2021 (arXiv:2102.09672), DDIM = Song et al. 2020 (arXiv:2010.02502), ADM = Dhariwal & Nichol 2021
@@ -8,10 +8,12 @@ Sources named in this package: DDPM = Ho et al. 2020 (arXiv:2006.11239), Improve
 from collections.abc import Sequence
 
 from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
-from dit_fast.diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from dit_fast.diffusion.flow_matching import FlowMatching
+from dit_fast.diffusion.gaussian_diffusion import PREDICTIONS, GaussianDiffusion, LossType, ModelVarType
 from dit_fast.diffusion.respace import SpacedDiffusion, space_timesteps
+from dit_fast.errors import ConfigError
 
-__all__ = ["GaussianDiffusion", "SpacedDiffusion", "create_diffusion", "space_timesteps"]
+__all__ = ["FlowMatching", "GaussianDiffusion", "SpacedDiffusion", "create_diffusion", "space_timesteps"]
 
 
 def create_diffusion(
@@ -23,6 +25,8 @@ def create_diffusion(
     learn_sigma: bool = True,
     rescale_learned_sigmas: bool = False,
     diffusion_steps: int = 1000,
+    prediction: str | None = None,
+    min_snr_gamma: float | None = None,
 ) -> SpacedDiffusion:
     """Build the diffusion process that a DiT is trained or sampled with.
 
@@ -35,10 +39,18 @@ def create_diffusion(
         learn_sigma: the model also predicts the variance, between its two bounds (Improved DDPM, eq. 15).
         rescale_learned_sigmas: weigh the variance's loss by steps / 1000.
         diffusion_steps: number of steps before respacing.
+        prediction: "epsilon", "x0" or "v" (Salimans & Ho 2022); None is what `predict_xstart` says.
+        min_snr_gamma: weigh the squared error by min-SNR (Hang et al. 2023), usually with 5; None does not.
 
     Raises:
-        ConfigError: an unknown schedule, a respacing that cannot be made, or too few steps.
+        ConfigError: an unknown schedule or prediction, a respacing that cannot be made, or too few steps.
     """
+    if prediction is None:
+        prediction = "x0" if predict_xstart else "epsilon"
+    if prediction not in PREDICTIONS:
+        raise ConfigError(
+            f"prediction {prediction!r} is not of diffusion in discrete steps: choose {', '.join(PREDICTIONS)}"
+        )
     betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
     if timestep_respacing is None or timestep_respacing == "":
         timestep_respacing = [diffusion_steps]
@@ -60,7 +72,8 @@ def create_diffusion(
     return SpacedDiffusion(
         use_timesteps=space_timesteps(diffusion_steps, timestep_respacing),
         betas=betas,
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_mean_type=PREDICTIONS[prediction],
         model_var_type=model_var_type,
         loss_type=loss_type,
+        min_snr_gamma=min_snr_gamma,
     )

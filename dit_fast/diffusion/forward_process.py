@@ -6,6 +6,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dit_fast.diffusion.coefficients import CoefficientTables
+from dit_fast.diffusion.paths import Point
 from dit_fast.errors import ConfigError
 
 
@@ -145,6 +146,19 @@ class ForwardProcess:
         )
         mean = coef1 * x_start + coef2 * x_t
         return mean, variance.expand_as(x_t), log_variance.expand_as(x_t)
+
+    def times_at(self, places: Tensor) -> Tensor:
+        """Timesteps, int64, at `places` from 0 to 1 of all of them."""
+        return (places * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """How much of the way from data to noise lies behind: 0 the first timestep, below 1 the last."""
+        return t / self.num_timesteps
+
+    def at(self, t: Tensor, ndim: int) -> Point:
+        """The shares of x_0 and of noise at timesteps t (N,), each a float32 view (N, 1, ...) of `ndim` dimensions."""
+        names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        return Point(*self._coefficients.at(t, ndim, *names))
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_0 from x_t and its noise: q_sample solved for x_0."""

@@ -14,8 +14,10 @@ from dit_fast.diffusion.beta_schedules import (
     get_named_beta_schedule,
 )
 from dit_fast.diffusion.diffusion_utils import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from dit_fast.diffusion.paths import determinant, target
 from dit_fast.diffusion.reverse_process import Model, ModelKwargs, ModelMeanType, ModelVarType
 from dit_fast.diffusion.sampling_loops import SamplingLoops
+from dit_fast.errors import ConfigError
 
 __all__ = [
     "GaussianDiffusion",
@@ -27,6 +29,13 @@ __all__ = [
     "get_named_beta_schedule",
     "mean_flat",
 ]
+
+PREDICTIONS = {
+    "epsilon": ModelMeanType.EPSILON,
+    "x0": ModelMeanType.START_X,
+    "v": ModelMeanType.V,
+}
+"""What `dit_fast.diffusion.paths` calls them."""
 
 # The step count for which Improved DDPM's weight of the variance loss is 1.
 _RESCALED_MSE_STEPS = 1000.0
@@ -60,9 +69,11 @@ class GaussianDiffusion(SamplingLoops):
         model_mean_type: what the model predicts.
         model_var_type: where the reverse variance comes from.
         loss_type: what `training_losses` returns.
+        min_snr_gamma: weigh the squared error so that x_0's has the weight min(SNR, gamma), whatever is predicted
+            (Hang et al. 2023, arXiv:2303.09556, section 3.4); None weighs all timesteps alike.
 
     Raises:
-        ConfigError: betas of another shape or range.
+        ConfigError: betas of another shape or range, or a gamma that cannot be.
     """
 
     def __init__(
@@ -72,9 +83,19 @@ class GaussianDiffusion(SamplingLoops):
         model_mean_type: ModelMeanType,
         model_var_type: ModelVarType,
         loss_type: LossType,
+        min_snr_gamma: float | None = None,
     ) -> None:
         super().__init__(betas=betas, model_mean_type=model_mean_type, model_var_type=model_var_type)
         self.loss_type = loss_type
+        self.min_snr_gamma = min_snr_gamma
+        if min_snr_gamma is None:
+            return
+        if not min_snr_gamma > 0:
+            raise ConfigError(f"min-SNR gamma {min_snr_gamma}: choose a number above 0 (5 is usual)")
+        if loss_type.is_vb() or model_mean_type is ModelMeanType.PREVIOUS_X:
+            raise ConfigError(
+                "min-SNR weighs squared errors of noise, x_0 or v; the bound has weights of its own: leave one out"
+            )
 
     def training_losses(
         self,
@@ -85,6 +106,8 @@ class GaussianDiffusion(SamplingLoops):
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The training loss of each sample (DDPM, eq. 14; Improved DDPM, eq. 16 with a learned variance).
+
+        "mse" is as the model's answer has it; in "loss" it has the weight of `min_snr_gamma`.
 
         Args:
             model: as for `p_mean_variance`.
@@ -110,13 +133,14 @@ class GaussianDiffusion(SamplingLoops):
         output, _ = self._evaluate(model, x_t, t, model_kwargs)
         prediction, variance_values = self._split_output(output, x_t)
         terms = {"mse": mean_flat((self._target(x_start, x_t, t, noise) - prediction) ** 2)}
-        terms["loss"] = terms["mse"]
+        weighted = self._weighted(terms["mse"], t)
+        terms["loss"] = weighted
         if variance_values is not None:
             posterior = self._posterior(prediction.detach(), variance_values, x_t, t, clip_denoised=False)
             terms["vb"] = self._bound(x_start, x_t, t, posterior)
             if self.loss_type is LossType.RESCALED_MSE:
                 terms["vb"] = terms["vb"] * (self.num_timesteps / _RESCALED_MSE_STEPS)
-            terms["loss"] = terms["mse"] + terms["vb"]
+            terms["loss"] = weighted + terms["vb"]
         return terms
 
     @torch.no_grad()
@@ -183,12 +207,32 @@ class GaussianDiffusion(SamplingLoops):
         mean, _, log_variance = self.q_mean_variance(x_start, last)
         return _bits_per_dim(normal_kl(mean, log_variance, 0.0, 0.0))
 
+    def _weighted(self, mse: Tensor, t: Tensor) -> Tensor:
+        """Squared errors (N,) of the model's answers times their weights."""
+        if self.min_snr_gamma is None:
+            return mse
+        point = self.at(t, 1)
+        snr = (point.alpha / point.sigma) ** 2
+        # The weight is of x_0's error, and this ratio is x_0's error for one of the answer.
+        ratio = point.sigma / determinant(self.prediction, point)
+        return mse * (snr.clamp(max=self.min_snr_gamma) * ratio**2)
+
+    @property
+    def prediction(self) -> str:
+        """One of PREDICTIONS. Raises ConfigError for a model of the posterior mean."""
+        for name, mean_type in PREDICTIONS.items():
+            if mean_type is self.model_mean_type:
+                return name
+        raise ConfigError("a model of the posterior mean is sampled by the process's own loops only")
+
     def _target(self, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the model's prediction is compared with, shaped like `x_start`."""
         if self.model_mean_type is ModelMeanType.EPSILON:
             return noise
         if self.model_mean_type is ModelMeanType.START_X:
             return x_start
+        if self.model_mean_type is ModelMeanType.V:
+            return target("v", x_start, noise, self.at(t, x_start.dim()))
         return self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)[0]
 
 

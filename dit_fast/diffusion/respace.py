@@ -96,7 +96,7 @@ class SpacedDiffusion(GaussianDiffusion):
     Args:
         use_timesteps: timesteps of the original process to keep, in any order.
         betas: variances (original steps,) of the original process.
-        model_mean_type, model_var_type, loss_type: as for `GaussianDiffusion`.
+        model_mean_type, model_var_type, loss_type, min_snr_gamma: as for `GaussianDiffusion`.
 
     Attributes:
         use_timesteps: the kept timesteps as a set.
@@ -115,6 +115,7 @@ class SpacedDiffusion(GaussianDiffusion):
         model_mean_type: ModelMeanType,
         model_var_type: ModelVarType,
         loss_type: LossType,
+        min_snr_gamma: float | None = None,
     ) -> None:
         original_betas = np.array(betas, dtype=np.float64)
         self.use_timesteps = set(use_timesteps)
@@ -133,6 +134,7 @@ class SpacedDiffusion(GaussianDiffusion):
             model_mean_type=model_mean_type,
             model_var_type=model_var_type,
             loss_type=loss_type,
+            min_snr_gamma=min_snr_gamma,
         )
         self._device_timestep_map = DeviceTable(torch.tensor(self.timestep_map, dtype=torch.int64))
 

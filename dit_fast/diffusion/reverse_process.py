@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dit_fast.diffusion.forward_process import ForwardProcess
+from dit_fast.diffusion.paths import data_and_noise
 from dit_fast.errors import ConfigError
 
 # model(x, t, **model_kwargs) -> output, or (output, extra); the output is (N, C or 2C, ...).
@@ -26,6 +27,7 @@ class ModelMeanType(enum.Enum):
     PREVIOUS_X = enum.auto()
     START_X = enum.auto()
     EPSILON = enum.auto()
+    V = enum.auto()
 
 
 class ModelVarType(enum.Enum):
@@ -248,6 +250,8 @@ class ReverseProcess(ForwardProcess):
             pred_xstart = self._predict_xstart_from_eps(x, t, prediction)
         elif self.model_mean_type is ModelMeanType.PREVIOUS_X:
             pred_xstart = self._predict_xstart_from_xprev(x, t, prediction)
+        elif self.model_mean_type is ModelMeanType.V:
+            pred_xstart, _ = data_and_noise("v", prediction, x, self.at(t, x.dim()))
         else:
             pred_xstart = prediction
         if denoised_fn is not None:

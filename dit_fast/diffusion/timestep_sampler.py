@@ -91,6 +91,61 @@ class LossAwareSampler(ScheduleSampler):
         """Learn from the timesteps and losses of all ranks, which come in the same order on each."""
 
 
+class LossHistory:
+    """The last losses of each timestep, and importance sampling by them, on the device and without waiting for it.
+
+    losses: float64 (steps + 1, kept), the last row of no timestep; counts: int64 (steps,), losses seen so far.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        kept: int = 10,
+        uniform_prob: float = 0.001,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if kept < 1:
+            raise ConfigError(f"history_per_term must be at least 1, not {kept}")
+        if not 0.0 <= uniform_prob <= 1.0:
+            raise ConfigError(f"uniform_prob must lie between 0 and 1, not {uniform_prob}")
+        self.uniform_prob = uniform_prob
+        self.losses = torch.zeros(steps + 1, kept, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(steps, dtype=torch.int64, device=device)
+
+    def complete(self) -> Tensor:
+        """Whether every timestep has all the losses that are kept, () bool."""
+        return (self.counts >= self.losses.shape[1]).all()
+
+    def probabilities(self) -> Tensor:
+        """Of each timestep, float64 (steps,) (Improved DDPM, eq. 18); all alike until the history is complete."""
+        uniform = torch.full_like(self.losses[:-1, 0], 1 / len(self.counts))
+        weights = self.losses[:-1].square().mean(dim=1).sqrt()
+        mixed = weights / weights.sum() * (1 - self.uniform_prob) + uniform * self.uniform_prob
+        return torch.where(self.complete(), mixed, uniform)
+
+    def draw(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps, int64, of uniform `places` in [0, 1), and the weights 1 / (steps * p) of their losses, float32."""
+        probabilities = self.probabilities()
+        ends = probabilities.cumsum(0)
+        t = torch.searchsorted(ends, places.double() * ends[-1], right=True).clamp(max=len(ends) - 1)
+        return t, (1 / (len(ends) * probabilities[t])).float()
+
+    def update(self, t: Tensor, losses: Tensor, good: Tensor | bool = True) -> None:
+        """Take in the losses (N,) of timesteps t (N,), which overwrite the oldest; nothing unless `good`."""
+        kept = self.losses.shape[1]
+        order = t.argsort(stable=True)
+        t, losses = t[order], losses[order].detach().double()
+        # Of the losses of one timestep, how many come before and after each.
+        first = torch.searchsorted(t, t, right=False)
+        last = torch.searchsorted(t, t, right=True)
+        before = torch.arange(len(t), device=t.device) - first
+        place = (self.counts[t] + before) % kept
+        # Two losses must not meet in one place: the older goes to the row of no timestep.
+        row = torch.where((last - first - before <= kept) & torch.as_tensor(good), t, len(self.counts))
+        self.losses.index_put_((row, place), losses)
+        self.counts.scatter_add_(0, t, torch.ones_like(t) * good)
+
+
 class LossSecondMomentResampler(LossAwareSampler):
     """Timesteps in proportion to the root mean square of their recent losses (Improved DDPM, eq. 18).
 
@@ -103,34 +158,16 @@ class LossSecondMomentResampler(LossAwareSampler):
     def __init__(
         self, diffusion: HasTimesteps, history_per_term: int = 10, uniform_prob: float = 0.001
     ) -> None:
-        if history_per_term < 1:
-            raise ConfigError(f"history_per_term must be at least 1, not {history_per_term}")
-        if not 0.0 <= uniform_prob <= 1.0:
-            raise ConfigError(f"uniform_prob must lie between 0 and 1, not {uniform_prob}")
         self.diffusion = diffusion
-        self.history_per_term = history_per_term
-        self.uniform_prob = uniform_prob
-        self._loss_history = np.zeros((diffusion.num_timesteps, history_per_term), dtype=np.float64)
-        self._loss_counts = np.zeros(diffusion.num_timesteps, dtype=np.int64)
+        self.history = LossHistory(diffusion.num_timesteps, history_per_term, uniform_prob)
 
     def weights(self) -> NDArray[np.float64]:
-        steps = self.diffusion.num_timesteps
-        if not self._warmed_up():
-            return np.ones(steps, dtype=np.float64)
-        weights = np.sqrt(np.mean(self._loss_history**2, axis=-1))
-        return weights / weights.sum() * (1 - self.uniform_prob) + self.uniform_prob / steps
+        if not self.history.complete():
+            return np.ones(self.diffusion.num_timesteps, dtype=np.float64)
+        return self.history.probabilities().numpy()
 
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
-        for t, loss in zip(ts, losses, strict=True):
-            if self._loss_counts[t] == self.history_per_term:
-                self._loss_history[t, :-1] = self._loss_history[t, 1:]
-                self._loss_history[t, -1] = loss
-            else:
-                self._loss_history[t, self._loss_counts[t]] = loss
-                self._loss_counts[t] += 1
-
-    def _warmed_up(self) -> bool:
-        return bool((self._loss_counts == self.history_per_term).all())
+        self.history.update(torch.tensor(ts), torch.tensor(losses, dtype=torch.float64))
 
 
 def _gather_columns(pairs: Tensor) -> Tensor:

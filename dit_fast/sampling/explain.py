@@ -5,6 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ def thinned(nodes: Nodes, steps: int) -> Nodes:
         levels=nodes.levels[kept],
         alphas=nodes.alphas[ends],
         sigmas=nodes.sigmas[ends],
+        rates=None if nodes.rates is None else (nodes.rates[0][kept], nodes.rates[1][kept]),
     )
 
 
@@ -155,10 +157,9 @@ def attention_maps(model: DiT, x: Tensor, t: Tensor, y: Tensor, block: int) -> T
     check_attention(model, block, None)
     kept: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, Attention)
-        tokens = inputs[0]
-        packed = module.qkv(tokens).unflatten(2, (3, module.num_heads, module.head_dim)).float()
+        packed = module.project(*inputs).float()
         q, k = packed[:, :, 0].transpose(1, 2), packed[:, :, 1].transpose(1, 2)
         kept.append((q @ k.transpose(2, 3) * module.scale).softmax(dim=3))
 

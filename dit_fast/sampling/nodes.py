@@ -1,22 +1,34 @@
 """Where a trajectory is evaluated: the nodes of a noise schedule, from noise to data.
 
-Every schedule here is a Gaussian path x = alpha x_0 + sigma noise (Kingma et al. 2021, section 3.1), so that solvers
-need not know what a model was trained on: alpha^2 + sigma^2 = 1 for diffusion, alpha + sigma = 1 for flow matching.
+Every schedule here is a Gaussian path x = alpha x_0 + sigma noise (Kingma et al. 2021, section 3.1), and every model's
+answer gives x_0 (`dit_fast.diffusion.paths`), so that solvers need not know what a model was trained on.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from dit_fast.diffusion import GaussianDiffusion, SpacedDiffusion
-from dit_fast.diffusion.gaussian_diffusion import ModelMeanType, ModelVarType
+from dit_fast.diffusion import FlowMatching, GaussianDiffusion, SpacedDiffusion, create_diffusion
+from dit_fast.diffusion.gaussian_diffusion import ModelVarType
+from dit_fast.diffusion.paths import PATHS, Point, determinant, shares
 from dit_fast.errors import ConfigError
 
 Array = NDArray[np.float64]
 
-PREDICTIONS = ("noise", "data", "velocity")
-"""What a model answers: the noise, x_0, or x_0 - noise on the path alpha + sigma = 1."""
+STEPS = 250
+"""Sampling steps unless others are asked for, as in the reference and in SiT."""
+
+LAST_STEP = 0.04
+"""Length in t of an SDE's last step, as in SiT."""
+
+# Where alpha is 0, noise and score do not tell x_0; SiT's sampling begins this much later.
+_START = 1e-3
+# Those of `create_diffusion` that say how to sample, not how to train.
+_DIFFUSION_OPTIONS = ("noise_schedule", "sigma_small", "predict_xstart", "diffusion_steps", "prediction")
 
 _VARIANCES = {
     ModelVarType.LEARNED_RANGE: "learned",
@@ -33,8 +45,10 @@ class Nodes:
     levels      float64 (N,): noise level of each evaluation, 1 pure noise, 0 data; guidance intervals mean these
     alphas      float64 (N + 1,): share of x_0, the last where the trajectory ends, usually 1
     sigmas      float64 (N + 1,): share of the noise, the last usually 0
-    prediction  one of PREDICTIONS
+    prediction  one of `dit_fast.diffusion.paths.PREDICTIONS`
     variance    of an ancestral step: "learned" (between its bounds), "small" (the posterior's) or "large" (beta)
+    rates       of a path in continuous time, which `times` then are, ending at 1: derivatives of alpha and of sigma at
+                each evaluation, float64 (N,) each; None for discrete timesteps
 
     Raises ConfigError for arrays that do not fit each other or do not lead from noise to data.
     """
@@ -43,8 +57,9 @@ class Nodes:
     levels: Array
     alphas: Array
     sigmas: Array
-    prediction: str = "noise"
+    prediction: str = "epsilon"
     variance: str = "large"
+    rates: tuple[Array, Array] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.times)
@@ -53,34 +68,30 @@ class Nodes:
                 f"{n} times, {len(self.levels)} levels, {len(self.alphas)} alphas and {len(self.sigmas)} sigmas: "
                 "N, N, N + 1 and N + 1 are wanted, N at least 1"
             )
-        if self.prediction not in PREDICTIONS:
-            raise ConfigError(f"prediction {self.prediction!r}: choose {', '.join(PREDICTIONS)}")
         if (self.sigmas[:-1] <= 0).any() or (np.diff(self.sigmas / (self.alphas + self.sigmas)) >= 0).any():
             raise ConfigError("sigma / (alpha + sigma) must fall from node to node and be 0 only at the end")
-        if self.prediction == "velocity" and not np.allclose(self.alphas + self.sigmas, 1):
-            raise ConfigError("a model of the velocity needs the path alpha + sigma = 1")
+        self.data_coefficients()
 
     def __len__(self) -> int:
         return len(self.times)
 
     def data_coefficients(self) -> tuple[Array, Array]:
         """(a, b), each (N,), with x_0 = a x + b answer for the model's answer at each node."""
-        alphas, sigmas = self.alphas[:-1], self.sigmas[:-1]
-        if self.prediction == "noise":
-            if (alphas == 0).any():
-                raise ConfigError("a node without signal (alpha 0) cannot be sampled by a model of the noise")
-            return 1 / alphas, -sigmas / alphas
-        if self.prediction == "data":
-            return np.zeros_like(alphas), np.ones_like(alphas)
-        return np.ones_like(alphas), sigmas
+        arrays = (self.alphas[:-1], self.sigmas[:-1], *(self.rates or ()))
+        point = Point(*map(torch.from_numpy, arrays))
+        scale = determinant(self.prediction, point)
+        if (scale == 0).any():
+            raise ConfigError(
+                f"a node without signal (alpha 0) cannot be sampled by a model of the {self.prediction}"
+            )
+        _, of_noise = shares(self.prediction, point)
+        return (of_noise / scale).numpy(), (-point.sigma / scale).numpy()
 
 
 def diffusion_nodes(diffusion: GaussianDiffusion) -> Nodes:
     """The nodes of a diffusion process, respaced or not, from its last step to its first."""
-    if diffusion.model_mean_type is ModelMeanType.PREVIOUS_X or diffusion.model_var_type not in _VARIANCES:
-        raise ConfigError(
-            f"no solver for a model of {diffusion.model_mean_type.name} with {diffusion.model_var_type.name}"
-        )
+    if diffusion.model_var_type not in _VARIANCES:
+        raise ConfigError(f"no solver for a variance that is {diffusion.model_var_type.name}")
     steps = diffusion.num_timesteps
     if isinstance(diffusion, SpacedDiffusion):
         kept, steps = np.array(diffusion.timestep_map, dtype=np.float64), diffusion.original_num_steps
@@ -92,22 +103,77 @@ def diffusion_nodes(diffusion: GaussianDiffusion) -> Nodes:
         levels=(times + 1) / steps,
         alphas=np.append(np.sqrt(diffusion.alphas_cumprod[::-1]), 1.0),
         sigmas=np.append(np.sqrt(1.0 - diffusion.alphas_cumprod[::-1]), 0.0),
-        prediction="noise" if diffusion.model_mean_type is ModelMeanType.EPSILON else "data",
+        prediction=diffusion.prediction,
         variance=_VARIANCES[diffusion.model_var_type],
     )
 
 
-def flow_nodes(steps: int, shift: float = 1.0) -> Nodes:
-    """Nodes of flow matching on the path x = t x_0 + (1 - t) noise; the model reads t, from 0 (noise) to 1 (data).
+def flow_nodes(
+    steps: int,
+    shift: float = 1.0,
+    *,
+    path: str = "linear",
+    prediction: str = "velocity",
+    start: float | None = None,
+    last_step: float | None = None,
+) -> Nodes:
+    """Nodes of flow matching on a path of `dit_fast.diffusion.paths`; the model reads t, from 0 (noise) to 1 (data).
 
-    That is the convention of SiT (Ma et al. 2024). `shift` above 1 spends more steps on noise: sigma' = shift sigma /
-    (1 + (shift - 1) sigma) (Esser et al. 2024, equation 23). Raises ConfigError for no step or a shift not above 0.
+    That is the convention of SiT (Ma et al. 2024).
+
+    shift       above 1 spends more steps on noise: with s = 1 - t, s' = shift s / (1 + (shift - 1) s)
+                (Esser et al. 2024, equation 23)
+    start       time of the first node; None: 0, or 0.001 where the equations for x_0 are singular at 0
+    last_step   length in t of the last step, as SDEs want one; None: all steps are alike, but for `shift`
+
+    Raises ConfigError for values out of range.
     """
+    FlowMatching(path, prediction)
     if steps < 1:
         raise ConfigError(f"{steps} steps: ask for at least one")
     if not shift > 0:
         raise ConfigError(f"shift {shift}: choose a number above 0 (1 is none)")
-    sigmas = np.linspace(1.0, 0.0, steps + 1)
-    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-    alphas = 1 - sigmas
-    return Nodes(alphas[:-1], sigmas[:-1], alphas, sigmas, prediction="velocity")
+    if start is None:
+        start = _START if path != "vp" and prediction in ("epsilon", "score") else 0.0
+    if last_step is None:
+        left = np.linspace(1.0 - start, 0.0, steps + 1)
+    elif 0 < last_step < 1 - start or (steps == 1 and last_step == 1 - start):
+        left = np.append(np.linspace(1.0 - start, last_step, steps), 0.0)
+    else:
+        raise ConfigError(f"last step {last_step}: choose a length in t above 0 and below {1 - start:g}")
+    left = shift * left / (1 + (shift - 1) * left)
+    times = 1 - left
+    point = [part.numpy() for part in PATHS[path](torch.from_numpy(times[:-1])) if part is not None]
+    return Nodes(
+        times[:-1],
+        left[:-1],
+        alphas=np.append(point[0], 1.0),
+        sigmas=np.append(point[1], 0.0),
+        prediction=prediction,
+        rates=(point[2], point[3]),
+    )
+
+
+def sampling_nodes(
+    objective: Mapping[str, Any], steps: str | int | None, solver: str, *, learn_sigma: bool
+) -> Nodes:
+    """The nodes of a model trained with `objective`, arguments of `create_objective` as a checkpoint keeps them.
+
+    steps: a number, or for diffusion a respacing; None: 250, or all if fewer. Raises ConfigError.
+    """
+    options = dict(objective)
+    if options.pop("objective", "diffusion") == "diffusion":
+        kept = {name: options[name] for name in _DIFFUSION_OPTIONS if name in options}
+        steps = steps or min(STEPS, kept.get("diffusion_steps", STEPS))
+        return diffusion_nodes(create_diffusion(str(steps), learn_sigma=learn_sigma, **kept))
+    if not str(steps or STEPS).isdecimal():
+        raise ConfigError(f"steps {steps}: flow matching takes a number; respacings are of diffusion")
+    last_step = LAST_STEP if solver.startswith("sde") else None
+    start = _START if solver == "sde-sbdm" else None
+    return flow_nodes(
+        int(steps or STEPS),
+        path=options["path"],
+        prediction=options["prediction"],
+        start=start,
+        last_step=last_step,
+    )

@@ -36,6 +36,17 @@ Noise = Callable[[int], Tensor]
 Score = Callable[[Tensor, int], Tensor]
 Trajectory = Iterator[Tensor]
 
+# w of an SDE from t, sigma and the w of score-based diffusion (SiT, table 3 of its appendix).
+DIFFUSION_FORMS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "constant": lambda t, sigma, sbdm: np.ones_like(t),
+    "sbdm": lambda t, sigma, sbdm: sbdm,
+    "sigma": lambda t, sigma, sbdm: sigma.copy(),
+    "linear": lambda t, sigma, sbdm: 1 - t,
+    "decreasing": lambda t, sigma, sbdm: (np.cos(np.pi * t) + 1) ** 2 / 4,
+    "increasing-decreasing": lambda t, sigma, sbdm: np.sin(np.pi * t) ** 2,
+}
+LAST_STEPS = ("mean", "euler", "tweedie", "none")
+
 
 def ddpm(
     denoise: Denoiser, x: Tensor, nodes: Nodes, noise: Noise, *, score: Score | None = None
@@ -243,6 +254,61 @@ def heun_table(nodes: Nodes) -> DeviceTable:
     rows[:-1, 1] = (1 - gain) / 2
     rows[:-1, 2] = gain * total[1:-1] / 2
     return DeviceTable(torch.from_numpy(rows))
+
+
+def sde(
+    denoise: Denoiser,
+    x: Tensor,
+    nodes: Nodes,
+    noise: Noise,
+    *,
+    form: str = "sigma",
+    last_step: str = "mean",
+) -> Trajectory:
+    """Euler and Maruyama's method for dx = (velocity + w score) dt + sqrt(2 w) dW, from noise to data.
+
+    For every w(t) that is not negative its states have the same distributions as the flow's (Ma et al. 2024, SiT,
+    arXiv:2401.08740, section 2.2); `form` names one of DIFFUSION_FORMS. `last_step`: one of LAST_STEPS, "mean" and
+    "euler" without noise, the latter along the flow alone; "tweedie" to the predicted x_0; "none" ends before it.
+    Raises ConfigError for another name, for discrete timesteps, or where w is infinite.
+    """
+    table = _rows(sde_table(nodes, form, last_step), x)
+    steps = len(nodes)
+    for i in range(steps - (last_step == "none")):
+        of_x, of_data, of_noise = table[i]
+        x = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
+        if i + 1 < steps:
+            x = torch.addcmul(x, of_noise, noise(i))
+        yield x
+    if last_step == "none":
+        yield x
+
+
+@functools.lru_cache(maxsize=32)
+def sde_table(nodes: Nodes, form: str, last_step: str) -> DeviceTable:
+    """(N, 3): what the next state takes of x, of x_0 and of fresh noise."""
+    if form not in DIFFUSION_FORMS or last_step not in LAST_STEPS:
+        raise ConfigError(
+            f"diffusion form {form!r}, last step {last_step!r}: choose {', '.join(DIFFUSION_FORMS)}; "
+            f"{', '.join(LAST_STEPS)}"
+        )
+    if nodes.rates is None:
+        raise ConfigError("an SDE runs in continuous time, and these timesteps are discrete: use ddpm")
+    alpha, sigma, (alpha_rate, sigma_rate) = nodes.alphas[:-1], nodes.sigmas[:-1], nodes.rates
+    step = np.diff(nodes.times, append=1.0)
+    with np.errstate(divide="ignore"):
+        weight = DIFFUSION_FORMS[form](nodes.times, sigma, sigma * (alpha_rate * sigma / alpha - sigma_rate))
+    if not np.isfinite(weight).all():
+        raise ConfigError(f"diffusion form {form} is infinite at alpha 0: start later, or choose another")
+    if last_step == "euler":
+        weight[-1] = 0.0
+    # velocity = alpha' x_0 + sigma' noise and score = -noise / sigma, with noise = (x - alpha x_0) / sigma.
+    of_noise = sigma_rate - weight / sigma
+    of_x = 1 + step * of_noise / sigma
+    of_data = step * (alpha_rate - of_noise * alpha / sigma)
+    if last_step == "tweedie":
+        of_x[-1], of_data[-1] = 0.0, 1.0
+    return _table(of_x, of_data, np.sqrt(2 * weight * step))
 
 
 def _pairs(values: Array) -> tuple[Array, Array]:
