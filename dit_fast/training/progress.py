@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +133,7 @@ def plot_losses(logs: dict[str, Path], target: Path) -> None:
         steps = [record["step"] for record in records]
         losses = [record["loss"] for record in records]
         axes.plot(steps, losses, color=f"C{index}", alpha=0.3, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), color=f"C{index}", label=name)
+        axes.plot(steps, smooth(losses), color=f"C{index}", label=name)
         lowest += losses[:1] and [min(losses)]
     axes.set(xlabel="optimiser step", ylabel="loss = mse + variational bound (bits)")
     axes.set_title("pale: mean since the last log line; full: smoothed", fontsize="small")
@@ -142,11 +144,16 @@ def plot_losses(logs: dict[str, Path], target: Path) -> None:
     figure.savefig(target, dpi=150)
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential average without the bias towards its start."""
-    smoothed, average, norm = [], 0.0, 0.0
-    for value in values:
-        average = weight * average + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        smoothed.append(average / norm)
+def smooth(values: Sequence[float]) -> list[float]:
+    """Means over a window around each value: a tenth of all, at least five, fewer towards both ends.
+
+    A window of both sides leaves a straight line where it is; an average of what came before lags behind a fall.
+    """
+    count = len(values)
+    sums = list(accumulate(values, initial=0.0))
+    widest = max(2, count // 20)
+    smoothed = []
+    for index in range(count):
+        half = min(widest, index, count - 1 - index)
+        smoothed.append((sums[index + half + 1] - sums[index - half]) / (2 * half + 1))
     return smoothed
