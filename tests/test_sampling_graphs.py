@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from dit_fast.diffusion import create_diffusion
 from dit_fast.models import DiT
-from dit_fast.sampling import SOLVERS, Guidance, Sampler, SamplerConfig, classifier_cond_fn
+from dit_fast.sampling import SOLVERS, Guidance, Sampler, SamplerConfig, classifier_cond_fn, flow_nodes
 from dit_fast.sampling.graphs import GraphCache
 
 
@@ -84,9 +84,14 @@ def model() -> DiT:
     return small_model()
 
 
+def process_of(solver: str, steps: str):
+    return flow_nodes(int(steps), start=0.1) if solver.startswith("sde") else create_diffusion(steps)
+
+
 def pair(model, steps="5", config=None, **options) -> tuple[Sampler, Sampler]:
     """A sampler that captures and one that does not."""
-    config, process = config or SamplerConfig(**options), create_diffusion(steps)
+    config = config or SamplerConfig(**options)
+    process = process_of(config.solver, steps)
     graph = Sampler(model, process, config, backend=FakeGraphs())
     return graph, Sampler(model, graph.nodes, replace(config, graph="never"))
 
@@ -232,7 +237,7 @@ def test_the_cache_keeps_the_last_used():
 def test_cuda_graphs_are_the_eager_trajectory(solver):
     model = small_model().cuda()
     config = SamplerConfig(solver=solver, guidance=Guidance(2.0, interval=(0.2, 0.9)))
-    graph = Sampler(model, create_diffusion("5"), config)
+    graph = Sampler(model, process_of(solver, "5"), config)
     eager = Sampler(model, graph.nodes, replace(config, graph="never"))
     for labels, seed in (([1, 2], 0), ([3, 8], 5)):
         assert torch.equal(graph(labels, seed=seed), eager(labels, seed=seed))

@@ -22,7 +22,8 @@ _DETERMINISTIC: dict[str, Callable[..., solvers.Trajectory]] = {
     "euler": solvers.euler,
     "heun": solvers.heun,
 }
-SOLVERS = ("ddpm", "ddim", *_DETERMINISTIC)
+_SDE = "sde-"
+SOLVERS = ("ddpm", "ddim", *_DETERMINISTIC, *(_SDE + form for form in solvers.DIFFUSION_FORMS))
 
 _WARM_UP_STEPS = 3
 
@@ -44,6 +45,7 @@ class ProgramKey:
     nodes: Nodes
     solver: str
     eta: float
+    last_step: str
     guidance: Guidance
     clip: bool
     dtype: torch.dtype
@@ -57,7 +59,7 @@ class ProgramKey:
     @property
     def stochastic(self) -> bool:
         """Whether steps draw noise."""
-        return self.solver == "ddpm" or (self.solver == "ddim" and self.eta > 0)
+        return self.solver.startswith(("ddpm", _SDE)) or (self.solver == "ddim" and self.eta > 0)
 
 
 def evaluate(
@@ -95,6 +97,7 @@ class Program:
         self.labels = torch.zeros(key.batch, dtype=torch.int64, device=key.device)
 
         a, b = self.nodes.data_coefficients()
+        self.of_data = not a.any()
         scales = key.guidance.scales(self.nodes)
         self.guided = [bool(scale != 1) for scale in scales]
         self.coefficients = torch.from_numpy(np.stack([a, b, scales], axis=1)).to(self.start)
@@ -133,7 +136,7 @@ class Program:
             b,
             scale if self.guided[i] else None,
             channels,
-            self.nodes.prediction == "data",
+            self.of_data,
             self.key.clip,
         )
         if self.cond_fn is not None and self.key.solver != "ddpm":
@@ -157,6 +160,11 @@ class Program:
             return solvers.ddpm(self.denoise, self.start, self.nodes, noise, score=score)
         if key.solver == "ddim":
             return solvers.ddim(self.denoise, self.start, self.nodes, noise, eta=key.eta)
+        if key.solver.startswith(_SDE):
+            form = key.solver.removeprefix(_SDE)
+            return solvers.sde(
+                self.denoise, self.start, self.nodes, noise, form=form, last_step=key.last_step
+            )
         return _DETERMINISTIC[key.solver](self.denoise, self.start, self.nodes)
 
     def capture(self, backend: GraphBackend) -> None:

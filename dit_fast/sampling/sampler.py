@@ -23,6 +23,7 @@ from dit_fast.sampling.modulation import loop_parameters, modulation_width
 from dit_fast.sampling.nodes import Nodes, diffusion_nodes
 from dit_fast.sampling.noise import KeyedNoise, ReferenceNoise
 from dit_fast.sampling.program import SOLVERS, CondFn, Evaluate, Program, ProgramKey, evaluate
+from dit_fast.sampling.solvers import LAST_STEPS
 
 MODES = ("fast", "reference")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -34,6 +35,7 @@ class SamplerConfig:
     """How samples are drawn.
 
     solver, eta  one of SOLVERS; eta is DDIM's share of fresh noise (0: deterministic)
+    last_step    of SDEs: one of `solvers.LAST_STEPS`
     guidance     classifier-free guidance; scale 1 runs the conditional branch alone
     clip         clamp the predicted x_0 to [-1, 1] at every step: for pixels, not for latents
     mode         "fast": noise of sample i is a function of (seed, i); "reference": the draws of the reference's
@@ -51,6 +53,7 @@ class SamplerConfig:
 
     solver: str = "ddpm"
     eta: float = 0.0
+    last_step: str = "mean"
     guidance: Guidance = field(default_factory=Guidance)
     clip: bool = False
     mode: str = "fast"
@@ -63,6 +66,7 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         words = (
             ("solver", self.solver, SOLVERS),
+            ("last step", self.last_step, LAST_STEPS),
             ("sampling mode", self.mode, MODES),
             ("precision", self.precision, (None, *PRECISIONS)),
             ("graph", self.graph, GRAPHS),
@@ -132,9 +136,14 @@ class Sampler:
                 f"guidance scale {self.config.guidance.scale} needs a model trained with label dropout, this one was "
                 "trained without it (class_dropout_prob 0): use scale 1"
             )
-        if self.config.solver == "ddpm" and self.nodes.prediction == "velocity":
+        solver, continuous = self.config.solver, self.nodes.rates is not None
+        if solver == "ddpm" and continuous:
             raise ConfigError(
-                "solver ddpm is of diffusion models: for a model of flow matching use euler or heun"
+                "solver ddpm is of diffusion models: for a model of flow matching use euler, heun or sde-sigma"
+            )
+        if solver.startswith("sde") and not continuous:
+            raise ConfigError(
+                f"solver {solver} is of flow matching: for a diffusion model use ddpm, or ddim with eta"
             )
         if self.config.solver == "ddpm" and self.nodes.variance == "learned" and not self.model.learn_sigma:
             raise ConfigError(
@@ -275,7 +284,7 @@ class Sampler:
         config, steps = self.config, len(self.nodes)
         sizes = model.x_embedder.img_size
         bytes_per_step = rows * modulation_width(model) * model.pos_embed.itemsize
-        if config.solver in ("ddpm", "ddim"):
+        if config.solver.startswith(("ddpm", "ddim", "sde")):
             bytes_per_step += 4 * batch * model.in_channels * sizes[0] * sizes[1]
         most = max(1, min(steps, config.table_bytes // bytes_per_step))
         bounds = sorted({*range(0, steps, every), steps})
@@ -290,6 +299,7 @@ class Sampler:
             nodes=self.nodes,
             solver=config.solver,
             eta=config.eta,
+            last_step=config.last_step,
             guidance=config.guidance,
             clip=config.clip,
             dtype=model.pos_embed.dtype,
