@@ -1,4 +1,4 @@
-"""What a run says: spikes, MFU, trackers, ranges, grids of samples; `dit-fast plot` and `dit-fast profile`."""
+"""What a run says: spikes, MFU, trackers, ranges, grids of samples; `dit-fast plot`."""
 
 import dataclasses
 import json
@@ -274,47 +274,6 @@ def test_the_smoothed_curve_does_not_lag():
     assert np.std(smooth(list(noise))) < np.std(noise) / 3
     assert smooth([]) == []
     assert smooth([2.0]) == [2.0]
-
-
-PROFILED = [
-    *("profile", "--data", "digits", "--hidden-size", "16", "--depth", "1", "--num-heads", "2"),
-    *("--patch-size", "4", "--batch-size", "4", "--device", "cpu"),
-]  # fmt: skip
-
-
-def test_a_profile_is_a_trace_and_a_table(tmp_path, capsys):
-    target = tmp_path / "deep" / "trace.json"
-    assert main([*PROFILED, "--first", "1", "--count", "2", "--top", "5", "--trace", str(target)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:3] == ["ms", "a", "step"]
-    assert len(lines) == 7
-    assert lines[-1] == f"{target}: 2 steps after 1"
-    shares = [float(line.split()[1].rstrip("%")) for line in lines[1:-1]]
-    assert shares == sorted(shares, reverse=True)
-    assert 0 < sum(shares) <= 100.5
-    events = json.loads(target.read_text())["traceEvents"]
-    names = [event.get("name") for event in events]
-    assert all(names.count(name) >= 2 for name in ("data", "forward", "backward", "block_0", "optimizer_ema"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--out", "run"], "dit-fast profile keeps no run: leave out --out"),
-        (["--count", "0"], "--count 0: give at least 1"),
-        (["--lr", "-1"], "--lr -1.0: give a positive number"),
-    ],
-)
-def test_a_profile_that_cannot_be(arguments, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main([*PROFILED, *arguments]) == 1
-    assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_profile_needs_data(capsys):
-    assert main(["profile", "--first", "0"]) == 1
-    assert "--data is missing" in capsys.readouterr().err
 
 
 def test_every_option_that_changes_nothing_else_is_in_the_manifest():

@@ -1,24 +1,35 @@
-"""`dit-fast profile`: a trace of chosen training steps, and which kernels take their time."""
+"""`dit-fast profile`: a trace of chosen training or sampling steps, and which ranges and kernels take their time."""
 
 import argparse
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
+import triton
 from torch.autograd import DeviceType
 
 from dit_fast.cli import train
+from dit_fast.data import LatentSet
+from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError, OutputError
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig
 from dit_fast.training import PRESETS, TrainConfig, Trainer
-from dit_fast.training.config import apply_to_process, open_set
+from dit_fast.training.config import apply_to_process, build_model, open_set
+from dit_fast.training.precision import choose_precision
 from dit_fast.training.prefetch import prefetch
-from dit_fast.training.ranges import profiler_ranges
+from dit_fast.training.ranges import mark_blocks, profiler_ranges
+from dit_fast.training.world import choose_device
 
 _OF_A_RUN = ("out", "results_dir", "resume")
+Steps = Callable[[Callable[[], None]], None]
+"""steps(after): makes all steps and calls `after` behind each."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dit-fast train`, and which of its steps are traced."""
+    """The options of `dit-fast train`, and which steps are traced."""
     train.add_arguments(parser)
     parser.epilog = (
         "Takes the options of dit-fast train; writes no checkpoint. Open the trace at ui.perfetto.dev."
@@ -30,14 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     trace.add_argument("--count", type=int, default=3, metavar="N", help="steps to trace (default: 3)")
     trace.add_argument("--top", type=int, default=20, metavar="N", help="kernels to print (default: 20)")
+    trace.add_argument(
+        "--sample",
+        action="store_true",
+        default=False,
+        help="trace sampling steps (DDPM, guidance 4) of a batch with new weights instead of training steps",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trace steps `first` to `first` + `count` of a run that is not kept."""
+    """Trace steps `first` to `first` + `count` of a run that is not kept, or of a sampling trajectory."""
     options: dict[str, Any] = {
         name: value for name, value in vars(args).items() if name not in ("command", "run")
     }
-    path, first, count, top = (options.pop(name) for name in ("trace", "first", "count", "top"))
+    path, first, count, top, sample = (
+        options.pop(name) for name in ("trace", "first", "count", "top", "sample")
+    )
     if given := [f"--{name.replace('_', '-')}" for name in _OF_A_RUN if options.pop(name, None) is not None]:
         raise ConfigError(f"dit-fast profile keeps no run: leave out {', '.join(given)}")
     for name, value, least in (("first", first, 0), ("count", count, 1), ("top", top, 1)):
@@ -48,41 +67,141 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")
     config = TrainConfig(**{**options, "epochs": None, "steps": first + count})
     apply_to_process(config)
-    trainer = Trainer(config, open_set(config), ranges=profiler_ranges())
-    print(trace_steps(trainer, first, count, path, top))
-    print(f"{path}: {count} step{'s' if count > 1 else ''} after {first}")
+    device = choose_device(config.device)
+    steps = (sampling_steps if sample else training_steps)(config, device)
+    print(trace_steps(steps, device, first, count, path, top))
+    print(f"{path}: {count} {'sampling ' if sample else ''}step{'s' if count > 1 else ''} after {first}")
     return 0
 
 
-def trace_steps(trainer: Trainer, first: int, count: int, path: Path, top: int) -> str:
-    """Write a Chrome trace of `count` steps after `first` others to `path`; returns a table of the `top` kernels.
+def training_steps(config: TrainConfig, device: torch.device) -> Steps:
+    """The steps of a new run."""
+    trainer = Trainer(config, open_set(config), ranges=profiler_ranges())
 
-    Raises OutputError where the trace cannot be written.
-    """
-    cuda = trainer.device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if cuda:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    batches = prefetch(trainer.stream.read(0, first + count), trainer.device)
-    for _ in range(first):
-        trainer.train_step(*next(batches))
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(count):
+    def steps(after: Callable[[], None]) -> None:
+        batches = prefetch(trainer.stream.read(0, trainer.total_steps), trainer.device)
+        for _ in range(trainer.total_steps):
             with trainer.ranges("data"):
                 batch = next(batches)
             trainer.train_step(*batch)
-        if cuda:
-            torch.cuda.synchronize(trainer.device)
+            after()
+
+    return steps
+
+
+def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
+    """The steps of one trajectory of `batch_size` samples, by a model of new weights."""
+    data = open_set(config)
+    model = build_model(config, data).to(device).eval()
+    mark_blocks(model.blocks, profiler_ranges())
+    precision = choose_precision(config.precision, device)
+    sampler = Sampler(
+        model,
+        create_diffusion(str(config.steps), **config.diffusion_arguments()),
+        SamplerConfig(
+            guidance=Guidance(4.0 if config.class_dropout_prob else 1.0),
+            clip=not isinstance(data, LatentSet),
+            precision=precision if precision in ("fp16", "bf16") else None,
+            graph="auto" if config.cuda_graph else "never",
+            compile=config.compile,
+        ),
+    )
+    labels = torch.arange(config.batch_size) % data.num_classes
+
+    def steps(after: Callable[[], None]) -> None:
+        sampler(labels, batch_size=len(labels), on_step=lambda step: after())
+
+    return steps
+
+
+def trace_steps(steps: Steps, device: torch.device, first: int, count: int, path: Path, top: int) -> str:
+    """Write a Chrome trace of `count` steps after `first` others to `path`; returns tables of ranges and of kernels.
+
+    Raises OutputError where the trace cannot be written.
+    """
+    cuda = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    schedule = torch.profiler.schedule(wait=max(first - 1, 0), warmup=min(first, 1), active=count, repeat=1)
+    done = 0
+    with (
+        torch.profiler.profile(activities=activities, schedule=schedule) as profiler,
+        LaunchBytes() as launched,
+    ):
+
+        def after() -> None:
+            nonlocal done
+            done += 1
+            # The device is behind the host: what it has yet to do belongs to the steps before.
+            if cuda and done in (first, first + count):
+                torch.cuda.synchronize(device)
+            profiler.step()
+
+        steps(after)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
     except (OSError, RuntimeError) as error:
         raise OutputError(f"cannot write {path}: {error}") from error
-    return kernel_table(profiler.key_averages(), cuda, count, top)
+    events = profiler.key_averages()
+    return range_table(events, cuda, count) + "\n\n" + kernel_table(events, cuda, count, top, launched)
 
 
-def kernel_table(events: Any, cuda: bool, steps: int, top: int) -> str:
-    """The kernels (on a CPU: operators) that take most time themselves: ms a step, share of all, calls a step."""
+class LaunchBytes:
+    """While active, notes what each launch of a Triton kernel of ours moves: every tensor of its arguments once."""
+
+    def __init__(self) -> None:
+        self.launches: defaultdict[str, int] = defaultdict(int)
+        self.bytes: defaultdict[str, int] = defaultdict(int)
+
+    def __call__(self, metadata: Any) -> None:
+        found = metadata.get()
+        if "bytes" in found:
+            name = found["name"].partition("[")[0]
+            self.launches[name] += 1
+            self.bytes[name] += found["bytes"]
+
+    def of(self, kernel: str) -> float | None:
+        """Mean bytes of a launch of the kernel that a trace calls `kernel`; None for a kernel of others.
+
+        Of all launches, not of the traced ones alone: a CUDA graph's were made when it was captured.
+        """
+        name = kernel.strip("_").removesuffix("_kernel")
+        return self.bytes[name] / self.launches[name] if name in self.launches else None
+
+    def __enter__(self) -> "LaunchBytes":
+        triton.knobs.runtime.launch_enter_hook.add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        triton.knobs.runtime.launch_enter_hook.remove(self)
+
+
+def range_table(events: Sequence[Any], cuda: bool, steps: int) -> str:
+    """The ranges of a step, of the device's time or of a CPU's: ms and calls a step; blocks together."""
+    times: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for event in events:
+        on_device = event.device_type == DeviceType.CUDA
+        # PyTorch's own: ProfilerStep*, Optimizer.step#AdamWEma.step.
+        if event.is_user_annotation and on_device == cuda and event.key.isidentifier():
+            name = "block_*" if event.key.startswith("block_") else event.key
+            times[name][0] += (event.device_time_total if cuda else event.cpu_time_total) / 1000 / steps
+            times[name][1] += event.count / steps
+    lines = [f"{'ms a step':>10}  {'calls':>6}  range"]
+    for name, (time, calls) in sorted(times.items(), key=lambda item: -item[1][0]):
+        lines.append(f"{time:10.3f}  {calls:6.0f}  {name}")
+    return "\n".join(lines)
+
+
+def kernel_table(events: Sequence[Any], cuda: bool, steps: int, top: int, launched: LaunchBytes) -> str:
+    """The kernels (on a CPU: operators) that take most time themselves: ms, share and calls a step, achieved GB/s.
+
+    GB/s are the bytes of a launch's tensors over the device's time, of the Triton kernels; of others no one knows what
+    they move, and a CPU's operators have no times of their own device.
+    """
     rows = []
     for event in events:
         if event.is_user_annotation or (cuda and event.device_type != DeviceType.CUDA):
@@ -90,8 +209,10 @@ def kernel_table(events: Any, cuda: bool, steps: int, top: int) -> str:
         time = event.self_device_time_total if cuda else event.self_cpu_time_total
         rows.append((time / 1000 / steps, event.count / steps, event.key))
     total = sum(row[0] for row in rows) or 1.0
-    lines = [f"{'ms a step':>10}  {'share':>6}  {'calls':>6}  kernel" if cuda else
-             f"{'ms a step':>10}  {'share':>6}  {'calls':>6}  operator (of one CPU thread)"]  # fmt: skip
+    kind = "kernel" if cuda else "operator of one CPU thread (GB/s: on CUDA only)"
+    lines = [f"{'ms a step':>10}  {'share':>6}  {'calls':>6}  {'GB/s':>6}  {kind}"]
     for time, calls, name in sorted(rows, reverse=True)[:top]:
-        lines.append(f"{time:10.3f}  {100 * time / total:5.1f}%  {calls:6.0f}  {name[:100]}")
+        moved = launched.of(name) if cuda else None
+        speed = "-" if moved is None or not time else f"{moved * calls / time / 1e6:.0f}"
+        lines.append(f"{time:10.3f}  {100 * time / total:5.1f}%  {calls:6.0f}  {speed:>6}  {name[:100]}")
     return "\n".join(lines)
