@@ -76,7 +76,7 @@ def test_ranks_of_torchrun(work, capsys, monkeypatch):
     assert "is complete: 7 images; shards: 1 encoded, 0 kept" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "one")
     assert main(["encode", *arguments(work)]) == 1
-    assert error_of(capsys).startswith("RANK and WORLD_SIZE must be numbers")
+    assert error_of(capsys) == "RANK is 'one': torchrun sets a number there"
 
 
 def test_two_processes_at_once(work):
@@ -133,7 +133,7 @@ def test_a_run_that_was_stopped_goes_on(work, sent, capsys):
         (["--vae", "nowhere"], "--vae nowhere: give ema, mse, or a folder with a diffusers AutoencoderKL"),
         (["--size", "18"], "--size 18 is not a multiple of 4"),
         (["--batch-size", "0"], "--batch-size 0: give at least 1"),
-        (["--device", "cuda"], "--device cuda: LOCAL_RANK is 0, and torch sees 0 CUDA devices"),
+        (["--device", "cuda"], "--device cuda: this PyTorch sees no CUDA device; give --device cpu or auto"),
         (["--out", "/proc/set"], "cannot write to /proc/set"),
     ],
 )

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checkpoints import save_checkpoint
 from PIL import Image
 
 from dit_fast.cli import main
@@ -14,7 +15,6 @@ from dit_fast.cli.sample_plan import Plan, numbers_of
 from dit_fast.data import open_images
 from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler
-from dit_fast.training.checkpoint import save_checkpoint
 
 NAMES = tuple(str(digit) for digit in range(10))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import save_checkpoint
 
 from dit_fast.errors import CheckpointError, OutputError
 from dit_fast.models import DiT
@@ -27,7 +28,6 @@ from dit_fast.training.checkpoint import (
     model_config,
     read_manifest,
     remove_leftovers,
-    save_checkpoint,
     step_folders,
     verify_files,
     write_manifest,

@@ -10,7 +10,7 @@ from dit_fast.errors import ConfigError, OutputError, RankError
 from dit_fast.training import world as world_module
 from dit_fast.training.parallel import choose_parallel, rank_rows
 from dit_fast.training.signals import STOPPING, StepAgreement, StopRequest
-from dit_fast.training.world import World, choose_device, is_lost_connection, join_world, warn_of_slurm
+from dit_fast.training.world import World, choose_device, is_lost_connection, join_world, ranks, warn_of_slurm
 
 
 def test_one_process_is_a_world_of_its_own(monkeypatch) -> None:
@@ -32,6 +32,12 @@ def test_an_environment_that_torchrun_did_not_make(monkeypatch) -> None:
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(ConfigError, match="RANK is 'first': torchrun sets a number there"), join_world("cpu"):
         pass
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="RANK is 2 and WORLD_SIZE 2: torchrun counts ranks from 0"):
+        ranks()
+    monkeypatch.setenv("RANK", "1")
+    assert ranks() == (1, 2)
 
 
 def test_devices_by_local_rank(monkeypatch) -> None:

@@ -1,14 +1,13 @@
 """`dit-fast encode`: a folder of images into a set of latents that `dit-fast train` maps into memory."""
 
 import argparse
-import os
 import sys
 
 import torch
 
 from dit_fast.data.encode import PRECISIONS, EncodeConfig, encode
 from dit_fast.data.shards import DTYPES
-from dit_fast.errors import ConfigError
+from dit_fast.training.world import choose_device, local_rank, ranks
 
 _EPILOG = """Several GPUs: torchrun --nproc-per-node 8 -m dit_fast.cli encode --data ... --out ...
 A run that was interrupted goes on with the same command, on any number of GPUs."""
@@ -57,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Encode what falls to this rank; 0, or a DitFastError."""
     options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "device")}
-    rank, world_size = _ranks()
-    config = EncodeConfig(**options, device=_device(args.device))
+    rank, world_size = ranks()
+    config = EncodeConfig(**options, device=str(choose_device(args.device, local_rank())))
     # Stated both ways: torch allows TF32 in convolutions by default and forbids it in matrix products.
     torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
@@ -78,22 +77,3 @@ def run(args: argparse.Namespace) -> int:
             f"rank {rank}/{world_size}: {done}, {result.missing} still to come from other ranks", flush=True
         )
     return 0
-
-
-def _ranks() -> tuple[int, int]:
-    """Rank and world size as torchrun gives them."""
-    try:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError as error:
-        raise ConfigError(f"RANK and WORLD_SIZE must be numbers: {error}") from None
-
-
-def _device(name: str) -> str:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    local_rank, devices = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
-    if not local_rank.isdecimal() or int(local_rank) >= devices:
-        raise ConfigError(
-            f"--device {name}: LOCAL_RANK is {local_rank}, and torch sees {devices} CUDA devices"
-        )
-    return f"cuda:{local_rank}"

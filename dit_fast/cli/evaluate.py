@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from dit_fast.cli import sample
-from dit_fast.cli.sample_plan import ranks
 from dit_fast.data import open_images
 from dit_fast.errors import ConfigError
 from dit_fast.evaluation import (
@@ -33,6 +32,7 @@ from dit_fast.evaluation import (
 )
 from dit_fast.sampling import PRECISIONS, SOLVERS
 from dit_fast.sampling.output import prepare_folder, write_atomically
+from dit_fast.training.world import ranks
 
 _EPILOG = """inception     torch-fidelity's Inception-v3 (extra 'evaluation'), that of FID; --weights is its weight file
 efficientnet  proxy: EfficientNet-Lite0, whose weights come with the extra 'evaluation'

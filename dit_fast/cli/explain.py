@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from dit_fast.cli import sample
-from dit_fast.cli.sample_plan import Plan, make_plan, ranks
+from dit_fast.cli.sample_plan import Plan, make_plan
 from dit_fast.errors import ConfigError
 from dit_fast.sampling.explain import (
     attention_film,
@@ -20,6 +20,7 @@ from dit_fast.sampling.explain import (
     thinned,
 )
 from dit_fast.sampling.output import prepare_folder, write_atomically
+from dit_fast.training.world import ranks
 
 _MOST_LABELS = 8
 _EPILOG = """OUT/film.png       each image on its way from noise

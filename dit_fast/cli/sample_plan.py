@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig
 from dit_fast.sampling.output import prepare_folder
 from dit_fast.sampling.parts import Parts
+from dit_fast.training.world import local_rank, ranks
 
 _DIFFUSION_OPTIONS = ("noise_schedule", "sigma_small", "predict_xstart", "diffusion_steps")
 
@@ -101,7 +101,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         compile=args.compile,
     )
     sampler = Sampler(model, diffusion, config)
-    labels = _labels(args, model.y_embedder.num_classes, info.class_names)
+    labels = _labels(args, model.num_classes, info.class_names)
     num = len(labels)
     sampler.check(labels, args.seed, args.batch_size)
 
@@ -138,11 +138,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return Plan(model, info, sampler, labels, decoder, scorer, parts, rank, world)
 
 
-def ranks() -> tuple[int, int]:
-    """(rank, number of ranks) as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _digest(model: DiT) -> str:
     """A fingerprint of the weights."""
     digest = hashlib.sha256()
@@ -163,7 +158,7 @@ def _device(name: str, world: int) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else 0)
+        return torch.device("cuda", local_rank() if world > 1 else 0)
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -262,10 +257,9 @@ def _scorer(args: argparse.Namespace, model: DiT, info: ModelInfo, shape: tuple[
     own = source == info.data.get("name")
     flip, holdout = (info.data.get("flip"), info.data.get("holdout")) if own else (None, None)
     images = open_images(source, shape[1], channels=shape[0], flip=flip, holdout=holdout)
-    if images.num_classes != model.y_embedder.num_classes:
+    if images.num_classes != model.num_classes:
         raise ConfigError(
-            f"--compare-to {source} has {images.num_classes} classes, "
-            f"the model {model.y_embedder.num_classes}"
+            f"--compare-to {source} has {images.num_classes} classes, the model {model.num_classes}"
         )
     if own and images.fingerprint != info.data.get("fingerprint"):
         print(f"{source} has changed since this checkpoint was trained on it", flush=True)

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dit_fast.errors import DataError, OutputError
+from dit_fast.sampling.output import sync
 
 FORMAT = "dit_fast latents 1"
 MANIFEST = "manifest.json"
@@ -80,7 +81,7 @@ def publish(path: Path, write: Callable[[HashingFile], object]) -> dict[str, Any
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise OutputError(
             f"cannot write {path} ({error.strerror or error}); free space or choose another --out"
@@ -171,11 +172,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if content.get("format") != FORMAT:
         raise DataError(f"{path} has format {content.get('format')!r}; this version reads {FORMAT!r}")
     return content
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

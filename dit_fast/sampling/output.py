@@ -28,6 +28,15 @@ def prepare_folder(folder: Path, needed_bytes: int = 0) -> None:
         )
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make a file at a temporary sibling of `path` with its suffix, then rename it to `path`."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")

@@ -29,12 +29,12 @@ from torch import Tensor
 from dit_fast import __version__
 from dit_fast.errors import CheckpointError, OutputError
 from dit_fast.models import DiT
+from dit_fast.sampling.output import sync
 from dit_fast.training.manifest import (
     FORMAT,
     MANIFEST,
     digest,
     read_manifest,
-    sync,
     verify_files,
     write_manifest,
 )
@@ -42,7 +42,6 @@ from dit_fast.training.tensor_files import (
     PARTS,
     Piece,
     StoredPart,
-    own_pieces,
     part_file,
     write_pieces,
 )
@@ -103,32 +102,6 @@ def step_folders(run: str | Path) -> list[Path]:
 def model_config(model: DiT) -> dict[str, Any]:
     """What `config.json` says of a model."""
     return {"_class_name": "DiT", "_dit_fast_version": __version__, **model.config}
-
-
-def save_checkpoint(
-    run: str | Path,
-    model: DiT,
-    ema: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    manifest: dict[str, Any],
-    keep: int = 0,
-) -> Path:
-    """Write `RUN/checkpoints/step-N`, N = manifest["step"], from one process, then remove all but the newest `keep`.
-
-    Raises OutputError when the disk is too full or does not take the files; the older checkpoints are then
-    untouched and nothing partial stays behind.
-    """
-    state = dict(zip(PARTS, (model.state_dict(), ema, optimizer), strict=True))
-    pieces = {
-        part: {
-            name: Piece(piece.tensor.to("cpu").contiguous(), piece.offset)
-            for name, piece in own_pieces(tensors, 0, 1).items()
-        }
-        for part, tensors in state.items()
-    }
-    return write_checkpoint(
-        run, model_config(model), pieces, checkpoint_bytes(*state.values()), manifest, Retention(keep)
-    )
 
 
 def write_checkpoint(

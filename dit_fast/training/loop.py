@@ -7,12 +7,12 @@ of ranks sees the same samples, noise and timesteps.
 
 import logging
 import signal
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError, OutputError
+from dit_fast.sampling.output import prepare_folder
 from dit_fast.training.checkpoint import (
     checkpoint_bytes,
     checkpoints_folder,
@@ -65,7 +65,7 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
 
     everyone.first(refuse_a_run)
     trainer = Trainer(config, open_set(config), world=world)
-    everyone.first(lambda: prepare_folder(run))
+    everyone.first(lambda: prepare_folder(checkpoints_folder(run)))
     return _run(trainer, run)
 
 
@@ -89,7 +89,7 @@ def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -
         raise ConfigError(
             f"{run} is already at step {trainer.step} of {trainer.total_steps}; give more --steps"
         )
-    trainer.world.first(lambda: prepare_folder(run))
+    trainer.world.first(lambda: prepare_folder(checkpoints_folder(run)))
     return _run(trainer, run)
 
 
@@ -108,16 +108,6 @@ def device_of(run: str | Path) -> str:
         except CheckpointError:
             continue
     return "auto"
-
-
-def prepare_folder(run: Path) -> None:
-    """Make the run folder and see that it takes files. Raises OutputError."""
-    try:
-        checkpoints_folder(run).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run):
-            pass
-    except OSError as error:
-        raise OutputError(f"cannot write to {run}: {error.strerror}; give another --out") from error
 
 
 def _run(trainer: Trainer, run: Path) -> TrainResult:

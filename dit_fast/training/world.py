@@ -140,9 +140,9 @@ def join_world(device: str = "auto", start_timeout: float = START_TIMEOUT) -> It
     device: "auto", "cpu" or "cuda"; CUDA devices are taken by LOCAL_RANK. Raises ConfigError for an environment or a
     device that is not there.
     """
-    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
-    chosen = choose_device(device, local_rank)
+    rank, size = ranks()
+    local_size = _number("LOCAL_WORLD_SIZE", 1)
+    chosen = choose_device(device, local_rank())
     warn_of_slurm()
     if size == 1:
         yield World(device=chosen)
@@ -165,7 +165,7 @@ def join_world(device: str = "auto", start_timeout: float = START_TIMEOUT) -> It
         device_id=chosen if chosen.type == "cuda" else None,
     )
     control, background = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
-    world = World(rank, local_rank, size, local_size, chosen, attempt, store, control, background)
+    world = World(rank, local_rank(), size, local_size, chosen, attempt, store, control, background)
     lost = False
     try:
         with world.watch(lambda: "outside of the steps"):
@@ -185,19 +185,32 @@ def join_world(device: str = "auto", start_timeout: float = START_TIMEOUT) -> It
             dist.destroy_process_group()
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for "auto", "cpu" or "cuda". Raises ConfigError for CUDA where there is none for this rank."""
+def ranks() -> tuple[int, int]:
+    """(rank, number of ranks) as torchrun says; (0, 1) without it. Raises ConfigError."""
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if rank >= size:
+        raise ConfigError(f"RANK is {rank} and WORLD_SIZE {size}: torchrun counts ranks from 0")
+    return rank, size
+
+
+def local_rank() -> int:
+    """The rank on this machine as torchrun says; 0 without it. Raises ConfigError."""
+    return _number("LOCAL_RANK", 0)
+
+
+def choose_device(name: str, index: int = 0) -> torch.device:
+    """The device for "auto", "cpu" or "cuda", of local rank `index`. Raises ConfigError for CUDA where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this PyTorch sees no CUDA device; give --device cpu or auto")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     devices = torch.cuda.device_count()
-    if local_rank >= devices:
+    if index >= devices:
         raise ConfigError(
-            f"LOCAL_RANK is {local_rank}, and this machine shows {devices} CUDA devices; "
+            f"LOCAL_RANK is {index}, and this machine shows {devices} CUDA devices; "
             f"give torchrun --nproc-per-node {devices}"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
 
 
 def warn_of_slurm() -> None:
