@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.clock import Ceiling, ceiling, cold, now
-from benchmarks.op_bench import Bench, OptimizerBench
+from benchmarks.op_bench import Bench, OptimizerBench, Timed
 from benchmarks.peers import Missing, providers_of
 from benchmarks.rows import Row
 from benchmarks.static_report import DTYPES
@@ -27,7 +27,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 # DiT-XL/2 at 256 and 512 px, and DiT-S/2; on a CPU one that takes milliseconds.
 SHAPES: tuple[Shape, ...] = ((32, 256, 1152), (8, 1024, 1152), (64, 256, 384)) if ON_GPU else ((2, 64, 384),)
 SETTINGS = ("bf16", "autocast") if ON_GPU else ("fp32",)
-ROUNDS = 50 if ON_GPU else 10
+ROUNDS = 50
 MODEL = "DiT-XL/2" if ON_GPU else "DiT-S/8"
 CASES = [
     pytest.param(
@@ -52,10 +52,10 @@ class Prepared:
 
     def __init__(self) -> None:
         self.key: tuple[Any, ...] = ()
-        self.passes: dict[str, Callable[[], Any]] = {}
+        self.passes: dict[str, Timed] = {}
         self.error: Exception | None = None
 
-    def of(self, name: str, shape: Shape, dtypes: str, provider: str) -> dict[str, Callable[[], Any]]:
+    def of(self, name: str, shape: Shape, dtypes: str, provider: str) -> dict[str, Timed]:
         """What to time, by pass. Raises Missing, Wrong or what the provider raises."""
         if self.key != (name, shape, dtypes, provider):
             self.key, self.passes, self.error = (name, shape, dtypes, provider), {}, None
@@ -67,7 +67,7 @@ class Prepared:
             raise self.error
         return self.passes
 
-    def _prepare(self, name: str, shape: Shape, dtypes: str, provider: str) -> dict[str, Callable[[], Any]]:
+    def _prepare(self, name: str, shape: Shape, dtypes: str, provider: str) -> dict[str, Timed]:
         function = providers_of(name)[provider](REGISTRY[name])
         bench = Bench(REGISTRY[name], shape, dtypes, DEVICE)
         if (wrong := bench.disagreement(function)) is not None:
@@ -107,11 +107,12 @@ def figures(bytes_moved: int, products: float, median: float, best: Ceiling) -> 
 
 def time_case(
     case: tuple[str, tuple[int, ...], str, str, str],
-    prepare: Callable[[], Callable[[], Any]],
+    prepare: Callable[[], Timed],
     bytes_moved: int,
     products: float,
     benchmark: Any,
     record: Callable[[Row], None],
+    rounds: int = ROUNDS,
 ) -> None:
     """Time what `prepare` returns, or record why not: what is missing or does not fit is skipped, what is wrong fails.
 
@@ -122,7 +123,14 @@ def time_case(
         op=name, shape=list(shape), dtypes=dtypes, direction=direction, provider=provider
     )
     try:
-        benchmark.pedantic(prepare(), setup=cold, rounds=ROUNDS, warmup_rounds=5)
+        timed = prepare()
+
+        def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+            arguments = timed.before()
+            cold()
+            return arguments, {}
+
+        benchmark.pedantic(timed.run, setup=setup, rounds=rounds, warmup_rounds=5)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         record(Row("op", *case, failed=reason))
@@ -165,7 +173,7 @@ def test_adamw_ema(provider: str, benchmark: Any, record: Callable[[Row], None])
     """AdamW and averaging of a model's parameters; shape is their number."""
     bench = OptimizerBench(MODEL, DEVICE)
 
-    def prepare() -> Callable[[], Any]:
+    def prepare() -> Timed:
         try:
             if (wrong := bench.disagreement(provider)) is not None:
                 raise Wrong(f"not timed: {wrong}")
@@ -174,4 +182,4 @@ def test_adamw_ema(provider: str, benchmark: Any, record: Callable[[Row], None])
             raise Missing(str(error)) from error
 
     case = ("adamw_ema", (bench.count,), "fp32", provider, "step")
-    time_case(case, prepare, OptimizerBench.BYTES * bench.count, 0.0, benchmark, record)
+    time_case(case, prepare, OptimizerBench.BYTES * bench.count, 0.0, benchmark, record, rounds=10)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from benchmarks import bench_ops, clock, conftest, op_bench, peers
 from benchmarks.bench_ops import Prepared, Wrong, figures, time_case, work
 from benchmarks.clock import Ceiling
-from benchmarks.op_bench import Bench, OptimizerBench
+from benchmarks.op_bench import Bench, OptimizerBench, Timed
 from benchmarks.peers import Missing
 from benchmarks.rows import Recorder, Row, read_results
 from dit_fast.kernels.registry import REGISTRY
@@ -41,10 +41,11 @@ def test_passes_are_those_of_the_operation() -> None:
     spec = REGISTRY["gated_residual"]
     bench = Bench(spec, SHAPE, "fp32", "cpu")
     passes = bench.passes(spec.reference)
-    outputs, expected = passes["forward"](), bench.run(spec.reference)
+    outputs, expected = passes["forward"].run(), bench.run(spec.reference)
     assert torch.equal(outputs[0], expected[0])
-    for name in ("backward", "both"):
-        assert all(torch.equal(a, b) for a, b in zip(passes[name](), expected[1:], strict=True))
+    for name in ("backward", "backward", "both"):
+        found = passes[name].run(*passes[name].before())
+        assert all(torch.equal(a, b) for a, b in zip(found, expected[1:], strict=True))
 
 
 def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,14 +67,15 @@ class Benchmark:
         self.stats = None
 
     def pedantic(self, function, setup, rounds: int, warmup_rounds: int) -> None:
-        function()
+        arguments, keywords = setup()
+        function(*arguments, **keywords)
         stats = SimpleNamespace(median=2e-3, data=[1e-3, 2e-3, 4e-3])
         self.stats = SimpleNamespace(stats=stats)
 
 
 def test_a_case_leaves_a_row() -> None:
     rows: list[Row] = []
-    time_case(CASE, lambda: lambda: None, 4_000_000, 0.0, Benchmark(), rows.append)
+    time_case(CASE, lambda: Timed(abs, before=lambda: (-1,)), 4_000_000, 0.0, Benchmark(), rows.append)
     (row,) = rows
     assert row.key == ("op", *CASE)
     assert (row.median, row.repeats, row.failed) == (2e-3, 3, None)
@@ -133,7 +135,7 @@ def test_optimiser_step_counts_the_parameters_of_the_model() -> None:
     bench = OptimizerBench("DiT-S/8", "cpu")
     assert bench.count == sum(p.numel() for p in DiT_models["DiT-S/8"]().parameters() if p.requires_grad)
     bench.shapes = bench.shapes[:3]
-    bench.step("torch")()
+    bench.step("torch").run()
 
 
 @pytest.mark.parametrize(
