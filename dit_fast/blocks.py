@@ -5,7 +5,7 @@ added yet, so that the addition and the next norm are one pass over memory. Bias
 the kernel that adds one also sums its gradient.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,18 @@ from dit_fast.kernels import adaln_modulate, gated_residual, gated_residual_adal
 from dit_fast.kernels.adaln import adaln_with_moments
 from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln_with_moments
 from dit_fast.kernels.recompute import NormRecipe
-from dit_fast.layers import Attention, Mlp, is_plain, matrix_size, without_bias
+from dit_fast.layers import (
+    Attention,
+    Layout,
+    Mlp,
+    RMSNorm,
+    SwiGLU,
+    is_plain,
+    make_norm,
+    matrix_size,
+    rms_norm,
+    without_bias,
+)
 
 RECOMPUTE = ("none", "cheap", "blocks")
 """What is made again in the backward pass: nothing; norm outputs and GELU; every block from its input."""
@@ -31,13 +42,14 @@ class Normed(NamedTuple):
 class Stream(NamedTuple):
     """The residual stream x + gate * (branch + bias) with its last addition pending (none: `branch` is None).
 
-    x, branch (N, T, D); gate (N, D); bias (D,) or None.
+    x, branch (N, T, D); gate (N, D); bias (D,) or None. layout: of its tokens, None where there is nothing to say.
     """
 
     x: Tensor
     branch: Tensor | None = None
     bias: Tensor | None = None
     gate: Tensor | None = None
+    layout: Layout | None = None
 
     def add(self, kernels: str) -> Tensor:
         """The stream as one tensor."""
@@ -60,17 +72,30 @@ class Stream(NamedTuple):
         return Normed(x, y, NormRecipe(x, mean, rstd, shift, scale))
 
 
+def normed(stream: Stream, norm: nn.Module, shift: Tensor, scale: Tensor, kernels: str) -> Normed:
+    """Add what is pending, then norm(stream) * (1 + scale) + shift: fused for a layer norm, else PyTorch's operations.
+
+    Of `norm` its kind and eps count; `affine_modulation` has its weight and bias.
+    """
+    if not isinstance(norm, RMSNorm):
+        return stream.norm_modulate(shift, scale, cast(nn.LayerNorm, norm).eps, kernels)
+    x = stream.add(kernels)
+    y = rms_norm(x, norm.eps)
+    return Normed(x, torch.addcmul(shift[:, None], y, 1 + scale[:, None]).to(scale.dtype), None)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x * (1 + scale) + shift with one shift and scale (N, D) for all tokens of x (N, T, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def affine_modulation(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(shift, scale), each (N, D), that make `Stream.norm_modulate` compute norm(x) * weight + bias of an affine norm.
+def affine_modulation(norm: nn.LayerNorm | RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(shift, scale), each (N, D), that make `normed` compute norm(x) * weight + bias of an affine norm.
 
     Under autocast the scale is of its dtype, which is then the dtype of the norm's output.
     """
-    shift, scale = norm.bias.expand(x.shape[0], -1), (norm.weight - 1).expand(x.shape[0], -1)
+    bias = torch.zeros_like(norm.weight) if isinstance(norm, RMSNorm) else norm.bias
+    shift, scale = bias.expand(x.shape[0], -1), (norm.weight - 1).expand(x.shape[0], -1)
     if torch.is_autocast_enabled(x.device.type):
         scale = scale.to(torch.get_autocast_dtype(x.device.type))
     return shift, scale
@@ -86,7 +111,7 @@ class TransformerBlock(nn.Module):
 
     `forward(x, c)`: x (N, T, D) -> (N, T, D); this block takes the condition from its tokens and does not read c.
     Given a `Stream`, returns a `Stream`: that is how `DiT` runs its blocks. `affine`: whether the norms have a weight
-    and a bias of their own. `kernels`, `attention`, `mlp_epilogue` and `recompute` as in `DiT`.
+    and a bias of their own. The other options as in `DiT`.
     """
 
     def __init__(
@@ -96,6 +121,9 @@ class TransformerBlock(nn.Module):
         mlp_ratio: float = 4.0,
         *,
         affine: bool = True,
+        norm: str = "layernorm",
+        mlp: str = "gelu",
+        qk_norm: bool = False,
         kernels: str = "auto",
         attention: str = "auto",
         mlp_epilogue: str = "auto",
@@ -104,18 +132,25 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.recompute = recompute
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=affine, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True, backend=attention)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=affine, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), epilogue=mlp_epilogue)
+        self.norm1 = make_norm(norm, hidden_size, affine)
+        self.attn = Attention(
+            hidden_size, num_heads=num_heads, qkv_bias=True, backend=attention, qk_norm=qk_norm
+        )
+        self.norm2 = make_norm(norm, hidden_size, affine)
+        hidden = int(hidden_size * mlp_ratio)
+        self.mlp = (
+            SwiGLU(hidden_size, hidden)
+            if mlp == "swiglu"
+            else Mlp(hidden_size, hidden, epilogue=mlp_epilogue)
+        )
 
     @property
     def condition_layer(self) -> nn.Module | None:
         """What is applied to the condition alone, so that sampling can do it before its loop; None: nothing is."""
         return None
 
-    def macs(self, tokens: int) -> int:
-        """Multiply-adds of one sample of so many tokens; elementwise work is not counted."""
+    def macs(self, tokens: int, condition_tokens: int) -> int:
+        """Multiply-adds of one sample of so many tokens, told by so many more; elementwise work is not counted."""
         per_token = matrix_size(self.attn) + matrix_size(self.mlp)
         return tokens * per_token + 2 * tokens**2 * self.attn.proj.out_features
 
@@ -131,42 +166,37 @@ class TransformerBlock(nn.Module):
         self, stream: Stream, shift: Tensor, scale: Tensor, gate: Tensor | None = None
     ) -> Stream:
         """The stream with attention's branch pending; without a gate it is added as it is."""
-        h = stream.norm_modulate(shift, scale, self.norm1.eps, self.kernels)
-        return Stream(h.x, *self.attention_branch(h), unit_gate(h.x) if gate is None else gate)
+        h, layout = normed(stream, self.norm1, shift, scale, self.kernels), stream.layout
+        gate = unit_gate(h.x) if gate is None else gate
+        return Stream(h.x, *self.attention_branch(h, layout), gate, layout)
 
     def feed_forward(
         self, stream: Stream, shift: Tensor, scale: Tensor, gate: Tensor | None = None
     ) -> Stream:
         """The stream with the MLP's branch pending; without a gate it is added as it is."""
-        h = stream.norm_modulate(shift, scale, self.norm2.eps, self.kernels)
-        return Stream(h.x, *self.mlp_branch(h), unit_gate(h.x) if gate is None else gate)
+        h = normed(stream, self.norm2, shift, scale, self.kernels)
+        return Stream(h.x, *self.mlp_branch(h), unit_gate(h.x) if gate is None else gate, stream.layout)
 
-    def attention_branch(self, h: Normed) -> tuple[Tensor, Tensor | None]:
-        """`self.attn(h.y)` as (branch, bias still to be added)."""
+    def attention_branch(self, h: Normed, layout: Layout | None = None) -> tuple[Tensor, Tensor | None]:
+        """`self.attn(h.y, layout)` as (branch, bias still to be added)."""
         if not uses_triton(self.kernels, h.y) or not is_plain(self.attn, Attention):
-            return self.attn(h.y), None
+            # What stands in for an attention need not know layouts.
+            return self.attn(h.y) if layout is None else self.attn(h.y, layout), None
         recipe = None if self.recompute == "none" else h.recipe
-        return without_bias(self.attn.proj, self.attn.attend(h.y, recipe, self.kernels))
+        return without_bias(self.attn.proj, self.attn.attend(h.y, layout, recipe, self.kernels))
 
     def mlp_branch(self, h: Normed) -> tuple[Tensor, Tensor | None]:
         """`self.mlp(h.y)` as (branch, bias still to be added)."""
-        if not uses_triton(self.kernels, h.y) or not self.mlp_is_plain():
-            return self.mlp(h.y), None
+        module = self.mlp
+        if not uses_triton(self.kernels, h.y) or not isinstance(module, Mlp) or not module.is_fusible():
+            return module(h.y), None
         keep = self.recompute == "none"
         recipe = None if keep else h.recipe
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         branch = mlp(
-            h.y, fc1.weight, fc1.bias, fc2.weight,
-            keep_activation=keep, epilogue=self.mlp.epilogue, recipe=recipe, kernels=self.kernels,
+            h.y, module.fc1.weight, module.fc1.bias, module.fc2.weight,
+            keep_activation=keep, epilogue=module.epilogue, recipe=recipe, kernels=self.kernels,
         )  # fmt: skip
-        return branch, fc2.bias
-
-    def mlp_is_plain(self) -> bool:
-        """Whether the MLP and its parts are what this file built, so that one operation may stand for them."""
-        if not is_plain(self.mlp, Mlp):
-            return False
-        linears = is_plain(self.mlp.fc1, nn.Linear) and is_plain(self.mlp.fc2, nn.Linear)
-        return linears and is_plain(self.mlp.act, nn.GELU) and self.mlp.act.approximate == "tanh"
+        return branch, module.fc2.bias
 
 
 class AdaptiveBlock(TransformerBlock):
@@ -187,8 +217,8 @@ class AdaptiveBlock(TransformerBlock):
     def condition_layer(self) -> nn.Module:
         return self.adaLN_modulation
 
-    def macs(self, tokens: int) -> int:
-        return super().macs(tokens) + matrix_size(self.adaLN_modulation)
+    def macs(self, tokens: int, condition_tokens: int) -> int:
+        return super().macs(tokens, condition_tokens) + matrix_size(self.adaLN_modulation)
 
     def forward(
         self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
@@ -212,10 +242,18 @@ class DiTBlock(AdaptiveBlock):
 class FinalLayer(nn.Module):
     """Adaptive layer norm and the projection of each token to its patch of noise (and variance)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, *, kernels: str = "auto"):
+    def __init__(
+        self,
+        hidden_size: int,
+        patch_size: int,
+        out_channels: int,
+        *,
+        norm: str = "layernorm",
+        kernels: str = "auto",
+    ):
         super().__init__()
         self.kernels = kernels
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = make_norm(norm, hidden_size, affine=False)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size, bias=True))
 
@@ -224,8 +262,8 @@ class FinalLayer(nn.Module):
         """As in `TransformerBlock`."""
         return self.adaLN_modulation
 
-    def macs(self, tokens: int) -> int:
-        """Multiply-adds of one sample of so many tokens."""
+    def macs(self, tokens: int, condition_tokens: int) -> int:
+        """As in `TransformerBlock`."""
         return tokens * matrix_size(self.linear) + matrix_size(self.adaLN_modulation)
 
     def forward(self, x: Tensor | Stream, c: Tensor | None, modulation: Tensor | None = None) -> Tensor:
@@ -234,4 +272,4 @@ class FinalLayer(nn.Module):
         if modulation is None:
             modulation = self.adaLN_modulation(c)
         shift, scale = modulation.chunk(2, dim=1)
-        return self.linear(stream.norm_modulate(shift, scale, self.norm_final.eps, self.kernels).y)
+        return self.linear(normed(stream, self.norm_final, shift, scale, self.kernels).y)

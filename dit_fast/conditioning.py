@@ -17,15 +17,14 @@ from dit_fast.blocks import (
     Stream,
     TransformerBlock,
     affine_modulation,
+    normed,
     unit_gate,
 )
 from dit_fast.kernels import uses_triton
-from dit_fast.layers import is_plain, matrix_size, with_bias, without_bias
+from dit_fast.layers import is_plain, make_norm, matrix_size, with_bias, without_bias
 
 ADAPTIVE = ("adaln_zero", "adaln")
 """Conditionings by one vector (N, D), timestep plus class; the others take the two as tokens (N, 2, D)."""
-
-CONDITION_TOKENS = 2
 
 
 class AdaLNBlock(AdaptiveBlock):
@@ -68,17 +67,17 @@ class CrossAttentionBlock(TransformerBlock):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, **options: Any):
         super().__init__(hidden_size, num_heads, mlp_ratio, affine=True, **options)
-        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.norm_cross = make_norm(options.get("norm", "layernorm"), hidden_size, affine=True)
         self.cross = CrossAttention(hidden_size, num_heads)
 
     @property
     def condition_layer(self) -> nn.Module:
         return self.cross.kv
 
-    def macs(self, tokens: int) -> int:
-        cross, S = self.cross, CONDITION_TOKENS
+    def macs(self, tokens: int, condition_tokens: int) -> int:
+        cross, S = self.cross, condition_tokens
         projections = tokens * (matrix_size(cross.q) + matrix_size(cross.proj)) + S * matrix_size(cross.kv)
-        return super().macs(tokens) + projections + 2 * tokens * S * cross.proj.out_features
+        return super().macs(tokens, S) + projections + 2 * tokens * S * cross.proj.out_features
 
     def forward(
         self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
@@ -95,29 +94,37 @@ class CrossAttentionBlock(TransformerBlock):
     def cross_attention(self, stream: Stream, kv: Tensor) -> Stream:
         """The stream with cross-attention's branch pending."""
         norm = self.norm_cross
-        h = stream.norm_modulate(*affine_modulation(norm, stream.x), norm.eps, self.kernels)
+        h = normed(stream, norm, *affine_modulation(norm, stream.x), self.kernels)
         if not uses_triton(self.kernels, h.y) or not is_plain(self.cross, CrossAttention):
-            return Stream(h.x, self.cross(h.y, kv), None, unit_gate(h.x))
+            return Stream(h.x, self.cross(h.y, kv), None, unit_gate(h.x), stream.layout)
         recipe = None if self.recompute == "none" else h.recipe
         attended = self.cross.attend(with_bias(self.cross.q, h.y, recipe), kv)
-        return Stream(h.x, *without_bias(self.cross.proj, attended), unit_gate(h.x))
+        return Stream(h.x, *without_bias(self.cross.proj, attended), unit_gate(h.x), stream.layout)
 
 
 class PlainFinalLayer(nn.Module):
-    """Layer norm with weight and bias, and the projection of each token to its patch; the condition is not read."""
+    """An affine norm, and the projection of each token to its patch; the condition is not read."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, *, kernels: str = "auto"):
+    def __init__(
+        self,
+        hidden_size: int,
+        patch_size: int,
+        out_channels: int,
+        *,
+        norm: str = "layernorm",
+        kernels: str = "auto",
+    ):
         super().__init__()
         self.kernels = kernels
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.norm_final = make_norm(norm, hidden_size, affine=True)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True)
 
     @property
     def condition_layer(self) -> nn.Module | None:
         return None
 
-    def macs(self, tokens: int) -> int:
-        """Multiply-adds of one sample of so many tokens."""
+    def macs(self, tokens: int, condition_tokens: int) -> int:
+        """As in `TransformerBlock`."""
         return tokens * matrix_size(self.linear)
 
     def forward(
@@ -125,7 +132,7 @@ class PlainFinalLayer(nn.Module):
     ) -> Tensor:
         stream = x if isinstance(x, Stream) else Stream(x)
         shift, scale = affine_modulation(self.norm_final, stream.x)
-        return self.linear(stream.norm_modulate(shift, scale, self.norm_final.eps, self.kernels).y)
+        return self.linear(normed(stream, self.norm_final, shift, scale, self.kernels).y)
 
 
 BLOCKS: dict[str, tuple[type[TransformerBlock], Any]] = {

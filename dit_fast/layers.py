@@ -1,10 +1,17 @@
-"""Self-attention and MLP of a block, and how their linear layers are run: whole, or with the bias still to be added."""
+"""Norms, self-attention and MLP of a block, and how linear layers run: whole, or with the bias to be added yet."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from dit_fast.kernels import attention
 from dit_fast.kernels.attention import attention_backend
 from dit_fast.kernels.recompute import NormRecipe, linear
+from dit_fast.positions import rotate
+
+NORMS = ("layernorm", "rmsnorm")
+MLPS = ("gelu", "swiglu")
 
 
 def matrix_size(module: nn.Module) -> int:
@@ -41,13 +48,54 @@ def with_bias(layer: nn.Module, x: Tensor, recipe: NormRecipe | None = None) -> 
     return layer(x)
 
 
+class Layout(NamedTuple):
+    """Where a sequence's tokens stand, and which of them are there.
+
+    rotation: (N or 1, T, K / 2, 2), cosine and sine of rotary positions, or None; present: bool (N, T), False for
+    padding that no token attends to, or None: all are.
+    """
+
+    rotation: Tensor | None = None
+    present: Tensor | None = None
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight (Zhang & Sennrich 2019, equation 4), in float32 at least; returns the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rms_norm(x, self.eps)
+        return (y if self.weight is None else y * self.weight).to(x.dtype)
+
+
+def rms_norm(x: Tensor, eps: float | None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, float32 (float64 for float64 x)."""
+    return nn.functional.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=eps)
+
+
+def make_norm(kind: str, width: int, affine: bool) -> nn.LayerNorm | RMSNorm:
+    """A norm of NORMS over the last dimension, with a weight (a layer norm: and a bias) of its own or without."""
+    if kind == "rmsnorm":
+        return RMSNorm(width, eps=1e-6, elementwise_affine=affine)
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention on one packed projection; rows of `qkv` are [q; k; v], each (heads, head_dim).
 
-    `backend`: "auto" | "triton" | "sdpa" | "flash", see `dit_fast.kernels.attention`.
+    `backend`: "auto" | "triton" | "sdpa" | "flash", see `dit_fast.kernels.attention`. `qk_norm`: an RMSNorm for the
+    queries and one for the keys of each head (Dehghani et al. 2023, section 2). It and a layout's rotation are
+    PyTorch operations in front of the same attention; a layout with padding is attended to by PyTorch's alone.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, *, backend: str = "auto"):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        *,
+        backend: str = "auto",
+        qk_norm: bool = False,
+    ):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}")
@@ -56,18 +104,47 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5
         self.backend = backend
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.q_norm: nn.Module = RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def attend(self, x: Tensor, recipe: NormRecipe | None = None, kernels: str = "auto") -> Tensor:
+    def project(self, x: Tensor, layout: Layout | None = None, recipe: NormRecipe | None = None) -> Tensor:
+        """Queries, keys and values (N, T, 3, H, K) of tokens x (N, T, D), normalised and rotated where they are."""
+        packed = with_bias(self.qkv, x, recipe).unflatten(2, (3, self.num_heads, self.head_dim))
+        if not self.is_prepared(layout):
+            return packed
+        q, k, v = packed.unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if layout is not None and layout.rotation is not None:
+            q, k = rotate(q, layout.rotation), rotate(k, layout.rotation)
+        return torch.stack([q, k, v], dim=2)
+
+    def is_prepared(self, layout: Layout | None) -> bool:
+        """Whether something is done to queries and keys between projection and attention."""
+        rotated = layout is not None and layout.rotation is not None
+        return rotated or type(self.q_norm) is not nn.Identity or type(self.k_norm) is not nn.Identity
+
+    def attend(
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        recipe: NormRecipe | None = None,
+        kernels: str = "auto",
+    ) -> Tensor:
         """Attention before the output projection, (N, T, D); `recipe`: of x, kept in its place."""
-        if attention_backend(x, self.head_dim, self.backend, kernels) == "triton":
+        if layout is not None and layout.present is not None:
+            q, k, v = self.project(x, layout, recipe).permute(2, 0, 3, 1, 4).unbind(0)
+            mask = layout.present[:, None, None]
+            return nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        fused = attention_backend(x, self.head_dim, self.backend, kernels) == "triton"
+        if fused and not self.is_prepared(layout):
             qkv, bias = without_bias(self.qkv, x, recipe)
         else:
-            qkv, bias = with_bias(self.qkv, x, recipe), None
+            qkv, bias = self.project(x, layout, recipe).flatten(2), None
         return attention(qkv, self.num_heads, bias, backend=self.backend, kernels=kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.attend(x))
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        return self.proj(self.attend(x, layout))
 
 
 class Mlp(nn.Module):
@@ -85,3 +162,27 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+    def is_fusible(self) -> bool:
+        """Whether this and its parts are what was built here, so that one operation may stand for them."""
+        linears = is_plain(self.fc1, nn.Linear) and is_plain(self.fc2, nn.Linear)
+        tanh = is_plain(self.act, nn.GELU) and self.act.approximate == "tanh"
+        return is_plain(self, Mlp) and linears and tanh
+
+
+class SwiGLU(nn.Module):
+    """w3(SiLU(w1 x) * w2 x), w1 and w2 in one matrix `w12` (Shazeer 2020, equation 6), in PyTorch's operations.
+
+    `hidden_features`: of the GELU that it stands for; two thirds of it, up to a multiple of 8, are its own, so that
+    the three matrices have the parameters of two.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int):
+        super().__init__()
+        hidden = -(-2 * hidden_features // 24) * 8
+        self.w12 = nn.Linear(in_features, 2 * hidden)
+        self.w3 = nn.Linear(hidden, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(nn.functional.silu(gate) * value)

@@ -7,8 +7,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dit_fast.conditioning import CONDITIONING
 from dit_fast.errors import CheckpointError
+from dit_fast.options import OPTIONS
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -28,16 +28,17 @@ def read_config(path: Path) -> dict[str, Any]:
     expected: dict[str, type | tuple[type, ...]] = {
         "input_size": list, "patch_size": int, "in_channels": int, "hidden_size": int, "depth": int,
         "num_heads": int, "mlp_ratio": number, "class_dropout_prob": number, "num_classes": int,
-        "learn_sigma": bool, "conditioning": str,
+        "learn_sigma": bool, **{name: type(words[0]) for name, words in OPTIONS.items()},
     }  # fmt: skip
     problems = [f"unknown key {key!r}" for key in sorted(config.keys() - expected.keys())]
-    optional = {"conditioning"}  # of a model that says nothing: adaln_zero
-    problems += [f"missing key {key!r}" for key in expected if key not in config and key not in optional]
+    # An option that is not named is the paper's.
+    problems += [f"missing key {key!r}" for key in expected if key not in config and key not in OPTIONS]
     for key in expected.keys() & config.keys():
         value, kinds = config[key], expected[key]
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
-        wrong = wrong or (kinds is int and not 0 < value < 1 << 24)
-        if wrong or (key == "conditioning" and value not in CONDITIONING):
+        # No classes: an unconditional model.
+        wrong = wrong or (kinds is int and not (key != "num_classes") <= value < 1 << 24)
+        if wrong or value not in OPTIONS.get(key, (value,)):
             problems.append(f"{key} = {value!r}")
     if problems:
         raise CheckpointError(f"{path} is not the configuration of a DiT: {', '.join(problems)}")
@@ -57,7 +58,6 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str, assign
     if problems:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state, assign=assign)
-    model.get_parameter("pos_embed").requires_grad_(False)
 
 
 def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:

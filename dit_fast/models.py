@@ -7,17 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 from dit_fast.blocks import DiTBlock, FinalLayer, modulate
-from dit_fast.dit import DiT, one_of
-from dit_fast.embedders import (
-    LabelEmbedder,
-    PatchEmbed,
-    TimestepEmbedder,
+from dit_fast.dit import DiT
+from dit_fast.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder
+from dit_fast.layers import Attention, Mlp
+from dit_fast.model_files import load_weights, read_config
+from dit_fast.options import one_of
+from dit_fast.positions import (
     get_1d_sincos_pos_embed_from_grid,
     get_2d_sincos_pos_embed,
     get_2d_sincos_pos_embed_from_grid,
 )
-from dit_fast.layers import Attention, Mlp
-from dit_fast.model_files import load_weights, read_config
 
 __all__ = [
     "Attention",

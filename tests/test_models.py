@@ -188,9 +188,9 @@ def test_fixed_variance_has_no_variance_channels() -> None:
     assert model(images(), T, Y).shape == (4, 4, 8, 8)
 
 
-def test_an_image_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"input is 8x12, the model's input_size is 8x8.*regrid"):
-        golden_model()(seeded("wide", 4, 4, 8, 12), T, Y)
+def test_an_image_that_the_patch_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"input_size 8x11 is not .* multiple of patch_size 2.* to 8x12"):
+        golden_model()(seeded("wide", 4, 4, 8, 11), T, Y)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +366,8 @@ def test_extended_grid_is_that_of_a_model_of_the_size(size: int | tuple[int, int
     out = model(x, T, Y)
     assert out.shape == (4, 8, height, width)
     assert_close(out, fresh.eval()(x, T, Y), 0)
+    # A model of another size answers the same, without being told beforehand.
+    assert_close(golden_model()(x, T, Y), out.detach(), 1e-6)
 
 
 def test_interpolated_grid_spans_the_old_one() -> None:
@@ -384,7 +386,9 @@ def test_interpolated_grid_spans_the_old_one() -> None:
 
 def test_regrid_refuses() -> None:
     model = golden_model()
-    with pytest.raises(ConfigError, match="'stretch': choose 'extend' or 'interpolate'"):
+    with pytest.raises(
+        ConfigError, match="'stretch': choose 'extend' or 'interpolate' where positions='sincos'"
+    ):
         model.regrid(16, "stretch")
     with pytest.raises(ConfigError, match="9x8 is not a positive multiple of patch_size 2"):
         model.regrid((9, 8))
@@ -442,7 +446,9 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: change_config(f, qk_norm=True), r"config\.json .*unknown key 'qk_norm'"),
+        (lambda f: change_config(f, film=True), r"config\.json .*unknown key 'film'"),
+        (lambda f: change_config(f, qk_norm=1), r"qk_norm = 1"),
+        (lambda f: change_config(f, norm="batchnorm"), r"norm = 'batchnorm'"),
         (lambda f: change_config(f, hidden_size="64"), "hidden_size = '64'"),
         (lambda f: change_config(f, learn_sigma=1), "learn_sigma = 1"),
         (lambda f: change_config(f, num_heads=True), "num_heads = True"),

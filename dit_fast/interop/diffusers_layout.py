@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.embedders import get_2d_sincos_pos_embed
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop.converted import Conventions
+from dit_fast.positions import get_2d_sincos_pos_embed
 
 TRANSFORMER = "DiTTransformer2DModel"
 ADAPTER = "FastDiT"

@@ -92,11 +92,11 @@ def fast_dit_class() -> Any:
 
         def _labels(self, labels: Tensor) -> Tensor:
             """The pipeline's null label as this model's own, where it can be no class."""
-            classes = self.dit.y_embedder.num_classes
+            classes = self.dit.num_classes
             if classes >= _PIPELINE_NULL:
                 return labels
             null = labels == _PIPELINE_NULL
-            if not self.dit.y_embedder.dropout_prob and bool(null.any()):
+            if self.dit.null_class is None and bool(null.any()):
                 raise ConfigError(
                     "guidance on a model without a null class (class_dropout_prob 0): use guidance_scale=1"
                 )

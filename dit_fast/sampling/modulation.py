@@ -41,8 +41,9 @@ class ModulationTable:
     def fill(self, times: Tensor, labels: Tensor) -> None:
         """Make the vectors of `times` (at most `steps`) and `labels` (rows,), up to the null class."""
         t = self.model.t_embedder(times)
-        y = self.model.y_embedder(labels, False)
-        c = self.model.condition(t.repeat_interleave(len(labels), 0), y.repeat(len(times), 1))
+        y = self.model.embed_labels(labels)
+        y = None if y is None else y.repeat(len(times), 1)
+        c = self.model.condition(t.repeat_interleave(len(labels), 0), y)
         start = 0
         for layer in self.model.modulation_layers():
             if self.offload:

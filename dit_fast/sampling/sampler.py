@@ -120,21 +120,22 @@ class Sampler:
 
     def check(self, labels: Tensor, seed: int = 0, batch_size: int = 64) -> None:
         """ConfigError when the model cannot draw these labels (M,) with the present `config`."""
-        classes = self.model.y_embedder.num_classes
+        classes = self.model.num_classes
         if labels.ndim != 1 or labels.numel() == 0 or labels.dtype.is_floating_point:
             raise ConfigError(
                 f"labels are {labels.dtype} {tuple(labels.shape)}, expected one integer per image"
             )
         low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= classes:
+        if low < 0 or high >= max(classes, 1):
+            known = f"the model has {classes} classes, 0 to {classes - 1}"
             raise ConfigError(
-                f"label {low if low < 0 else high} is out of range: the model has {classes} classes, "
-                f"0 to {classes - 1}"
+                f"label {low if low < 0 else high} is out of range: "
+                + (known if classes else "the model is unconditional, give 0 for each image")
             )
-        if self.config.guidance.active and self.model.y_embedder.dropout_prob == 0:
+        if self.config.guidance.active and self.model.null_class is None:
             raise ConfigError(
                 f"guidance scale {self.config.guidance.scale} needs a model trained with label dropout, this one was "
-                "trained without it (class_dropout_prob 0): use scale 1"
+                f"trained without {'it (class_dropout_prob 0)' if classes else 'classes'}: use scale 1"
             )
         solver, continuous = self.config.solver, self.nodes.rates is not None
         if solver == "ddpm" and continuous:
@@ -277,7 +278,7 @@ class Sampler:
         count = min(1 << (len(distinct) - 1).bit_length(), len(labels))
         rows = torch.cat([distinct, distinct[:1].expand(count - len(distinct))])
         if self.config.guidance.active:
-            rows = torch.cat([rows, rows.new_full((1,), self.model.y_embedder.num_classes)])
+            rows = torch.cat([rows, rows.new_full((1,), self.model.num_classes)])
         return rows, torch.cat([slots, torch.full_like(slots, len(rows) - 1)])
 
     def _key(self, model: DiT, batch: int, rows: int, every: int) -> ProgramKey:

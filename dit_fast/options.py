@@ -1,0 +1,26 @@
+"""The words that a `DiT`'s options take: what makes one model of the family another, docs/models.md."""
+
+from typing import Any
+
+from dit_fast.conditioning import CONDITIONING
+from dit_fast.errors import ConfigError
+from dit_fast.layers import MLPS, NORMS
+from dit_fast.positions import POSITIONS
+
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "conditioning": CONDITIONING,
+    "positions": POSITIONS,
+    "norm": NORMS,
+    "mlp": MLPS,
+    "qk_norm": (False, True),
+}
+"""The first is the paper's: what a configuration that does not name the option means."""
+
+PAPER: dict[str, Any] = {name: words[0] for name, words in OPTIONS.items()}
+
+
+def one_of(name: str, value: Any, words: tuple[Any, ...]) -> Any:
+    """`value`; ConfigError where it is none of `words`."""
+    if value not in words:
+        raise ConfigError(f"{name}={value!r}: choose one of {', '.join(map(repr, words))}")
+    return value
