@@ -13,52 +13,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.cpu_step import plain_twin, positive, random_model
+from benchmarks.cpu_step import positive
 from benchmarks.environment import environment
-from dit_fast.diffusion import SpacedDiffusion, create_diffusion
+from benchmarks.plain_dit import plain_twin, random_model
+from benchmarks.plain_sampling import plain_sampling
+from dit_fast.diffusion import create_diffusion
 from dit_fast.models import DiT_models
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig
 
 SCALE = 4.0
-
-
-@torch.no_grad()
-def reference_loop(
-    model: nn.Module, diffusion: SpacedDiffusion, labels: Tensor, null: int, seed: int
-) -> Tensor:
-    """DDPM with classifier-free guidance on three channels, (n, C, H, W), structured as the reference's sampling is."""
-    torch.manual_seed(seed)
-    x = torch.randn(len(labels), 4, 32, 32)
-    x, y = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, null)])
-
-    def extract(table: np.ndarray, t: Tensor) -> Tensor:
-        return torch.from_numpy(table)[t].float()[:, None, None, None] + torch.zeros(x.shape)
-
-    log_betas = np.log(diffusion.betas)
-    for i in reversed(range(diffusion.num_timesteps)):
-        t = torch.tensor([i] * len(x))
-        half = x[: len(x) // 2]
-        out = model(torch.cat([half, half]), torch.tensor(diffusion.timestep_map)[t], y)
-        conditional, unconditional = out[:, :3].chunk(2)
-        guided = unconditional + SCALE * (conditional - unconditional)
-        eps = torch.cat([torch.cat([guided, guided]), out[:, 3:4]], dim=1)
-        least, most = extract(diffusion.posterior_log_variance_clipped, t), extract(log_betas, t)
-        fraction = (out[:, 4:] + 1) / 2
-        log_variance = fraction * most + (1 - fraction) * least
-        data = (
-            extract(diffusion.sqrt_recip_alphas_cumprod, t) * x
-            - extract(diffusion.sqrt_recipm1_alphas_cumprod, t) * eps
-        )
-        mean = (
-            extract(diffusion.posterior_mean_coef1, t) * data + extract(diffusion.posterior_mean_coef2, t) * x
-        )
-        later = (t != 0).float().view(-1, 1, 1, 1)
-        x = mean + later * torch.exp(0.5 * log_variance) * torch.randn_like(x)
-    return x[: len(labels)]
 
 
 def timed(draw: Callable[[], Tensor]) -> float:
@@ -86,7 +52,9 @@ def main() -> None:
     labels = torch.arange(args.images) * 37 % 1000
     sampler = Sampler(model, diffusion, SamplerConfig(mode="reference", guidance=Guidance(SCALE)))
     ways: dict[str, Callable[[], Tensor]] = {
-        "reference-structured loop": lambda: reference_loop(plain, diffusion, labels, 1000, seed=0),
+        "reference-structured loop": lambda: plain_sampling(
+            plain, diffusion, labels, (4, 32, 32), scale=SCALE, null=1000, seed=0
+        ),
         "Sampler": lambda: sampler(labels, seed=0),
     }
     expected, ours = (draw() for draw in ways.values())

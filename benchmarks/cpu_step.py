@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.plain_dit import PlainDiT
+from benchmarks.plain_dit import PlainDiT, plain_twin, random_model
 from dit_fast.models import DiT, DiT_models
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -39,24 +39,6 @@ class Timing:
     upper_quartile_ms: float
     images_per_second: float
     speed_up: float
-
-
-def random_model(name: str) -> DiT:
-    """A model whose zero-initialised tensors hold small normals, so that every branch counts."""
-    torch.manual_seed(0)
-    model = DiT_models[name]()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and not parameter.any():
-                parameter.normal_(std=0.02)
-    return model
-
-
-def plain_twin(model: DiT) -> PlainDiT:
-    """The plain model with the weights of `model`."""
-    plain = PlainDiT(**model.config)
-    plain.load_state_dict(model.state_dict())
-    return plain
 
 
 def random_batch(model: DiT, size: int) -> Batch:

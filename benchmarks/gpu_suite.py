@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import ladder
 from benchmarks.environment import environment
+from benchmarks.ladder.table import tables
+from benchmarks.rows import Row
 from dit_fast.kernels.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,8 +36,8 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and the file (in a folder made for it, "{out}") that it leaves. most: seconds at which it is cut off;
-    least: with fewer seconds left it is not begun.
+    """A command and the file, or a pattern of it (in a folder made for it, "{out}"), that it leaves. most: seconds at
+    which it is cut off; least: with fewer seconds left it is not begun.
     """
 
     name: str
@@ -74,9 +75,23 @@ def stages(dry: bool) -> list[Stage]:
         case = f"test_op and {name}-{micro}" + (" and eager" if dry else "")
         command = (*PYTEST, "benchmarks/bench_ops.py", "-k", case, "--benchmark-json={out}/bench.json")
         found.append(Stage(f"kernels: {name}", command, most=60, leaves="bench.json"))
-    climb = (sys.executable, "-m", "benchmarks.ladder", "--out", "{out}/ladder.json")
-    small = ("--batch", "1", "--repeats", "1", "--only", "plain fp32", "ours, fp32") if dry else ()
-    found.insert(3, Stage("ladder", (*climb, *small), most=200, leaves="ladder.json"))
+    climb = (sys.executable, "-m", "benchmarks.ladder", "--out", "{out}", "--kinds")
+    tiny = (
+        "--models",
+        "DiT-S/8",
+        "--batch",
+        "1",
+        "--images",
+        "1",
+        "--repeats",
+        "1",
+        "--only",
+        "plain fp32",
+        "ours, eager",
+    )
+    small = tiny if dry else ("--images", "1", "8")
+    for place, kind in enumerate(("train", "sample-cfg"), start=3):
+        found.insert(place, Stage(f"ladder: {kind}", (*climb, kind, *small), most=200, leaves="*/*.json"))
     roofline = (
         sys.executable,
         "-m",
@@ -127,8 +142,8 @@ def run_stage(stage: Stage, limit: float) -> Outcome:
             state = "failed"
         lines = [line.replace(folder, "").replace(str(ROOT), "") for line in said.splitlines()]
         outcome = Outcome(stage.name, state, round(time.monotonic() - start, 1), said=lines[-LAST_LINES:])
-        left = Path(folder) / stage.leaves
-        if stage.leaves and left.is_file():
+        left = next(Path(folder).glob(stage.leaves), None) if stage.leaves else None
+        if left is not None:
             outcome.data = read(left)
         elif stage.leaves and state == "done":
             outcome.state, outcome.summary = "failed", f"left no {stage.leaves}"
@@ -264,9 +279,9 @@ def report(data: dict[str, Any]) -> str:
         for stage in data["stages"]
     ]
     for stage in data["stages"]:
-        if stage["name"] == "ladder" and stage["data"]:
-            results = [ladder.Result(**row) for row in stage["data"]["results"]]
-            lines += ["", f"## Training step, {stage['data']['model']}", "", ladder.table(results)]
+        if stage["name"].startswith("ladder: ") and stage["data"]:
+            rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in stage["data"]["rows"]]
+            lines += ["", f"## {stage['name'].capitalize()}", "", tables(rows)]
     kernels = [s for s in data["stages"] if s["name"].startswith("kernels: ") and s["data"]]
     if kernels:
         lines += ["", "## Kernels", "", *kernel_table(kernels)]

@@ -34,7 +34,6 @@ from dit_fast.data.shards import (
     write_npy_header,
 )
 
-_SHAPE = (2, 2, 4, 32, 32)
 _SHARD = 4096
 
 
@@ -52,7 +51,7 @@ def main() -> None:
         report = _measure(args.data, args.batch_size, args.repeats)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            _make(Path(folder), args.images, args.dtype)
+            make_set(Path(folder), args.images, args.dtype)
             report = _measure(folder, args.batch_size, args.repeats)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -114,9 +113,10 @@ def _walk(read: Callable[[int], object], steps: int) -> None:
         read(step)
 
 
-def _make(folder: Path, images: int, dtype: str) -> None:
-    """A set of random moments in the layout that `dit-fast encode` writes."""
+def make_set(folder: Path, images: int, dtype: str, side: int = 32) -> None:
+    """A set of random moments of latents (4, side, side) in the layout that `dit-fast encode` writes."""
     generator = np.random.default_rng(0)
+    shape = (2, 2, 4, side, side)
 
     def write(array: np.ndarray, file: HashingFile) -> None:
         write_npy_header(file, array.shape, array.dtype.name)
@@ -125,7 +125,7 @@ def _make(folder: Path, images: int, dtype: str) -> None:
     shards = []
     for index, first in enumerate(range(0, images, _SHARD)):
         count = min(_SHARD, images - first)
-        array = generator.standard_normal((count, *_SHAPE), dtype=np.float32).astype(dtype)
+        array = generator.standard_normal((count, *shape), dtype=np.float32).astype(dtype)
         facts = publish(folder / shard_name(index), partial(write, array))
         shards.append({"file": shard_name(index), "images": count, **facts})
     labels = generator.integers(0, 1000, images)
@@ -135,7 +135,7 @@ def _make(folder: Path, images: int, dtype: str) -> None:
             "format": FORMAT,
             "images": images,
             "class_names": [str(label) for label in range(1000)],
-            "sample_shape": list(_SHAPE),
+            "sample_shape": list(shape),
             "vae": {
                 "name": "none",
                 "source": "none",
@@ -143,7 +143,7 @@ def _make(folder: Path, images: int, dtype: str) -> None:
                 "shift": [0.0] * 4,
                 "scale": [0.18215] * 4,
             },
-            "settings": {"dtype": dtype, "image_size": 256},
+            "settings": {"dtype": dtype, "image_size": 8 * side},
             "shards": shards,
             "labels": publish(folder / LABELS, partial(write, labels)),
             "names": publish(folder / NAMES, lambda file: file.write(b"[]")),

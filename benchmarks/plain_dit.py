@@ -1,7 +1,7 @@
 """The DiT in plain PyTorch, as one writes it from the paper: the peer that the timings are relative to.
 
 Nothing of dit_fast runs in it; only the names of its parameters are those of `dit_fast.models.DiT`, so that one's
-state dict loads into the other. `N` batch, `C` channels, `T` tokens, `D` width, `P` patch.
+state dict loads into the other (`plain_twin`). `N` batch, `C` channels, `T` tokens, `D` width, `P` patch.
 Peebles & Xie 2023, figure 3.
 """
 
@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dit_fast.models import DiT, DiT_models
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -156,3 +158,21 @@ class PlainDiT(nn.Module):
         x = self.final_layer(x, c).reshape(len(x), self.rows, self.columns, self.patch, self.patch, -1)
         x = torch.einsum("nhwpqc->nchpwq", x)
         return x.reshape(len(x), -1, self.rows * self.patch, self.columns * self.patch)
+
+
+def random_model(name: str, image_size: int = 256) -> DiT:
+    """A model of `DiT_models` whose zero-initialised tensors hold small normals, so that every branch counts."""
+    torch.manual_seed(0)
+    model = DiT_models[name](input_size=image_size // 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
+
+
+def plain_twin(model: DiT) -> PlainDiT:
+    """The plain model with copies of the weights of `model`, on its device."""
+    plain = PlainDiT(**model.config).to(model.pos_embed.device)
+    plain.load_state_dict(model.state_dict())
+    return plain

@@ -1,88 +1,272 @@
-"""The ladder of training steps: what it times trains one and the same model, and what fails leaves no figure."""
+"""The ladder: what is timed on every rung is one and the same model, and what fails leaves a reason and no figure."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import ladder
-from benchmarks.ladder import RUNGS, Result, Rung, check_losses, climb, main, table
+from benchmarks.ladder import climb as climbing
+from benchmarks.ladder import training
+from benchmarks.ladder.__main__ import cases, main, parser
+from benchmarks.ladder.climb import climb, row_of
+from benchmarks.ladder.rungs import KINDS, RUNGS, Case, Climber, Rung
+from benchmarks.ladder.sampling import Sampling
+from benchmarks.ladder.table import table, tables
+from benchmarks.ladder.training import Training
+from benchmarks.rows import Row, read_results
 from dit_fast.models import DiT
+from tests.test_sampling_graphs import FakeGraphs as SampledGraphs
+from tests.test_training_step import FakeGraphs as TrainedGraphs
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes for a CPU")
 CPU = torch.device("cpu")
 BY_NAME = {rung.name: rung for rung in RUNGS}
 
 
-@pytest.fixture
-def model() -> DiT:
+def silent(text: str) -> None:
+    pass
+
+
+def small(*_: object) -> DiT:
     torch.manual_seed(0)
-    return DiT(input_size=8, hidden_size=32, depth=1, num_heads=2)
+    model = DiT(input_size=8, hidden_size=32, depth=1, num_heads=2)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
 
 
-def test_rungs_train_the_same_model(model: DiT) -> None:
-    rungs = [BY_NAME["plain fp32"], BY_NAME["ours, fp32"], BY_NAME["+ TF32"]]
-    plain, ours, skipped = climb(model, rungs, batch=32, repeats=2, device=CPU, say=lambda text: None)
-    assert plain.failed is None
-    assert ours.failed is None
-    assert skipped.failed == "needs a CUDA device"
-    assert ours.first_losses[0] == pytest.approx(plain.first_losses[0], rel=0.1)
-    assert plain.images_per_second == pytest.approx(32e3 / plain.median_ms)
-    assert (plain.mfu, plain.peak_memory_gb, plain.launches) == (None, None, None)
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model in the place of every one, and no compiler."""
+    monkeypatch.setattr(climbing, "random_model", small)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
 
 
-def test_a_rung_that_fails_has_no_figure(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("out of memory: 1 GB\nlong story")
+@pytest.fixture
+def device_with_everything(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """No rung is left out: graphs are recorded calls, torchao a mark on the model. Returns the models marked."""
+    marked: list[Any] = []
+    monkeypatch.setattr(climbing, "lacks", lambda rung, device: None)
+    monkeypatch.setattr("dit_fast.sampling.sampler.CudaGraphs", SampledGraphs)
+    monkeypatch.setattr(training, "CudaGraphs", TrainedGraphs)
+    monkeypatch.setattr(training, "use_float8", lambda model, device: marked.append(model))
+    return marked
 
-    monkeypatch.setattr(ladder, "our_step", fail)
-    said: list[str] = []
-    plain, ours = climb(model, [BY_NAME["plain fp32"], BY_NAME["ours"]], 4, 2, CPU, said.append)
-    assert ours == Result("ours", 4, failed="out of memory: 1 GB")
-    assert plain.median_ms is not None
-    assert said.count("ours: out of memory: 1 GB") == 1
+
+def climbed(kind: str, *names: str, keep: Callable[[Row], None] = silent, **changes: Any) -> list[Row]:  # type: ignore[assignment]
+    case = Case(**{"kind": kind, "model": "DiT-S/2", "image_size": 64, "batch": 16, **changes})
+    return climb(case, case.rungs(list(names) or None), 1, 2, silent, keep, {})
 
 
-@pytest.mark.parametrize("loss", [2.0, float("nan")])
-def test_another_model_is_refused(loss: float) -> None:
-    results = check_losses(
-        [Result("a", 1, 5.0, first_losses=(1.0,)), Result("b", 1, 1.0, first_losses=(loss,))]
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rung_of_every_kind(kind: str, device_with_everything: list[Any]) -> None:
+    rows = climbed(kind)
+    assert {row.provider: row.failed for row in rows if row.failed} == {}
+    assert [row.provider for row in rows] == [
+        name for name in BY_NAME if kind.startswith("train") or name != "ours, least memory"
+    ]
+    assert {(row.benchmark, row.direction) for row in rows} == {KINDS[kind]}
+    rate, steps = ("images/s", 1) if kind.startswith("train") else ("images/s at 250 steps", 250)
+    for row in rows:
+        assert row.repeats == 2
+        assert row.metrics[rate] == pytest.approx(16 / row.median / steps)
+        assert 0 < row.metrics["of the roofline"] < 1
+        # No CUDA device: no figures of one.
+        assert set(row.metrics) == {rate, "of the roofline"}
+    assert len(device_with_everything) == kind.startswith("train")
+
+
+@pytest.mark.parametrize("kind", ["train", "sample-cfg"])
+def test_a_cpu_computes_in_float32_and_has_no_graphs(kind: str) -> None:
+    rows = {row.provider: row for row in climbed(kind)}
+    left_out = {name for name, row in rows.items() if row.failed == "needs a CUDA device"}
+    assert left_out == {"+ TF32", "+ bf16", "ours + CUDA graph", "ours + CUDA graph + fp8"}
+    assert {row.dtype for name, row in rows.items() if name not in left_out} == {"fp32"}
+    assert rows["ours + CUDA graph + fp8"].dtype == "fp8"
+    assert all(row.median for name, row in rows.items() if name not in left_out)
+
+
+def test_models_of_all_rungs_are_one(tmp_path: Path, device_with_everything: list[Any]) -> None:
+    """Samples of the same draws agree to rounding, and a model that is another one does not."""
+    sampling = Sampling(Case("sample-cfg", "", 64, 2), small(), CPU, 2)
+    for rung in RUNGS:
+        built = sampling.build(rung)
+        assert built.gap <= built.most, rung
+    assert sampling.build(BY_NAME["+ bf16"]).gap > 0
+    with torch.no_grad():
+        sampling.model.final_layer.linear.weight.mul_(1.01)
+    assert sampling.build(BY_NAME["ours, eager"].on(CPU)).gap > 1e-4
+    step = Training(Case("train", "", 64, 64), small(), CPU, tmp_path)
+    assert step.build(BY_NAME["diffusers"]).gap < 0.05
+    step.expected *= 1.5
+    assert step.build(BY_NAME["ours, eager"]).gap > 0.2
+
+
+@pytest.mark.parametrize("gap", [0.3, float("nan")])
+def test_another_model_leaves_no_figure(gap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(self: Training, rung: Rung) -> Climber:
+        return Climber(lambda: None, 1, gap if rung.model == "ours" else 0.0, 0.2)
+
+    monkeypatch.setattr(Training, "build", build)
+    plain, ours = climbed("train", "plain fp32", "ours")
+    assert plain.median is not None
+    assert ours.failed == (
+        f"another model: its first results are {gap:.2g} off the plain model in float32, where 0.2 is rounding"
     )
-    assert results[0].median_ms == 5.0
-    assert results[1].median_ms is None
-    assert "first loss" in results[1].failed
+
+
+def test_what_fails_is_a_reason_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise Exception("out of memory: 1 GB\nlong story")
+
+    kept: list[Row] = []
+    monkeypatch.setattr(training, "to_diffusers", fail)
+    plain, peer, ours = climbed("train", "plain fp32", "diffusers", "ours", keep=kept.append)
+    assert peer.failed == "out of memory: 1 GB"
+    assert peer.median is None
+    assert plain.median is not None
+    assert ours.median is not None
+    assert kept == [plain, peer, ours]
+
+
+def test_a_rung_that_fails_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def run() -> None:
+        runs.append(1)
+        if len(runs) == 2:
+            raise RuntimeError("")
+
+    monkeypatch.setattr(Training, "build", lambda self, rung: Climber(run, 1, 0.0, 0.2))
+    (row,) = climbed("train", "ours")
+    assert (row.failed, row.repeats, len(runs)) == ("RuntimeError", 0, 2)
+
+
+def test_a_graph_that_is_refused_is_no_graph(device_with_everything: list[Any], monkeypatch) -> None:
+    monkeypatch.setattr(training, "CudaGraphs", lambda: TrainedGraphs("operation not permitted"))
+    monkeypatch.setattr(
+        "dit_fast.sampling.sampler.CudaGraphs", lambda: SampledGraphs(RuntimeError("not permitted"))
+    )
+    assert climbed("train", "ours + CUDA graph")[0].failed == "no CUDA graph: operation not permitted"
+    assert climbed("sample", "ours + CUDA graph")[0].failed == "no CUDA graph: capture failed: not permitted"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": "DiT-S/3"}, "unknown model DiT-S/3: choose DiT-XL/2, "),
+        ({"image_size": 100}, "100 pixels are not a multiple of 8 x patch 2"),
+    ],
+)
+def test_a_case_that_there_is_none_of(changes: dict[str, Any], reason: str) -> None:
+    rows = climbed("sample", "plain fp32", "ours", **changes)
+    assert [row.provider for row in rows] == ["plain fp32", "ours"]
+    assert all(row.failed.startswith(reason) for row in rows)
+
+
+def test_missing_libraries_are_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao and diffusers are extras."""
+    monkeypatch.setattr(climbing, "lacks", lambda rung, device: None)
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    monkeypatch.setitem(__import__("sys").modules, "torchao.float8", None)
+    peer, fp8 = climbed("train", "diffusers", "ours + CUDA graph + fp8")
+    assert "diffusers" in peer.failed
+    assert "pip install 'dit-fast[fp8]'" in fp8.failed
+
+
+def test_plain_attention_without_sdpa_is_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    kernel = training.sdpa_kernel
+    monkeypatch.setattr(training, "sdpa_kernel", lambda kind: asked.append(kind) or kernel(kind))
+    climbed("train", "+ SDPA")
+    assert asked == []
+    climbed("train", "plain fp32")
+    assert set(asked) == {training.SDPBackend.MATH}
+
+
+def test_command_writes_rows_and_goes_on_where_it_stopped(tmp_path: Path, capsys, monkeypatch) -> None:
+    words = [
+        "--kinds",
+        "train",
+        "sample",
+        "--batch",
+        "1",
+        "--image-sizes",
+        "64",
+        "--images",
+        "1",
+        "--repeats",
+        "1",
+    ]
+    assert main([*words, "--only", "plain fp32", "--out", str(tmp_path)]) == 0
+    assert "train, DiT-S/2, batch 16, 64 px, step:\n\n| rung |" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*/*.json")
+    before = read_results(path).rows
+    assert [(row.benchmark, row.provider) for row in before] == [
+        ("train", "plain fp32"),
+        ("sample", "plain fp32"),
+    ]
+
+    built = []
+    build = Training.build
+    monkeypatch.setattr(Training, "build", lambda self, rung: built.append(rung.name) or build(self, rung))
+    assert main([*words, "--only", "plain fp32", "+ TF32", "ours, eager", "--out", str(tmp_path)]) == 0
+    assert built == ["ours, eager"]
+    after = read_results(path).rows
+    assert after[:2] == before
+    assert {row.provider: row.failed for row in after if row.benchmark == "train"} == {
+        "plain fp32": None, "+ TF32": "needs a CUDA device", "ours, eager": None,
+    }  # fmt: skip
+    # More repeats than before are another measurement.
+    assert main([*words, "--repeats", "2", "--only", "plain fp32", "--out", str(tmp_path)]) == 0
+    assert built == ["ours, eager", "plain fp32"]
+    path.write_text(json.dumps(json.loads(path.read_text()))[:-40])
+    assert main([*words, "--out", str(tmp_path)]) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_cases_keep_the_pixels_of_a_batch() -> None:
+    args = parser().parse_args(
+        ["--image-sizes", "256", "512", "--models", "DiT-S/2", "DiT-B/2", "--batch", "8"]
+    )
+    found = list(cases(args))
+    assert [case.batch for case in found if case.kind == "train"] == [8, 8, 2, 2]
+    assert [case.batch for case in found[:8]] == [8, 8, 1, 8, 32, 1, 8, 32]
+    assert [case.forwards for case in found[4:8]] == [32, 2, 16, 64]
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(["--repeats", "0"])
 
 
 def test_table_is_relative_to_the_compiled_plain_step() -> None:
-    found = table([
-        Result("+ torch.compile", 8, 20.0, 19.0, 21.0, 400.0, 0.2, 30.0, 900),
-        Result("ours", 8, 16.0, 15.0, 17.0, 500.0, 0.25, 25.0, 500),
-        Result("ours + fp8", 8, failed="no torchao"),
-    ]).splitlines()  # fmt: skip
-    assert found[2].startswith("| + torch.compile | 8 | 20.0 | 19.0 - 21.0 | 400.0 | 1.00 | 20.0%")
-    assert "| 500.0 | 1.25 | 25.0% | 25.0 | 500 |" in found[3]
-    assert found[4].startswith("| ours + fp8 | 8 | no torchao |")
+    def row(name: str, ms: float, **metrics: float) -> Row:
+        return Row.timed("train", "DiT-XL/2", (8, 256), "bf16", name, "step", [ms * 1e-3], metrics)
+
+    figures = {"images/s": 400.0, "MFU": 0.2, "of the roofline": 0.5, "peak GB": 30.0, "launches": 900.0}
+    rows = [
+        row("+ torch.compile", 20, **figures),
+        row("ours", 16, **{**figures, "images/s": 500.0}),
+        replace(row("ours + CUDA graph", 1, **figures), median=None, lower=None, upper=None, metrics={}, repeats=0,
+                failed="no device"),
+    ]  # fmt: skip
+    found = table(rows).splitlines()
+    assert found[2] == "| + torch.compile | bf16 | 20 | 20 - 20 | 400 | 1.00 | 20.0% | 50% | 30.0 | 900 |"
+    assert found[3].startswith("| ours | bf16 | 16 | 16 - 16 | 500 | 1.25 |")
+    assert found[4].startswith("| ours + CUDA graph | bf16 | no device |")
+    assert tables(rows).startswith("train, DiT-XL/2, batch 8, 256 px, step:\n\n| rung |")
 
 
-def test_plain_attention_without_sdpa_is_step_by_step(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    kernel = ladder.sdpa_kernel
-    monkeypatch.setattr(ladder, "sdpa_kernel", lambda kind: asked.append(kind) or kernel(kind))
-    x, y = torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64)
-    ladder.plain_step(model, Rung("a"), CPU)(x, y)
-    assert asked == [ladder.SDPBackend.MATH]
-    ladder.plain_step(model, Rung("b", sdpa=True), CPU)(x, y)
-    assert len(asked) == 1
-
-
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: DiT, monkeypatch) -> None:
-    monkeypatch.setattr(ladder, "random_model", lambda name, size: model)
-    out = tmp_path / "deep" / "ladder.json"
-    assert main(["--only", "plain fp32", "--batch", "2", "--repeats", "2", "--out", str(out)]) == 0
-    data = json.loads(out.read_text())
-    assert [row["rung"] for row in data["results"]] == ["plain fp32"]
-    assert data["environment"]["torch"] == torch.__version__
-    assert "| plain fp32 | 2 |" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        main(["--model", "DiT-S/2", "--image-size", "100"])
+def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MFU by its convention: three forward passes an image in training, one an evaluation in sampling."""
+    monkeypatch.setattr(climbing, "peak_flops", lambda device: 1e9)
+    model = small()
+    for kind, passes in (("train", 3), ("sample", 1), ("sample-cfg", 2)):
+        case = Case(kind, "DiT-S/2", 64, 4)
+        found = climbing.Found(seconds=[0.5, 0.5], memory=2 * 10**9, launches=70.0)
+        metrics = row_of(case, BY_NAME["ours"], found, model, CPU).metrics
+        assert metrics["MFU"] == pytest.approx(passes * 4 * 2 * model.macs() / 0.5 / 1e9)
+        assert (metrics["peak GB"], metrics["launches"]) == (2.0, 70.0)

@@ -1,0 +1,113 @@
+"""What is climbed: the rungs, the cases, and what a built rung can do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+KINDS = {
+    "train": ("train", "step"),
+    "train-disk": ("train", "step from disk"),
+    "sample": ("sample", "step"),
+    "sample-cfg": ("sample", "guided step"),
+}
+"""Benchmark and direction of the rows of each kind."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How a step is made. model: "plain" PyTorch, "diffusers", or "ours" with dit_fast's step or sampler.
+
+    bf16: autocast in training and for others' models, our sampler's copy of the weights.
+    """
+
+    name: str
+    model: str = "plain"
+    tf32: bool = False
+    bf16: bool = False
+    sdpa: bool = True
+    compile: bool = False
+    graph: bool = False
+    fp8: bool = False
+    recompute: str = "none"
+    needs_gpu: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """What products are made in."""
+        return "fp8" if self.fp8 else "bf16" if self.bf16 else "tf32" if self.tf32 else "fp32"
+
+    def on(self, device: torch.device) -> "Rung":
+        """The rung as it runs there: on a CPU in float32, but for what it then has no sense without."""
+        as_it_is = device.type == "cuda" or self.needs_gpu
+        return self if as_it_is else replace(self, tf32=False, bf16=False, fp8=False)
+
+
+def _low(name: str, model: str = "plain", **settings: object) -> Rung:
+    return Rung(name, model, tf32=True, bf16=True, **settings)  # type: ignore[arg-type]
+
+
+RUNGS = (
+    Rung("plain fp32", sdpa=False),
+    Rung("+ TF32", tf32=True, sdpa=False, needs_gpu=True),
+    _low("+ bf16", sdpa=False, needs_gpu=True),
+    _low("+ SDPA"),
+    _low("+ torch.compile", compile=True),
+    _low("diffusers", "diffusers"),
+    _low("diffusers + torch.compile", "diffusers", compile=True),
+    _low("ours, eager", "ours"),
+    _low("ours", "ours", compile=True),
+    _low("ours, least memory", "ours", compile=True, recompute="cheap"),
+    _low("ours + CUDA graph", "ours", compile=True, graph=True, needs_gpu=True),
+    _low("ours + CUDA graph + fp8", "ours", compile=True, graph=True, fp8=True, needs_gpu=True),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: one of KINDS, of a model of `DiT_models` at a number of pixels; batch: images."""
+
+    kind: str
+    model: str
+    image_size: int
+    batch: int
+
+    def place(self, rung: Rung) -> tuple[str, str, tuple[int, ...], str, str, str]:
+        """What begins its row in `benchmarks.rows`."""
+        benchmark, direction = KINDS[self.kind]
+        return benchmark, self.model, (self.batch, self.image_size), rung.dtype, rung.name, direction
+
+    @property
+    def trains(self) -> bool:
+        return self.kind.startswith("train")
+
+    @property
+    def guided(self) -> bool:
+        return self.kind == "sample-cfg"
+
+    @property
+    def forwards(self) -> int:
+        """Images that go through the model in a step."""
+        return self.batch * (1 + self.guided)
+
+    def rungs(self, names: list[str] | None = None) -> tuple[Rung, ...]:
+        """Those of RUNGS that differ from the others here; of these, those of `names`."""
+        return tuple(
+            rung
+            for rung in RUNGS
+            if (self.trains or rung.recompute == "none") and (names is None or rung.name in names)
+        )
+
+
+@dataclass(frozen=True)
+class Climber:
+    """A rung that has been built and has made its first results.
+
+    run: makes `steps` steps; gap: how far those first results are from the plain model's in float32, relatively;
+    most: beyond that it is another model.
+    """
+
+    run: Callable[[], object]
+    steps: int
+    gap: float
+    most: float
