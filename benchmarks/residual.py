@@ -23,7 +23,7 @@ def losses(precision: str, residual: str, steps: int, device: str) -> list[float
     """The loss of each step; the last `LAST` of them are compared."""
     config = TrainConfig(
         data="digits", hidden_size=64, depth=4, num_heads=2, patch_size=2, batch_size=16, lr=1e-3, beta2=0.99,
-        predict_xstart=True, diffusion_steps=100, precision=precision, residual=residual, device=device,
+        prediction="x0", diffusion_steps=100, precision=precision, residual=residual, device=device,
         log_every=steps,
     )  # fmt: skip
     trainer = Trainer(config, open_data("digits"))

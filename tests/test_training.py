@@ -239,10 +239,14 @@ def test_the_log_and_manifest_say_what_happened(data, tmp_path, capsys):
     assert manifest["class_names"] == ["a", "b"]
     assert manifest["data"] == data.describe()
     assert manifest["diffusion"] == {
+        "objective": "diffusion",
+        "prediction": "epsilon",
         "noise_schedule": "linear",
         "learn_sigma": True,
+        "sigma_small": False,
+        "use_kl": False,
         "rescale_learned_sigmas": True,
-        "predict_xstart": False,
+        "min_snr_gamma": None,
         "diffusion_steps": 1000,
     }
     assert TrainConfig(**manifest["train_config"]) == tiny(steps=5, log_every=2, seed=9, precision="fp32")

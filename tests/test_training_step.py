@@ -69,10 +69,10 @@ def test_ranks_that_share_a_batch_draw_what_one_process_draws():
     whole = each.work.draw(images, labels)
     for rows in (slice(0, 4), slice(4, 8)):
         part = TrainStep(
-            each.work.denoise, each.optimizer, each.diffusion, each.work.options, each.state,
+            each.work.denoise, each.optimizer, each.objective, each.work.options, each.state,
             torch.arange(8)[rows],
         ).draw(*each.stream.stored(3, rows))  # fmt: skip
-        assert all(torch.equal(a, b[rows]) for a, b in zip(part, whole, strict=True))
+        assert all(torch.equal(a, b[rows]) for a, b in zip(part[:4], whole[:4], strict=True))
     assert each.timesteps(4) == whole[1].tolist()
     assert each.sample_ids(4) == each.stream.split.members[each.stream.indices(3)].tolist()
 
@@ -194,14 +194,14 @@ def test_steps_that_are_not_finite_are_left_out_up_to_the_cap(at_once):
 def test_the_loss_by_timestep_is_that_of_its_samples():
     each = trainer(batch_size=16)
     losses: list[Tensor] = []
-    sound = each.diffusion.training_losses
+    sound = each.objective.training_losses
 
     def listening(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
         terms = sound(*args, **kwargs)
         losses.append(terms["loss"].detach())
         return terms
 
-    each.diffusion.training_losses = listening  # type: ignore[method-assign]
+    each.objective.training_losses = listening  # type: ignore[method-assign]
     run(each, 1)
     value, times = each.values()[0], torch.tensor(each.timesteps(1))
     for bucket in range(4):

@@ -13,9 +13,8 @@ from torch.autograd import DeviceType
 
 from dit_fast.cli import train
 from dit_fast.data import LatentSet
-from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError, OutputError
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
 from dit_fast.training import PRESETS, TrainConfig, Trainer
 from dit_fast.training.config import apply_to_process, build_model, open_set
 from dit_fast.training.precision import choose_precision
@@ -95,10 +94,13 @@ def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
     model = build_model(config, data).to(device).eval()
     mark_blocks(model.blocks, profiler_ranges())
     precision = choose_precision(config.precision, device)
+    objective = config.objective_arguments()
+    solver = default_solver(objective)
     sampler = Sampler(
         model,
-        create_diffusion(str(config.steps), **config.diffusion_arguments()),
+        sampling_nodes(objective, config.steps, solver, learn_sigma=bool(config.learn_sigma)),
         SamplerConfig(
+            solver=solver,
             guidance=Guidance(4.0 if config.class_dropout_prob else 1.0),
             clip=not isinstance(data, LatentSet),
             precision=precision if precision in ("fp16", "bf16") else None,

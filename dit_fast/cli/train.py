@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser.add_argument_group("model"))
     add_data_options(parser.add_argument_group("data"))
     add_recipe_options(parser.add_argument_group("recipe"))
+    add_objective_options(parser.add_argument_group("objective"))
     add_machine_options(parser.add_argument_group("machine"))
     add_watch_options(parser.add_argument_group("watching"))
 
@@ -108,11 +109,41 @@ def add_recipe_options(recipe: argparse._ArgumentGroup) -> None:
     recipe.add_argument(
         "--noise-schedule", metavar="NAME", help="linear or squaredcos_cap_v2 (default: linear)"
     )
-    _switch(recipe, "--predict-xstart", "predict the image instead of the noise (default: off)")
     recipe.add_argument("--diffusion-steps", type=int, metavar="T", help="noise levels (default: 1000)")
     recipe.add_argument(
         "--seed", "--global-seed", type=int, help="of initial weights and all draws (default: 0)"
     )
+
+
+def add_objective_options(objective: argparse._ArgumentGroup) -> None:
+    """What the model is trained to predict, and how that is weighed."""
+    _choice(objective, "--objective", "diffusion in discrete steps, or flow matching (default: diffusion)")
+    _choice(
+        objective,
+        "--prediction",
+        "what the model answers (default: epsilon of diffusion, velocity of flow)",
+    )
+    objective.add_argument(
+        "--predict-xstart",
+        dest="prediction",
+        action="store_const",
+        const="x0",
+        help="the reference's spelling of --prediction x0",
+    )
+    _choice(objective, "--path", "between noise and data, of flow (default: linear)")
+    _choice(
+        objective,
+        "--loss-weighting",
+        "min-snr of diffusion; velocity or likelihood of flow's other predictions (default: none)",
+    )
+    objective.add_argument(
+        "--min-snr-gamma", type=float, metavar="G", help="of --loss-weighting min-snr (default: 5)"
+    )
+    _choice(objective, "--timestep-sampling", "uniform, by recent losses, or logit-normal (default: uniform)")
+    _switch(
+        objective, "--sigma-small", "the posterior's variance, where none is learned (default: off, beta's)"
+    )
+    _switch(objective, "--use-kl", "train on the variational bound alone (default: off)")
 
 
 def add_machine_options(machine: argparse._ArgumentGroup) -> None:

@@ -2,7 +2,7 @@
 
 from dit_fast.sampling.grid import draw_grid, to_pil, to_uint8
 from dit_fast.sampling.guidance import Guidance, classifier_cond_fn
-from dit_fast.sampling.nodes import Nodes, diffusion_nodes, flow_nodes, sampling_nodes
+from dit_fast.sampling.nodes import Nodes, default_solver, diffusion_nodes, flow_nodes, sampling_nodes
 from dit_fast.sampling.program import SOLVERS
 from dit_fast.sampling.sampler import MODES, PRECISIONS, Sampler, SamplerConfig, Step
 
@@ -16,6 +16,7 @@ __all__ = [
     "SamplerConfig",
     "Step",
     "classifier_cond_fn",
+    "default_solver",
     "diffusion_nodes",
     "draw_grid",
     "flow_nodes",

@@ -154,6 +154,11 @@ def flow_nodes(
     )
 
 
+def default_solver(objective: Mapping[str, Any]) -> str:
+    """Of a model trained with these arguments of `create_objective`, where no other is asked for."""
+    return "euler" if objective.get("objective") == "flow" else "ddpm"
+
+
 def sampling_nodes(
     objective: Mapping[str, Any], steps: str | int | None, solver: str, *, learn_sigma: bool
 ) -> Nodes:

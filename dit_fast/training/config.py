@@ -11,11 +11,11 @@ import torch
 from dit_fast.blocks import RECOMPUTE
 from dit_fast.conditioning import CONDITIONING
 from dit_fast.data import ImageSet, LatentSet, open_data
-from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop.vae import LatentEncoder
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
 from dit_fast.models import DiT, DiT_models
+from dit_fast.training.objective import OBJECTIVE_CHOICES, ObjectiveConfig
 from dit_fast.training.parallel import PARALLEL
 from dit_fast.training.precision import PRECISIONS, RESIDUALS
 from dit_fast.training.rates import SCHEDULES
@@ -23,6 +23,7 @@ from dit_fast.training.torch_optimizer import OPTIMIZERS
 
 DEVICES = ("auto", "cpu", "cuda")
 CHOICES = {
+    **OBJECTIVE_CHOICES,
     "precision": PRECISIONS,
     "residual": RESIDUALS,
     "conditioning": CONDITIONING,
@@ -39,8 +40,9 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Options of a run. `model` names a size of the paper; the fields up to `mlp_ratio` replace parts of it.
+class TrainConfig(ObjectiveConfig):
+    """Options of a run, besides those of `ObjectiveConfig`. `model` names a size of the paper; the fields up to
+    `mlp_ratio` replace parts of it.
 
     data                 a built-in set, a folder of class sub-folders, or latents
     vae                  "ema", "mse" or the folder of an autoencoder that makes latents of images as they are read
@@ -52,9 +54,6 @@ class TrainConfig:
     optimizer            "ours" (AdamW, clipping and averaging in one pass), "torch" (fused AdamW) or "apex"
     accumulate           micro-batches that a batch is cut into, to take less memory; the draws stay the same
     class_dropout_prob   share of labels replaced by the null class, for classifier-free guidance
-    learn_sigma          learn the variance too, by the hybrid loss (arXiv:2102.09672, eq. 16)
-    noise_schedule       "linear" or "squaredcos_cap_v2"
-    predict_xstart       predict the image instead of the noise; better where runs are short and patches large
     precision            "auto" (bf16 where CUDA has it, else fp32), "bf16", "fp16" (both autocast; weights stay
                          float32), "fp32", "tf32" (CUDA matrix products) or "fp8" (torchao's float8 linears)
     residual             "fp32" or "bf16": dtype of the residual stream
@@ -107,10 +106,6 @@ class TrainConfig:
     optimizer: str = "ours"
     accumulate: int = 1
     class_dropout_prob: float = 0.1
-    learn_sigma: bool = True
-    noise_schedule: str = "linear"
-    predict_xstart: bool = False
-    diffusion_steps: int = 1000
     seed: int = 0
     precision: str = "auto"
     residual: str = "fp32"
@@ -138,6 +133,7 @@ class TrainConfig:
     nvtx: bool = False
 
     def __post_init__(self) -> None:
+        self.choose_defaults()
         positive = ("batch_size", "accumulate", "log_every", "ckpt_every", "diffusion_steps", "sample_steps")
         for field in positive:
             _require(self, field, getattr(self, field) >= 1, "at least 1")
@@ -180,7 +176,7 @@ class TrainConfig:
             raise ConfigError(
                 f"--steps {self.steps} and --epochs {self.epochs} both set the length: give one"
             )
-        get_named_beta_schedule(self.noise_schedule, self.diffusion_steps)
+        self.check_objective()
         if self.model not in DiT_models:
             near = difflib.get_close_matches(
                 self.model.upper(), [name.upper() for name in DiT_models], 3, 0.5
@@ -193,19 +189,6 @@ class TrainConfig:
         if self.epochs is not None:
             return math.ceil(self.epochs * num_train / self.batch_size)
         return 400_000 if self.steps is None else self.steps
-
-    def diffusion_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `create_diffusion`, besides the respacing.
-
-        The hybrid loss is mse + 0.001 * (sum of the bound's terms over all steps), whatever their number.
-        """
-        return {
-            "noise_schedule": self.noise_schedule,
-            "learn_sigma": self.learn_sigma,
-            "rescale_learned_sigmas": self.learn_sigma,
-            "predict_xstart": self.predict_xstart,
-            "diffusion_steps": self.diffusion_steps,
-        }
 
 
 # demo: MNIST on two CPU cores in minutes. The paper's recipe with two changes that so short a run needs. In
@@ -224,7 +207,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 2e-3,
         "beta2": 0.99,
         "ema_decay": 0.995,
-        "predict_xstart": True,
+        "prediction": "x0",
         "diffusion_steps": 100,
         "log_every": 50,
         "ckpt_every": 500,
@@ -255,6 +238,9 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
     Raises CheckpointError that lists every option that a continuation may not change, with both values.
     """
     fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    if "predict_xstart" in saved:  # what runs had before `prediction`
+        saved = {"prediction": "x0" if saved["predict_xstart"] else "epsilon", **saved}
+        del saved["predict_xstart"]
     if unknown := sorted(saved.keys() - fields.keys()):
         raise CheckpointError(f"{source} has options that this version does not know: {', '.join(unknown)}")
     # An option that is younger than the run was then what is now its default.
@@ -338,7 +324,7 @@ def build_model(config: TrainConfig, data: Samples) -> DiT:
         in_channels=data.channels,
         num_classes=data.num_classes,
         class_dropout_prob=config.class_dropout_prob,
-        learn_sigma=config.learn_sigma,
+        learn_sigma=bool(config.learn_sigma),
         conditioning=config.conditioning,
         kernels=config.kernels,
         attention=config.attention,

@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 from dit_fast.data import LatentSet
-from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import DitFastError
 from dit_fast.interop.vae import LatentDecoder
 from dit_fast.models import load_weights
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig, draw_grid, to_uint8
+from dit_fast.sampling import (
+    Guidance,
+    Sampler,
+    SamplerConfig,
+    default_solver,
+    draw_grid,
+    sampling_nodes,
+    to_uint8,
+)
 from dit_fast.training.config import build_model
 from dit_fast.training.parallel import whole
 from dit_fast.training.precision import AUTOCAST
@@ -33,8 +40,10 @@ class SampleGrids:
         self.trainer = trainer
         count = min(MOST_CLASSES, data.num_classes)
         self.classes = [index * data.num_classes // count for index in range(count)]
-        steps = min(config.sample_steps, config.diffusion_steps)
-        self.diffusion = create_diffusion(str(steps), **config.diffusion_arguments())
+        objective = config.objective_arguments()
+        self.solver = default_solver(objective)
+        steps = min(config.sample_steps, objective.get("diffusion_steps", config.sample_steps))
+        self.nodes = sampling_nodes(objective, steps, self.solver, learn_sigma=bool(config.learn_sigma))
         self.decoder = self._open_decoder(data) if isinstance(data, LatentSet) else None
 
     def draw(self, path: Path) -> None:
@@ -51,8 +60,9 @@ class SampleGrids:
         labels = torch.tensor(self.classes).repeat_interleave(PER_CLASS)
         sampler = Sampler(
             model,
-            self.diffusion,
+            self.nodes,
             SamplerConfig(
+                solver=self.solver,
                 guidance=Guidance(GUIDANCE if config.class_dropout_prob else 1.0, channels=None),
                 clip=not isinstance(data, LatentSet),
                 graph="never",

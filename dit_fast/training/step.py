@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dit_fast import keyed
 from dit_fast.data import Posterior
-from dit_fast.diffusion import GaussianDiffusion
+from dit_fast.diffusion.objectives import Objective
+from dit_fast.diffusion.timesteps import TimestepSampling
 from dit_fast.training.optimizer import shard
 from dit_fast.training.precision import LossScale
 from dit_fast.training.ranges import OFF, Ranges
@@ -82,19 +83,22 @@ class TrainStep:
     denoise(x, t, y): the model in its precision, float32 out. optimizer: AdamWEma, or what has its interface; its
     `found_inf` is set here. positions: int64 (b,), the rows of the global batch that this process is given, on the
     device. accumulating(last): a context for each micro-batch, where gradients need not be synchronised before the
-    last. agree(bad loss, bad norm): the same of all ranks together, () bool each. before_update: called between the
-    gradients and the optimiser, on the host.
+    last. agree(bad loss, bad norm): the same of all ranks together, () bool each. all_rows: a value for each of this
+    process's rows, (b,), to those of all processes. before_update: called between the gradients and the optimiser, on
+    the host. timesteps: how they are drawn; None: uniformly.
     """
 
     def __init__(
         self,
         denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
         optimizer: Any,
-        diffusion: GaussianDiffusion,
+        objective: Objective,
         options: StepOptions,
         state: StepState,
         positions: Tensor,
         *,
+        timesteps: TimestepSampling | None = None,
+        all_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
         posterior: Posterior | None = None,
         loss_scale: LossScale | None = None,
         accumulating: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext(),
@@ -104,7 +108,9 @@ class TrainStep:
     ):
         self.denoise = denoise
         self.optimizer = optimizer
-        self.diffusion = diffusion
+        self.objective = objective
+        self.timesteps = timesteps or TimestepSampling(objective, options.seed)
+        self.all_rows = all_rows
         self.options = options
         self.state = state
         self.positions = positions
@@ -115,53 +121,59 @@ class TrainStep:
         self.before_update = before_update
         self.ranges = ranges
         self.keep_gradients = False
-        streams = ("timestep", "noise", "label drop", "posterior")
+        streams = ("noise", "label drop", "posterior")
         self._keys = {stream: keyed.key(options.seed, stream) for stream in streams}
         self._one = torch.ones((), device=positions.device)
 
     def __call__(self, samples: Tensor, labels: Tensor) -> None:
         """One step on samples (b, C, H, W), or moments (b, K, C, H, W) of posteriors, and labels (b,)."""
         with self.ranges("draw"):
-            samples, t, noise, labels = self.draw(samples, labels)
+            samples, t, noise, labels, weights = self.draw(samples, labels)
         # In a CUDA graph gradients stay where they are, so that their addresses do.
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
-        terms = self._accumulate(samples, t, noise, labels)
+        terms = self._accumulate(samples, t, noise, labels, weights)
         with self.ranges("optimizer_ema"):
-            loss = terms["loss"].mean()
+            loss = _mean(terms["loss"], weights)
             norm = self._gradient_norm()
             good = self._judge(loss, norm)
             self.before_update()
             self.optimizer.found_inf = self.state.found_inf
             self.optimizer.step()
         self._remember(loss, norm, good, terms, t)
+        if self.timesteps.history is not None:
+            self.timesteps.update(self.all_rows(t), self.all_rows(terms["loss"]), good)
         if self.loss_scale is not None:
             self.loss_scale.update()
         self.state.step += 1
 
     @torch.no_grad()
-    def draw(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Samples, timesteps, noise and labels with some dropped, of the rows of the present step."""
+    def draw(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Samples, timesteps, noise, labels with some dropped and the losses' weights, of this step's rows."""
         index = self.state.step * self.options.batch_size + self.positions
         if samples.ndim == 5:
             assert self.posterior is not None
             shape = tuple(samples.shape[2:])
             drawn = keyed.normal(self._keys["posterior"], index, shape) if self.posterior.is_drawn else None
             samples = self.posterior.sample(samples, drawn)
-        t = keyed.integers(self._keys["timestep"], index, self.diffusion.num_timesteps)
+        t, weights = self.timesteps.draw(index)
         noise = keyed.normal(self._keys["noise"], index, tuple(samples.shape[1:]))
         dropped = keyed.uniform(self._keys["label drop"], index) < self.options.class_dropout_prob
-        return samples, t, noise, torch.where(dropped, self.options.num_classes, labels)
+        return samples, t, noise, torch.where(dropped, self.options.num_classes, labels), weights
 
-    def _accumulate(self, samples: Tensor, t: Tensor, noise: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _accumulate(
+        self, samples: Tensor, t: Tensor, noise: Tensor, labels: Tensor, weights: Tensor | None
+    ) -> dict[str, Tensor]:
         """Gradients of the mean loss over all micro-batches; the losses' terms (b,) by name."""
         parts: list[dict[str, Tensor]] = []
         count = self.options.accumulate
         cut = [tensor.chunk(count) for tensor in (samples, t, noise, labels)]
-        for number, (x, times, drawn, y) in enumerate(zip(*cut, strict=True), start=1):
+        shares = [None] * count if weights is None else weights.chunk(count)
+        for number, (x, times, drawn, y, share) in enumerate(zip(*cut, shares, strict=True), start=1):
             with self.accumulating(number == count):
                 with self.ranges("forward"):
-                    terms = self.diffusion.training_losses(self.denoise, x, times, {"y": y}, noise=drawn)
-                    loss = terms["loss"].mean() if count == 1 else terms["loss"].mean() / count
+                    terms = self.objective.training_losses(self.denoise, x, times, {"y": y}, noise=drawn)
+                    loss = _mean(terms["loss"], share)
+                    loss = loss if count == 1 else loss / count
                     if self.loss_scale is not None:
                         loss = loss * self.loss_scale.scale[0]
                 with self.ranges("backward"):
@@ -195,7 +207,7 @@ class TrainStep:
     def _remember(
         self, loss: Tensor, norm: Tensor, good: Tensor, terms: dict[str, Tensor], t: Tensor
     ) -> None:
-        part = t * BUCKETS // self.diffusion.num_timesteps
+        part = (self.objective.noise_level(t) * BUCKETS).long().clamp(max=BUCKETS - 1)
         inside = (part[:, None] == torch.arange(BUCKETS, device=t.device)).float()
         # A product would let one NaN into every bucket.
         sums = torch.where(inside > 0, terms["loss"].float()[:, None], 0.0).sum(0)
@@ -204,3 +216,7 @@ class TrainStep:
         row = torch.cat([torch.stack([loss, *means, norm, good.float(), scale]), sums, inside.sum(0)])
         place = (self.state.step % len(self.state.history)).reshape(1)
         self.state.history.index_copy_(0, place, row.float()[None])
+
+
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return losses.mean() if weights is None else (losses * weights).mean()

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_fast import __version__, keyed
+from dit_fast import __version__
 from dit_fast.data import ImageSet, LatentSet, open_stream
-from dit_fast.diffusion import create_diffusion
+from dit_fast.diffusion.objectives import create_objective
+from dit_fast.diffusion.timesteps import TimestepSampling
 from dit_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from dit_fast.models import DiT
 from dit_fast.training.checkpoint import Retention, load_into, model_config
@@ -84,7 +85,10 @@ class Trainer:
             max_grad_norm=config.max_grad_norm,
             kernels=config.kernels,
         )
-        self.diffusion = create_diffusion("", **config.diffusion_arguments())
+        self.objective = create_objective(**config.objective_arguments())
+        self.timestep_sampling = TimestepSampling(
+            self.objective, config.seed, config.timestep_sampling, self.device
+        )
         self.stream = open_stream(data, config.batch_size, config.seed, config.flip)
         self.total_steps = config.total_steps(len(data.train))
         self.step = 0
@@ -95,7 +99,7 @@ class Trainer:
         self.work = TrainStep(
             self._denoise,
             self.optimizer,
-            self.diffusion,
+            self.objective,
             StepOptions(
                 seed=config.seed,
                 batch_size=config.batch_size,
@@ -106,6 +110,8 @@ class Trainer:
             ),
             self.state,
             torch.arange(config.batch_size, device=self.device)[self.rows],
+            timesteps=self.timestep_sampling,
+            all_rows=self._all_rows,
             posterior=data.posterior if isinstance(data, LatentSet) else None,
             loss_scale=self.loss_scale,
             accumulating=lambda last: micro_batch(self.denoiser, last),
@@ -177,6 +183,14 @@ class Trainer:
             total_steps=self.total_steps,
         )
 
+    def _all_rows(self, rows: Tensor) -> Tensor:
+        """This rank's rows of a batch, as those of all ranks."""
+        if self.world.size == 1:
+            return rows
+        everyone = rows.new_empty(self.world.size * len(rows))
+        torch.distributed.all_gather_into_tensor(everyone, rows.contiguous())
+        return everyone
+
     def _agree(self, bad_loss: Tensor, bad_norm: Tensor) -> tuple[Tensor, Tensor]:
         if self.world.size == 1:
             return bad_loss, bad_norm
@@ -223,11 +237,14 @@ class Trainer:
         indices = self.stream.indices(step - 1)
         return self.stream.split.members[indices].tolist()
 
-    def timesteps(self, step: int) -> list[int]:
-        """The noise levels that the samples of step number `step`, counted from 1, were given."""
-        numbers = self.stream.numbers(step - 1)
-        key = keyed.key(self.config.seed, "timestep")
-        return keyed.integers(key, numbers, self.diffusion.num_timesteps).tolist()
+    def timesteps(self, step: int) -> list[float]:
+        """The timesteps that the samples of step number `step`, counted from 1, were given.
+
+        None of importance sampling, which drew them by losses that are forgotten.
+        """
+        if self.timestep_sampling.history is not None:
+            return []
+        return self.timestep_sampling.draw(self.stream.numbers(step - 1))[0].tolist()
 
     def values(self) -> list[StepValues]:
         """What the steps since the last call left behind, at most as many as are remembered; waits for the device.
@@ -256,7 +273,7 @@ class Trainer:
             "train_config": dataclasses.asdict(self.config),
             "data": self.data.describe(),
             "class_names": list(self.data.class_names),
-            "diffusion": self.config.diffusion_arguments(),
+            "diffusion": self.config.objective_arguments(),
             "ema_decay": self.config.ema_decay,
             "updates": self._updates(),
             "skipped": int(self.state.skipped),
@@ -289,7 +306,7 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema_state(),
-            "optimizer": self.optimizer_state(),
+            "optimizer": {**self.optimizer_state(), **self.timestep_sampling.state},
         }
 
     def save(self, writer: CheckpointWriter) -> None:

@@ -1,0 +1,98 @@
+"""What a run is trained to do: the part of `TrainConfig` that says so, checked when it is built."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from dit_fast.diffusion.flow_matching import FLOW_WEIGHTINGS
+from dit_fast.diffusion.objectives import OBJECTIVES, create_objective
+from dit_fast.diffusion.paths import PATHS, PREDICTIONS
+from dit_fast.diffusion.timesteps import TIMESTEP_SAMPLING, TimestepSampling
+from dit_fast.errors import ConfigError
+
+_OF_FLOW = FLOW_WEIGHTINGS[1:]
+OBJECTIVE_CHOICES = {
+    "objective": OBJECTIVES,
+    "prediction": PREDICTIONS,
+    "path": tuple(PATHS),
+    "loss_weighting": ("none", "min-snr", *_OF_FLOW),
+    "timestep_sampling": TIMESTEP_SAMPLING,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Fields that say what a model is trained to predict, and how.
+
+    objective            "diffusion" or "flow" (docs/objectives.md has the equations of all that follows)
+    prediction           what the model answers: "epsilon", "x0" (better where runs are short and patches large) or "v"
+                         of diffusion; "velocity", "score", "epsilon" or "x0" of flow; None: the first of these
+    loss_weighting       "none"; "min-snr" of diffusion, with min_snr_gamma; "velocity" or "likelihood" of flow
+    timestep_sampling    "uniform", "importance" (by recent losses, of diffusion) or "logit-normal"
+    learn_sigma          learn the variance too, by the hybrid loss (arXiv:2102.09672, eq. 16); None: of diffusion yes
+    sigma_small, use_kl  without learn_sigma, the posterior's variance instead of beta; the bound alone as the loss
+    noise_schedule       of diffusion: "linear" or "squaredcos_cap_v2"
+    path                 of flow: "linear", "gvp" or "vp"
+    diffusion_steps      noise levels of diffusion
+    """
+
+    objective: str = "diffusion"
+    prediction: str | None = None
+    path: str = "linear"
+    loss_weighting: str = "none"
+    min_snr_gamma: float = 5.0
+    timestep_sampling: str = "uniform"
+    learn_sigma: bool | None = None
+    sigma_small: bool = False
+    use_kl: bool = False
+    noise_schedule: str = "linear"
+    diffusion_steps: int = 1000
+
+    def choose_defaults(self) -> None:
+        """Fill in what depends on the objective and was not given."""
+        flow = self.objective == "flow"
+        if self.prediction is None:
+            object.__setattr__(self, "prediction", "velocity" if flow else "epsilon")
+        if self.learn_sigma is None:
+            object.__setattr__(self, "learn_sigma", not flow)
+
+    def check_objective(self) -> None:
+        """Raise ConfigError for options that are not of the objective, or do not go together."""
+        flow = self.objective == "flow"
+        fixed = (
+            ("noise_schedule", "learn_sigma", "sigma_small", "use_kl", "min_snr_gamma") if flow else ("path",)
+        )
+        usual = {field.name: field.default for field in dataclasses.fields(self)} | {"learn_sigma": False}
+        for field in fixed:
+            if getattr(self, field) != usual[field]:
+                raise ConfigError(
+                    f"--{field.replace('_', '-')} {getattr(self, field)} is of --objective "
+                    f"{'diffusion, flow matching has no such thing' if flow else 'flow'}: leave it out"
+                )
+        if flow != (self.loss_weighting in _OF_FLOW) and self.loss_weighting != "none":
+            raise ConfigError(
+                f"--loss-weighting {self.loss_weighting} is not of --objective {self.objective}: give none"
+                + (" or " + " or ".join(_OF_FLOW) if flow else " or min-snr")
+            )
+        if self.sigma_small and self.learn_sigma:
+            raise ConfigError("--sigma-small is a variance that is not learned: give --no-learn-sigma too")
+        TimestepSampling(create_objective(**self.objective_arguments()), 0, self.timestep_sampling)
+
+    def objective_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `create_objective`, which checkpoints keep.
+
+        The hybrid loss is mse + 0.001 * (sum of the bound's terms over all steps), whatever their number.
+        """
+        common = {"objective": self.objective, "prediction": self.prediction}
+        if self.objective == "flow":
+            return {**common, "path": self.path, "loss_weighting": self.loss_weighting}
+        return {
+            **common,
+            "noise_schedule": self.noise_schedule,
+            "learn_sigma": self.learn_sigma,
+            "sigma_small": self.sigma_small,
+            "use_kl": self.use_kl,
+            "rescale_learned_sigmas": self.learn_sigma,
+            "min_snr_gamma": self.min_snr_gamma if self.loss_weighting == "min-snr" else None,
+            "diffusion_steps": self.diffusion_steps,
+        }
