@@ -11,7 +11,7 @@ import torch
 
 from dit_fast import download
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError, OutputError
-from dit_fast.interop.vae import LATENT_SCALE, LatentDecoder
+from dit_fast.interop.vae import LatentDecoder
 
 STATE = {"pos_embed": torch.arange(6.0)}
 
@@ -89,12 +89,18 @@ def test_local_files_and_unknown_names(tmp_path):
         download.download_model("b.pt")
 
 
+class Config(dict):
+    """As diffusers': values by key and by attribute."""
+
+    __getattr__ = dict.__getitem__
+
+
 class StandInVae(torch.nn.Module):
     """An AutoencoderKL's interface: repeats each latent pixel 8 times and keeps the first three channels."""
 
     def __init__(self):
         super().__init__()
-        self.config = types.SimpleNamespace(latent_channels=4)
+        self.config = Config(latent_channels=4, scaling_factor=0.18215, block_out_channels=(1,) * 4)
 
     @classmethod
     def from_pretrained(cls, name, use_safetensors, low_cpu_mem_usage):
@@ -116,7 +122,7 @@ def test_latents_are_unscaled_and_decoded_in_batches(tmp_path, monkeypatch):
     latents = torch.randn(5, 4, 2, 2)
     images = LatentDecoder(str(tmp_path), 4)(latents, batch_size=2)
     assert images.shape == (5, 3, 16, 16)
-    assert torch.equal(images[:, :, ::8, ::8], latents[:, :3] / LATENT_SCALE)
+    assert torch.equal(images[:, :, ::8, ::8], latents[:, :3] / 0.18215)
     with pytest.raises(ConfigError, match="has 4 latent channels, the model makes 16"):
         LatentDecoder(str(tmp_path), 16)
     with pytest.raises(
@@ -125,6 +131,17 @@ def test_latents_are_unscaled_and_decoded_in_batches(tmp_path, monkeypatch):
         LatentDecoder("ema", 4)
     with pytest.raises(ConfigError, match="--vae nowhere: give ema, mse, none, or a folder"):
         LatentDecoder("nowhere", 4)
+
+
+def test_a_latent_set_s_own_shift_and_scale_are_undone(tmp_path, monkeypatch):
+    """A model of the set makes (z - shift) * scale; what the autoencoder's configuration says is for others."""
+    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=StandInVae))
+    z, shift, scale = torch.randn(2, 4, 3, 3), [0.1, -0.2, 0.3, 0.0], [0.5, 2.0, 1.5, 0.18215]
+    given = [torch.tensor(v).view(-1, 1, 1) for v in (shift, scale)]
+    decoder = LatentDecoder(str(tmp_path), 4)
+    assert (decoder.factor, decoder.shift, decoder.scale) == (8, (0.0,) * 4, (0.18215,) * 4)
+    images = decoder((z - given[0]) * given[1], shift, scale)
+    assert (images[:, :, ::8, ::8] - z[:, :3]).abs().max() < 1e-6
 
 
 def test_large_latents_are_decoded_in_tiles(tmp_path):

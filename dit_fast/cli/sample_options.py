@@ -27,8 +27,8 @@ def _model_options(group: argparse._ArgumentGroup) -> None:
     published = ", ".join(sorted(pretrained_models))
     group.add_argument(
         "--ckpt",
-        help="run folder, step folder, save_pretrained folder, .safetensors or .pt file, or a published name "
-        f"({published})",
+        help="run folder, step folder, save_pretrained folder, folder of diffusers, .safetensors or .pt file, id of "
+        f"the Hugging Face hub (organisation/name or organisation/name@revision), or a published name ({published})",
     )
     group.add_argument(
         "--weights", choices=("ema", "model"), default="ema", help="which weights, where there are both"
@@ -37,7 +37,10 @@ def _model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image-size", type=int, help="side of the images; the checkpoint must be of it")
     group.add_argument("--num-classes", type=int, help="number of classes; the checkpoint must have as many")
     group.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
-    group.add_argument("--vae", help="decoder of a latent model: ema, mse (the default), a folder, or none")
+    group.add_argument(
+        "--vae",
+        help="decoder of a latent model: ema, mse, a folder, or none (default: a pipeline's own, else mse)",
+    )
 
 
 def _drawing_options(group: argparse._ArgumentGroup) -> None:
@@ -59,7 +62,8 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
         "--cfg-scale", type=float, default=4.0, help="guidance scale; 1 is none (default: 4.0)"
     )
     group.add_argument(
-        "--cfg-channels", default="3", help="noise channels that are guided: a number, or all (default: 3)"
+        "--cfg-channels",
+        help="noise channels that are guided: a number, or all (default: 3; of diffusers' models all)",
     )
     group.add_argument(
         "--cfg-interval",

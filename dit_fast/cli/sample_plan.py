@@ -19,7 +19,8 @@ from dit_fast.download import fetch_model, pretrained_models
 from dit_fast.errors import CheckpointError, ConfigError, OutputError
 from dit_fast.evaluation import Scorer
 from dit_fast.interop import ModelInfo, load_model, registry_size
-from dit_fast.interop.vae import LATENT_FACTOR, LATENT_SCALE, LatentDecoder
+from dit_fast.interop.converted import conventions_of
+from dit_fast.interop.vae import LATENT_FACTOR, LatentDecoder
 from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig
 from dit_fast.sampling.output import prepare_folder
@@ -46,12 +47,7 @@ class Plan:
     def decode(self, samples: Tensor) -> Tensor:
         """Images float32 (M, 3, H, W) of latents (M, C, h, w), as scaled by the set that the model was trained on."""
         assert self.decoder is not None
-        shift, scale = (self.info.data.get(key) for key in ("shift", "scale"))
-        if shift is not None and scale is not None:
-            # A model of this set makes (z - shift) * scale; the decoder takes z * LATENT_SCALE.
-            shift, scale = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (shift, scale))
-            samples = (samples.cpu() / scale + shift) * LATENT_SCALE
-        return self.decoder(samples)
+        return self.decoder(samples, self.info.data.get("shift"), self.info.data.get("scale"))
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -65,9 +61,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise ConfigError(
             "--compare-to scores in one process: sample first, then score with dit-fast evaluate"
         )
-    guidance = Guidance(
-        args.cfg_scale, _guided_channels(args.cfg_channels), tuple(args.cfg_interval), args.cfg_schedule
-    )
     mode = args.mode or ("fast" if args.npz or world > 1 else "reference")
     device = _device(args.device, world)
     if args.save_images and (args.out / "images").exists():
@@ -83,9 +76,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
     for note in info.notes:
         print(note, flush=True)
-    vae = args.vae or ("mse" if info.latent else "none")
-    _check_image_size(args, model, info, encoded=vae != "none" or info.latent)
-
+    guidance = Guidance(
+        args.cfg_scale,
+        _guided_channels(args.cfg_channels, model),
+        tuple(args.cfg_interval),
+        args.cfg_schedule,
+    )
+    vae = args.vae or (str(info.vae or "mse") if info.latent else "none")
     options = {key: info.diffusion[key] for key in _DIFFUSION_OPTIONS if key in info.diffusion}
     steps = args.steps or str(min(STEPS, options.get("diffusion_steps", STEPS)))
     diffusion = create_diffusion(steps, learn_sigma=model.learn_sigma, **options)
@@ -105,14 +102,15 @@ def make_plan(args: argparse.Namespace) -> Plan:
     num = len(labels)
     sampler.check(labels, args.seed, args.batch_size)
 
-    factor = 1 if vae == "none" else LATENT_FACTOR
+    decoder = LatentDecoder(vae, model.in_channels, device) if vae != "none" else None
+    factor = 1 if decoder is None else decoder.factor
     height, width = (side * factor for side in model.x_embedder.img_size)
+    _check_image_size(args, model, info, LATENT_FACTOR if decoder is None and info.latent else factor)
     # Uncompressed pixels of the parts, the archive and the single files, and of the grid (small images are enlarged).
     copies = 2 + args.npz + args.save_images
     prepare_folder(args.out, needed_bytes=3 * (num * height * width * copies + min(num, 4096) * 56 * 56))
     shape = (model.in_channels if vae == "none" else 3, height, width)
     scorer = _scorer(args, model, info, shape) if args.compare_to is not None else None
-    decoder = LatentDecoder(vae, model.in_channels, device) if vae != "none" else None
     if args.npz and shape[0] not in (1, 3):
         raise ConfigError(
             f"--npz holds images, these are {shape[0]} channels of latents: decode them with --vae"
@@ -146,7 +144,9 @@ def _digest(model: DiT) -> str:
     return digest.hexdigest()
 
 
-def _guided_channels(text: str) -> int | None:
+def _guided_channels(text: str | None, model: DiT) -> int | None:
+    if text is None:
+        return conventions_of(model).cfg_channels
     if text == "all":
         return None
     if not text.isdecimal() or int(text) == 0:
@@ -193,10 +193,10 @@ def _expected(args: argparse.Namespace) -> dict[str, Any]:
     return expected
 
 
-def _check_image_size(args: argparse.Namespace, model: DiT, info: ModelInfo, encoded: bool) -> None:
+def _check_image_size(args: argparse.Namespace, model: DiT, info: ModelInfo, factor: int) -> None:
     if args.image_size is None:
         return
-    made = tuple(side * (LATENT_FACTOR if encoded else 1) for side in model.x_embedder.img_size)
+    made = tuple(side * factor for side in model.x_embedder.img_size)
     if made != (args.image_size, args.image_size):
         raise CheckpointError(
             f"{info.path} is of another configuration: it makes {made[0]}x{made[1]} images, "
@@ -222,16 +222,30 @@ def numbers_of(requested: Sequence[str] | None, num_classes: int, names: tuple[s
         if num_classes <= ALL_CLASSES:
             return list(range(num_classes))
         return [round(i * (num_classes - 1) / (SHOWN_CLASSES - 1)) for i in range(SHOWN_CLASSES)]
-    by_name = {name: number for number, name in enumerate(names or ())}
+    by_name = _numbers_by_name(names or ())
     parts: list[str] = []
     for word in requested:
         parts += [word] if word in by_name else [part.strip() for part in word.split(",") if part.strip()]
     return [_class_number(part, num_classes, by_name) for part in parts]
 
 
-def _class_number(text: str, num_classes: int, by_name: dict[str, int]) -> int:
+def _numbers_by_name(names: Sequence[str]) -> dict[str, list[int]]:
+    """Classes of each name, and of each part of names such as ImageNet's "tench, Tinca tinca"."""
+    numbers: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        for part in {name, *(part.strip() for part in name.split(","))}:
+            numbers.setdefault(part, []).append(number)
+    # A whole name is one class's, whatever other names it is a part of.
+    return {**numbers, **{name: [number] for number, name in enumerate(names)}}
+
+
+def _class_number(text: str, num_classes: int, by_name: dict[str, list[int]]) -> int:
     if text in by_name:
-        return by_name[text]
+        if len(by_name[text]) > 1:
+            raise ConfigError(
+                f"--classes {text}: the name of classes {' and '.join(map(str, by_name[text]))}; give the number"
+            )
+        return by_name[text][0]
     try:
         number = int(text)
     except ValueError:

@@ -13,6 +13,8 @@ from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop.configuration import infer_config, registry_size, require_config
 from dit_fast.interop.converted import Conventions, ConvertedDiT
 from dit_fast.interop.diffusers_folder import diffusers_config_of, read_folder, transformer_folder
+from dit_fast.interop.hub import fetch_hub_model, is_hub_id
+from dit_fast.interop.pipeline_folder import pipeline_facts
 from dit_fast.interop.weight_file import WeightFile, read_weight_file
 from dit_fast.models import DiT, load_weights, read_config
 from dit_fast.training.checkpoint import find_checkpoint, read_part, step_folders
@@ -35,7 +37,7 @@ class ModelInfo:
     latents of an autoencoder or pixels; `notes` are lines that a user should see. The other fields are a
     training checkpoint's and empty for other files: `data` describes the image set (its name, size,
     channels, held-out fraction, fingerprint, and `flip` as the run was told), `diffusion` are arguments of
-    `create_diffusion`.
+    `create_diffusion`. A pipeline's folder tells `class_names`, `diffusion` and `vae`, its autoencoder's folder.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class ModelInfo:
     class_names: tuple[str, ...] | None = None
     data: dict[str, Any] = field(default_factory=dict)
     diffusion: dict[str, Any] = field(default_factory=dict)
+    vae: Path | None = None
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
@@ -67,8 +70,9 @@ def load_model(
 
     `path` is a run folder of `dit-fast train` (its newest checkpoint that verifies), a step folder, a
     `save_pretrained` folder, a folder that diffusers or `FastDiT` wrote (a pipeline's or the transformer's; then
-    the model is a `ConvertedDiT`), a `.safetensors` file, or a `.pt` file: a bare state dict as the reference
-    publishes, or a dictionary of the reference's train.py.
+    the model is a `ConvertedDiT`), the id of such a model on the Hugging Face hub (`organisation/name`, with
+    `@revision` to pin it), a `.safetensors` file, or a `.pt` file: a bare state dict as the reference publishes, or
+    a dictionary of the reference's train.py.
 
     weights     "ema" or "model", where the checkpoint has both; the one there is, with a note, where it has
     one
@@ -81,7 +85,7 @@ def load_model(
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights {weights!r}: choose {' or '.join(WEIGHTS)}")
-    path = Path(path)
+    path = fetch_hub_model(str(path)) if is_hub_id(path) else Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if not path.is_file() and not path.is_dir():
@@ -107,7 +111,9 @@ def _from_path(
     if (path / MANIFEST).is_file() or step_folders(path):
         return _from_training(find_checkpoint(path), weights, expected)
     if config := diffusers_config_of(transformer_folder(path) / "config.json"):
-        return _from_diffusers(transformer_folder(path), config, expected)
+        model, info = _from_diffusers(transformer_folder(path), config, expected)
+        facts = pipeline_facts(path, model.config["num_classes"])
+        return model, replace(info, class_names=facts.class_names, diffusion=facts.diffusion, vae=facts.vae)
     if (path / "config.json").is_file():
         return _from_file(path / "model.safetensors", weights, num_heads, expected)
     raise CheckpointError(

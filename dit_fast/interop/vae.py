@@ -1,6 +1,7 @@
 """Images to latents and back through the Stable Diffusion autoencoder of diffusers."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ from torch import Tensor
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.interop.weight_file import first_line
 
-# Rombach et al. 2022, appendix: latents are scaled to unit variance by this factor.
-LATENT_SCALE = 0.18215
 LATENT_FACTOR = 8
+"""Side of an image over that of its latents, of the Stable Diffusion autoencoders."""
 TILED_FROM = 128
 """Latents larger than this, images of more than 1024 pixels, are decoded in overlapping tiles, to bound the memory."""
 
@@ -22,8 +22,9 @@ _PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-
 class LatentDecoder:
     """The decoder of an AutoencoderKL: `name` is "ema", "mse" or a folder that diffusers wrote.
 
-    Weights are read from safetensors only. Raises MissingExtraError without diffusers, CheckpointError when
-    the weights cannot be loaded and ConfigError when they expect other latents than `channels`.
+    `factor`: side of an image over that of its latents. Weights are read from safetensors only. Raises
+    MissingExtraError without diffusers, CheckpointError when the weights cannot be loaded and ConfigError when they
+    expect other latents than `channels`.
     """
 
     def __init__(self, name: str, channels: int, device: torch.device | str = "cpu") -> None:
@@ -32,17 +33,31 @@ class LatentDecoder:
             raise ConfigError(
                 f"--vae {name} has {vae.config.latent_channels} latent channels, the model makes {channels}"
             )
+        self.factor = _factor(vae.config)
+        self.shift, self.scale = _scaling(vae.config, channels)
         self.vae = vae.to(device).eval()
         self.device = torch.device(device)
 
     @torch.no_grad()
-    def __call__(self, latents: Tensor, batch_size: int = 8) -> Tensor:
-        """Images float32 (M, 3, 8 H, 8 W) in about [-1, 1] on the CPU, of latents (M, C, H, W)."""
+    def __call__(
+        self,
+        latents: Tensor,
+        shift: Sequence[float] | None = None,
+        scale: Sequence[float] | None = None,
+        batch_size: int = 8,
+    ) -> Tensor:
+        """Images float32 (M, 3, factor H, factor W) in about [-1, 1] on the CPU, of latents (M, C, H, W).
+
+        shift, scale  of each channel: latents are (z - shift) * scale; None: as the autoencoder's configuration says,
+                      0 and 0.18215 for Stable Diffusion's (Rombach et al. 2022, appendix)
+        """
         large = max(latents.shape[-2:]) > TILED_FROM
         (self.vae.enable_tiling if large else self.vae.disable_tiling)()
-        parts = latents.split(batch_size)
+        given = (shift or self.shift, scale or self.scale)
+        add, divide = (torch.tensor(v, dtype=torch.float32, device=self.device).view(-1, 1, 1) for v in given)
         decoded = [
-            self.vae.decode(part.to(self.device) / LATENT_SCALE).sample.float().cpu() for part in parts
+            self.vae.decode(part.to(self.device) / divide + add).sample.float().cpu()
+            for part in latents.split(batch_size)
         ]
         return torch.cat(decoded)
 
@@ -69,7 +84,7 @@ class LatentEncoder:
         self.sha256 = _weights_digest(vae.state_dict())
         self.image_channels = int(config.in_channels)
         self.latent_channels = int(config.latent_channels)
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.factor = _factor(config)
         if self.image_channels not in (1, 3):
             raise ConfigError(
                 f"--vae {name} takes images of {self.image_channels} channels; grey or RGB needed"
@@ -124,6 +139,10 @@ def _load_autoencoder(name: str, accepted: str, does: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         where = f"{_PUBLISHED[name]} (offline? give --vae a local folder)" if name in _PUBLISHED else name
         raise CheckpointError(f"cannot load the autoencoder {where}: {first_line(error)}") from error
+
+
+def _factor(config: Any) -> int:
+    return 2 ** (len(config.block_out_channels) - 1)
 
 
 def _scaling(config: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,0 +1,75 @@
+"""What the folder of a diffusers pipeline says beside its model: class names, noise schedule, autoencoder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_fast.errors import CheckpointError
+from dit_fast.interop.diffusers_folder import read_json
+
+_SCHEDULES = ("linear", "squaredcos_cap_v2")
+_PREDICTIONS = {"epsilon": False, "sample": True}
+
+
+@dataclass(frozen=True)
+class PipelineFacts:
+    """Where known: the classes' names in their order, arguments of `create_diffusion`, the autoencoder's folder."""
+
+    class_names: tuple[str, ...] | None = None
+    diffusion: dict[str, Any] = field(default_factory=dict)
+    vae: Path | None = None
+
+
+def pipeline_facts(folder: Path, num_classes: int) -> PipelineFacts:
+    """The facts of a pipeline's folder; none of a folder that is no pipeline's.
+
+    Raises CheckpointError for a scheduler of another noise schedule or prediction than a DiT's samplers know.
+    """
+    if not (folder / "model_index.json").is_file():
+        return PipelineFacts()
+    names = read_json(folder / "model_index.json").get("id2label")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    vae = folder / "vae"
+    # The decoder reads safetensors only.
+    decodes = (vae / "config.json").is_file() and any(vae.glob("*.safetensors"))
+    return PipelineFacts(
+        _class_names(names, num_classes),
+        _diffusion(read_json(scheduler), scheduler) if scheduler.is_file() else {},
+        vae if decodes else None,
+    )
+
+
+def _class_names(names: Any, num_classes: int) -> tuple[str, ...] | None:
+    if not isinstance(names, dict) or names.keys() != {str(i) for i in range(num_classes)}:
+        return None
+    return tuple(str(names[str(i)]) for i in range(num_classes))
+
+
+def _diffusion(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Arguments of `create_diffusion` for a scheduler's configuration; absent fields have diffusers' defaults."""
+    steps = config.get("num_train_timesteps", 1000)
+    schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    problems = []
+    if not isinstance(steps, int) or not 0 < steps <= 1_000_000:
+        problems.append(f"num_train_timesteps {steps!r}")
+    elif schedule == "linear":
+        # Ho et al. 2020 have 0.0001 to 0.02 for 1000 steps; the same noise in n steps has 1000 / n times as much each.
+        ends = [config.get(key, default) for key, default in (("beta_start", 1e-4), ("beta_end", 0.02))]
+        wanted = [0.1 / steps, 20 / steps]
+        if not all(
+            isinstance(a, int | float) and abs(a - b) <= 1e-6 * b for a, b in zip(ends, wanted, strict=True)
+        ):
+            problems.append(f"betas {ends[0]!r} to {ends[1]!r} ({wanted[0]:g} to {wanted[1]:g} known)")
+    if schedule not in _SCHEDULES or config.get("trained_betas") is not None:
+        problems.append(f"beta_schedule {schedule!r} ({', '.join(_SCHEDULES)} known)")
+    if prediction not in _PREDICTIONS:
+        problems.append(f"prediction_type {prediction!r} ({', '.join(_PREDICTIONS)} known)")
+    if config.get("rescale_betas_zero_snr"):
+        problems.append("rescale_betas_zero_snr")
+    if problems:
+        raise CheckpointError(
+            f"{path}: no schedule that this model could be sampled with: {'; '.join(problems)[:300]}; give the "
+            "transformer's folder to load the model alone"
+        )
+    return {"noise_schedule": schedule, "diffusion_steps": steps, "predict_xstart": _PREDICTIONS[prediction]}
