@@ -80,7 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num", type=int, help="number of samples, of random classes")
     group.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale (default: 1, none)")
     group.add_argument("--steps", help="sampling steps (default: 250, or all if fewer)")
-    group.add_argument("--solver", choices=SOLVERS, default="ddpm")
+    group.add_argument(
+        "--solver", choices=SOLVERS, help="(default: ddpm of diffusion, euler of flow matching)"
+    )
     group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
     group.add_argument("--vae", help="decoder of a latent model: ema, mse (the default) or a folder")
     group.add_argument("--seed", type=int, default=0)
@@ -173,9 +175,9 @@ def _drawn(args: argparse.Namespace) -> Iterator[ImageSource]:
     with contextlib.ExitStack() as stack:
         folder = args.sample_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-fast-")))
         words = ["--ckpt", args.ckpt, "--npz", "--out", folder, "--num", args.num, "--seed", args.seed]
-        words += ["--cfg-scale", args.cfg_scale, "--solver", args.solver, "--precision", args.precision]
+        words += ["--cfg-scale", args.cfg_scale, "--precision", args.precision]
         words += ["--batch-size", args.batch_size, "--device", _device(args.device).type]
-        for name in ("steps", "vae"):
+        for name in ("steps", "solver", "vae"):
             if getattr(args, name) is not None:
                 words += [f"--{name}", getattr(args, name)]
         parser = argparse.ArgumentParser(prog="dit-fast sample", allow_abbrev=False)

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if plan.rank == 0:
         ranks = f" and {plan.world - 1} more" if plan.world > 1 else ""
         print(
-            f"{plan.info.summary()}; {parts.num} images, {len(sampler.nodes)} {args.solver} steps, "
+            f"{plan.info.summary()}; {parts.num} images, {len(sampler.nodes)} {sampler.config.solver} steps, "
             f"guidance {args.cfg_scale:g}, seed {args.seed}, on {plan.model.pos_embed.device}{ranks}",
             flush=True,
         )
@@ -211,7 +211,7 @@ def _score(args: argparse.Namespace, plan: Plan, scorer: Scorer, images: np.ndar
         "step": plan.info.step,
         "cfg_scale": args.cfg_scale,
         "steps": len(plan.sampler.nodes),
-        "solver": args.solver,
+        "solver": plan.sampler.config.solver,
         "seed": args.seed,
     }
     path = args.out / "scores.json"

@@ -6,13 +6,13 @@ from pathlib import Path
 from dit_fast.download import pretrained_models
 from dit_fast.sampling import MODES, PRECISIONS, SOLVERS
 from dit_fast.sampling.guidance import SCHEDULES
+from dit_fast.sampling.solvers import LAST_STEPS
 
 OWN_DATA = "(the checkpoint's own data)"
 # All classes of a small set are shown; of ImageNet's thousand, this many evenly spaced ones.
 ALL_CLASSES = 20
 SHOWN_CLASSES = 8
 PER_CLASS = 8
-STEPS = 250
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,9 +83,17 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
         "--steps",
         "--num-sampling-steps",
         dest="steps",
-        help="sampling steps, or a respacing such as ddim50 or 10,20,30 (default: 250, or all if fewer)",
+        help="sampling steps, or of diffusion a respacing such as ddim50 or 10,20,30 (default: 250, or all if fewer)",
     )
-    group.add_argument("--solver", choices=SOLVERS, default="ddpm")
+    group.add_argument(
+        "--solver", choices=SOLVERS, help="(default: ddpm of a diffusion model, euler of flow matching)"
+    )
+    group.add_argument(
+        "--last-step",
+        choices=LAST_STEPS,
+        default="mean",
+        help="of the sde solvers: without noise, along the flow, to the predicted image, or left out (default: mean)",
+    )
     group.add_argument(
         "--eta", type=float, default=0.0, help="share of fresh noise with --solver ddim (default: 0)"
     )

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_fast import keyed
-from dit_fast.cli.sample_options import ALL_CLASSES, OWN_DATA, PER_CLASS, SHOWN_CLASSES, STEPS
+from dit_fast.cli.sample_options import ALL_CLASSES, OWN_DATA, PER_CLASS, SHOWN_CLASSES
 from dit_fast.data import open_images
-from dit_fast.diffusion import create_diffusion
 from dit_fast.download import fetch_model, pretrained_models
 from dit_fast.errors import CheckpointError, ConfigError, OutputError
 from dit_fast.evaluation import Scorer
@@ -22,12 +21,10 @@ from dit_fast.interop import ModelInfo, load_model, registry_size
 from dit_fast.interop.converted import conventions_of
 from dit_fast.interop.vae import LATENT_FACTOR, LatentDecoder
 from dit_fast.models import DiT
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
 from dit_fast.sampling.output import prepare_folder
 from dit_fast.sampling.parts import Parts
 from dit_fast.training.world import local_rank, ranks
-
-_DIFFUSION_OPTIONS = ("noise_schedule", "sigma_small", "predict_xstart", "diffusion_steps")
 
 
 @dataclass(frozen=True)
@@ -83,13 +80,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
         args.cfg_schedule,
     )
     vae = args.vae or (str(info.vae or "mse") if info.latent else "none")
-    options = {key: info.diffusion[key] for key in _DIFFUSION_OPTIONS if key in info.diffusion}
-    steps = args.steps or str(min(STEPS, options.get("diffusion_steps", STEPS)))
-    diffusion = create_diffusion(steps, learn_sigma=model.learn_sigma, **options)
+    solver = args.solver or default_solver(info.diffusion)
+    nodes = sampling_nodes(info.diffusion, args.steps, solver, learn_sigma=model.learn_sigma)
     clip = args.clip_denoised if args.clip_denoised is not None else vae == "none" and not info.latent
     config = SamplerConfig(
-        solver=args.solver,
+        solver=solver,
         eta=args.eta,
+        last_step=args.last_step,
         guidance=guidance,
         clip=clip,
         mode=mode,
@@ -97,7 +94,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         graph="never" if args.no_graph else "auto",
         compile=args.compile,
     )
-    sampler = Sampler(model, diffusion, config)
+    sampler = Sampler(model, nodes, config)
     labels = _labels(args, model.num_classes, info.class_names)
     num = len(labels)
     sampler.check(labels, args.seed, args.batch_size)
@@ -120,8 +117,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     request = {
         "checkpoint": str(info.path),
         "weights": _digest(model),
-        "steps": steps,
-        "solver": [args.solver, args.eta],
+        "steps": args.steps or str(len(nodes)),
+        "solver": [solver, args.last_step if solver.startswith("sde") else args.eta],
         "guidance": [guidance.scale, guidance.channels, *guidance.interval, guidance.schedule],
         "clip_denoised": clip,
         "mode": mode,
