@@ -170,6 +170,11 @@ class Mlp(nn.Module):
         return is_plain(self, Mlp) and linears and tanh
 
 
+def swiglu_width(hidden_features: int) -> int:
+    """The width of the `SwiGLU` that stands for a GELU of so many features."""
+    return -(-2 * hidden_features // 24) * 8
+
+
 class SwiGLU(nn.Module):
     """w3(SiLU(w1 x) * w2 x), w1 and w2 in one matrix `w12` (Shazeer 2020, equation 6), in PyTorch's operations.
 
@@ -179,7 +184,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, in_features: int, hidden_features: int):
         super().__init__()
-        hidden = -(-2 * hidden_features // 24) * 8
+        hidden = swiglu_width(hidden_features)
         self.w12 = nn.Linear(in_features, 2 * hidden)
         self.w3 = nn.Linear(hidden, in_features)
 

@@ -1,5 +1,6 @@
 """The words that a `DiT`'s options take: what makes one model of the family another, docs/models.md."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from dit_fast.conditioning import CONDITIONING
@@ -17,6 +18,14 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 """The first is the paper's: what a configuration that does not name the option means."""
 
 PAPER: dict[str, Any] = {name: words[0] for name, words in OPTIONS.items()}
+
+
+def beyond_the_paper(config: Mapping[str, Any]) -> str:
+    """What makes a model of `DiT.config` another than the paper's, in words for a message; "" for the paper's."""
+    others = {name: config[name] for name in OPTIONS if config.get(name, PAPER[name]) != PAPER[name]}
+    if not config["num_classes"]:
+        others["num_classes"] = 0
+    return ", ".join(f"{name}={value!r}" for name, value in others.items())
 
 
 def one_of(name: str, value: Any, words: tuple[Any, ...]) -> Any:

@@ -165,7 +165,7 @@ def test_what_diffusers_cannot_be(change, line, tmp_path) -> None:
 
 @pytest.mark.parametrize("conditioning", ["adaln", "cross_attention", "in_context"])
 def test_other_blocks_of_the_paper_are_not_diffusers(conditioning) -> None:
-    with pytest.raises(ConfigError, match=f"adaLN-Zero blocks, this model conditioning='{conditioning}'"):
+    with pytest.raises(ConfigError, match=f"the paper's, this model has conditioning='{conditioning}'"):
         diffusers_config({**ours().config, "conditioning": conditioning}, DIFFUSERS)
 
 

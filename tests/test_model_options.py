@@ -13,9 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_fast.blocks import Stream, normed
+from dit_fast.cli import main
 from dit_fast.conditioning import CONDITIONING
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
+from dit_fast.interop import DIFFUSERS, load_model, save_diffusers
+from dit_fast.interop.configuration import infer_config
 from dit_fast.layers import Attention, Layout, RMSNorm, SwiGLU, make_norm
 from dit_fast.models import DiT, DiT_models
 from dit_fast.positions import rotary_angles, rotate
@@ -253,6 +256,35 @@ def test_saved_model_comes_back(options: dict[str, object], tmp_path: Path) -> N
     assert loaded.config == model.config
     assert torch.equal(loaded(x(), T, Y), model(x(), T, Y))
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@each_option
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "cross_attention"])
+def test_any_way_in_finds_the_model(options: dict[str, object], conditioning: str, tmp_path: Path) -> None:
+    model = model_of(**options, conditioning=conditioning)
+    model.save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(loaded(x(), T, Y), model(x(), T, Y))
+    # Shapes alone tell all but positions, the kind of a norm without parameters, and what a width was rounded from.
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    told = infer_config(shapes, "a", {"num_heads": 4, "positions": options.get("positions", "sincos")})
+    untold = {"mlp_ratio", *({"norm"} if conditioning == "adaln_zero" else ())}
+    assert {k: v for k, v in told.items() if k not in untold} == {
+        k: v for k, v in model.config.items() if k not in untold
+    }
+
+
+@each_option
+def test_files_that_cannot_say_it_are_refused(options: dict[str, object], tmp_path: Path) -> None:
+    model = model_of(**options)
+    name, value = next(iter(options.items()))
+    with pytest.raises(ConfigError, match=f"diffusers' DiT is the paper's, this model has {name}={value!r}"):
+        save_diffusers(model, tmp_path / "diffusers", conventions=DIFFUSERS)
+    model.save_pretrained(tmp_path / "model")
+    command = ["export", "--ckpt", str(tmp_path / "model"), "--format", "pt", "--out", str(tmp_path / "a.pt")]
+    assert main(command) == 1
+    assert not (tmp_path / "a.pt").exists()
 
 
 def test_the_papers_model_names_no_option() -> None:

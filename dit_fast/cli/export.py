@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from dit_fast.errors import ConfigError, OutputError
 from dit_fast.interop import DIFFUSERS, load_model, save_diffusers
 from dit_fast.models import DiT
+from dit_fast.options import beyond_the_paper
 from dit_fast.sampling.output import write_atomically
 
 _EPILOG = """safetensors  a folder with config.json and model.safetensors, for DiT.from_pretrained
@@ -44,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
     model, info = load_model(args.ckpt, weights=args.weights, num_heads=args.num_heads)
     for note in info.notes:
         print(f"note: {note}")
+    if args.format == "pt" and (others := beyond_the_paper(model.config)):
+        raise ConfigError(
+            f"--format pt is for the reference's DiT, this model has {others}: give --format safetensors"
+        )
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.format == "pt":

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.layers import swiglu_width
 from dit_fast.models import SIZES, DiT_models
+from dit_fast.options import PAPER
 
 # The reference's label dropout; a state dict only tells that there was some.
 _LABEL_DROPOUT = 0.1
@@ -20,11 +22,15 @@ _LABEL_DROPOUT = 0.1
 _RANKS = {
     "pos_embed": 3,
     "x_embedder.proj.weight": 4,
-    "y_embedder.embedding_table.weight": 2,
     "blocks.0.attn.qkv.weight": 2,
-    "blocks.0.mlp.fc1.weight": 2,
     "final_layer.linear.weight": 2,
 }
+# An unconditional model has no labels; what stands in the place of fc1 where the MLP is a SwiGLU.
+_LABELS, _FC1, _SWIGLU = (
+    "y_embedder.embedding_table.weight",
+    "blocks.0.mlp.fc1.weight",
+    "blocks.0.mlp.w12.weight",
+)
 
 
 def registry_size(name: str) -> dict[str, int]:
@@ -44,7 +50,8 @@ def infer_config(
     """Constructor arguments of the `DiT` that has tensors of these shapes, as `DiT.config` gives them.
 
     `shapes` has the reference's keys, `source` names the file in messages, and `known` fields settle what
-    the shapes leave open; where they contradict the shapes, the shapes' value is returned. Raises
+    the shapes leave open (also whether positions are rotary or learned, and an adaptive norm an RMSNorm: else they are
+    the paper's); where they contradict the shapes, the shapes' value is returned. Raises
     CheckpointError when the tensors are no DiT's or when nothing tells the number of heads or the grid.
     """
     known = known or {}
@@ -61,14 +68,12 @@ def infer_config(
             f"expected {in_channels} channels of noise, with or without as many of variance"
         )
 
-    rows = shapes["y_embedder.embedding_table.weight"][0]
+    rows = shapes.get(_LABELS, (0,))[0]
     dropout = known.get("class_dropout_prob")
-    if dropout is None:
-        dropout = 0.0 if rows == known.get("num_classes") else _LABEL_DROPOUT
+    if dropout is None or not rows:
+        dropout = 0.0 if rows == known.get("num_classes", 0) else _LABEL_DROPOUT
 
-    fc1_rows = shapes["blocks.0.mlp.fc1.weight"][0]
-    mlp_ratio = known.get("mlp_ratio", 0.0)
-    conditioning = _conditioning(shapes, hidden_size)
+    options = _options(shapes, hidden_size, known)
     return {
         "input_size": _input_size(shapes["pos_embed"][1], patch, known.get("input_size"), source),
         "patch_size": patch,
@@ -76,13 +81,38 @@ def infer_config(
         "hidden_size": hidden_size,
         "depth": depth,
         "num_heads": known.get("num_heads") or _registry_heads(hidden_size, depth, source),
-        "mlp_ratio": mlp_ratio if int(hidden_size * mlp_ratio) == fc1_rows else fc1_rows / hidden_size,
+        "mlp_ratio": _mlp_ratio(shapes, hidden_size, known.get("mlp_ratio", 0.0)),
         "class_dropout_prob": dropout,
         "num_classes": rows - (dropout > 0),
         "learn_sigma": outputs == 2 * in_channels,
-        # As `DiT.config` has it: only where it is not the reference's.
-        **({} if conditioning == "adaln_zero" else {"conditioning": conditioning}),
+        # As `DiT.config` has them: only where they are not the reference's.
+        **{name: value for name, value in options.items() if value != PAPER[name]},
     }
+
+
+def _options(
+    shapes: Mapping[str, tuple[int, ...]], hidden_size: int, known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The model's options by name; what no shape tells is as known, or the paper's."""
+    affine = "blocks.0.norm1.weight" in shapes
+    norm = "layernorm" if "blocks.0.norm1.bias" in shapes else "rmsnorm"
+    return {
+        **{name: known.get(name, paper) for name, paper in PAPER.items()},
+        "conditioning": _conditioning(shapes, hidden_size),
+        "mlp": "swiglu" if _SWIGLU in shapes else "gelu",
+        "qk_norm": "blocks.0.attn.q_norm.weight" in shapes,
+        **({"norm": norm} if affine else {}),
+    }
+
+
+def _mlp_ratio(shapes: Mapping[str, tuple[int, ...]], hidden_size: int, known: float) -> float:
+    """The known ratio where it is the shapes' own, else one that is."""
+    hidden = int(hidden_size * known)
+    if _SWIGLU in shapes:
+        rows = shapes[_SWIGLU][0] // 2
+        return known if swiglu_width(hidden) == rows else 1.5 * rows / hidden_size
+    rows = shapes[_FC1][0]
+    return known if hidden == rows else rows / hidden_size
 
 
 def _conditioning(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> str:
@@ -95,13 +125,18 @@ def _conditioning(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> st
 
 
 def _require_dit(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    missing = [key for key in _RANKS if key not in shapes]
+    ranks = {
+        **_RANKS,
+        _SWIGLU if _SWIGLU in shapes else _FC1: 2,
+        **({_LABELS: 2} if _LABELS in shapes else {}),
+    }
+    missing = [key for key in ranks if key not in shapes]
     if missing:
         hint = ""
         if any(key.startswith("transformer_blocks.") for key in shapes):
             hint = " (these are diffusers' names: give the folder, with its config.json)"
         raise CheckpointError(f"{source} holds no DiT: {', '.join(missing)} missing{hint}")
-    wrong = [key for key, rank in _RANKS.items() if len(shapes[key]) != rank or 0 in shapes[key]]
+    wrong = [key for key, rank in ranks.items() if len(shapes[key]) != rank or 0 in shapes[key]]
     if not wrong and len(set(shapes["x_embedder.proj.weight"][2:])) != 1:
         wrong = ["x_embedder.proj.weight"]
     if wrong:
@@ -141,7 +176,7 @@ def require_config(
     """CheckpointError listing every field of `expected` that `found` has otherwise, with both values; `hints` say
     for some fields what to do about it.
     """
-    found = {"conditioning": "adaln_zero", **found}
+    found = {**PAPER, **found}
     differing = [key for key, value in expected.items() if _plain(found[key]) != _plain(value)]
     if differing:
         lines = [

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop.converted import Conventions
+from dit_fast.options import beyond_the_paper
 from dit_fast.positions import get_2d_sincos_pos_embed
 
 TRANSFORMER = "DiTTransformer2DModel"
@@ -84,12 +85,10 @@ def diffusers_config(config: Mapping[str, Any], conventions: Conventions) -> dic
 def adapter_config(config: Mapping[str, Any], conventions: Conventions) -> dict[str, Any]:
     """Arguments of `FastDiT` for `DiT.config`: diffusers' names, and what they cannot say.
 
-    Raises ConfigError for a grid that is not square, or blocks other than adaLN-Zero.
+    Raises ConfigError for a grid that is not square, or a model with other options than the paper's.
     """
-    if config.get("conditioning", "adaln_zero") != "adaln_zero":
-        raise ConfigError(
-            f"diffusers' DiT has adaLN-Zero blocks, this model conditioning={config['conditioning']!r}"
-        )
+    if others := beyond_the_paper(config):
+        raise ConfigError(f"diffusers' DiT is the paper's, this model has {others}")
     height, width = config["input_size"]
     if height != width:
         raise ConfigError(
