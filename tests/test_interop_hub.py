@@ -231,7 +231,7 @@ def test_sampling_from_a_folder_of_diffusers(kind, folder, hub, tmp_path, monkey
     monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **options: start)
     # Its spacing of 4 steps is that of "ddim4": 0, 250, 500, 750.
     drawn = theirs(labels, guidance_scale=4.0, num_inference_steps=4, output_type="np").images
-    assert np.abs(ours - 255 * drawn).mean() < 1.5, np.abs(ours - 255 * drawn).mean()
+    assert np.abs(ours - 255 * drawn).max() < 0.51, "nothing but the rounding to 256 levels"
 
 
 @pytest.mark.parametrize(
