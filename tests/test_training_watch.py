@@ -5,7 +5,6 @@ import json
 import math
 import sys
 import types
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training_step import TINY, image_set, run, trainer
-from torch import nn
+from test_training_step import TINY, image_set, trainer
 
 from dit_fast.cli import main
 from dit_fast.errors import MissingExtraError
 from dit_fast.models import DiT_models
-from dit_fast.training import TrainConfig, Trainer, loop, metrics, ranges, resume, train
+from dit_fast.training import TrainConfig, Trainer, loop, metrics, resume, train
 from dit_fast.training.progress import read_log, smooth
 from dit_fast.training.step import StepValues, TrainStep
 from dit_fast.training.watch import means
@@ -184,63 +182,6 @@ def test_sample_grids_come_from_the_averages_and_one_noise(tmp_path):
     again = train(tiny(steps=2, sample_every=2, sample_steps=3), tmp_path / "again")
     assert again.step == 2
     assert (np.asarray(Image.open(tmp_path / "again" / "samples" / "step-0000002.png")) == first).all()
-
-
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of NVTX ranges as they open, by a stand-in for the nvtx package; "/" where one closes."""
-    opened: list[str] = []
-
-    @contextmanager
-    def annotate(name: str, domain: str) -> Any:
-        assert domain == "dit_fast"
-        opened.append(name)
-        try:
-            yield
-        finally:
-            opened.append("/")
-
-    monkeypatch.setitem(sys.modules, "nvtx", types.SimpleNamespace(annotate=annotate))
-    return opened
-
-
-def test_ranges_stand_around_the_parts_of_a_step(tmp_path, monkeypatch):
-    opened = recorded(monkeypatch)
-    train(tiny(steps=1, depth=2, nvtx=True), tmp_path / "run")
-    blocks = ["block_0", "/", "block_1", "/"]
-    step = ["draw", "/", "forward", *blocks, "/", "backward", "/", "optimizer_ema", "/"]
-    assert opened == ["data", "/", *step, "checkpoint", "/"]
-    opened.clear()
-    each = trainer(depth=2)
-    run(each, 1)
-    assert opened == []
-    assert not each.model.blocks[0]._forward_pre_hooks
-
-
-def test_ranges_that_are_off_are_one_empty_context():
-    assert ranges.OFF("forward") is ranges.OFF("backward")
-    assert trainer().ranges is ranges.OFF
-
-
-def test_a_range_is_closed_when_its_block_fails(monkeypatch):
-    opened = recorded(monkeypatch)
-    each = trainer(nvtx=True)
-
-    def fail(module: nn.Module, arguments: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    each.model.blocks[0].attn.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        each.train_step(*each.stream.stored(0))
-    assert opened == ["draw", "/", "forward", "block_0", "/", "/"]
-
-
-def test_without_nvtx_a_cpu_build_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nvtx", None)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(MissingExtraError, match=r"nvtx is not installed; pip install 'dit-fast\[profile\]'"):
-        trainer(nvtx=True)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert ranges.nvtx_ranges() is torch.cuda.nvtx.range
 
 
 def test_runs_are_drawn_over_each_other(tmp_path, capsys):

@@ -26,6 +26,7 @@ from dit_fast.training.checkpoint_writer import CheckpointWriter
 from dit_fast.training.config import TrainConfig, apply_to_process, open_set, resumed_config
 from dit_fast.training.prefetch import prefetch
 from dit_fast.training.progress import plot_loss
+from dit_fast.training.ranges import mark_launches
 from dit_fast.training.signals import StopRequest
 from dit_fast.training.trainer import Trainer
 from dit_fast.training.watch import Watch
@@ -124,6 +125,8 @@ def _run(trainer: Trainer, run: Path) -> TrainResult:
 
     world.first(make_room)
     with (
+        trainer.ranges("run"),
+        mark_launches(trainer.ranges),
         world.watch(lambda: f"step {trainer.step + 1}"),
         Watch(trainer, run) as watch,
         StopRequest(alone=world.size == 1) as stop,

@@ -11,12 +11,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from dit_fast.errors import ConfigError
 from dit_fast.models import DiT
+from dit_fast.training.ranges import Ranges
 from dit_fast.training.world import World
 
 PARALLEL = ("auto", "none", "ddp", "fsdp", "hsdp")
@@ -121,6 +123,36 @@ def micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
         sharded.set_requires_all_reduce(last)
         sharded.set_is_last_backward(last)
     yield
+
+
+def mark_communication(module: nn.Module, ranges: Ranges) -> None:
+    """Put ranges around the collectives that "ddp", "fsdp" and "hsdp" start for weights and gradients."""
+    # Imported where they are used, as fully_shard is; there is no public name for what set_custom_... replaces.
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+
+    class AllGather(DefaultAllGather):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            with ranges("communication"):
+                return super().__call__(*arguments, **options)
+
+    class ReduceScatter(DefaultReduceScatter):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            with ranges("communication"):
+                return super().__call__(*arguments, **options)
+
+    def all_reduce(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        with ranges("communication"):
+            mean = bucket.buffer().div_(dist.get_world_size())
+            work = dist.all_reduce(mean, async_op=True)
+            return work.get_future().then(lambda done: mean)
+
+    if isinstance(module, DistributedDataParallel):
+        module.register_comm_hook(None, all_reduce)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_custom_all_gather(AllGather())
+            part.set_custom_reduce_scatter(ReduceScatter())
 
 
 def groups_of(module: nn.Module) -> tuple[Any, ...]:

@@ -1,10 +1,16 @@
-"""Named ranges around the parts of a step, for Nsight Systems or PyTorch's profiler; off, they cost nothing."""
+"""Named ranges around the parts of a run, for Nsight Systems or PyTorch's profiler; off, they cost nothing.
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+run > step > data | draw | forward | backward | optimizer_ema | checkpoint
+forward > block_0 > one for each launch of a Triton kernel, named by operation, shape and dtypes
+forward, backward, optimizer_ema > communication, with several ranks
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import triton
 from torch import nn
 
 from dit_fast.errors import MissingExtraError
@@ -53,3 +59,29 @@ def mark_blocks(blocks: nn.ModuleList, ranges: Ranges) -> None:
 
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave, always_call=True)
+
+
+@contextmanager
+def mark_launches(ranges: Ranges) -> Iterator[None]:
+    """Inside, a range stands around each launch of a Triton kernel, also by compiled code: Triton's hooks open it."""
+    if ranges is OFF:
+        yield
+        return
+    open_ranges: list[AbstractContextManager[Any]] = []
+
+    def enter(metadata: Any) -> None:
+        context = ranges(metadata.get()["name"])
+        context.__enter__()
+        open_ranges.append(context)
+
+    def leave(metadata: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    hooks = triton.knobs.runtime
+    hooks.launch_enter_hook.add(enter)
+    hooks.launch_exit_hook.add(leave)
+    try:
+        yield
+    finally:
+        hooks.launch_enter_hook.remove(enter)
+        hooks.launch_exit_hook.remove(leave)

@@ -22,7 +22,14 @@ from dit_fast.training.checkpoint import Retention, load_into, model_config
 from dit_fast.training.checkpoint_writer import CheckpointWriter
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.cuda_graph import CudaGraphs, GraphedStep
-from dit_fast.training.parallel import choose_parallel, groups_of, micro_batch, parallelize, rank_rows
+from dit_fast.training.parallel import (
+    choose_parallel,
+    groups_of,
+    mark_communication,
+    micro_batch,
+    parallelize,
+    rank_rows,
+)
 from dit_fast.training.precision import (
     AUTOCAST,
     LossScale,
@@ -145,13 +152,16 @@ class Trainer:
             keep_residual_in_bf16(model)
         if self.ranges is not OFF:
             mark_blocks(model.blocks, self.ranges)
-        return parallelize(
+        module = parallelize(
             model,
             self.world,
             self.parallel,
             compile=config.compile and can_compile(self.device),
             param_dtype=AUTOCAST.get(config.precision),
         )
+        if self.ranges is not OFF:
+            mark_communication(module, self.ranges)
+        return module
 
     def train_step(self, samples: Tensor, labels: Tensor) -> None:
         """One optimiser and EMA step on what `stream.stored` gives for `step`: samples or moments, labels (B,).
@@ -194,7 +204,8 @@ class Trainer:
     def _agree(self, bad_loss: Tensor, bad_norm: Tensor) -> tuple[Tensor, Tensor]:
         if self.world.size == 1:
             return bad_loss, bad_norm
-        return self.agreement.exchange(bad_loss, bad_norm, *self.says())
+        with self.ranges("communication"):
+            return self.agreement.exchange(bad_loss, bad_norm, *self.says())
 
     def _check_at_once(self) -> None:
         if self.checks_every_step:

@@ -55,15 +55,19 @@ class Watch:
             tracker.close()
 
     def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """The same batches; the time that the host waits for each is counted."""
+        """The same batches; the time that the host waits for each is counted.
+
+        The range of a step lasts until the next batch is asked for.
+        """
         while True:
-            started = time.perf_counter()
-            with self.trainer.ranges("data"):
-                batch = next(batches, None)
-            self.waited += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
+            with self.trainer.ranges("step"):
+                started = time.perf_counter()
+                with self.trainer.ranges("data"):
+                    batch = next(batches, None)
+                self.waited += time.perf_counter() - started
+                if batch is None:
+                    return
+                yield batch
 
     @contextmanager
     def paused(self) -> Iterator[None]:
