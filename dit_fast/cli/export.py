@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder or file to write; must not exist")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: safetensors)")
     parser.add_argument(
-        "--weights", choices=("ema", "model"), default="ema", help="which weights, where there are both"
+        "--weights",
+        default="ema",
+        metavar="SET",
+        help="ema, model, or ema:WIDTH, an average of any width of a run with --ema-snapshot-every (default: ema)",
     )
     parser.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
 

@@ -31,7 +31,10 @@ def _model_options(group: argparse._ArgumentGroup) -> None:
         f"the Hugging Face hub (organisation/name or organisation/name@revision), or a published name ({published})",
     )
     group.add_argument(
-        "--weights", choices=("ema", "model"), default="ema", help="which weights, where there are both"
+        "--weights",
+        default="ema",
+        metavar="SET",
+        help="ema, model, or ema:WIDTH, an average of any width of a run with --ema-snapshot-every (default: ema)",
     )
     group.add_argument("--model", help="registry name, e.g. DiT-XL/2; the checkpoint must be of it")
     group.add_argument("--image-size", type=int, help="side of the images; the checkpoint must be of it")

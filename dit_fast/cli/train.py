@@ -104,6 +104,12 @@ def add_recipe_options(recipe: argparse._ArgumentGroup) -> None:
     )
     recipe.add_argument("--ema-decay", type=float, help="decay of the averaged weights (default: 0.9999)")
     recipe.add_argument(
+        "--ema-snapshot-every",
+        type=int,
+        metavar="N",
+        help="keep snapshots of two more averages, for --weights ema:WIDTH of dit-fast sample (default: none)",
+    )
+    recipe.add_argument(
         "--class-dropout-prob", type=float, metavar="P", help="share of labels dropped (default: 0.1)"
     )
     recipe.add_argument(

@@ -18,10 +18,13 @@ from dit_fast.interop.pipeline_folder import pipeline_facts
 from dit_fast.interop.weight_file import WeightFile, read_weight_file
 from dit_fast.models import DiT, load_weights, read_config
 from dit_fast.training.checkpoint import find_checkpoint, read_part, step_folders
+from dit_fast.training.ema import WIDEST, Profile, reconstruct
 from dit_fast.training.manifest import MANIFEST, read_manifest, verify_files
 from dit_fast.training.tensor_files import part_files
 
 WEIGHTS = ("ema", "model")
+WIDTH = "ema:"
+"""What stands before a relative width in `weights`: an average made of snapshots (`dit_fast.training.ema`)."""
 
 # Positions are fixed sines: another size needs a new table, not new weights.
 _HINTS = {
@@ -33,7 +36,7 @@ _HINTS = {
 class ModelInfo:
     """Where a model came from and what its checkpoint says of it.
 
-    `weights` is "ema", "model" or "only" (the file has one set); `latent` says whether the model makes
+    `weights` is "ema", "model", "ema:WIDTH" or "only" (the file has one set); `latent` says whether the model makes
     latents of an autoencoder or pixels; `notes` are lines that a user should see. The other fields are a
     training checkpoint's and empty for other files: `data` describes the image set (its name, size,
     channels, held-out fraction, fingerprint, and `flip` as the run was told), `diffusion` are arguments of
@@ -52,7 +55,9 @@ class ModelInfo:
 
     def summary(self) -> str:
         """One line: which weights of which file."""
-        which = {"ema": "EMA weights", "model": "raw weights (not EMA)", "only": "weights"}[self.weights]
+        named = {"ema": "EMA weights", "model": "raw weights (not EMA)", "only": "weights"}
+        width = self.weights.removeprefix(WIDTH)
+        which = named.get(self.weights, f"EMA weights of relative width {width}")
         step = f" at step {self.step}" if self.step is not None else ""
         return f"{which}{step} of {self.path}"
 
@@ -84,7 +89,7 @@ def load_model(
     fields and all missing, unexpected and misshaped tensors are listed at once.
     """
     if weights not in WEIGHTS:
-        raise ConfigError(f"weights {weights!r}: choose {' or '.join(WEIGHTS)}")
+        _width(weights)
     path = fetch_hub_model(str(path)) if is_hub_id(path) else Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
@@ -106,10 +111,14 @@ def load_model(
 def _from_path(
     path: Path, weights: str, num_heads: int | None, expected: Mapping[str, Any]
 ) -> tuple[DiT, ModelInfo]:
-    if path.is_file():
-        return _from_file(path, weights, num_heads, expected)
     if (path / MANIFEST).is_file() or step_folders(path):
         return _from_training(find_checkpoint(path), weights, expected)
+    if weights not in WEIGHTS:
+        raise ConfigError(
+            f"weights {weights}: {path} is no run of dit-fast train, whose snapshots that takes"
+        )
+    if path.is_file():
+        return _from_file(path, weights, num_heads, expected)
     if config := diffusers_config_of(transformer_folder(path) / "config.json"):
         model, info = _from_diffusers(transformer_folder(path), config, expected)
         facts = pipeline_facts(path, model.config["num_classes"])
@@ -132,8 +141,8 @@ def _from_diffusers(
 
 def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> tuple[DiT, ModelInfo]:
     manifest = read_manifest(folder)
-    verify_files(folder, manifest, ["config.json", *part_files(manifest["files"], weights)])
-    file = WeightFile(folder / f"{weights}.safetensors", read_part(folder, manifest, weights), weights)
+    verify_files(folder, manifest, ["config.json"])
+    file = _training_weights(folder, manifest, weights)
     model = _build(file, read_config(folder / "config.json"), expected)
     data = dict(manifest.get("data") or {})
     data["flip"] = (manifest.get("train_config") or {}).get("flip")
@@ -149,6 +158,29 @@ def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> t
         data=data,
         diffusion=dict(manifest.get("diffusion") or {}),
         notes=file.notes,
+    )
+
+
+def _training_weights(folder: Path, manifest: dict[str, Any], weights: str) -> WeightFile:
+    if weights not in WEIGHTS:
+        state, off = reconstruct(folder, _width(weights))
+        note = f"{folder}: an average of {weights} made of snapshots; its profile is {off:.2%} off"
+        return WeightFile(folder, state, weights, notes=(note,))
+    verify_files(folder, manifest, part_files(manifest["files"], weights))
+    return WeightFile(folder / f"{weights}.safetensors", read_part(folder, manifest, weights), weights)
+
+
+def _width(weights: str) -> float:
+    """The relative width that "ema:WIDTH" asks for. Raises ConfigError."""
+    kind, _, width = weights.partition(":")
+    try:
+        if kind == "ema":
+            return Profile(float(width), 1.0).sigma_rel
+    except ValueError:
+        pass
+    raise ConfigError(
+        f"weights {weights!r}: choose {', '.join(WEIGHTS)}, or {WIDTH}WIDTH with a relative width between 0 and "
+        f"{WIDEST:.4f}, as in ema:0.08"
     )
 
 

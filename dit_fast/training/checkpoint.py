@@ -133,10 +133,10 @@ def write_checkpoint(
 
     def write() -> dict[str, dict[str, Any]]:
         names = []
-        for part in PARTS:
-            if pieces[part]:
+        for part, held in pieces.items():
+            if held:
                 names.append(part_file(part, world.rank, world.size))
-                write_pieces(temporary / names[-1], pieces[part])
+                write_pieces(temporary / names[-1], held)
         if world.is_first:
             names.append("config.json")
             (temporary / names[-1]).write_text(json.dumps(config, indent=2) + "\n")

@@ -35,7 +35,7 @@ class CheckpointWriter:
         world: World | None = None,
         background: bool = True,
     ):
-        self.run = run
+        self.run = Path(run)
         self.retention = retention
         self.world = world or World()
         self.background = background
@@ -43,22 +43,27 @@ class CheckpointWriter:
         self._copies: dict[tuple[str, str], Tensor] = {}
 
     def save(
-        self, config: dict[str, Any], state: Mapping[str, Mapping[str, Tensor]], manifest: dict[str, Any]
+        self,
+        config: dict[str, Any],
+        state: Mapping[str, Mapping[str, Tensor]],
+        manifest: dict[str, Any],
+        snapshots: Path | None = None,
     ) -> None:
         """Start writing step manifest["step"]: `state` by part, then name; tensors may be DTensors.
 
-        Waits for the save before, and raises OutputError if that failed.
+        snapshots: another folder for it than the run's, in which all stay. Waits for the save before, and raises
+        OutputError if that failed.
         """
         self.wait()
         pieces = self._copy(state)
         needed = checkpoint_bytes(*state.values())
         outcome: Future[Path] = Future()
+        place = (self.run, self.retention) if snapshots is None else (snapshots, Retention())
 
         def write() -> None:
             try:
-                final = write_checkpoint(
-                    self.run, config, pieces, needed, manifest, self.retention, self.world
-                )
+                run, retention = place
+                final = write_checkpoint(run, config, pieces, needed, manifest, retention, self.world)
                 outcome.set_result(final)
             except BaseException as error:
                 outcome.set_exception(error)

@@ -49,6 +49,8 @@ class TrainConfig(ObjectiveConfig):
     image_size, channels, num_classes, flip, holdout   see `dit_fast.data.open_images`; None: as the data are
     steps, epochs        length of the run in optimiser steps, or in passes over the training images
     lr, beta1, beta2, weight_decay, ema_decay   AdamW, and the decay of the averaged weights
+    ema_snapshot_every   steps between snapshots of two more averages, of which one of any width is made afterwards
+                         (`dit_fast.training.ema`); None: neither is kept
     lr_schedule, warmup_steps   "constant" or "cosine" (to 0 at the last step), after a linear warm-up
     max_grad_norm        the gradients' norm is clipped to it; None: not at all
     optimizer            "ours" (AdamW, clipping and averaging in one pass), "torch" (fused AdamW) or "apex"
@@ -103,6 +105,7 @@ class TrainConfig(ObjectiveConfig):
     warmup_steps: int = 0
     max_grad_norm: float | None = None
     ema_decay: float = 0.9999
+    ema_snapshot_every: int | None = None
     optimizer: str = "ours"
     accumulate: int = 1
     class_dropout_prob: float = 0.1
@@ -140,6 +143,7 @@ class TrainConfig(ObjectiveConfig):
         optional = (
             "steps",
             "epochs",
+            "ema_snapshot_every",
             "hidden_size",
             "depth",
             "num_heads",

@@ -24,6 +24,7 @@ from dit_fast.training.checkpoint import (
 )
 from dit_fast.training.checkpoint_writer import CheckpointWriter
 from dit_fast.training.config import TrainConfig, apply_to_process, open_set, resumed_config
+from dit_fast.training.ema import SNAPSHOTS
 from dit_fast.training.prefetch import prefetch
 from dit_fast.training.progress import plot_loss
 from dit_fast.training.ranges import mark_launches
@@ -117,11 +118,15 @@ def _run(trainer: Trainer, run: Path) -> TrainResult:
     world = trainer.world
     saves = -(-(trainer.total_steps - trainer.step) // config.ckpt_every)
     room = min(saves, config.keep_checkpoints + 1) if config.keep_checkpoints else saves
-    size = checkpoint_bytes(*trainer.tensors().values())
+    size = room * checkpoint_bytes(*trainer.tensors().values())
+    if config.ema_snapshot_every:
+        snapshots = (trainer.total_steps - trainer.step) // config.ema_snapshot_every
+        size += snapshots * checkpoint_bytes(*trainer.snapshot().values())
 
     def make_room() -> None:
         remove_leftovers(run)
-        require_space(run, room * size)
+        remove_leftovers(run / SNAPSHOTS)
+        require_space(run, size)
 
     world.first(make_room)
     with (
@@ -154,6 +159,10 @@ def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter) -> Path:
             _report(trainer, writer)
         if last:
             break
+        if config.ema_snapshot_every and trainer.step % config.ema_snapshot_every == 0:
+            with watch.paused():
+                _report(trainer, writer)
+                trainer.save_snapshot(writer)
         if trainer.step % config.ckpt_every == 0:
             with watch.paused():
                 _report(trainer, writer)

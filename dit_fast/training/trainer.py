@@ -22,6 +22,7 @@ from dit_fast.training.checkpoint import Retention, load_into, model_config
 from dit_fast.training.checkpoint_writer import CheckpointWriter
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.cuda_graph import CudaGraphs, GraphedStep
+from dit_fast.training.ema import SNAPSHOTS, PowerAverages
 from dit_fast.training.parallel import (
     choose_parallel,
     groups_of,
@@ -92,6 +93,7 @@ class Trainer:
             max_grad_norm=config.max_grad_norm,
             kernels=config.kernels,
         )
+        self.averages = PowerAverages(self.trained) if config.ema_snapshot_every else None
         self.objective = create_objective(**config.objective_arguments())
         self.timestep_sampling = TimestepSampling(
             self.objective, config.seed, config.timestep_sampling, self.device
@@ -175,6 +177,8 @@ class Trainer:
             self.state.lr.fill_(rate)
         self.run_step(samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
         self.step += 1
+        if self.averages is not None:
+            self.averages.update(self.step)
         if self.world.size > 1 and self.device.type == "cuda":
             self.agreement.read(self._patience)
         if self._patience != self.config.timeout:
@@ -286,6 +290,7 @@ class Trainer:
             "class_names": list(self.data.class_names),
             "diffusion": self.config.objective_arguments(),
             "ema_decay": self.config.ema_decay,
+            "power_averages": None if self.averages is None else self.averages.describe(),
             "updates": self._updates(),
             "skipped": int(self.state.skipped),
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
@@ -318,13 +323,26 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": self.ema_state(),
             "optimizer": {**self.optimizer_state(), **self.timestep_sampling.state},
+            **self.snapshot(),
         }
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """The power-function averages, where they are kept, by part, then name; live."""
+        return {} if self.averages is None else self.averages.state(self.model.state_dict())
 
     def save(self, writer: CheckpointWriter) -> None:
         """Start writing a checkpoint of this moment; never one that follows a step that failed."""
         self.check_finite()
         with self.ranges("checkpoint"):
             writer.save(model_config(self.model), self.tensors(), self.manifest())
+
+    def save_snapshot(self, writer: CheckpointWriter) -> None:
+        """The same of a snapshot of the power-function averages, which no later one replaces."""
+        self.check_finite()
+        with self.ranges("checkpoint"):
+            writer.save(
+                model_config(self.model), self.snapshot(), self.manifest(), snapshots=writer.run / SNAPSHOTS
+            )
 
     def writer(self, run: Path) -> CheckpointWriter:
         """What writes this run's checkpoints."""
@@ -349,6 +367,8 @@ class Trainer:
         self.state.step.fill_(self.step)
         self.state.skipped.fill_(manifest.get("skipped", 0))
         self.seconds = float(manifest["seconds"])
+        if self.averages is not None:
+            self.averages.step = int(manifest["power_averages"]["step"])
         if self.loss_scale is not None and manifest.get("loss_scale"):
             self.loss_scale.restore(manifest["loss_scale"])
         updates = float(manifest.get("updates", self.step))

@@ -16,8 +16,10 @@ from dit_fast.training.checkpoint import (
     load_checkpoint,
     load_into,
     model_config,
+    read_part,
 )
 from dit_fast.training.checkpoint_writer import CheckpointWriter
+from dit_fast.training.ema import EVERY, SIGMAS, PowerAverages
 from dit_fast.training.manifest import read_manifest
 from dit_fast.training.optimizer import AdamWEma
 from dit_fast.training.parallel import groups_of, micro_batch, parallelize, rank_rows, whole
@@ -54,6 +56,7 @@ class Run:
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         # A large eps: Adam divides gradients that are rounding noise by themselves otherwise.
         self.optimizer = AdamWEma(self.trained.values(), lr=1e-2, eps=1e-3, ema_decay=0.9, max_grad_norm=0.5)
+        self.averages = PowerAverages(self.trained)
         self.rows = rank_rows(BATCH, accumulate, world)
         self.step = 0
 
@@ -71,6 +74,7 @@ class Run:
             self.optimizer.step()
             losses.append(self.world.mean(total).item())
             self.step += 1
+            self.averages.update(self.step * EVERY)
         return losses
 
     def state(self) -> State:
@@ -81,7 +85,8 @@ class Run:
             for name, p in self.trained.items()
             for moment in ("exp_avg", "exp_avg_sq")
         }
-        return {"model": model, "ema": {**model, **averages}, "optimizer": moments}
+        power = self.averages.state(model)
+        return {"model": model, "ema": {**model, **averages}, "optimizer": moments, **power}
 
     def whole_state(self) -> State:
         return {
@@ -153,7 +158,8 @@ def checkpoints(world: World, folder: Path) -> None:
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
 
     loaded = load_checkpoint(path)
-    whole_parts = {"model": loaded.model, "ema": loaded.ema, "optimizer": loaded.optimizer}
+    power = {part: read_part(path, loaded.manifest, part) for part in SIGMAS}
+    whole_parts = {"model": loaded.model, "ema": loaded.ema, "optimizer": loaded.optimizer, **power}
     assert furthest(expected, whole_parts) == 0.0
     for mode in ("fsdp", "ddp"):
         other = Run(world, mode)
