@@ -53,14 +53,18 @@ def environment() -> dict[str, object]:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" behind it where code differs from it; "" where there is no repository.
+    """The checkout's commit, "-dirty" behind it where code differs from it; "" where it is not known.
 
-    What benchmarks write themselves, results and the README, is no code.
+    What benchmarks write themselves, results and the README, is no code. In a tree that was copied without its
+    repository, the file COMMIT says it.
     """
     head = _said("git", "rev-parse", "--short", "HEAD")
+    if not head:
+        told = ROOT / "COMMIT"
+        return told.read_text().strip() if told.is_file() else ""
     code = (".", ":!benchmarks/results", ":!README.md")
     changes = _said("git", "status", "--porcelain", "--untracked-files=no", "--", *code)
-    return f"{head}-dirty" if head and changes else head
+    return f"{head}-dirty" if changes else head
 
 
 def _version(name: str) -> str:

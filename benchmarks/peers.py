@@ -38,7 +38,7 @@ def compiled(spec: OpSpec) -> Function:
 
 
 def _sdpa(backend: SDPBackend, spec: OpSpec) -> Function:
-    _needs_cuda("the backend")
+    _needs_cuda(f"SDPA's {backend.name.lower()}")
 
     def run(qkv: Tensor, heads: int, bias: Tensor) -> Tensor:
         with sdpa_kernel(backend):

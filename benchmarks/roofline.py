@@ -1,7 +1,8 @@
-"""What the hardware allows: `python -m benchmarks.roofline [--model DiT-XL/2] [--mode train|sample] [--measure]`.
+"""What the hardware allows: `python -m benchmarks.roofline [--model DiT-XL/2] [--mode train|sample] [--measured FILE]`.
 
 Counts operations of the matrix products and bytes that must move, divides them by the rates of a device, and prints the
-limit of each part and of the whole step, with the measured time beside it where `--measure` runs the parts here.
+limit of each part and of the whole step, with measured times beside them: of a result file (`--measured`; parts that
+`--measure --results FOLDER` kept there, whole steps of `benchmarks.ladder`), or of the parts, run here (`--measure`).
 Operations are multiplications and additions apart: twice the MACs that the paper calls Gflops. Backward counts twice
 the forward products; attention, which makes its scores again, 2.5 times. Unavoidable passes of a block, in token
 tensors U: 8 forward, 15 backward, GELU in the epilogue of its product and the residual stream in bfloat16.
@@ -9,20 +10,21 @@ Rates of "h100" and "h200" are assumptions from published measurements; "here" m
 """
 
 import argparse
-import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.clock import ceiling, seconds
-from benchmarks.environment import environment
+from benchmarks.rows import Recorder, Results, Row, read_results
+from dit_fast.errors import DataError, DitFastError
 from dit_fast.kernels.registry import REGISTRY
 from dit_fast.models import SIZES
+from dit_fast.sampling.output import write_atomically
 
 U_FORWARD, U_BACKWARD = 8, 15
 OPTIMIZER_BYTES = 38
@@ -77,25 +79,34 @@ class Step:
         return 2 * self.batch * self.tokens * self.width
 
     @property
-    def block_weights(self) -> int:
-        """Of the four linear layers of all blocks: 12 D^2 each, and their biases."""
-        return self.depth * (12 * self.width**2 + 9 * self.width)
+    def block_modulation(self) -> int:
+        """Parameters of the layer that makes a block's six modulation vectors."""
+        return 6 * self.width**2 + 6 * self.width
+
+    @property
+    def final_modulation(self) -> int:
+        return 2 * self.width**2 + 2 * self.width
+
+    @property
+    def block_parameters(self) -> int:
+        """Of a block: the four linear layers, 12 D^2 and 9 D of biases, and its modulation."""
+        return 12 * self.width**2 + 9 * self.width + self.block_modulation
+
+    @property
+    def root_parameters(self) -> int:
+        """Patches, timesteps (256 waves), 1,001 labels and the final layer, which predicts noise and variance."""
+        D, pixels = self.width, self.patch**2 * 4
+        embedders = (pixels + 1) * D + (256 + 1) * D + (D + 1) * D + 1001 * D
+        return embedders + self.final_modulation + (D + 1) * 2 * pixels
 
     @property
     def modulation_weights(self) -> int:
         """Of the layers that make modulation vectors, the final one's included."""
-        D = self.width
-        return self.depth * (6 * D * D + 6 * D) + 2 * D * D + 2 * D
-
-    @property
-    def other_weights(self) -> int:
-        """Patches, timesteps (256 waves), 1,001 labels and the final layer, which predicts noise and variance."""
-        D, pixels = self.width, self.patch**2 * 4
-        return (pixels + 1) * D + (256 + 1) * D + (D + 1) * D + 1001 * D + (D + 1) * 2 * pixels
+        return self.depth * self.block_modulation + self.final_modulation
 
     @property
     def parameters(self) -> int:
-        return self.block_weights + self.modulation_weights + self.other_weights
+        return self.depth * self.block_parameters + self.root_parameters
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,9 @@ def sampling_limit(step: Step, rates: Rates, hoisted: bool = True) -> float:
     return max(computing, weights / rates.memory) + passes.limit(rates)
 
 
-def measured_parts(step: Step, heads: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, float]:
+def measured_parts(
+    step: Step, heads: int, dtype: torch.dtype, device: str, repeats: int
+) -> dict[str, list[float]]:
     """Seconds of the parts of a block, forward and backward, times the depth, run here one by one."""
     rows = step.batch * step.tokens
     shape = (step.batch, step.tokens, step.width)
@@ -173,16 +186,16 @@ def measured_parts(step: Step, heads: int, dtype: torch.dtype, device: str, repe
     def make(*size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(size, dtype=dtype, device=device)
 
-    def median(function: Callable[[], Any]) -> float:
-        return step.depth * statistics.median(seconds(function, repeats))
+    def times(function: Callable[[], Any]) -> list[float]:
+        return [step.depth * time for time in seconds(function, repeats)]
 
-    def product(inputs: int, outputs: int) -> float:
+    def product(inputs: int, outputs: int) -> list[float]:
         x = make(rows, inputs, dtype=dtype).requires_grad_()
         weight = make(outputs, inputs, dtype=dtype).requires_grad_()
         grad = make(rows, outputs, dtype=dtype)
-        return median(lambda: torch.autograd.grad(torch.nn.functional.linear(x, weight), (x, weight), grad))
+        return times(lambda: torch.autograd.grad(torch.nn.functional.linear(x, weight), (x, weight), grad))
 
-    def operation(name: str, inputs: tuple[Any, ...]) -> float:
+    def operation(name: str, inputs: tuple[Any, ...]) -> list[float]:
         leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_leaf else x for x in inputs]
         wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
 
@@ -191,39 +204,90 @@ def measured_parts(step: Step, heads: int, dtype: torch.dtype, device: str, repe
             outputs = result if isinstance(result, tuple) else (result,)
             return torch.autograd.grad(outputs, wanted, [torch.ones_like(out) for out in outputs])
 
-        return median(run)
+        return times(run)
 
     D = step.width
     fused = REGISTRY["gated_residual_adaln"].make_inputs(shape, dtype, dtype, make)
     gelu = REGISTRY["gelu"].make_inputs((*shape[:2], 4 * D), dtype, dtype, make)
     qkv = make(*shape[:2], 3 * D, dtype=dtype)
+    norms, act = operation("gated_residual_adaln", fused), operation("gelu", gelu)
     return {
         "qkv": product(D, 3 * D),
         "proj": product(D, D),
         "fc1": product(D, 4 * D),
         "fc2": product(4 * D, D),
         "attention": operation("attention", (qkv, heads, make(3 * D, dtype=dtype))),
-        "passes of the blocks": 2 * operation("gated_residual_adaln", fused) + operation("gelu", gelu),
+        "passes of the blocks": [2 * norm + one for norm, one in zip(norms, act, strict=True)],
     }
 
 
-def table(parts: Sequence[Part], rates: Rates, measured: dict[str, float], whole: float) -> str:
+WHOLE = "whole step"
+
+
+def rows_of(
+    times: Mapping[str, list[float]], model: str, step: Step, dtype: torch.dtype, rates: Rates
+) -> list[Row]:
+    """Rows of measured parts, with the rates that they are compared with."""
+    name = str(dtype).removeprefix("torch.")
+    shape = (step.batch, step.image_size)
+    metrics = {"copy GB/s": rates.memory * 1e-9, "product TFLOP/s": rates.product * 1e-12}
+    return [
+        Row.timed("roofline", model, shape, name, "ours", part, found, metrics)
+        for part, found in times.items()
+    ]
+
+
+def measured_in(results: Results, model: str, step: Step, mode: str) -> tuple[dict[str, float], Rates]:
+    """Seconds of the parts and of our fastest whole step in a result file, and the rates of its device.
+
+    Whole steps are those of the ladder, in sampling guided ones for an even number of forwards. DataError where the
+    file has no measured parts of this case.
+    """
+    mine = [row for row in results.rows if row.case == model and row.median is not None]
+    parts = [
+        row for row in mine if row.benchmark == "roofline" and row.shape == (step.batch, step.image_size)
+    ]
+    if not parts:
+        raise DataError(
+            f"the results of {results.device} hold no parts of {model}, {step.image_size} px, batch {step.batch}: "
+            "python -m benchmarks.roofline --measure --results FOLDER"
+        )
+    forwards = {"step": 1, "guided step": 2}
+    whole = [
+        row.median or 0.0
+        for row in mine
+        if row.benchmark == mode
+        and row.provider.startswith("ours")
+        and row.direction in forwards
+        and (forwards[row.direction] * row.shape[0], row.shape[1]) == (step.batch, step.image_size)
+    ]
+    found = {row.direction: row.median or 0.0 for row in parts} if mode == "train" else {}
+    if whole:
+        found[WHOLE] = min(whole)
+    product, memory = parts[0].metrics["product TFLOP/s"] * 1e12, parts[0].metrics["copy GB/s"] * 1e9
+    return found, Rates(product, product, product, memory)
+
+
+def table(parts: Sequence[Part], rates: Rates, measured: Mapping[str, float], whole: float) -> str:
     """Limits in milliseconds, what makes them, and the measured times with the share of the limit reached."""
     lines = [
         f"{'part':26}{'GFLOP':>12}{'GB':>10}{'limit ms':>11}{'bound by':>10}{'measured ms':>13}{'share':>8}"
     ]
+
+    def beside(name: str, limit: float) -> str:
+        time = measured.get(name)
+        return f"{time * 1e3:13.3f}{limit / time:8.0%}" if time else f"{'-':>13}{'-':>8}"
+
     for part in parts:
         limit = part.limit(rates)
         computing = Part(part.name, part.flops, attention=part.attention).limit(rates)
         bound = "products" if computing > 0.999 * limit else "memory"
-        time = measured.get(part.name)
         work = f"{part.name:26}{sum(part.flops) / 1e9:12.1f}{sum(part.bytes) / 1e9:10.2f}"
-        beside = f"{time * 1e3:13.3f}{limit / time:8.0%}" if time else f"{'-':>13}{'-':>8}"
-        lines.append(f"{work}{limit * 1e3:11.3f}{bound:>10}{beside}")
-    return "\n".join([*lines, f"{'whole step':26}{'':22}{whole * 1e3:11.3f}"])
+        lines.append(f"{work}{limit * 1e3:11.3f}{bound:>10}{beside(part.name, limit)}")
+    return "\n".join([*lines, f"{WHOLE:26}{'':22}{whole * 1e3:11.3f}{'':10}{beside(WHOLE, whole)}"])
 
 
-def draw(parts: Sequence[Part], rates: Rates, measured: dict[str, float], path: Path) -> None:
+def draw(limits: Mapping[str, float], measured: Mapping[str, float], path: Path) -> None:
     """Bars of the limits, and of the measured times beside them, as PNG."""
     import matplotlib
 
@@ -231,16 +295,16 @@ def draw(parts: Sequence[Part], rates: Rates, measured: dict[str, float], path: 
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    places = range(len(parts))
-    axes.barh([p - 0.2 for p in places], [1e3 * p.limit(rates) for p in parts], 0.38, label="limit")
+    places = range(len(limits))
+    axes.barh([p - 0.2 for p in places], [1e3 * limit for limit in limits.values()], 0.38, label="limit")
     if measured:
-        times = [1e3 * measured.get(p.name, 0.0) for p in parts]
-        axes.barh([p + 0.2 for p in places], times, 0.38, label="measured here")
-    axes.set_yticks(list(places), [p.name for p in parts])
+        times = [1e3 * measured.get(name, 0.0) for name in limits]
+        axes.barh([p + 0.2 for p in places], times, 0.38, label="measured")
+    axes.set_yticks(list(places), list(limits))
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a step")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
     plt.close(figure)
 
 
@@ -254,11 +318,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--batch", type=int, help="images, in sampling forwards (default: 256, in sampling 1)"
     )
-    parser.add_argument("--device", choices=("here", *DEVICES), default="h100")
+    parser.add_argument(
+        "--device", choices=("here", *DEVICES), help="(default: that of --measured, else h100)"
+    )
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="result file with measured times")
     parser.add_argument(
         "--measure", action="store_true", help="run the parts on this machine (training only)"
     )
-    parser.add_argument("--out", type=Path, help="folder for roofline.json and roofline.png")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="keep what --measure finds there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the limits and measured times")
     args = parser.parse_args(arguments)
     name, _, patch = args.model.removeprefix("DiT-").partition("/")
     if name not in SIZES or not patch.isdecimal() or not int(patch):
@@ -268,44 +336,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batch = args.batch or (256 if args.mode == "train" else 1)
     if batch < 1:
         parser.error(f"--batch {batch}: give at least 1")
-    if args.measure and (args.mode, args.device) != ("train", "here"):
-        parser.error("--measure times training on this machine: give --mode train --device here")
+    if args.measure and (args.mode != "train" or args.device not in (None, "here") or args.measured):
+        parser.error(
+            "--measure times training on this machine: give --mode train --device here, no --measured"
+        )
+    if args.results and not args.measure:
+        parser.error("--results keeps what --measure finds: give both")
     size = SIZES[name]
     step = Step(size["depth"], size["hidden_size"], int(patch), args.image_size, batch)
+    try:
+        report(args, step, size["num_heads"])
+    except DitFastError as error:
+        print(f"roofline: {error}", file=sys.stderr)
+        return 1
+    return 0
 
+
+def report(args: argparse.Namespace, step: Step, heads: int) -> None:
+    """Measure where asked, print the table and draw the plot."""
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     measured: dict[str, float] = {}
-    if args.device == "here":
+    where = args.device or ("here" if args.measure else "h100")
+    if args.measured is not None:
+        measured, rates = measured_in(results := read_results(args.measured), args.model, step, args.mode)
+        where = args.device or results.device
+    if where == "here":
         best = ceiling(dtype)
         rates = Rates(best.product, best.product, best.product, best.copy)
-        if args.measure:
-            where = "cuda" if on_gpu else "cpu"
-            measured = measured_parts(step, size["num_heads"], dtype, where, 20 if on_gpu else 3)
-    else:
-        rates = assumed_rates(args.device, step.tokens)
+    elif where in DEVICES:
+        rates = assumed_rates(where, step.tokens)
+    if args.measure:
+        recorder = Recorder(args.results) if args.results else None
+        times = measured_parts(step, heads, dtype, "cuda" if on_gpu else "cpu", 20 if on_gpu else 3)
+        measured = {part: statistics.median(found) for part, found in times.items()}
+        if recorder is not None:
+            recorder.add(*rows_of(times, args.model, step, dtype, rates))
     parts = training_parts(step) if args.mode == "train" else sampling_parts(step)
     whole = training_limit(step, rates) if args.mode == "train" else sampling_limit(step, rates)
-    print(
-        f"{args.model}, {args.image_size} px, batch {batch}, {args.mode}; {args.device}: {rates.describe()}"
-    )
-    if args.device == "here":
-        print(f"rates measured here in {dtype}; bytes are counted for bfloat16")
+    print(f"{args.model}, {args.image_size} px, batch {step.batch}, {args.mode}; {where}: {rates.describe()}")
+    if where not in DEVICES:
+        print("rates measured on the device; bytes are counted for bfloat16")
     print(table(parts, rates, measured, whole))
-    print(f"{batch / whole:.3g} {'images' if args.mode == 'train' else 'forwards'} a second at most")
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        result = {
-            "arguments": {key: str(value) for key, value in vars(args).items()},
-            "environment": environment(),
-            "rates": asdict(rates),
-            "limit_seconds": {part.name: part.limit(rates) for part in parts},
-            "whole_seconds": whole,
-            "measured_seconds": measured,
-        }
-        (args.out / "roofline.json").write_text(json.dumps(result, indent=1) + "\n")
-        draw(parts, rates, measured, args.out / "roofline.png")
-    return 0
+    print(f"{step.batch / whole:.3g} {'images' if args.mode == 'train' else 'forwards'} a second at most")
+    if args.plot is not None:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        draw({part.name: part.limit(rates) for part in parts} | {WHOLE: whole}, measured, args.plot)
 
 
 if __name__ == "__main__":

@@ -172,13 +172,13 @@ class Recorder:
     """Adds rows to the file of this device, day and commit in `folder`; the file is whole after each addition.
 
     DataError for a file there that was made with other versions or is not readable; OutputError where none can be
-    written. `known_commit` is for a tree that was copied without its repository.
+    written.
     """
 
-    def __init__(self, folder: Path, known_commit: str = "") -> None:
+    def __init__(self, folder: Path) -> None:
         found = environment()
         date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.results = Results(device_of(found), date, commit() or known_commit or "unknown", found, ())
+        self.results = Results(device_of(found), date, commit() or "unknown", found, ())
         self.path = folder / _place(_head(self.results))
         prepare_folder(self.path.parent)
         self._before()

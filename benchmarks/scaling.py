@@ -8,6 +8,7 @@ dit_fast moves and keeps. The model answers what limits where, not how fast a ma
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from benchmarks.roofline import OPTIMIZER_BYTES, U_BACKWARD, U_FORWARD, Step, training_parts
 from dit_fast.models import SIZES
 
 GPUS = (1, 8, 64, 256, 1024)
@@ -50,42 +51,25 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """A DiT on latents of 32 x 32 x 4 with patch 2 (256 tokens), as images of 256 x 256 give."""
+    """A DiT on latents of 32 x 32 x 4 with patch 2 (256 tokens), as images of 256 x 256 give; counts of one image."""
 
     name: str
     depth: int
     width: int
-    tokens: int = 256
 
     @property
-    def block_parameters(self) -> int:
-        """Attention 4 D^2, MLP 8 D^2, modulation 6 D^2, and their biases."""
-        return 18 * self.width**2 + (4 + 5 + 6) * self.width
-
-    @property
-    def root_parameters(self) -> int:
-        """Embedders of patches, timesteps and 1,001 labels, and the final layer (noise and variance of 2 x 2 x 4)."""
-        D = self.width
-        embedders = 17 * D + (256 * D + D) + (D * D + D) + 1001 * D
-        return embedders + (2 * D * D + 2 * D) + (32 * D + 32)
-
-    @property
-    def parameters(self) -> int:
-        return self.depth * self.block_parameters + self.root_parameters
+    def step(self) -> Step:
+        return Step(self.depth, self.width, patch=2, image_size=256, batch=1)
 
     @property
     def gemm_flops(self) -> float:
-        """Of one image through one block, forward."""
-        return 2 * 12 * self.width**2 * self.tokens + 2 * 6 * self.width**2
+        """Of one block, forward."""
+        products = ("qkv", "proj", "fc1", "fc2", "modulation")
+        return sum(part.flops[0] for part in training_parts(self.step) if part.name in products) / self.depth
 
     @property
     def attention_flops(self) -> float:
-        return 4 * self.tokens**2 * self.width
-
-    @property
-    def token_bytes(self) -> int:
-        """A bfloat16 tensor of all tokens of an image: the unit U of traffic and of what is kept."""
-        return 2 * self.tokens * self.width
+        return sum(part.flops[0] for part in training_parts(self.step) if part.attention) / self.depth
 
 
 @dataclass(frozen=True)
@@ -97,10 +81,10 @@ class Recipe:
     bytes that a parameter takes (weight, gradient, two moments, average). weight: bytes of a gathered one.
     """
 
-    passes_forward: float = 8.0
-    passes_backward: float = 15.0
+    passes_forward: float = U_FORWARD
+    passes_backward: float = U_BACKWARD
     kept: float = 12.0
-    optimizer: float = 38.0
+    optimizer: float = OPTIMIZER_BYTES
     state: float = 20.0
     weight: float = 2.0
     gradient: float = 4.0
@@ -117,10 +101,12 @@ def shard_traffic(
         size = recipe.gradient * parameters
         return machine.gather(size, shards) + machine.reduce_between(size / shards, machines)
 
-    root = machine.gather(recipe.weight * model.root_parameters, shards) + reduce(model.root_parameters)
+    root = machine.gather(recipe.weight * model.step.root_parameters, shards) + reduce(
+        model.step.root_parameters
+    )
     return (
-        machine.gather(recipe.weight * model.block_parameters, shards),
-        reduce(model.block_parameters),
+        machine.gather(recipe.weight * model.step.block_parameters, shards),
+        reduce(model.step.block_parameters),
         root,
     )
 
@@ -157,17 +143,17 @@ def estimate(
     forward = images * (
         model.gemm_flops / machine.gemm
         + model.attention_flops / machine.attention
-        + recipe.passes_forward * model.token_bytes / machine.memory
+        + recipe.passes_forward * model.step.unit / machine.memory
     )
     # Twice the products; attention 2.5 times, since it makes its probabilities again.
     backward = images * (
         2 * model.gemm_flops / machine.gemm
         + 2.5 * model.attention_flops / machine.attention
-        + recipe.passes_backward * model.token_bytes / machine.memory
+        + recipe.passes_backward * model.step.unit / machine.memory
     )
-    update = recipe.optimizer * model.parameters / shards / machine.memory
+    update = recipe.optimizer * model.step.parameters / shards / machine.memory
     if not sharded:
-        update += 6 * model.parameters / machine.memory
+        update += 6 * model.step.parameters / machine.memory
     compute = model.depth * (forward + backward) + update
 
     if sharded:
@@ -180,22 +166,22 @@ def estimate(
         gather, scatter, root = shard_traffic(model, mode, gpus, shards, machine, nothing)
         latency = model.depth * (2 * gather + scatter) + root
     else:
-        communication = 2 * machine.gather(recipe.gradient * model.parameters, gpus)
-        tail = 2 * machine.gather(recipe.gradient * model.block_parameters, gpus)
+        communication = 2 * machine.gather(recipe.gradient * model.step.parameters, gpus)
+        tail = 2 * machine.gather(recipe.gradient * model.step.block_parameters, gpus)
         time = model.depth * forward + max(model.depth * backward, communication) + tail + update
         latency = 2 * machine.gather(0, gpus)
     step = max(time, machine.launch)
     exposed = step - compute if time >= machine.launch else 0.0
 
     # A bfloat16 copy of all; of a sharded model two blocks and their gradients at a time, and the root.
-    gathered = recipe.weight * model.parameters
+    gathered = recipe.weight * model.step.parameters
     if sharded:
-        gathered = 2 * model.block_parameters * (recipe.weight + recipe.gradient)
-        gathered += model.root_parameters * recipe.weight
+        gathered = 2 * model.step.block_parameters * (recipe.weight + recipe.gradient)
+        gathered += model.step.root_parameters * recipe.weight
     memory = (
-        recipe.state * model.parameters / shards
+        recipe.state * model.step.parameters / shards
         + gathered
-        + images * model.depth * recipe.kept * model.token_bytes
+        + images * model.depth * recipe.kept * model.step.unit
         + recipe.overhead
     )
     limit = "arithmetic"

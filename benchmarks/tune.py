@@ -26,6 +26,7 @@ from benchmarks.static_report import DTYPES, WIDTHS
 from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import Launch, record_launches
 from dit_fast.kernels.registry import REGISTRY
+from dit_fast.sampling.output import write_atomically
 
 MARGIN = 0.02
 """By how much an answer must beat the heuristic's; smaller differences are noise between runs."""
@@ -149,10 +150,9 @@ def write_table(
         "date": datetime.date.today().isoformat(),
         "command": command,
     }
+    text = json.dumps({**head, **data}, indent=1, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**head, **data}, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
 def device_timer(function: Callable[[], Any]) -> float:

@@ -125,9 +125,10 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
 def test_a_tree_without_a_repository_has_the_commit_that_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "commit", lambda: "")
-    assert Recorder(tmp_path, known_commit="0123abc").path.name.endswith("-0123abc.json")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     assert Recorder(tmp_path).path.name.endswith("-unknown.json")
+    (tmp_path / "COMMIT").write_text("0123abc\n")
+    assert Recorder(tmp_path).path.name.endswith("-0123abc.json")
 
 
 def test_commit_is_dirty_where_code_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

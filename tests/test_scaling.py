@@ -18,7 +18,7 @@ def test_counts_are_those_of_the_model(name) -> None:
             DiT(hidden_size=3072, depth=40, num_heads=24) if name == "7B" else DiT_models[name](input_size=32)
         )
     trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
-    assert counted.parameters == trained
+    assert counted.step.parameters == trained
     flops = counted.depth * (counted.gemm_flops + counted.attention_flops)
     # The embedders and the final layer are left out of the time, not of the bytes.
     assert flops == pytest.approx(2 * forward_macs(real), rel=2e-3)
