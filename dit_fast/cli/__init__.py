@@ -18,7 +18,7 @@ COMMANDS = {
     "info": "parameters, multiply-adds and memory of a model",
     "train": "train a Diffusion Transformer on images",
     "plot": "draw the loss curves of runs over each other",
-    "profile": "trace training steps and print which kernels take their time",
+    "profile": "trace training or sampling steps and print which kernels take their time",
     "sample": "draw images from a trained model",
     "export": "write a run's weights for other programs",
     "encode": "turn a folder of images into latents to train on",
