@@ -61,7 +61,8 @@ def anchors(page: Path) -> set[str]:
 
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+    text = FENCE.sub("", page.read_text())
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src="([^"]+)"', text)]:
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")
