@@ -202,7 +202,11 @@ def _check_image_size(args: argparse.Namespace, model: DiT, info: ModelInfo, fac
 
 
 def _labels(args: argparse.Namespace, num_classes: int, names: tuple[str, ...] | None) -> Tensor:
-    """The label of each sample, int64 (num,)."""
+    """The label of each sample, int64 (num,); zeros for an unconditional model."""
+    if not num_classes:
+        if args.classes:
+            raise ConfigError(f"--classes {' '.join(args.classes)}: the model is unconditional; leave it out")
+        return torch.zeros(PER_CLASS if args.num is None else args.num, dtype=torch.int64)
     requested = args.classes or (["random"] if args.npz else None)
     if requested == ["random"]:
         if args.num is None:

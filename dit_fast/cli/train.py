@@ -55,7 +55,13 @@ def add_model_options(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--patch-size", type=int, metavar="P", help="patch side instead of the model's")
     model.add_argument("--mlp-ratio", type=float, metavar="R", help="hidden width of the MLP over the width")
     _choice(model, "--conditioning", "how blocks learn of timestep and class (default: adaln_zero)")
-    model.add_argument("--num-classes", type=int, metavar="N", help="checked against the data")
+    _choice(model, "--positions", "sines, a learned table or rotary (default: sincos)")
+    _choice(model, "--norm", "layer norm or RMSNorm (default: layernorm)")
+    _choice(model, "--mlp", "GELU or SwiGLU (default: gelu)")
+    _switch(model, "--qk-norm", "RMSNorm of each head's queries and keys (default: off)")
+    model.add_argument(
+        "--num-classes", type=int, metavar="N", help="checked against the data; 0: the model is told no class"
+    )
     _switch(model, "--learn-sigma", "learn the variance with the hybrid loss (default: on)")
 
 

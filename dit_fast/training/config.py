@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 
 from dit_fast.blocks import RECOMPUTE
-from dit_fast.conditioning import CONDITIONING
 from dit_fast.data import ImageSet, LatentSet, open_data
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop.vae import LatentEncoder
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
 from dit_fast.models import DiT, DiT_models
+from dit_fast.options import OPTIONS
 from dit_fast.training.objective import OBJECTIVE_CHOICES, ObjectiveConfig
 from dit_fast.training.parallel import PARALLEL
 from dit_fast.training.precision import PRECISIONS, RESIDUALS
@@ -26,7 +26,7 @@ CHOICES = {
     **OBJECTIVE_CHOICES,
     "precision": PRECISIONS,
     "residual": RESIDUALS,
-    "conditioning": CONDITIONING,
+    **OPTIONS,
     "recompute": RECOMPUTE,
     "attention": BACKENDS,
     "mlp_epilogue": EPILOGUES,
@@ -46,7 +46,8 @@ class TrainConfig(ObjectiveConfig):
 
     data                 a built-in set, a folder of class sub-folders, or latents
     vae                  "ema", "mse" or the folder of an autoencoder that makes latents of images as they are read
-    image_size, channels, num_classes, flip, holdout   see `dit_fast.data.open_images`; None: as the data are
+    image_size, channels, flip, holdout   see `dit_fast.data.open_images`; None: as the data are
+    num_classes          checked against the data; 0 for a model that is told no class
     steps, epochs        length of the run in optimiser steps, or in passes over the training images
     lr, beta1, beta2, weight_decay, ema_decay   AdamW, and the decay of the averaged weights
     ema_snapshot_every   steps between snapshots of two more averages, of which one of any width is made afterwards
@@ -59,7 +60,7 @@ class TrainConfig(ObjectiveConfig):
     precision            "auto" (bf16 where CUDA has it, else fp32), "bf16", "fp16" (both autocast; weights stay
                          float32), "fp32", "tf32" (CUDA matrix products) or "fp8" (torchao's float8 linears)
     residual             "fp32" or "bf16": dtype of the residual stream
-    conditioning, recompute, attention, mlp_epilogue, kernels   as in `dit_fast.models.DiT`
+    conditioning, positions, norm, mlp, qk_norm, recompute, attention, mlp_epilogue, kernels   as in `DiT`
     compile              torch.compile for each block
     parallel             how ranks share the model: "none", "ddp", "fsdp", "hsdp" (`dit_fast.training.parallel`) or
                          "auto": none for one, fsdp for several
@@ -88,6 +89,10 @@ class TrainConfig(ObjectiveConfig):
     patch_size: int | None = None
     mlp_ratio: float | None = None
     conditioning: str = "adaln_zero"
+    positions: str = "sincos"
+    norm: str = "layernorm"
+    mlp: str = "gelu"
+    qk_norm: bool = False
     vae: str | None = None
     image_size: int | None = None
     channels: int | None = None
@@ -169,7 +174,7 @@ class TrainConfig(ObjectiveConfig):
         keep = self.keep_checkpoints
         _require(self, "keep_checkpoints", keep == 0 or keep >= 2, "0 (all) or at least 2")
         for field, values in CHOICES.items():
-            _require(self, field, getattr(self, field) in values, f"one of {', '.join(values)}")
+            _require(self, field, getattr(self, field) in values, f"one of {', '.join(map(str, values))}")
         if self.residual == "bf16" and self.precision in ("fp16", "fp32", "tf32"):
             raise ConfigError(f"--residual bf16 goes with --precision bf16 or fp8, not {self.precision}")
         if self.batch_size % self.accumulate:
@@ -280,7 +285,7 @@ def open_set(config: TrainConfig) -> ImageSet | LatentSet:
         config.data,
         config.image_size,
         channels=config.channels,
-        num_classes=config.num_classes,
+        num_classes=config.num_classes or None,
         flip=config.flip,
         holdout=config.holdout,
         num_workers=config.num_workers,
@@ -326,10 +331,10 @@ def build_model(config: TrainConfig, data: Samples) -> DiT:
     return DiT_models[config.model](
         input_size=data.image_size,
         in_channels=data.channels,
-        num_classes=data.num_classes,
+        num_classes=0 if config.num_classes == 0 else data.num_classes,
         class_dropout_prob=config.class_dropout_prob,
         learn_sigma=bool(config.learn_sigma),
-        conditioning=config.conditioning,
+        **{name: getattr(config, name) for name in OPTIONS},
         kernels=config.kernels,
         attention=config.attention,
         mlp_epilogue=config.mlp_epilogue,

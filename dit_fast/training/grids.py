@@ -29,7 +29,7 @@ MOST_CLASSES, PER_CLASS, GUIDANCE = 8, 8, 4.0
 
 
 class SampleGrids:
-    """Draws `PER_CLASS` samples of up to `MOST_CLASSES` classes with the trainer's averaged weights.
+    """Draws `PER_CLASS` samples of up to `MOST_CLASSES` classes, or of none, with the trainer's averaged weights.
 
     Latents are decoded by the autoencoder that made them, where it can be loaded; else their first three channels
     are shown.
@@ -38,8 +38,10 @@ class SampleGrids:
     def __init__(self, trainer: Trainer):
         config, data = trainer.config, trainer.data
         self.trainer = trainer
-        count = min(MOST_CLASSES, data.num_classes)
-        self.classes = [index * data.num_classes // count for index in range(count)]
+        classes = trainer.model.num_classes
+        self.names = data.class_names if classes else ("samples",)
+        count = min(MOST_CLASSES, len(self.names))
+        self.classes = [index * len(self.names) // count for index in range(count)]
         objective = config.objective_arguments()
         self.solver = default_solver(objective)
         steps = min(config.sample_steps, objective.get("diffusion_steps", config.sample_steps))
@@ -63,7 +65,7 @@ class SampleGrids:
             self.nodes,
             SamplerConfig(
                 solver=self.solver,
-                guidance=Guidance(GUIDANCE if config.class_dropout_prob else 1.0, channels=None),
+                guidance=Guidance(1.0 if model.null_class is None else GUIDANCE, channels=None),
                 clip=not isinstance(data, LatentSet),
                 graph="never",
             ),
@@ -73,7 +75,7 @@ class SampleGrids:
             drawn = sampler(labels, seed=config.seed).cpu()
         images = to_uint8(self._decode(drawn))
         rows = [
-            (data.class_names[label], images[row * PER_CLASS : (row + 1) * PER_CLASS])
+            (self.names[label], images[row * PER_CLASS : (row + 1) * PER_CLASS])
             for row, label in enumerate(self.classes)
         ]
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -287,7 +287,7 @@ class Trainer:
             "seed": self.config.seed,
             "train_config": dataclasses.asdict(self.config),
             "data": self.data.describe(),
-            "class_names": list(self.data.class_names),
+            "class_names": list(self.data.class_names) if self.model.num_classes else [],
             "diffusion": self.config.objective_arguments(),
             "ema_decay": self.config.ema_decay,
             "power_averages": None if self.averages is None else self.averages.describe(),

@@ -1,0 +1,94 @@
+"""Models with options of their own, from `dit-fast train` to `dit-fast sample`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_fast.cli import main
+from dit_fast.interop import load_model
+from dit_fast.training import read_manifest
+
+TINY = [
+    *("--data", "digits", "--hidden-size", "16", "--depth", "1", "--num-heads", "2", "--patch-size", "4"),
+    *("--batch-size", "8", "--threads", "1", "--diffusion-steps", "50", "--steps", "2"),
+]
+SAMPLE = ["--steps", "2", "--num", "3", "--seed", "1"]
+
+
+def call(command: str, *arguments: str | Path) -> int:
+    return main([command, *map(str, arguments)])
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.removeprefix("dit-fast: error: ").strip()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--positions", "rope", "--norm", "rmsnorm", "--mlp", "swiglu", "--qk-norm"),
+        ("--positions", "learned", "--conditioning", "cross_attention"),
+        ("--num-classes", "0"),
+    ],
+    ids=" ".join,
+)
+def test_train_resume_and_sample(flags: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert call("train", *TINY, *flags, "--sample-every", 2, "--sample-steps", 2, "--out", run) == 0
+    assert (run / "samples" / "step-0000002.png").is_file()
+    assert call("train", "--resume", run, "--steps", 4) == 0
+    trained, _ = load_model(run)
+    others, straight = tmp_path / "straight", [*TINY[:-1], "4"]
+    assert call("train", *straight, *flags, "--out", others) == 0
+    for (name, one), other in zip(
+        trained.state_dict().items(), load_model(others)[0].state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    unconditional = "--num-classes" in flags
+    scale = ["--cfg-scale", "1"] if unconditional else []
+    assert call("sample", "--ckpt", run, "--out", tmp_path / "samples", *SAMPLE, *scale) == 0
+    assert (tmp_path / "samples" / "sample.png").is_file()
+    names = read_manifest(run / "checkpoints" / "step-0000004")["class_names"]
+    assert len(names) == (0 if unconditional else 10)
+
+
+def test_what_an_unconditional_model_is_not_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert call("train", *TINY, "--num-classes", 0, "--out", run) == 0
+    capsys.readouterr()
+    assert call("sample", "--ckpt", run, "--out", out, *SAMPLE) == 1
+    assert "trained without classes: use scale 1" in error_of(capsys)
+    assert call("sample", "--ckpt", run, "--out", out, *SAMPLE, "--cfg-scale", 1, "--classes", 3) == 1
+    assert error_of(capsys) == "--classes 3: the model is unconditional; leave it out"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--positions", "rope", "--hidden-size", "20"), "a head of 10 is not a multiple of 4"),
+        (("--mlp", "swiglu", "--mlp-epilogue", "triton"), "applies a GELU, which mlp='swiglu' has not"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    flags: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", *TINY, *flags, "--out", tmp_path / "run") == 1
+    error = error_of(capsys)
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_an_option_cannot_change_within_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert call("train", *TINY, "--out", run) == 0
+    capsys.readouterr()
+    assert call("train", "--resume", run, "--norm", "rmsnorm") == 1
+    assert "--norm is layernorm there and rmsnorm here" in error_of(capsys)
+
+
+def test_info_counts_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("info", "DiT-S/2", "--mlp", "swiglu", "--qk-norm", "--positions", "rope", "--json") == 0
+    assert '"macs"' in capsys.readouterr().out
