@@ -40,7 +40,14 @@ def test_training_steps(first: int, tmp_path: Path, capsys: Any) -> None:
     options = ["--first", str(first), "--count", "2", "--top", "5", "--trace", str(target)]
     assert main([*PROFILED, *options]) == 0
     ranges, kernels, last = tables(capsys.readouterr().out)
-    for name, calls in {"data": 1, "forward": 1, "block_*": 2, "backward": 1, "optimizer_ema": 1}.items():
+    for name, calls in {
+        "step": 1,
+        "data": 1,
+        "forward": 1,
+        "block_*": 2,
+        "backward": 1,
+        "optimizer_ema": 1,
+    }.items():
         assert ranges[name] == calls, name
     assert len(kernels) == 5
     shares = [float(row[1].rstrip("%")) for row in kernels]

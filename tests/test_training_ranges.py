@@ -19,6 +19,11 @@ from dit_fast.errors import MissingExtraError
 from dit_fast.training import TrainConfig, Trainer, loop, ranges, train
 from dit_fast.training.world import World
 
+# What the nvtx package knows without matplotlib.
+NVTX_COLOURS = {
+    "green", "blue", "yellow", "purple", "rapids", "cyan", "red", "white", "darkgreen", "orange",
+}  # fmt: skip
+
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -27,8 +32,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     around: list[str] = []
 
     @contextmanager
-    def annotate(name: str, domain: str) -> Iterator[None]:
+    def annotate(name: str, domain: str, color: str) -> Iterator[None]:
         assert domain == "dit_fast"
+        inner = "darkgreen" if name.startswith("block_") else "rapids"
+        assert color == ranges.COLOURS.get(name, inner)
+        assert color in NVTX_COLOURS
         around.append(name)
         seen.append("/".join(around))
         try:

@@ -80,9 +80,10 @@ def training_steps(config: TrainConfig, device: torch.device) -> Steps:
     def steps(after: Callable[[], None]) -> None:
         batches = prefetch(trainer.stream.read(0, trainer.total_steps), trainer.device)
         for _ in range(trainer.total_steps):
-            with trainer.ranges("data"):
-                batch = next(batches)
-            trainer.train_step(*batch)
+            with trainer.ranges("step"):
+                with trainer.ranges("data"):
+                    batch = next(batches)
+                trainer.train_step(*batch)
             after()
 
     return steps
