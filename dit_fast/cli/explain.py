@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,8 +71,12 @@ def run(args: argparse.Namespace) -> int:
     titles = [names[label] if names else f"class {label}" for label in labels.tolist()]
     steps = len(sampler.nodes)
     counts = args.step_counts or sorted({max(1, steps // part) for part in (1, 2, 5, 10)})
+    if steps < 2:
+        raise ConfigError(f"--steps {args.steps}: there is no way to show in one step; choose at least 2")
     for count in counts:
         thinned(sampler.nodes, count)
+    for scale in args.scales:
+        replace(sampler.config.guidance, scale=scale)
     block = len(plan.model.blocks) // 2 if args.block is None else args.block
     check_attention(plan.model, block, args.head)
 
