@@ -183,7 +183,7 @@ def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
 
 
 def _embed_reference(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
-    return reference.patch_embed(x, weight, bias, pos).contiguous()
+    return reference.patch_embed(x, weight, bias, pos)
 
 
 def _embed_fake(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:

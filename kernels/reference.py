@@ -75,7 +75,8 @@ def attention(qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor
 def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     """Tokens of the P x P patches of `x` (B, C, H, W) through `weight` (D, C, P, P), plus bias and position."""
     tokens = F.conv2d(x.to(weight.dtype), weight, bias, stride=weight.shape[-1])
-    return tokens.flatten(2).transpose(1, 2) + pos
+    # In the convolution's order (B, D, T) the residual stream would keep it, and every pass over it would stride.
+    return tokens.flatten(2).transpose(1, 2).contiguous() + pos
 
 
 def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
