@@ -124,7 +124,8 @@ def flow_nodes(
     shift       above 1 spends more steps on noise: with s = 1 - t, s' = shift s / (1 + (shift - 1) s)
                 (Esser et al. 2024, equation 23)
     start       time of the first node; None: 0, or 0.001 where the equations for x_0 are singular at 0
-    last_step   length in t of the last step, as SDEs want one; None: all steps are alike, but for `shift`
+    last_step   length in t of the last step, as SDEs want one; None: all steps are alike but for `shift` and, on the
+                path "vp", quadratically finer towards data
 
     Raises ConfigError for values out of range.
     """
@@ -136,7 +137,9 @@ def flow_nodes(
     if start is None:
         start = _START if path != "vp" and prediction in ("epsilon", "score") else 0.0
     if last_step is None:
-        left = np.linspace(1.0 - start, 0.0, steps + 1)
+        # On this path sigma falls like the root of 1 - t: equal steps would leave a long way to the last one.
+        power = 2 if path == "vp" else 1
+        left = np.linspace((1.0 - start) ** (1 / power), 0.0, steps + 1) ** power
     elif 0 < last_step < 1 - start or (steps == 1 and last_step == 1 - start):
         left = np.append(np.linspace(1.0 - start, last_step, steps), 0.0)
     else:
