@@ -35,7 +35,7 @@ class SmallNetwork:
 
 @pytest.fixture
 def network(monkeypatch):
-    monkeypatch.setattr("dit_fast.cli.evaluate.InceptionFeatures", SmallNetwork)
+    monkeypatch.setattr(features, "InceptionFeatures", SmallNetwork)
 
 
 def pictures(num: int, seed: int = 0, size: int = 8) -> np.ndarray:

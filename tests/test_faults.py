@@ -232,6 +232,17 @@ def test_a_disk_that_is_full_on_one_rank_costs_a_checkpoint_and_no_step(tmp_path
     assert_same(tmp_path / "run", clean)
 
 
+def test_a_disk_that_is_full_ends_the_run_where_that_was_asked_for(tmp_path, clean) -> None:
+    ended = start(tmp_path, "fsize:1:4", 2, "--stop-on-save-failure")
+    assert ended.codes == [1, 1], ended.text
+    for said in errors(ended):
+        assert "step-0000004 could not be written: rank 1: " in said
+        assert said.endswith("--stop-on-save-failure ends the run, --resume goes on with it")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+    go_on(tmp_path)
+    assert_same(tmp_path / "run", clean)
+
+
 def test_a_flipped_bit_in_any_file_is_found(stopped, caplog) -> None:
     older, newest = step_folders(stopped / "run")
     files = sorted(newest.iterdir())

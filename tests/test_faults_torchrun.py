@@ -47,6 +47,21 @@ def test_max_restarts_goes_on_from_the_last_checkpoint(tmp_path) -> None:
     assert_same(tmp_path / "run", finished(tmp_path / "clean" / "run"))
 
 
+@pytest.mark.nightly
+def test_ten_of_ten_restarts_go_on(tmp_path) -> None:
+    """A worker killed in each of ten attempts, one rank and the other in turn; the eleventh ends the run."""
+    faults = ",".join(f"kill:{attempt % 2}:{2 * attempt + 4}" for attempt in range(10))
+    options = [*TINY, "--steps", "24"]
+    arguments = [WORKER, faults, *options, "--out", str(tmp_path / "run")]
+    text = end(process := torchrun(arguments, 2, ["--max-restarts", "10"]), limit=1800)
+    assert process.returncode == 0, text
+    assert len(pids(text)) == 22, text
+    assert alive(pids(text)) == []
+    ended = train(tmp_path / "clean", 2, [*options, "--out", tmp_path / "clean" / "run"])
+    assert ended.codes == [0, 0], ended.text
+    assert_same(tmp_path / "run", finished(tmp_path / "clean" / "run"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path, number) -> None:
     run = tmp_path / "run"

@@ -12,19 +12,16 @@ import torch
 from tqdm import tqdm
 
 from dit_fast.cli import sample
-from dit_fast.data import open_images
 from dit_fast.errors import ConfigError
 from dit_fast.evaluation import (
     FEATURES,
     METRICS,
     Activations,
-    ClassifierFeatures,
-    EfficientNetFeatures,
     FeatureExtractor,
     ImageSource,
-    InceptionFeatures,
     Reference,
     collect,
+    open_extractor,
     open_reference,
     open_source,
     score,
@@ -102,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
     given = None if args.samples is None else open_source(args.samples, args.image_size, _workers(args))
     if given is not None and reference is not None:
         _check_sizes(given, reference)
-    extractor = _extractor(args, device)
+    extractor = open_extractor(
+        args.features, device, weights=args.weights, labelled=args.against, image_size=args.image_size
+    )
     for path in (args.out, args.save_statistics):
         if path is not None:
             prepare_folder(path.parent)
@@ -154,19 +153,6 @@ def _check_sizes(source: ImageSource, reference: Reference) -> None:
             f"{source.name} has images of {width}x{height}, {reference.name} of {real_width}x{real_height}; "
             "give --image-size to scale and crop both"
         )
-
-
-def _extractor(args: argparse.Namespace, device: torch.device) -> FeatureExtractor:
-    if args.features == "inception":
-        return InceptionFeatures(args.weights, device)
-    if args.features == "efficientnet":
-        return EfficientNetFeatures(device)
-    if args.against is None or str(args.against).endswith(".npz"):
-        raise ConfigError(
-            "--features classifier is fitted to labelled images: give --against a built-in set or a folder with a "
-            "sub-folder for each class"
-        )
-    return ClassifierFeatures(open_images(args.against, args.image_size, flip=False, holdout=0.0))
 
 
 @contextlib.contextmanager

@@ -73,6 +73,11 @@ def add_data_options(data: argparse._ArgumentGroup) -> None:
         help="make latents of the images as they are read: ema, mse, or a folder with a diffusers AutoencoderKL",
     )
     data.add_argument("--image-size", type=int, metavar="S", help="images are scaled and cropped to S x S")
+    data.add_argument(
+        "--buckets",
+        metavar="SIZES",
+        help="shapes of images of many aspect ratios, HEIGHTxWIDTH,...: each has the nearest, a batch is of one",
+    )
     data.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB (default: as the files are)")
     data.add_argument(
         "--holdout", type=float, metavar="F", help="share of each class that is never trained on"
@@ -203,6 +208,11 @@ def add_machine_options(machine: argparse._ArgumentGroup) -> None:
         "--milestone-every", type=int, metavar="N", help="also keep the steps that N divides (default: none)"
     )
     _switch(machine, "--async-checkpoint", "write checkpoints beside the training (default: on)")
+    _switch(
+        machine,
+        "--stop-on-save-failure",
+        "end the run when a checkpoint cannot be written (default: off, go on to the next one)",
+    )
 
 
 def add_watch_options(watch: argparse._ArgumentGroup) -> None:
@@ -212,8 +222,22 @@ def add_watch_options(watch: argparse._ArgumentGroup) -> None:
         "--sample-every", type=int, metavar="N", help="steps between grids of samples (default: none)"
     )
     watch.add_argument(
-        "--sample-steps", type=int, metavar="N", help="noise levels of their sampling (default: 50)"
+        "--sample-steps", type=int, metavar="N", help="noise levels of all sampling (default: 50)"
     )
+    watch.add_argument(
+        "--evaluate-every",
+        type=int,
+        metavar="N",
+        help="steps between Frechet distances (FID) of samples of the averaged weights (default: none)",
+    )
+    watch.add_argument("--evaluate-samples", type=int, metavar="K", help="samples for each (default: 1000)")
+    watch.add_argument(
+        "--evaluate-against",
+        metavar="REFERENCE",
+        help="as dit-fast evaluate --against: a folder, an .npz of images or statistics (default: the --data)",
+    )
+    _choice(watch, "--evaluate-features", "efficientnet and classifier are proxies (default: inception)")
+    watch.add_argument("--evaluate-weights", metavar="PATH", help="weight file of inception")
     _switch(watch, "--tensorboard", "also log to RUN/tensorboard (default: off)")
     _switch(watch, "--wandb", "also log to Weights & Biases (default: off)")
     _switch(watch, "--nvtx", "NVTX ranges around the parts of a step, for nsys and ncu (default: off)")

@@ -7,6 +7,7 @@ from dit_fast.evaluation.features import (
     FeatureExtractor,
     Features,
     InceptionFeatures,
+    open_extractor,
 )
 from dit_fast.evaluation.frechet import GaussianStatistics, StreamingStatistics, frechet_distance
 from dit_fast.evaluation.image_sources import ArrayImages, ImageSource, open_source
@@ -53,6 +54,7 @@ __all__ = [
     "inception_score",
     "label_agreement",
     "nearest_training_distance",
+    "open_extractor",
     "open_reference",
     "open_source",
     "precision_recall",

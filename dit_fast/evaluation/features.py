@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dit_fast.data import ImageSet, to_pixels
+from dit_fast.data import ImageSet, open_images, to_pixels
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.evaluation.label_agreement import LabelClassifier
 
@@ -153,6 +153,31 @@ class ClassifierFeatures:
             )
         pixels = to_pixels(images[:, :channels]).numpy()
         return Features(torch.from_numpy(self._classifier.features(pixels)), None, None)
+
+
+def open_extractor(
+    name: str,
+    device: torch.device,
+    *,
+    weights: Path | None = None,
+    labelled: str | None = None,
+    image_size: int | None = None,
+) -> FeatureExtractor:
+    """One of `FEATURES`: "inception" from the file `weights`, "classifier" fitted to `labelled` images of that size.
+
+    Raises ConfigError for a classifier without labelled images, and the errors of the classes.
+    """
+    if name == "inception":
+        assert weights is not None
+        return InceptionFeatures(weights, device)
+    if name == "efficientnet":
+        return EfficientNetFeatures(device)
+    if labelled is None or labelled.endswith(".npz"):
+        raise ConfigError(
+            "features classifier is fitted to labelled images: compare with a built-in set or a folder that has a "
+            "sub-folder for each class"
+        )
+    return ClassifierFeatures(open_images(labelled, image_size, flip=False, holdout=0.0))
 
 
 class _Capture:

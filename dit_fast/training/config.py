@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from dit_fast.blocks import RECOMPUTE
-from dit_fast.data import ImageSet, LatentSet, open_data
+from dit_fast.data import ImageSet, LatentSet, open_data, parse_buckets
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.evaluation import FEATURES
 from dit_fast.interop.vae import LatentEncoder
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
 from dit_fast.models import DiT, DiT_models
@@ -20,6 +21,9 @@ from dit_fast.training.parallel import PARALLEL
 from dit_fast.training.precision import PRECISIONS, RESIDUALS
 from dit_fast.training.rates import SCHEDULES
 from dit_fast.training.torch_optimizer import OPTIMIZERS
+
+MOST_COMPILED = 8
+"""Shapes that torch.compile specialises a function for before it gives up."""
 
 DEVICES = ("auto", "cpu", "cuda")
 CHOICES = {
@@ -31,6 +35,7 @@ CHOICES = {
     "attention": BACKENDS,
     "mlp_epilogue": EPILOGUES,
     "kernels": KERNEL_MODES,
+    "evaluate_features": FEATURES,
     "optimizer": OPTIMIZERS,
     "lr_schedule": SCHEDULES,
     "device": DEVICES,
@@ -48,6 +53,8 @@ class TrainConfig(ObjectiveConfig):
     vae                  "ema", "mse" or the folder of an autoencoder that makes latents of images as they are read
     image_size, channels, flip, holdout   see `dit_fast.data.open_images`; None: as the data are
     num_classes          checked against the data; 0 for a model that is told no class
+    buckets              "256x256,192x320": the shapes (height x width) of images of many aspect ratios, instead of
+                         image_size; each has the nearest, a batch is of one, the first is the model's own
     steps, epochs        length of the run in optimiser steps, or in passes over the training images
     lr, beta1, beta2, weight_decay, ema_decay   AdamW, and the decay of the averaged weights
     ema_snapshot_every   steps between snapshots of two more averages, of which one of any width is made afterwards
@@ -70,11 +77,16 @@ class TrainConfig(ObjectiveConfig):
                          run
     sample_every, sample_steps   steps between grids of samples of the averaged weights (None: none), and the noise
                          levels of their sampling
+    evaluate_every, evaluate_samples   steps between Frechet distances of so many unguided samples of the averaged
+                         weights, by sample_steps levels, of the same labels and noise each time (None: none)
+    evaluate_against, evaluate_features, evaluate_weights   what they are compared with (None: the images in `data`), by
+                         which features, and the weight file of "inception": as `dit-fast evaluate` takes them
     tensorboard, wandb   also log there
     nvtx                 NVTX ranges around the parts of a step
     keep_checkpoints     newest checkpoints to keep, at least 2; 0 keeps all
     milestone_every      also keep the checkpoints of steps that it divides; 0: none
     async_checkpoint     write checkpoints beside the training, from a copy of the state
+    stop_on_save_failure a checkpoint that cannot be written ends the run; else the run goes on to the next one
     num_workers          threads that decode image files; None: one a core
     threads              PyTorch's CPU threads; None leaves them alone
 
@@ -95,6 +107,7 @@ class TrainConfig(ObjectiveConfig):
     qk_norm: bool = False
     vae: str | None = None
     image_size: int | None = None
+    buckets: str | None = None
     channels: int | None = None
     num_classes: int | None = None
     flip: bool | None = None
@@ -134,8 +147,14 @@ class TrainConfig(ObjectiveConfig):
     keep_checkpoints: int = 2
     milestone_every: int = 0
     async_checkpoint: bool = True
+    stop_on_save_failure: bool = False
     sample_every: int | None = None
     sample_steps: int = 50
+    evaluate_every: int | None = None
+    evaluate_samples: int = 1000
+    evaluate_against: str | None = None
+    evaluate_features: str = "inception"
+    evaluate_weights: str | None = None
     tensorboard: bool = False
     wandb: bool = False
     nvtx: bool = False
@@ -155,6 +174,7 @@ class TrainConfig(ObjectiveConfig):
             "patch_size",
             "threads",
             "sample_every",
+            "evaluate_every",
         )
         for field in optional:
             value = getattr(self, field)
@@ -177,6 +197,22 @@ class TrainConfig(ObjectiveConfig):
             _require(self, field, getattr(self, field) in values, f"one of {', '.join(map(str, values))}")
         if self.residual == "bf16" and self.precision in ("fp16", "fp32", "tf32"):
             raise ConfigError(f"--residual bf16 goes with --precision bf16 or fp8, not {self.precision}")
+        _require(self, "evaluate_samples", self.evaluate_samples >= 2, "at least 2")
+        if self.evaluate_every and (self.evaluate_features == "inception") != bool(self.evaluate_weights):
+            raise ConfigError(
+                f"--evaluate-features {self.evaluate_features} with --evaluate-weights {self.evaluate_weights}: "
+                "inception, and it alone, needs torch-fidelity's weights-inception-2015-12-05-6726825d.pth there (the "
+                "others are proxies)"
+            )
+        sizes = self.bucket_sizes()
+        if self.cuda_graph and sizes:
+            raise ConfigError(
+                "--cuda-graph: a graph is of one shape, --buckets are of several; leave one out"
+            )
+        if self.compile and len(sizes) > MOST_COMPILED:
+            raise ConfigError(
+                f"--compile: {len(sizes)} --buckets, and each is compiled for itself: give up to {MOST_COMPILED}"
+            )
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate}"
@@ -192,6 +228,10 @@ class TrainConfig(ObjectiveConfig):
             )
             names = [name for name in DiT_models if name.upper() in near] or list(DiT_models)
             raise ConfigError(f"--model {self.model} is unknown; nearest: {', '.join(names)}")
+
+    def bucket_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of `buckets`; none where images are squares of one size."""
+        return parse_buckets(self.buckets) if self.buckets is not None else ()
 
     def total_steps(self, num_train: int) -> int:
         """Optimiser steps of the whole run over `num_train` images; 400,000 (the paper's) unless set."""
@@ -225,19 +265,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What may differ between a run and its continuation. Data may have moved: their fingerprint is compared.
 CHANGEABLE = frozenset(
-    ("data", "steps", "epochs", "compile", "device", "threads", "num_workers")
-    + ("log_every", "ckpt_every", "keep_checkpoints", "sample_every", "sample_steps")
-    + (
-        "optimizer",
-        "accumulate",
-        "recompute",
-        "attention",
-        "mlp_epilogue",
-        "kernels",
-        "cuda_graph",
-        "skip_nonfinite",
-    )
-    + ("tensorboard", "wandb", "nvtx", "parallel", "timeout", "milestone_every", "async_checkpoint")
+    ("data", "steps", "epochs", "compile", "device", "threads", "num_workers", "optimizer", "accumulate")
+    + ("recompute", "attention", "mlp_epilogue", "kernels", "cuda_graph", "skip_nonfinite", "parallel")
+    + ("timeout", "log_every", "ckpt_every", "keep_checkpoints", "milestone_every", "async_checkpoint")
+    + ("stop_on_save_failure", "sample_every", "sample_steps", "tensorboard", "wandb", "nvtx")
+    + ("evaluate_every", "evaluate_samples", "evaluate_against", "evaluate_features", "evaluate_weights")
 )
 
 
@@ -290,6 +322,7 @@ def open_set(config: TrainConfig) -> ImageSet | LatentSet:
         holdout=config.holdout,
         num_workers=config.num_workers,
         encoder=encoder,
+        buckets=config.bucket_sizes(),
     )
 
 
@@ -302,10 +335,12 @@ def apply_to_process(config: TrainConfig) -> None:
 
 
 class Samples(Protocol):
-    """What a model must know of what it is trained on: side, channels, classes."""
+    """What a model must know of what it is trained on: side, or shapes where there are several, channels, classes."""
 
     @property
     def image_size(self) -> int: ...
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]: ...
     @property
     def channels(self) -> int: ...
     @property
@@ -320,6 +355,13 @@ def build_model(config: TrainConfig, data: Samples) -> DiT:
         if (value := getattr(config, name)) is not None
     }
     patch_size = config.patch_size or int(config.model.rpartition("/")[2])
+    for size in data.buckets:
+        if any(side % patch_size for side in size):
+            near = (patch_size * max(1, round(side / patch_size)) for side in size)
+            raise ConfigError(
+                f"--buckets: {'x'.join(map(str, size))} is not a multiple of the patch size {patch_size}; "
+                f"the nearest is {'x'.join(map(str, near))}"
+            )
     if data.image_size % patch_size:
         fitting = [size for size in range(2, 33) if data.image_size % size == 0]
         near = patch_size * max(1, round(data.image_size / patch_size))
@@ -329,7 +371,7 @@ def build_model(config: TrainConfig, data: Samples) -> DiT:
             + (f" or one of --patch-size {', '.join(map(str, fitting))}" if fitting else "")
         )
     return DiT_models[config.model](
-        input_size=data.image_size,
+        input_size=data.buckets[0] if data.buckets else data.image_size,
         in_channels=data.channels,
         num_classes=0 if config.num_classes == 0 else data.num_classes,
         class_dropout_prob=config.class_dropout_prob,

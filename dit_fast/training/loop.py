@@ -175,9 +175,16 @@ def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter) -> Path:
 
 
 def _report(trainer: Trainer, writer: CheckpointWriter) -> None:
-    """Say so if the last save failed. The older checkpoints are whole and the run is not lost: another will follow."""
+    """Say so if the last save failed. The older checkpoints are whole and the run is not lost: another will follow.
+
+    Raises OutputError, on each rank, where the run was told to end then.
+    """
     try:
         writer.wait()
     except OutputError as error:
+        if trainer.config.stop_on_save_failure:
+            raise OutputError(
+                f"step {trainer.step}: {error}; --stop-on-save-failure ends the run, --resume goes on with it"
+            ) from error
         if trainer.world.is_first:
             logger.warning("step %d: %s; training goes on", trainer.step, error)

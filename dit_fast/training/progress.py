@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -46,18 +46,27 @@ class RunLog:
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
-        kept = [line for line in read_log(path) if line["step"] <= resumed_step] if resumed_step else []
+        kept = [line for line in _lines(path) if line["step"] <= resumed_step] if resumed_step else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
 
-    def append(self, record: Record) -> None:
+    def append(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log; a last line that a kill cut short is left out."""
+    return [line for line in _lines(path) if "loss" in line]
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """The scores of samples in a log: step, extractor, num_samples, and fid or proxy_fid."""
+    return [line for line in _lines(path) if "extractor" in line]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -95,6 +104,10 @@ class Progress:
             flush=True,
         )
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        tqdm.write(text)
+
     def close(self) -> None:
         self.bar.close()
 
@@ -115,6 +128,8 @@ def plot_loss(log: Path, target: Path) -> None:
 def plot_losses(logs: dict[str, Path], target: Path) -> None:
     """Draw the losses of several runs, name: log.jsonl, over each other, each as logged and smoothed.
 
+    Below them stand the Frechet distances of samples, where a run has them.
+
     Raises MissingExtraError without matplotlib.
     """
     try:
@@ -124,9 +139,11 @@ def plot_losses(logs: dict[str, Path], target: Path) -> None:
         raise MissingExtraError(
             "no loss curve: matplotlib is not installed; pip install 'dit-fast[plot]'"
         ) from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    scores = {name: read_scores(log) for name, log in logs.items()}
+    panels = 2 if any(scores.values()) else 1
+    figure = Figure(figsize=(7, 4 * panels), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes, *below = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
     lowest = []
     for index, (name, log) in enumerate(logs.items()):
         records = read_log(log)
@@ -141,6 +158,17 @@ def plot_losses(logs: dict[str, Path], target: Path) -> None:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
+    for index, (name, lines) in enumerate(scores.items()):
+        if lines:
+            distances = [line.get("fid", line.get("proxy_fid")) for line in lines]
+            kind = f"proxy, {lines[0]['extractor']}" if lines[0]["proxy"] else lines[0]["extractor"]
+            label = f"{name} ({kind}, {lines[0]['num_samples']} samples)"
+            steps = [line["step"] for line in lines]
+            below[0].plot(steps, distances, color=f"C{index}", marker=".", label=label)
+    for panel in below:
+        panel.set(xlabel="optimiser step", ylabel="Frechet distance of samples", yscale="log")
+        panel.grid(alpha=0.3, which="both")
+        panel.legend()
     figure.savefig(target, dpi=150)
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from dit_fast.errors import DitFastError
 from dit_fast.training import metrics
+from dit_fast.training.evaluate import Evaluation, score_line
 from dit_fast.training.grids import SampleGrids
 from dit_fast.training.progress import Progress, Record, RunLog
 from dit_fast.training.step import BUCKETS, StepValues
@@ -39,6 +40,7 @@ class Watch:
         self.flops = metrics.training_flops(trainer.model)
         self.peak = metrics.peak_flops(trainer.device)
         self.grids = SampleGrids(trainer) if trainer.config.sample_every else None
+        self.evaluation = Evaluation(trainer) if trainer.config.evaluate_every else None
         self.waited = 0.0
         self.skipped = int(trainer.state.skipped)
         self.logged_step, self.logged_at = trainer.step, time.perf_counter()
@@ -77,7 +79,7 @@ class Watch:
         self.logged_at += time.perf_counter() - started
 
     def after_step(self, last: bool) -> None:
-        """Log when a line is due, or now if the run ends; draw samples when they are due."""
+        """Log when a line is due, or now if the run ends; draw and score samples when they are due."""
         config, step = self.trainer.config, self.trainer.step
         if self.progress is not None:
             self.progress.advance()
@@ -86,6 +88,10 @@ class Watch:
         if self.grids is not None and (last or step % (config.sample_every or 1) == 0):
             with self.paused():
                 self._sample(self.grids)
+        ended = step == self.trainer.total_steps
+        if self.evaluation is not None and (ended or step % (config.evaluate_every or 1) == 0):
+            with self.paused():
+                self._evaluate(self.evaluation)
 
     def _log(self) -> None:
         trainer = self.trainer
@@ -108,7 +114,7 @@ class Watch:
             skipped=skipped - self.skipped,
         )
         if self.log is not None and self.progress is not None:
-            self.log.append(record)
+            self.log.append(dataclasses.asdict(record))
             self.progress.report(record, trainer.config.batch_size)
         for tracker in self.trackers:
             tracker.scalars(record.step, flat(record))
@@ -138,6 +144,21 @@ class Watch:
             return
         for tracker in self.trackers:
             tracker.image(self.trainer.step, path)
+
+    def _evaluate(self, evaluation: Evaluation) -> None:
+        step = self.trainer.step
+        try:
+            quality = evaluation.score()
+        except DitFastError as error:
+            if self.writes:
+                logger.warning("step %d: no score: %s", step, error)
+            return
+        if self.log is not None and self.progress is not None:
+            line = score_line(step, quality)
+            self.log.append(line)
+            self.progress.say("\n".join(f"step {step}: {text}" for text in quality.lines()))
+            for tracker in self.trackers:
+                tracker.scalars(step, {name: line[name] for name in ("fid", "proxy_fid") if name in line})
 
 
 def means(values: list[StepValues]) -> dict[str, Any]:

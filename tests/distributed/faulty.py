@@ -130,7 +130,8 @@ def record(TrainStep, folder: Path, rank: int) -> None:
         drawn = draw(self, samples, labels)
         numbers = (self.state.step * self.options.batch_size + self.positions).tolist()
         with (folder / f"{rank}.jsonl").open("a") as file:
-            for number, *values in zip(numbers, *drawn, strict=True):
+            tensors = [tensor for tensor in drawn if tensor is not None]
+            for number, *values in zip(numbers, *tensors, strict=True):
                 content = b"".join(value.contiguous().numpy().tobytes() for value in values)
                 file.write(json.dumps([number, hashlib.sha256(content).hexdigest()]) + "\n")
         return drawn
@@ -164,7 +165,10 @@ def run(fault: str, arguments: list[str], rank: int) -> None:
 
 
 if __name__ == "__main__":
-    # Under torchrun: the fault is for the first attempt only.
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    print(f"pid {os.getpid()}", flush=True)
-    run(sys.argv[1] if first else "none", sys.argv[2:], int(os.environ.get("RANK", "0")))
+    # Under torchrun: a fault for each attempt, "kill:1:6,kill:0:8"; none for those after them.
+    faults = dict(enumerate(sys.argv[1].split(",")))
+    # In one piece: torchrun's workers share the pipe and do not buffer.
+    sys.stdout.write(f"pid {os.getpid()}\n")
+    sys.stdout.flush()
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    run(faults.get(attempt, "none"), sys.argv[2:], int(os.environ.get("RANK", "0")))

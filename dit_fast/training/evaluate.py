@@ -1,0 +1,115 @@
+"""Frechet distance between samples of the averaged weights and real images, while a run goes on."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast import keyed
+from dit_fast.data import LatentSet
+from dit_fast.errors import ConfigError, DitFastError, NonFiniteError
+from dit_fast.evaluation import (
+    Activations,
+    Quality,
+    SavedStatistics,
+    StreamingStatistics,
+    collect,
+    open_extractor,
+    open_reference,
+    score,
+)
+from dit_fast.sampling import to_uint8
+from dit_fast.training.samples import AverageSampler, open_decoder
+from dit_fast.training.trainer import Trainer
+
+_BATCH = 64
+
+
+class Evaluation:
+    """Scores `evaluate_samples` unguided samples of random classes with the trainer's averaged weights.
+
+    Labels and noise are functions of seed and sample number, the same each time and for any number of ranks, which
+    share the samples. Nothing that training draws is touched. Every rank has one; the first has the reference. Raises
+    the errors of `open_reference`, `open_extractor` and `LatentDecoder`, and ConfigError for latents without images to
+    compare them with.
+    """
+
+    def __init__(self, trainer: Trainer):
+        config, world = trainer.config, trainer.world
+        self.trainer = trainer
+        if config.evaluate_samples < world.size:
+            raise ConfigError(
+                f"--evaluate-samples {config.evaluate_samples}: give one for each rank, {world.size}"
+            )
+        if config.evaluate_against is None and isinstance(trainer.data, LatentSet) and config.vae is None:
+            raise ConfigError(
+                f"--evaluate-every: {config.data} holds latents; give real images or their statistics with "
+                "--evaluate-against"
+            )
+        against = config.evaluate_against or config.data
+        self.decoder = open_decoder(trainer)
+        size = trainer.data.image_size * (1 if self.decoder is None else self.decoder.factor)
+        weights = config.evaluate_weights and Path(config.evaluate_weights)
+        self.extractor = open_extractor(
+            config.evaluate_features,
+            trainer.device,
+            weights=weights or None,
+            labelled=against,
+            image_size=size,
+        )
+        self.sampler = AverageSampler(trainer, guidance=1.0)
+        self.reference: SavedStatistics = world.first(lambda: self._reference(against, size))
+        numbers = torch.arange(config.evaluate_samples)
+        labels = keyed.integers(
+            keyed.key(config.seed, "sampling labels"), numbers, max(trainer.model.num_classes, 1)
+        )
+        self.numbers, self.labels = (every[world.rank :: world.size] for every in (numbers, labels))
+
+    def score(self) -> Quality:
+        """The distance now. Raises NonFiniteError on every rank where samples of one are not finite."""
+        world = self.trainer.world
+        with self.sampler.averages():
+            try:
+                features: Tensor | str = self._features()
+            except DitFastError as error:
+                features = str(error)
+        found = world.gather(features)
+        for rank, other in enumerate(found):
+            if isinstance(other, str):
+                raise NonFiniteError(f"rank {rank}: {other}" if world.size > 1 else other)
+        # In the order of the samples' numbers, whatever rank drew them.
+        every = torch.empty(sum(map(len, found)), found[0].shape[1])
+        for rank, own in enumerate(found):
+            every[rank :: world.size] = own
+        moments = StreamingStatistics()
+        moments.update(every)
+        statistics = SavedStatistics(moments.finish(), None, self.extractor.name)
+        samples = Activations(statistics, every, None)
+        return score(samples, self.reference, None, self.extractor.proxy, ["fid"])
+
+    def _features(self) -> Tensor:
+        """Of this rank's samples, (m, D) on the CPU."""
+        data = self.trainer.data
+        kept = []
+        for labels, numbers in zip(self.labels.split(_BATCH), self.numbers.split(_BATCH), strict=True):
+            drawn = self.sampler.draw(labels, numbers)
+            if self.decoder is not None and isinstance(data, LatentSet):
+                drawn = self.decoder(drawn, data.posterior.shift, data.posterior.scale)
+            images = torch.from_numpy(to_uint8(drawn)).permute(0, 3, 1, 2)
+            kept.append(self.extractor(images.expand(-1, 3, -1, -1).contiguous()).pooled.float().cpu())
+        return torch.cat(kept)
+
+    def _reference(self, against: str, size: int) -> SavedStatistics:
+        opened = open_reference(against, size, self.trainer.config.num_workers or os.cpu_count() or 1)
+        if opened.statistics is not None:
+            return opened.statistics
+        assert opened.images is not None
+        return collect(opened.images, self.extractor).statistics
+
+
+def score_line(step: int, quality: Quality) -> dict[str, Any]:
+    """What log.jsonl says of a score: step, extractor, numbers of images, and fid, or proxy_fid by other features."""
+    kept = {name: value for name, value in quality.as_json().items() if value is not None and name != "notes"}
+    return {"step": step, **kept}
