@@ -113,8 +113,8 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
         monkeypatch.setattr(importlib.import_module(f"dit_fast.cli.{name}"), "run", lambda options: 0)
         try:
             assert main(arguments) == 0
-        except SystemExit:
-            pytest.fail(f"{page.name}: dit-fast {shlex.join(arguments)}: {capsys.readouterr().err}")
+        except SystemExit as ended:
+            assert not ended.code, f"{page.name}: dit-fast {shlex.join(arguments)}: {capsys.readouterr().err}"
 
 
 @pytest.fixture(scope="module")
