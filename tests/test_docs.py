@@ -112,9 +112,10 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
             continue
         monkeypatch.setattr(importlib.import_module(f"dit_fast.cli.{name}"), "run", lambda options: 0)
         try:
-            assert main(arguments) == 0
+            status: Any = main(arguments)
         except SystemExit as ended:
-            assert not ended.code, f"{page.name}: dit-fast {shlex.join(arguments)}: {capsys.readouterr().err}"
+            status = ended.code
+        assert not status, f"{page.name}: dit-fast {shlex.join(arguments)}: {capsys.readouterr().err}"
 
 
 @pytest.fixture(scope="module")
