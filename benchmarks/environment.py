@@ -58,7 +58,8 @@ def commit() -> str:
     What benchmarks write themselves, results and the README, is no code. In a tree that was copied without its
     repository, the file COMMIT says it.
     """
-    head = _said("git", "rev-parse", "--short", "HEAD")
+    # Not any repository that the tree may lie in.
+    head = _said("git", "rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else ""
     if not head:
         told = ROOT / "COMMIT"
         return told.read_text().strip() if told.is_file() else ""

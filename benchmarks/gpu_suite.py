@@ -1,7 +1,7 @@
 """Everything there is to show on one GPU, within minutes: `make gpu`, or `python -m benchmarks.gpu_suite --out DIR`.
 
 Stages run one after the other as commands of their own, the most telling first: correctness of every kernel, the
-ladder of training and sampling steps, each kernel beside its peers, the optimiser, the roofline, profiles, the
+ladder of training and sampling steps, each kernel and the optimiser beside their peers, the roofline, profiles, the
 sanitizer. Each has a share of the time; one that fails, hangs or is cut off costs the others nothing. They write rows
 (`benchmarks.rows`) to DIR/<device>, to be kept in benchmarks/results, and what is there is whole at any moment:
 stages.json and report.md are written anew after each stage. A second call with the same folder goes on with what is
@@ -66,48 +66,45 @@ class Outcome:
 def stages(dry: bool) -> list[Stage]:
     """What is run, in order of priority; `dry`: the same with tiny shapes."""
     bench = (*PYTEST, "benchmarks/bench_ops.py", "--results", "{out}", "-k")
+    telling = ("attention", "gated_residual_adaln", "mlp", "gelu")
 
-    def climb(name: str, kinds: Sequence[str], *options: str, most: float = 150) -> Stage:
+    def climb(name: str, kinds: Sequence[str], *options: str, most: float) -> Stage:
         tiny = (
             *("--models", "DiT-S/8", "--image-sizes", "64", "--batch", "1", "--images", "1"),
             *("--repeats", "1", "--steps", "1", "--only", "plain fp32", "ours, eager"),
         )
         return Stage(f"ladder: {name}", (*LADDER, *kinds, *(tiny if dry else options)), most)
 
-    def kernels(name: str, operations: Iterable[str], *others: str, most: float) -> Stage:
-        shape = "2x64x384-fp32" if dry else "32x256x1152-bf16"
-        cases = " or ".join([*(f"{operation}-{shape}" for operation in operations), *others])
-        return Stage(
-            f"kernels: {name}", (*bench, f"test_op and ({cases})" + (" and eager" if dry else "")), most
-        )
+    def operations(names: Iterable[str]) -> str:
+        cases = " or ".join(f"{name}-{'2x64x384-fp32' if dry else '32x256x1152-bf16'}" for name in names)
+        return f"test_op and ({cases})" + (" and eager" if dry else "")
 
     def profile(kind: str, *options: str) -> Stage:
         size = ("--batch-size", "8", "--first", "2", "--count", "1", "--trace", f"{{out}}/{kind}-trace.json")
         return Stage(f"profile: {kind}", (*PROFILE, *size, *options), most=60)
 
+    others = "test_adamw_ema and torch" if dry else "test_adamw_ema or attention-8x1024x1152-bf16"
+    proofs = ("tests/kernels/test_ops.py", "-k", "test_runs_agree and unpatchify")
     roofline = (sys.executable, "-m", "benchmarks.roofline", "--measure", "--results", "{out}")
     size = ("--model", "DiT-S/8", "--image-size", "64", "--batch", "1") if dry else ("--batch", "128")
-    telling = ("attention", "gated_residual_adaln", "mlp", "gelu")
+    sizes = ("--models", "DiT-XL/2", "DiT-L/2", "DiT-B/2", "DiT-S/2", "--image-sizes", "256", "512")
     found = [
         Stage("environment", (sys.executable, "-m", "dit_fast.cli", "doctor"), most=60),
         Stage(
             "correctness",
-            (*PYTEST, "tests/kernels", "-k", "test_runs_agree and unpatchify" if dry else "not any_size"),
+            (*PYTEST, *(proofs if dry else ("tests/kernels", "-k", "not any_size"))),
             most=200,
             interpreted=dry,
         ),
-        climb("training", ["train"]),
-        kernels("most telling", telling, "attention-8x1024x1152-bf16", most=150),
-        climb("sampling", ["sample-cfg"], "--images", "1", "8"),
-        Stage("optimiser", (*bench, "test_adamw_ema" + (" and torch" if dry else "")), most=60),
+        climb("training", ["train"], most=150),
+        Stage("kernels: most telling", (*bench, f"({operations(telling)}) or ({others})"), most=150),
+        climb("sampling", ["sample-cfg"], "--images", "1", "8", most=150),
         Stage("roofline", (*roofline, *size), most=60),
-        kernels("others", [name for name in REGISTRY if name not in telling], most=120),
+        Stage("kernels: others", (*bench, operations(n for n in REGISTRY if n not in telling)), most=120),
         profile("training"),
         profile("sampling", "--sample"),
-        climb("latents from disk", ["train-disk"]),
-        climb("sampling without guidance, and large", ["sample", "sample-cfg"]),
-        climb("512 px", ["train", "sample-cfg"], "--image-sizes", "512", "--images", "1", "8"),
-        climb("other sizes", ["train", "sample-cfg"], "--models", "DiT-L/2", "DiT-B/2", "DiT-S/2", most=300),
+        climb("from disk, without guidance, many images", ["train-disk", "sample", "sample-cfg"], most=240),
+        climb("every size", ["train", "sample-cfg"], *sizes, "--images", "1", "8", most=400),
     ]
     if not dry and shutil.which("compute-sanitizer"):
         checked = (*PYTEST, "tests/kernels/test_ops.py", "-k", "test_as_accurate", "-x")

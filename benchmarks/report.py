@@ -27,6 +27,7 @@ REGION = re.compile(r"(?<=<!-- table: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.D
 OURS = "ours"
 PROVIDERS = {OURS: OURS, "eager": "PyTorch", "compiled": "torch.compile"}
 COMPILED = "+ torch.compile"
+STEP_BENCHMARKS = ("train", "sample")
 OPERATIONS, STEPS = "operations.png", "steps.png"
 
 
@@ -173,6 +174,23 @@ def steps(groups: Sequence[Group]) -> list[str]:
     return [*lines, f"{note} {origin(groups)}.", *reasons(groups)]
 
 
+def listing(group: Group) -> list[str]:
+    """Any other benchmark: its rows as they are."""
+    rows = [row for row in group.rows if row.failed is None]
+    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    table = [
+        [describe(row.shape), row.provider, row.direction, row.dtype, time(row, 1e-3)]
+        + [number(row.metrics[name]) if name in row.metrics else "" for name in names]
+        for row in rows
+    ]
+    return [
+        *lines_of(["", "", "", "dtype", "ms", *names], table),
+        "",
+        f"{origin([group])}.",
+        *reasons([group]),
+    ]
+
+
 def describe(shape: tuple[int, ...]) -> str:
     """Batch and image size of a model's step; other shapes by their numbers."""
     return f"batch {shape[0]}, {shape[1]} px" if len(shape) == 2 else " x ".join(map(str, shape))
@@ -224,7 +242,7 @@ def region(
 def regions(known: Sequence[Device]) -> dict[str, str]:
     """The README's regions by name."""
     return {
-        "ladder": region(known, lambda device: headline(device.of("train", "sample")), steps, STEPS),
+        "ladder": region(known, lambda device: headline(device.of(*STEP_BENCHMARKS)), steps, STEPS),
         "microbenchmarks": region(
             known, lambda device: [first_setting(group) for group in device.of("op")], operations, OPERATIONS
         ),
@@ -246,15 +264,18 @@ def full(device: Device) -> str:
         lines += ["Measured on a CPU: nothing here is a GPU figure.", ""]
     if found := device.of("op"):
         lines += ["## Operations", "", *operations(found), ""]
-    if found := [group for group in device.groups if group.benchmark != "op"]:
+    if found := device.of(*STEP_BENCHMARKS):
         lines += ["## Steps", "", *steps(found), ""]
+    for group in device.groups:
+        if group.benchmark not in ("op", *STEP_BENCHMARKS):
+            lines += [f"## {group.benchmark.capitalize()}: {group.case}", "", *listing(group), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def plots(device: Device) -> dict[str, dict[str, list[Row]]]:
     """File names of a device's plots and the rows that each one shows, by title of what is compared."""
     found: dict[str, dict[str, list[Row]]] = {OPERATIONS: {}, STEPS: {}}
-    for group in device.of("op", "train", "sample"):
+    for group in device.of("op", *STEP_BENCHMARKS):
         for row in group.rows:
             title = f"{row.case}, {describe(row.shape)}, {row.direction}"
             if row.benchmark != "op":

@@ -227,12 +227,15 @@ WHOLE = "whole step"
 def rows_of(
     times: Mapping[str, list[float]], model: str, step: Step, dtype: torch.dtype, rates: Rates
 ) -> list[Row]:
-    """Rows of measured parts, with the rates that they are compared with."""
+    """Rows of measured parts of a training step, with the limits and rates that they are compared with."""
     name = str(dtype).removeprefix("torch.")
-    shape = (step.batch, step.image_size)
-    metrics = {"copy GB/s": rates.memory * 1e-9, "product TFLOP/s": rates.product * 1e-12}
+    measured_with = {"copy GB/s": rates.memory * 1e-9, "product TFLOP/s": rates.product * 1e-12}
+    limits = {part.name: part.limit(rates) for part in training_parts(step)}
     return [
-        Row.timed("roofline", model, shape, name, "ours", part, found, metrics)
+        Row.timed(
+            *("roofline", model, (step.batch, step.image_size), name, "ours", part, found),
+            {"limit ms": 1e3 * limits[part], **measured_with},
+        )
         for part, found in times.items()
     ]
 

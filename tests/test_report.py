@@ -79,6 +79,14 @@ def test_steps_are_relative_to_the_compiled_plain_step() -> None:
     assert "2 of 4 cores, load average 0.5 to 0.5" in text
 
 
+def test_other_benchmarks_are_listed() -> None:
+    part = Row.timed("roofline", "DiT-S/2", (8, 256), "fp32", "ours", "qkv", [0.25], {"limit ms": 200.0})
+    (device,) = devices([results(part)])
+    assert "## Roofline: DiT-S/2" in full(device)
+    assert "| batch 8, 256 px | ours | qkv | fp32 | 250 +- 0 | 200 |" in full(device)
+    assert "qkv" not in "".join(regions([device]).values())
+
+
 def test_a_failed_case_has_a_reason_and_no_figure() -> None:
     found = results(
         operation("ours", 2e-3),

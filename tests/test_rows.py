@@ -125,9 +125,15 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
 def test_a_tree_without_a_repository_has_the_commit_that_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    """Also where it lies in another repository."""
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), (*who, "commit", "-q", "--allow-empty", "-m", "a")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    monkeypatch.setattr(environment, "ROOT", copied)
     assert Recorder(tmp_path).path.name.endswith("-unknown.json")
-    (tmp_path / "COMMIT").write_text("0123abc\n")
+    (copied / "COMMIT").write_text("0123abc\n")
     assert Recorder(tmp_path).path.name.endswith("-0123abc.json")
 
 
