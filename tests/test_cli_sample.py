@@ -204,6 +204,32 @@ def test_latent_models_are_decoded(tmp_path, monkeypatch):
     assert (image == 255).all()
 
 
+def test_a_run_on_latents_is_decoded_by_their_autoencoder(tmp_path, monkeypatch):
+    """Unless another is asked for; the set's shift and scale go along."""
+    seen = []
+
+    class Decoder:
+        factor = 8
+
+        def __init__(self, name, channels, device):
+            seen.append(name)
+
+        def __call__(self, latents, shift, scale):
+            seen.append((shift, scale))
+            return torch.ones(len(latents), 3, 64, 64)
+
+    monkeypatch.setattr("dit_fast.cli.sample_plan.LatentDecoder", Decoder)
+    model = small_model(in_channels=4)
+    facts = {"name": "set", "image_size": 64, "shift": [0.0] * 4, "scale": [0.5] * 4}
+    zeros = {f"exp_avg.{name}": torch.zeros_like(p) for name, p in model.named_parameters()}
+    manifest = {"step": 1, "data": {**facts, "vae": {"name": "ema", "source": "a", "sha256": "b"}}}
+    save_checkpoint(tmp_path / "run", model, model.state_dict(), zeros, manifest)
+    ask = ("--ckpt", tmp_path / "run", "--steps", 1, "--num", 2, "--out", tmp_path / "o")
+    assert command(*ask) == 0
+    assert command(*ask, "--vae", "mse") == 0
+    assert seen == ["ema", ([0.0] * 4, [0.5] * 4), "mse", ([0.0] * 4, [0.5] * 4)]
+
+
 def test_a_latent_set_s_own_shift_and_scale_are_the_decoder_s():
     seen = []
     plan = SimpleNamespace(decoder=lambda *given: seen.append(given), info=SimpleNamespace(data={}))

@@ -200,7 +200,7 @@ def test_a_pipeline_tells_names_schedule_and_autoencoder(folder):
     _, info = load_model(folder)
     assert info.class_names == tuple(NAMES.values())
     assert info.diffusion == {"noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False}
-    assert info.vae == folder / "vae"
+    assert info.vae == str(folder / "vae")
     assert info.latent
     _, bare = load_model(folder / "transformer")
     assert (bare.class_names, bare.diffusion, bare.vae) == (None, {}, None)

@@ -42,7 +42,7 @@ def _model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
     group.add_argument(
         "--vae",
-        help="decoder of a latent model: ema, mse, a folder, or none (default: a pipeline's own, else mse)",
+        help="decoder of a latent model: ema, mse, a folder, or none (default: the checkpoint's own, else mse)",
     )
 
 

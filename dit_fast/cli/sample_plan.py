@@ -79,7 +79,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         tuple(args.cfg_interval),
         args.cfg_schedule,
     )
-    vae = args.vae or (str(info.vae or "mse") if info.latent else "none")
+    vae = args.vae or (info.vae or "mse" if info.latent else "none")
     solver = args.solver or default_solver(info.diffusion)
     nodes = sampling_nodes(info.diffusion, args.steps, solver, learn_sigma=model.learn_sigma)
     clip = args.clip_denoised if args.clip_denoised is not None else vae == "none" and not info.latent

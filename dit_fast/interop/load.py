@@ -40,7 +40,8 @@ class ModelInfo:
     latents of an autoencoder or pixels; `notes` are lines that a user should see. The other fields are a
     training checkpoint's and empty for other files: `data` describes the image set (its name, size,
     channels, held-out fraction, fingerprint, and `flip` as the run was told), `diffusion` are arguments of
-    `create_diffusion`. A pipeline's folder tells `class_names`, `diffusion` and `vae`, its autoencoder's folder.
+    `create_diffusion`. A pipeline's folder tells `class_names` and `diffusion` too. `vae`: the autoencoder of the
+    latents, "ema", "mse" or a folder, where the checkpoint or the pipeline tells it.
     """
 
     path: Path
@@ -50,7 +51,7 @@ class ModelInfo:
     class_names: tuple[str, ...] | None = None
     data: dict[str, Any] = field(default_factory=dict)
     diffusion: dict[str, Any] = field(default_factory=dict)
-    vae: Path | None = None
+    vae: str | None = None
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
@@ -157,6 +158,7 @@ def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> t
         class_names=tuple(map(str, names)) if names else None,
         data=data,
         diffusion=dict(manifest.get("diffusion") or {}),
+        vae=(data.get("vae") or {}).get("name"),
         notes=file.notes,
     )
 

@@ -18,7 +18,7 @@ class PipelineFacts:
 
     class_names: tuple[str, ...] | None = None
     diffusion: dict[str, Any] = field(default_factory=dict)
-    vae: Path | None = None
+    vae: str | None = None
 
 
 def pipeline_facts(folder: Path, num_classes: int) -> PipelineFacts:
@@ -36,7 +36,7 @@ def pipeline_facts(folder: Path, num_classes: int) -> PipelineFacts:
     return PipelineFacts(
         _class_names(names, num_classes),
         _diffusion(read_json(scheduler), scheduler) if scheduler.is_file() else {},
-        vae if decodes else None,
+        str(vae) if decodes else None,
     )
 
 
