@@ -28,6 +28,7 @@ class Inputs:
     image_size: int
     channels: int
     num_classes: int
+    buckets: tuple[tuple[int, int], ...] = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

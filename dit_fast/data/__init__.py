@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from dit_fast.data.buckets import Size, parse_buckets
 from dit_fast.data.builtin import BUILTIN, DIGIT_NAMES
 from dit_fast.data.caches import open_cache, recognise
 from dit_fast.data.folder import centre_crop, centre_crop_array, open_folder
@@ -30,6 +31,7 @@ __all__ = [
     "open_images",
     "open_latents",
     "open_stream",
+    "parse_buckets",
     "to_pixels",
 ]
 
@@ -44,6 +46,7 @@ def open_images(
     holdout: float | None = None,
     num_workers: int | None = None,
     memory_limit: int = 2 << 30,
+    buckets: tuple[Size, ...] = (),
 ) -> ImageSet:
     """Open `source`: a built-in name ("mnist", "digits") or a folder of class sub-folders.
 
@@ -54,6 +57,7 @@ def open_images(
     holdout       held-out fraction of each class; None: 0.1 for built-in sets, 0 for folders
     num_workers   decoding threads; None: one a core
     memory_limit  bytes up to which a folder is decoded at once and kept
+    buckets       (height, width) of several shapes, instead of squares: each image of a folder has the nearest
 
     Raises DataError for data that is missing or unreadable, ConfigError for options that contradict it.
     """
@@ -61,7 +65,11 @@ def open_images(
         raise ConfigError(f"--image-size {image_size} is not a positive number of pixels")
     if channels not in (None, 1, 3):
         raise ConfigError(f"--channels {channels}: give 1 for grey or 3 for RGB")
+    if buckets and image_size is not None:
+        raise ConfigError(f"--image-size {image_size} and --buckets both set the images' size: give one")
     if str(source) in BUILTIN:
+        if buckets:
+            raise ConfigError(f"--buckets: the images of {source} are squares of one size; leave it out")
         images, labels = BUILTIN[str(source)]()
         opened = from_arrays(
             str(source),
@@ -88,6 +96,7 @@ def open_images(
             holdout=holdout or 0.0,
             num_workers=(os.cpu_count() or 1) if num_workers is None else num_workers,
             memory_limit=memory_limit,
+            buckets=buckets,
         )
     if num_classes not in (None, opened.num_classes):
         raise ConfigError(
@@ -106,6 +115,7 @@ def open_data(
     holdout: float | None = None,
     num_workers: int | None = None,
     encoder: Encoder | None = None,
+    buckets: tuple[Size, ...] = (),
 ) -> ImageSet | LatentSet:
     """Open `source`, whatever it is: what `dit-fast encode` wrote, a cache of fast-DiT, REPA or LightningDiT, a
     built-in set or a folder of images.
@@ -124,10 +134,13 @@ def open_data(
             flip=flip,
             holdout=holdout,
             num_workers=num_workers,
+            buckets=buckets,
         )
         return images if encoder is None else encode_in_loop(images, encoder)
     if encoder is not None:
         raise ConfigError(f"--vae {encoder.name}: {source} holds latents already; leave it out")
+    if buckets:
+        raise ConfigError(f"--buckets: the latents of {source} are of one size; give images, and --vae")
     opener = open_latents if encoded else open_cache
     latents = opener(folder, num_classes=num_classes, flip=flip, holdout=holdout)
     if image_size not in (None, latents.pixel_size or image_size):

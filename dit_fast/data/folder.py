@@ -1,6 +1,7 @@
 """A folder of class sub-folders of PNG and JPEG images, of any size, RGB or grey."""
 
 import hashlib
+import math
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dit_fast.data.buckets import BucketSource, Size, nearest_bucket
 from dit_fast.data.images import ArraySource, ImageSet, PixelSource, make_set
+from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError, DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -33,20 +36,21 @@ _DECODE_ERRORS = (
 _T = TypeVar("_T")
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre `size` x `size` pixels of `image` scaled to `size` on its shorter side.
+def centre_crop(image: Image.Image, size: int | Size) -> Image.Image:
+    """The centre of `image`, of (height, width) `size` or square, once it is scaled to just cover that.
 
-    The image is first halved with a box filter while its shorter side is at least twice `size`, then scaled
-    the rest of the way with a bicubic filter (the preprocessing of Dhariwal and Nichol 2021, "ADM").
+    The image is first halved with a box filter while it is at least twice as large, then scaled the rest of the
+    way with a bicubic filter (the preprocessing of Dhariwal and Nichol 2021, "ADM", there for squares).
     """
-    while min(image.size) >= 2 * size:
+    height, width = as_pair(size)
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     if scale != 1:
         new_size = (round(image.width * scale), round(image.height * scale))
         image = image.resize(new_size, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def centre_crop_array(image: np.ndarray, size: int) -> np.ndarray:
@@ -54,8 +58,8 @@ def centre_crop_array(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(centre_crop(Image.fromarray(image), size))
 
 
-def read_image(path: Path, size: int, channels: int) -> Tensor:
-    """One file as uint8 (channels, size, size). Orientation tags are ignored, as the reference does."""
+def read_image(path: Path, size: int | Size, channels: int) -> Tensor:
+    """One file as uint8 (channels, height, width). Orientation tags are ignored, as the reference does."""
     mode = "L" if channels == 1 else "RGB"
     with Image.open(path) as file:
         if file.mode.startswith("I"):
@@ -65,7 +69,7 @@ def read_image(path: Path, size: int, channels: int) -> Tensor:
         else:
             image = file.convert(mode)
     pixels = np.array(centre_crop(image, size))
-    return torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
+    return torch.from_numpy(pixels).view(*as_pair(size), channels).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class FileSource:
     """Pixels in files, decoded by `num_workers` threads on every read."""
 
     paths: tuple[Path, ...]
-    size: int
+    size: Size
     channels: int
     num_workers: int
     lazy: bool = True
@@ -193,9 +197,11 @@ def open_folder(
     holdout: float,
     num_workers: int,
     memory_limit: int,
+    buckets: tuple[Size, ...] = (),
 ) -> ImageSet:
     """The images under `root`, one class for each sub-folder, labels in the sorted order of their names.
 
+    All are cropped to squares of `image_size`, or each to the one of `buckets` that is nearest to its aspect ratio.
     A set that fits in `memory_limit` bytes is decoded at once, so that every damaged file is found before
     training begins; of a larger one only the headers are read, and files are decoded as batches need them.
     """
@@ -208,13 +214,29 @@ def open_folder(
         headed = [path for path in paths if path not in headless]
         failures += read_each(headed, lambda path: read_image(path, image_size or 1, 1), num_workers, bar)[1]
     else:
-        size = image_size or _agreed_size(root, headers)
+        sizes = buckets or (as_pair(image_size or _agreed_size(root, headers)),)
         depth = channels or (1 if all(header.mode in GREY_MODES for header in headers) else 3)
-        source: PixelSource = FileSource(tuple(paths), size, depth, num_workers)
-        if len(paths) * depth * size * size <= memory_limit:
-            images, failures = read_each(paths, lambda path: read_image(path, size, depth), num_workers, bar)
+        nearest = [nearest_bucket((header.height, header.width), sizes) for header in headers]
+        bucket_of = dict(zip(paths, nearest, strict=True))
+        grouped = [[path for path in paths if bucket_of[path] == n] for n in range(len(sizes))]
+        sources: list[PixelSource] = [
+            FileSource(tuple(members), size, depth, num_workers)
+            for members, size in zip(grouped, sizes, strict=True)
+        ]
+        if sum(depth * math.prod(sizes[n]) for n in nearest) <= memory_limit:
+            images, failures = read_each(
+                paths, lambda path: read_image(path, sizes[bucket_of[path]], depth), num_workers, bar
+            )
             if not failures:
-                source = ArraySource(torch.stack(images))
+                kept = dict(zip(paths, images, strict=True))
+                sources = [
+                    ArraySource(torch.stack([kept[path] for path in members])) if members else source
+                    for members, source in zip(grouped, sources, strict=True)
+                ]
+        source = sources[0]
+        if buckets:
+            place = {path: number for members in grouped for number, path in enumerate(members)}
+            source = BucketSource(tuple(sources), tuple(nearest), tuple(place[path] for path in paths))
     if failures:
         raise DataError(
             f"{root}: {len(failures)} of {len(paths)} images cannot be read: {list_failures(failures)}; "
@@ -228,8 +250,10 @@ def open_folder(
         torch.tensor(labels),
         names,
         class_names,
-        (depth, size, size),
+        (depth, *sizes[0]),
         flip=flip,
         holdout=holdout,
         fingerprint=hashlib.sha256(listing.encode()).hexdigest(),
+        buckets=buckets,
+        bucket_of=torch.tensor(nearest) if buckets else None,
     )

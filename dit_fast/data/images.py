@@ -42,12 +42,17 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class Split:
-    """Part of a set: `labels` is int64 (N,), `members` are the positions in the source."""
+    """Part of a set: `labels` is int64 (N,), `members` are the positions in the source.
+
+    `buckets`: int64 (N,), which of the set's shapes each sample has; None: all have `sample_shape`, else it is the
+    first one's.
+    """
 
     source: PixelSource
     members: Tensor
     labels: Tensor
     sample_shape: tuple[int, int, int]
+    buckets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.members)
@@ -58,7 +63,7 @@ class Split:
         return self.source.lazy
 
     def batch(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
-        """Samples `indices` (int64 (B,), positions in this split) as float32 (B, C, H, W) in [-1, 1].
+        """Samples `indices` (int64 (B,), positions in this split) of one shape as float32 (B, C, H, W) in [-1, 1].
 
         `flip` is bool (B,): True mirrors that sample left to right.
         """
@@ -74,7 +79,8 @@ class ImageSet:
 
     `image_size` is the side of the square images, `channels` 1 (grey) or 3 (RGB), `flip` whether a left-right
     mirror image is still a member of its class, `holdout` the held-out fraction of each class, and
-    `fingerprint` a SHA-256 of what the set was made of.
+    `fingerprint` a SHA-256 of what the set was made of. `buckets`: the (height, width) that images have, where there
+    are several; `image_size` is then the first one's height.
     """
 
     name: str
@@ -86,6 +92,7 @@ class ImageSet:
     fingerprint: str
     train: Split
     heldout: Split
+    buckets: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -102,6 +109,7 @@ class ImageSet:
             "num_heldout": len(self.heldout),
             "holdout": self.holdout,
             "fingerprint": self.fingerprint,
+            **({"buckets": [list(size) for size in self.buckets]} if self.buckets else {}),
         }
 
 
@@ -136,9 +144,12 @@ def make_set(
     flip: bool,
     holdout: float,
     fingerprint: str,
+    buckets: tuple[tuple[int, int], ...] = (),
+    bucket_of: Tensor | None = None,
 ) -> ImageSet:
     """Check the labels, divide the samples into the two splits and return the set.
 
+    buckets, bucket_of: the shapes of a set that has several, and the shape of each sample, int64 (N,).
     Raises DataError for fewer than two classes, a label outside 0..num_classes-1 or a class without
     samples, ConfigError for a held-out fraction outside [0, 1).
     """
@@ -165,7 +176,8 @@ def make_set(
 
     def split(mask: Tensor) -> Split:
         members = mask.nonzero().flatten()
-        return Split(source, members, labels[members], sample_shape)
+        own = None if bucket_of is None else bucket_of[members]
+        return Split(source, members, labels[members], sample_shape, own)
 
     return ImageSet(
         name=name,
@@ -177,6 +189,7 @@ def make_set(
         fingerprint=fingerprint,
         train=split(~held),
         heldout=split(held),
+        buckets=buckets,
     )
 
 

@@ -50,18 +50,27 @@ def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
             f"--vae {encoder.name} takes images of {encoder.image_channels} channels, {images.name} has "
             f"{images.channels}"
         )
-    if images.image_size % encoder.factor:
-        near = encoder.factor * max(1, round(images.image_size / encoder.factor))
-        raise ConfigError(
-            f"--image-size {images.image_size} is not a multiple of {encoder.factor}, which --vae {encoder.name} "
-            f"shrinks images by: give {near}"
-        )
+    flag = "--buckets" if images.buckets else "--image-size"
+    for size in images.buckets or ((images.image_size,),):
+        if any(side % encoder.factor for side in size):
+            near = (encoder.factor * max(1, round(side / encoder.factor)) for side in size)
+            raise ConfigError(
+                f"{flag} {'x'.join(map(str, size))} is not a multiple of {encoder.factor}, which --vae {encoder.name} "
+                f"shrinks images by: give {'x'.join(map(str, near))}"
+            )
     side = images.image_size // encoder.factor
     posterior = Posterior("logvar", encoder.shift, encoder.scale)
 
     def split(part: Split) -> LatentSplit:
-        shape = (encoder.latent_channels, side, side)
-        return LatentSplit(EncodingSource(part.source, encoder), part.members, part.labels, shape, posterior)
+        height, width = (pixels // encoder.factor for pixels in part.sample_shape[1:])
+        return LatentSplit(
+            EncodingSource(part.source, encoder),
+            part.members,
+            part.labels,
+            (encoder.latent_channels, height, width),
+            posterior,
+            buckets=part.buckets,
+        )
 
     identity = encoder.identity()
     return LatentSet(
@@ -77,4 +86,7 @@ def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
         vae={key: identity[key] for key in ("name", "source", "sha256")},
         train=split(images.train),
         heldout=split(images.heldout),
+        buckets=tuple(
+            (height // encoder.factor, width // encoder.factor) for height, width in images.buckets
+        ),
     )

@@ -91,7 +91,7 @@ class ShardSource:
 
 @dataclass(frozen=True)
 class LatentSplit:
-    """Part of a set: `members` are the positions in the source, `labels` is int64 (N,)."""
+    """Part of a set: `members` are the positions in the source, `labels` is int64 (N,); `buckets` as of `Split`."""
 
     source: LatentSource
     members: Tensor
@@ -99,6 +99,7 @@ class LatentSplit:
     sample_shape: tuple[int, int, int]
     posterior: Posterior
     lazy: bool = True
+    buckets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.members)
@@ -130,7 +131,7 @@ class LatentSet:
 
     `image_size` is the side of a latent, which is the model's input size, and `pixel_size` that of the images,
     None where the files do not tell. `flip`: whether the set holds mirrored images too. `vae` says which
-    autoencoder made it. `fingerprint` is a SHA-256 of what the set is made of.
+    autoencoder made it. `fingerprint` is a SHA-256 of what the set is made of. `buckets`: as of `ImageSet`, of latents.
     """
 
     name: str
@@ -145,6 +146,7 @@ class LatentSet:
     vae: dict[str, Any]
     train: LatentSplit
     heldout: LatentSplit
+    buckets: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -166,6 +168,7 @@ class LatentSet:
             "shift": list(self.posterior.shift),
             "scale": list(self.posterior.scale),
             "vae": self.vae,
+            **({"buckets": [list(size) for size in self.buckets]} if self.buckets else {}),
         }
 
 
@@ -189,16 +192,17 @@ class LatentStream(BatchStream):
             flips = torch.zeros(len(indices), dtype=torch.bool)
         return self.latents.moments(indices, flips), flips, self.latents.labels[indices]
 
-    def noise(self, step: int, rows: slice = slice(None)) -> Tensor:
-        """Standard normal float32 (b, C, H, W) for the posteriors of `rows` of a step."""
+    def noise(self, step: int, rows: slice = slice(None), shape: tuple[int, ...] | None = None) -> Tensor:
+        """Standard normal float32 (b, *shape) for the posteriors of `rows` of a step, each (C, H, W)."""
         key = keyed.key(self.seed, "posterior")
-        return keyed.normal(key, self.numbers(step, rows), self.latents.sample_shape)
+        return keyed.normal(key, self.numbers(step, rows), shape or self.latents.sample_shape)
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Latents and labels of `rows` of a step."""
         moments, _, labels = self.moments(step, rows)
         posterior = self.latents.posterior
-        return posterior.sample(moments, self.noise(step, rows) if posterior.is_drawn else None), labels
+        noise = self.noise(step, rows, tuple(moments.shape[2:])) if posterior.is_drawn else None
+        return posterior.sample(moments, noise), labels
 
     def stored(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         moments, _, labels = self.moments(step, rows)

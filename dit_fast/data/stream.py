@@ -1,9 +1,9 @@
 """The endless shuffled stream of training batches, addressed by step.
 
-Global sample number g = step * batch_size + position belongs to epoch g // N and takes that epoch's
-shuffled place g % N: over each epoch no sample is missing and none comes twice, batches run on over the
-epoch's end, and the batch of a step, or any rows of it, can be had without those before it. What a run needs to
-continue is its seed and step.
+Where samples are of one shape, global sample number g = step * batch_size + position belongs to epoch g // N and takes
+that epoch's shuffled place g % N; of several shapes, each batch is of one (`BucketOrder`). Over each epoch no sample is
+missing and none comes twice, batches run on over the epoch's end, and the batch of a step, or any rows of it, can be
+had without those before it. What a run needs to continue is its seed and step.
 """
 
 from collections import deque
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import keyed
+from dit_fast.data.buckets import BucketOrder
 from dit_fast.data.images import Split
 from dit_fast.data.keyed import generator
 from dit_fast.errors import DataError
@@ -38,19 +39,12 @@ class BatchStream:
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
-        self._orders: dict[int, Tensor] = {}
+        buckets = torch.zeros_like(split.labels) if split.buckets is None else split.buckets
+        self._order = BucketOrder(buckets, batch_size, self._shuffled)
 
     def indices(self, step: int) -> Tensor:
         """Positions in the split of the samples of `step`, int64 (B,); steps count from 0."""
-        size = len(self.split)
-        first, end = step * self.batch_size, (step + 1) * self.batch_size
-        parts = []
-        while first < end:
-            epoch, start = divmod(first, size)
-            stop = min(size, start + end - first)
-            parts.append(self._order(epoch)[start:stop])
-            first += stop - start
-        return torch.cat(parts)
+        return self._order.indices(step)
 
     def numbers(self, step: int, rows: slice = slice(None)) -> Tensor:
         """Global sample numbers int64 (b,) of `rows` of a step: what every draw for a sample is keyed by."""
@@ -86,10 +80,5 @@ class BatchStream:
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            draw = generator(self.seed, "order", epoch)
-            # A batch touches the epochs around its step only: keep the newest few permutations.
-            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = torch.randperm(len(self.split), generator=draw)
-        return self._orders[epoch]
+    def _shuffled(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.split), generator=generator(self.seed, "order", epoch))

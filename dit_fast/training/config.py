@@ -357,10 +357,10 @@ def build_model(config: TrainConfig, data: Samples) -> DiT:
     patch_size = config.patch_size or int(config.model.rpartition("/")[2])
     for size in data.buckets:
         if any(side % patch_size for side in size):
-            near = (patch_size * max(1, round(side / patch_size)) for side in size)
+            fit = (patch_size * max(1, round(side / patch_size)) for side in size)
             raise ConfigError(
                 f"--buckets: {'x'.join(map(str, size))} is not a multiple of the patch size {patch_size}; "
-                f"the nearest is {'x'.join(map(str, near))}"
+                f"the nearest is {'x'.join(map(str, fit))}"
             )
     if data.image_size % patch_size:
         fitting = [size for size in range(2, 33) if data.image_size % size == 0]

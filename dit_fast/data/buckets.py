@@ -1,0 +1,119 @@
+"""Images of many aspect ratios: each in the bucket of the shape nearest to its own, and batches of one bucket each.
+
+A bucket is (height, width) in pixels. Sizes, their order and the batches depend on keys and steps alone, so that a run
+with buckets resumes, and is shared among ranks, as any other.
+"""
+
+import bisect
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_fast.data.images import PixelSource
+from dit_fast.errors import ConfigError
+
+Size = tuple[int, int]
+
+
+def parse_buckets(text: str) -> tuple[Size, ...]:
+    """The sizes of "256x256,192x320", height before width; ConfigError for anything else, or one size twice."""
+    words = [word.strip() for word in text.split(",")]
+    wrong = [word for word in words if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", word)]
+    if wrong:
+        raise ConfigError(
+            f"--buckets {text}: {wrong[0]!r} is no HEIGHTxWIDTH; give for example 256x256,192x320"
+        )
+    sizes = tuple((int(height), int(width)) for height, width in (word.split("x") for word in words))
+    if len(set(sizes)) < len(sizes):
+        raise ConfigError(f"--buckets {text}: a size is named twice")
+    return sizes
+
+
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
+    """The bucket whose aspect ratio is nearest to that of `size`; of equally near ones, whose area is."""
+
+    def distance(bucket: Size) -> tuple[float, float]:
+        down, across = (math.log(one / other) for one, other in zip(size, bucket, strict=True))
+        # Rounded, so that equal ratios of different sizes are equal.
+        return round(abs(down - across), 9), abs(down + across)
+
+    return min(range(len(buckets)), key=lambda number: distance(buckets[number]))
+
+
+@dataclass(frozen=True)
+class BucketSource:
+    """Pixels of several shapes: member i's lie at `places[i]` of `sources[buckets[i]]`; a read is of one bucket."""
+
+    sources: tuple[PixelSource, ...]
+    buckets: tuple[int, ...]
+    places: tuple[int, ...]
+
+    @property
+    def lazy(self) -> bool:
+        return any(source.lazy for source in self.sources)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        (bucket,) = {self.buckets[index] for index in indices}
+        return self.sources[bucket].read([self.places[index] for index in indices])
+
+
+class BucketOrder:
+    """Which samples a step takes: B at a time, of one bucket, from an endless row of epochs.
+
+    In each epoch every sample comes once, in that epoch's order, and goes to the queue of its bucket; as soon as a
+    queue holds B samples they are the next batch. So no sample is left out or comes twice in an epoch, a queue that is
+    not full when an epoch ends goes on filling in the next, and a batch can be had without those before it. With one
+    bucket these are the batches of plain shuffling.
+
+    bucket_of  int64 (N,), each sample's bucket
+    order      the permutation of 0 ... N - 1, int64 (N,), of an epoch
+    """
+
+    def __init__(self, bucket_of: Tensor, batch_size: int, order: Callable[[int], Tensor]):
+        self.bucket_of = bucket_of
+        self.batch_size = batch_size
+        self.order = order
+        self.sizes: list[int] = bucket_of.bincount().tolist()
+        # A batch touches the epochs around its step only, unless its bucket is smaller than the batch.
+        self._queues = functools.lru_cache(3)(self._make_queues)
+        self._batches = functools.lru_cache(2)(self._make_batches)
+
+    def indices(self, step: int) -> Tensor:
+        """The samples of a step, int64 (B,); steps count from 0."""
+        # `_before` grows by N / B an epoch, up to one for each bucket.
+        most = (step + len(self.sizes) + 1) * self.batch_size // len(self.bucket_of) + 2
+        epoch = bisect.bisect_right(range(most), step, key=lambda epoch: sum(self._before(epoch))) - 1
+        bucket, number = self._batches(epoch)[step - sum(self._before(epoch))]
+        first, end = number * self.batch_size, (number + 1) * self.batch_size
+        parts = []
+        while first < end:
+            epoch, start = divmod(first, self.sizes[bucket])
+            parts.append(self._queues(epoch)[bucket][start : start + end - first])
+            first += len(parts[-1])
+        return torch.cat(parts)
+
+    def _before(self, epoch: int) -> list[int]:
+        """How many batches of each bucket are complete before an epoch."""
+        return [epoch * size // self.batch_size for size in self.sizes]
+
+    def _make_queues(self, epoch: int) -> list[Tensor]:
+        """The samples of each bucket in the order in which they come in an epoch."""
+        order = self.order(epoch)
+        buckets = self.bucket_of[order]
+        return [order[buckets == bucket] for bucket in range(len(self.sizes))]
+
+    def _make_batches(self, epoch: int) -> list[tuple[int, int]]:
+        """(bucket, its batch's number) of the batches that are completed in an epoch, in their order."""
+        buckets = self.bucket_of[self.order(epoch)]
+        completed = []
+        for bucket, (first, end) in enumerate(zip(self._before(epoch), self._before(epoch + 1), strict=True)):
+            when = (buckets == bucket).nonzero().flatten()
+            for number in range(first, end):
+                last = (number + 1) * self.batch_size - 1 - epoch * self.sizes[bucket]
+                completed.append((int(when[last]), bucket, number))
+        return [(bucket, number) for _, bucket, number in sorted(completed)]
