@@ -2,16 +2,18 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import ladder
+from benchmarks.environment import commit, environment
 from benchmarks.ladder.climb import climb
 from benchmarks.ladder.rungs import KINDS, RUNGS, Case
-from benchmarks.ladder.table import tables
-from benchmarks.rows import Recorder, Row, read_results
+from benchmarks.report import Group, steps
+from benchmarks.rows import Recorder, Results, Row, device_of, read_results
 from dit_fast.errors import DitFastError
 
 EVERY = ("DiT-XL/2", "DiT-L/2", "DiT-B/2", "DiT-S/2")
@@ -26,6 +28,8 @@ def positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    found = environment()
+    source = Results(device_of(found), time.strftime("%Y-%m-%d", time.gmtime()), commit(), found, ())
     known: dict[tuple, Row] = {}
     keep: Callable[[Row], None] = lambda row: None  # noqa: E731
     try:
@@ -37,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases(args):
             say(f"{case.kind}, {case.model}, {case.image_size} px, batch {case.batch}")
             rows = climb(case, case.rungs(args.only), args.repeats, args.steps, say, keep, known)
-            print(tables(rows), flush=True)
+            print("\n".join(steps([Group(KINDS[case.kind][0], case.model, source, tuple(rows))])), flush=True)
     except DitFastError as error:
         print(f"ladder: {error}", file=sys.stderr)
         return 1
