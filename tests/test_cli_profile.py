@@ -58,6 +58,8 @@ def test_training_steps(first: int, tmp_path: Path, capsys: Any) -> None:
     names = names_of(target)
     # Of the traced steps alone, not of those before them.
     assert [names.count(name) for name in ("forward", "block_1")] == [2, 2]
+    traced = {name for name in names if str(name).startswith("ProfilerStep#")}
+    assert traced == {f"ProfilerStep#{first}", f"ProfilerStep#{first + 1}"}
 
 
 def test_sampling_steps(tmp_path: Path, capsys: Any) -> None:
@@ -109,7 +111,7 @@ def test_bandwidth_is_of_the_launched_tensors_over_the_devices_time() -> None:
     x, out = torch.zeros(1000), torch.zeros(1000)
     with LaunchBytes() as launched:
         assert launched in triton.knobs.runtime.launch_enter_hook.calls
-        for kernel in ("_gated_residual_fwd_kernel", "_gelu_fwd_kernel"):
+        for kernel in ("_gated_residual_fwd_kernel", "_gated_residual_fwd_kernel", "_gelu_fwd_kernel"):
             found = LazyDict({"name": kernel})
             found.add(describe, ((1,), SimpleNamespace(name=kernel), {"x_ptr": x, "out_ptr": out, "T": 4}))
             for call in triton.knobs.runtime.launch_enter_hook.calls:
