@@ -10,7 +10,7 @@ import torch
 from checkpoints import save_checkpoint
 from PIL import Image
 
-from dit_fast.cli import main
+from dit_fast.cli import main, sample
 from dit_fast.cli.sample_plan import Plan, numbers_of
 from dit_fast.data import open_images
 from dit_fast.models import DiT
@@ -129,6 +129,20 @@ def test_same_seed_same_pixels(run, tmp_path):
 def test_classes_by_number_and_by_name(classes, labels):
     numbers = numbers_of(classes, 10, ("cat", "red, green", *NAMES[2:]))
     assert [numbers[i % len(numbers)] for i in range(3)] == labels
+
+
+@pytest.mark.parametrize(
+    ("names", "tag"),
+    [
+        (None, "class1"),
+        (("0", "1"), "class1"),
+        (("a", "golden retriever, b"), "class1-golden_retriever"),
+        (("a", "../../etc"), "class1-etc"),
+        (("a", "/ .."), "class1"),
+    ],
+)
+def test_names_of_single_images(names, tag):
+    assert sample._tag(1, names) == tag
 
 
 def test_many_classes_show_eight_of_them():

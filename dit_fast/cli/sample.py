@@ -5,6 +5,7 @@ Under torchrun every rank draws its share of the batches; the first rank waits f
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -142,7 +143,7 @@ def _write_grid(args: argparse.Namespace, plan: Plan, images: np.ndarray) -> Non
 
 
 def _write_images(args: argparse.Namespace, plan: Plan) -> None:
-    """OUT/images/NNNNNN-classC.png, all of them or none."""
+    """OUT/images/NNNNNN-classC-NAME.png, all of them or none."""
     folder = args.out / "images"
     partial = Path(tempfile.mkdtemp(prefix=".tmp-images-", dir=args.out))
     try:
@@ -150,7 +151,7 @@ def _write_images(args: argparse.Namespace, plan: Plan) -> None:
         for array in plan.parts:
             images = array if array.dtype == np.uint8 else to_uint8(torch.from_numpy(array[:, :3].copy()))
             for image in images:
-                path = partial / f"{number:06d}-class{int(plan.labels[number])}.png"
+                path = partial / f"{number:06d}-{_tag(int(plan.labels[number]), plan.info.class_names)}.png"
                 write_atomically(path, to_pil(np.asarray(image)).save)
                 number += 1
         partial.chmod(0o755)
@@ -158,6 +159,12 @@ def _write_images(args: argparse.Namespace, plan: Plan) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"wrote {number} images to {folder}", flush=True)
+
+
+def _tag(label: int, names: tuple[str, ...] | None) -> str:
+    """A class in a file's name: its number, and its name where that says more, "class207-golden_retriever"."""
+    name = re.sub(r"\W+", "_", names[label].partition(",")[0]).strip("_")[:40] if names else ""
+    return f"class{label}-{name}" if name and name != str(label) else f"class{label}"
 
 
 def _write_film(args: argparse.Namespace, plan: Plan) -> None:
