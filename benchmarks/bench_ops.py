@@ -1,9 +1,9 @@
-"""Microbenchmarks of every registered operation and of the optimiser: `pytest benchmarks/ [-k gelu] [--results DIR]`.
+"""Microbenchmarks of every registered operation and of the optimiser: `pytest benchmarks/ [-k gelu] [--results=DIR]`.
 
 A case is (operation, shape, dtypes, pass, provider). Before anything is timed, outputs and gradients are checked
 against float64: a case that is wrong fails and leaves no figure. Beside the times stand bytes, GB/s, TFLOP/s and the
 share of what a copy and a product reach on this device in this run. bf16: all tensors bfloat16; autocast: residual
-stream float32, the rest bfloat16. `--results benchmarks/results` keeps a row for each case, the skipped and failed ones
+stream float32, the rest bfloat16. `--results=benchmarks/results` keeps a row for each case, the skipped and failed ones
 with their reason; `--benchmark-compare` compares with runs that `--benchmark-autosave` kept.
 """
 

@@ -65,7 +65,7 @@ class Outcome:
 
 def stages(dry: bool) -> list[Stage]:
     """What is run, in order of priority; `dry`: the same with tiny shapes."""
-    bench = (*PYTEST, "benchmarks/bench_ops.py", "--results", "{out}", "-k")
+    bench = (*PYTEST, "benchmarks/bench_ops.py", "--results={out}", "-k")
     telling = ("attention", "gated_residual_adaln", "mlp", "gelu")
 
     def climb(name: str, kinds: Sequence[str], *options: str, most: float) -> Stage:

@@ -191,7 +191,7 @@ def test_work() -> None:
 def test_ceiling_is_of_work_that_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "seconds", lambda function, repeats: [1.0, 2.0, 4.0])
     clock.ceiling.cache_clear()
-    assert clock.ceiling(torch.float32) == Ceiling(copy=2**23, product=2 * 1024**3 / 2)
+    assert clock.ceiling(torch.float32) == Ceiling(copy=2 * 2**23, product=2 * 1024**3)
     clock.ceiling.cache_clear()
 
 
