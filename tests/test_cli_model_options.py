@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dit_fast.cli import main
 from dit_fast.interop import load_model
@@ -92,3 +93,17 @@ def test_an_option_cannot_change_within_a_run(tmp_path: Path, capsys: pytest.Cap
 def test_info_counts_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("info", "DiT-S/2", "--mlp", "swiglu", "--qk-norm", "--positions", "rope", "--json") == 0
     assert '"macs"' in capsys.readouterr().out
+
+
+def test_sampling_at_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert call("train", *TINY, "--positions", "rope", "--out", run) == 0
+    wide = ["--image-size", "4x12", "--save-images", "--cfg-scale", "1"]
+    assert call("sample", "--ckpt", run, "--out", out, *SAMPLE, *wide) == 0
+    with Image.open(next((out / "images").glob("*.png"))) as image:
+        assert (image.height, image.width) == (4, 12)
+    capsys.readouterr()
+    assert call("sample", "--ckpt", run, "--out", tmp_path / "odd", *SAMPLE, "--image-size", "4x10") == 1
+    assert "4x10 is not a multiple of 4, the pixels of a patch: the nearest is 4x8" in error_of(capsys)
+    assert call("sample", "--ckpt", run, "--out", tmp_path / "square", *SAMPLE, "--image-size", 16) == 1
+    assert "it makes 8x8 images, --image-size 16 expected" in error_of(capsys)

@@ -37,7 +37,12 @@ def _model_options(group: argparse._ArgumentGroup) -> None:
         help="ema, model, or ema:WIDTH, an average of any width of a run with --ema-snapshot-every (default: ema)",
     )
     group.add_argument("--model", help="registry name, e.g. DiT-XL/2; the checkpoint must be of it")
-    group.add_argument("--image-size", type=int, help="side of the images; the checkpoint must be of it")
+    group.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="SIZE",
+        help="side of the images, which the checkpoint must be of; or HEIGHTxWIDTH, whatever it is of",
+    )
     group.add_argument("--num-classes", type=int, help="number of classes; the checkpoint must have as many")
     group.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
     group.add_argument(
@@ -166,3 +171,9 @@ def _output_options(group: argparse._ArgumentGroup) -> None:
         metavar="DATA",
         help="score the samples against the real images DATA (default: those that it was trained on)",
     )
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """The side that "256" says, or the sides of "192x320"."""
+    height, by, width = text.partition("x")
+    return (int(height), int(width)) if by else int(text)

@@ -101,8 +101,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
     decoder = LatentDecoder(vae, model.in_channels, device) if vae != "none" else None
     factor = 1 if decoder is None else decoder.factor
+    _settle_image_size(args, model, info, LATENT_FACTOR if decoder is None and info.latent else factor)
     height, width = (side * factor for side in model.x_embedder.img_size)
-    _check_image_size(args, model, info, LATENT_FACTOR if decoder is None and info.latent else factor)
     # Uncompressed pixels of the parts, the archive and the single files, and of the grid (small images are enlarged).
     copies = 2 + args.npz + args.save_images
     prepare_folder(args.out, needed_bytes=3 * (num * height * width * copies + min(num, 4096) * 56 * 56))
@@ -190,8 +190,19 @@ def _expected(args: argparse.Namespace) -> dict[str, Any]:
     return expected
 
 
-def _check_image_size(args: argparse.Namespace, model: DiT, info: ModelInfo, factor: int) -> None:
+def _settle_image_size(args: argparse.Namespace, model: DiT, info: ModelInfo, factor: int) -> None:
+    """See that the model makes images of --image-size, or, of a height and a width, that it does from now on."""
     if args.image_size is None:
+        return
+    if isinstance(args.image_size, tuple):
+        unit = model.patch_size * factor
+        if any(side < 1 or side % unit for side in args.image_size):
+            near = "x".join(str(unit * max(1, round(side / unit))) for side in args.image_size)
+            raise ConfigError(
+                f"--image-size {'x'.join(map(str, args.image_size))} is not a multiple of {unit}, the pixels of a "
+                f"patch: the nearest is {near}"
+            )
+        model.regrid((args.image_size[0] // factor, args.image_size[1] // factor))
         return
     made = tuple(side * factor for side in model.x_embedder.img_size)
     if made != (args.image_size, args.image_size):
