@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.training import TrainConfig, Trainer, read_manifest
+from dit_fast.training.compilation import CompiledLosses
 from dit_fast.training.config import CHANGEABLE, resumed_config
 from dit_fast.training.precision import choose_precision, use_float8
 
@@ -69,17 +70,28 @@ def test_what_is_recomputed_changes_no_number(kernels):
     assert runs[2] == pytest.approx(runs[0], rel=1e-6)
 
 
-def test_each_block_is_compiled_by_itself_and_draws_are(monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"depth": 2},
+        {"learn_sigma": False, "loss_weighting": "min-snr", "prediction": "v", "accumulate": 2},
+        {"objective": "flow", "prediction": "x0", "loss_weighting": "likelihood"},
+    ],
+    ids=["hybrid", "min-snr", "flow"],
+)
+def test_blocks_draws_and_loss_are_compiled_each_by_itself(options, monkeypatch):
     """Traced whole; not through Inductor, whose minute of work says nothing about that."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    eager, compiled = trainer(depth=2), trainer(depth=2, compile=True)
+    eager, compiled = trainer(**options), trainer(**options, compile=True)
     for each in (eager, compiled):
         run(each, 2)
     assert [value.loss for value in compiled.values()] == pytest.approx(
         [value.loss for value in eager.values()], rel=1e-5
     )
     assert all("forward" in vars(block) for block in compiled.model.blocks)
+    assert [value.mse for value in compiled.values()] == [value.mse for value in eager.values()]
     assert "draw" in vars(compiled.work)
+    assert isinstance(compiled.work.losses, CompiledLosses)
     assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
 
 

@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast import keyed
 from dit_fast.data import ImageSet, Posterior, from_arrays
 from dit_fast.diffusion import create_diffusion
+from dit_fast.diffusion.objectives import create_objective
 from dit_fast.errors import NonFiniteError
 from dit_fast.kernels.launch import record_launches
 from dit_fast.models import DiT
 from dit_fast.training import TrainConfig, Trainer
+from dit_fast.training.compilation import CompiledLosses
 from dit_fast.training.cuda_graph import WARM_UP, GraphedStep
 from dit_fast.training.optimizer import AdamWEma
 from dit_fast.training.precision import LossScale
@@ -194,14 +197,14 @@ def test_steps_that_are_not_finite_are_left_out_up_to_the_cap(at_once):
 def test_the_loss_by_timestep_is_that_of_its_samples():
     each = trainer(batch_size=16)
     losses: list[Tensor] = []
-    sound = each.objective.training_losses
+    sound = each.work.losses
 
     def listening(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
         terms = sound(*args, **kwargs)
         losses.append(terms["loss"].detach())
         return terms
 
-    each.objective.training_losses = listening  # type: ignore[method-assign]
+    each.work.losses = listening
     run(each, 1)
     value, times = each.values()[0], torch.tensor(each.timesteps(1))
     for bucket in range(4):
@@ -287,6 +290,31 @@ def test_a_step_waits_for_nothing_and_its_launches_are_counted():
           f"{more_kernels - kernels} + {more_plain - plain} a block")  # fmt: skip
     assert 3 < kernels < more_kernels < 2 * kernels
     assert more_plain - plain < 60
+
+
+@pytest.mark.nightly
+def test_a_compiled_loss_is_a_tenth_of_the_launches():
+    """Of the hybrid loss, forward and backward, by Inductor; the same loss, gradients to float32's rounding."""
+    objective = create_objective(learn_sigma=True, rescale_learned_sigmas=True)
+    x, noise = torch.randn(2, 4, 4, 8, 8)
+    t, answer = torch.tensor([0, 10, 500, 999]), torch.randn(4, 8, 8, 8, requires_grad=True)
+
+    def made(losses: Any) -> tuple[float, Tensor]:
+        loss = losses(lambda x, times: answer * 1.0, x, t, {}, noise)["loss"].mean()
+        answer.grad = None
+        loss.backward()
+        return loss.item(), answer.grad
+
+    with NoWaiting() as watched:
+        losses = objective.training_losses(lambda x, times: answer * 1.0, x, t, {}, noise)
+        losses["loss"].mean().backward()
+    metrics.reset()
+    compiled = made(CompiledLosses(objective, 8))
+    print(f"launches of the loss: {len(watched.launched)}, compiled {metrics.generated_kernel_count}")
+    assert metrics.generated_kernel_count < len(watched.launched) / 8
+    expected = made(objective.training_losses)
+    assert compiled[0] == pytest.approx(expected[0], rel=1e-6)
+    assert relative(compiled[1], expected[1]) < 1e-5
 
 
 @pytest.mark.parametrize("wait", ["item", "cpu", "tolist", "nonzero", "bool", "from_numpy"])

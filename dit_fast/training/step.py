@@ -121,6 +121,7 @@ class TrainStep:
         self.before_update = before_update
         self.ranges = ranges
         self.keep_gradients = False
+        self.losses: Callable[..., dict[str, Tensor]] = objective.training_losses
         streams = ("noise", "label drop", "posterior")
         self._keys = {stream: keyed.key(options.seed, stream) for stream in streams}
         self._one = torch.ones((), device=positions.device)
@@ -171,7 +172,7 @@ class TrainStep:
         for number, (x, times, drawn, y, share) in enumerate(zip(*cut, shares, strict=True), start=1):
             with self.accumulating(number == count):
                 with self.ranges("forward"):
-                    terms = self.objective.training_losses(self.denoise, x, times, {"y": y}, noise=drawn)
+                    terms = self.losses(self.denoise, x, times, {"y": y}, drawn)
                     loss = _mean(terms["loss"], share)
                     loss = loss if count == 1 else loss / count
                     if self.loss_scale is not None:

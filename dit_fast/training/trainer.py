@@ -1,9 +1,6 @@
 """A run's model, optimiser and step: built from a configuration, saved, and restored to the bit."""
 
 import dataclasses
-import logging
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from signal import Signals
@@ -20,6 +17,7 @@ from dit_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from dit_fast.models import DiT
 from dit_fast.training.checkpoint import Retention, load_into, model_config
 from dit_fast.training.checkpoint_writer import CheckpointWriter
+from dit_fast.training.compilation import can_compile, compile_step
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.cuda_graph import CudaGraphs, GraphedStep
 from dit_fast.training.ema import SNAPSHOTS, PowerAverages
@@ -44,8 +42,6 @@ from dit_fast.training.signals import StepAgreement
 from dit_fast.training.step import BUCKETS, StepOptions, StepState, StepValues, TrainStep
 from dit_fast.training.torch_optimizer import make_optimizer
 from dit_fast.training.world import START_TIMEOUT, World, choose_device
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -79,6 +75,7 @@ class Trainer:
                 f"--optimizer {config.optimizer} does not go with --parallel {self.parallel}: give ours"
             )
         self.rows = rank_rows(config.batch_size, config.accumulate, self.world)
+        self.compiles = config.compile and can_compile(self.device)
         self.denoiser = self._prepare(self.model)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         rate_dtype = torch.float64 if config.optimizer == "ours" else torch.float32
@@ -128,9 +125,8 @@ class Trainer:
             before_update=self._check_at_once,
             ranges=self.ranges,
         )
-        if config.compile and can_compile(self.device):
-            # A hundred integer operations for each stream of random numbers become one launch.
-            self.work.draw = torch.compile(self.work.draw, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+        if self.compiles:
+            compile_step(self.work, self.model.out_channels)
         self.agreement = StepAgreement(self.world)
         # What this rank tells the others in each step: a signal to stop for, and whether a checkpoint failed.
         self.says: Callable[[], tuple[Signals | None, bool]] = lambda: (None, False)
@@ -158,7 +154,7 @@ class Trainer:
             model,
             self.world,
             self.parallel,
-            compile=config.compile and can_compile(self.device),
+            compile=self.compiles,
             param_dtype=AUTOCAST.get(config.precision),
         )
         if self.ranges is not OFF:
@@ -386,14 +382,3 @@ class Trainer:
         low = AUTOCAST.get(self.config.precision)
         with torch.autocast(self.device.type, low or torch.bfloat16, enabled=low is not None):
             return self.denoiser(x, t, y).float()
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds the compiler it needs; says so in one line where it does not."""
-    if device.type == "cuda":
-        return True
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        logger.warning("--compile: no C++ compiler (%s) found; training without torch.compile", compiler)
-        return False
-    return True
