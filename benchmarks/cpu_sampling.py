@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_step import positive
 from benchmarks.environment import environment
 from benchmarks.plain_dit import plain_twin, random_model
 from benchmarks.plain_sampling import plain_sampling
@@ -37,13 +36,14 @@ def timed(draw: Callable[[], Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", choices=DiT_models, default="DiT-S/2")
-    parser.add_argument("--images", type=positive(1), default=8)
-    parser.add_argument("--steps", type=positive(1), default=4)
-    parser.add_argument("--repeats", type=positive(2), default=5)
-    parser.add_argument("--threads", type=positive(1), default=torch.get_num_threads())
+    numbers = {"images": 8, "steps": 4, "repeats": 5, "threads": torch.get_num_threads()}
+    for name, number in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=number, help=f"(default: {number})")
     parser.add_argument("--note", default="", help="kept in the JSON, e.g. what else the machine was doing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
+    if small := [f"--{name}" for name in numbers if getattr(args, name) < 1]:
+        parser.error(f"{', '.join(small)}: give at least 1")
     torch.set_num_threads(args.threads)
 
     model = random_model(args.model).eval()
