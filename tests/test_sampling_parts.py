@@ -1,5 +1,8 @@
 """Samples in parts: any number of ranks, killed and resumed, none made twice, one archive of the same bytes."""
 
+import argparse
+import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -10,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.distributed.run import parse_args as torchrun
 
 from dit_fast.cli import main
 from dit_fast.errors import OutputError
@@ -213,6 +217,23 @@ def test_resumed_in_process_after_an_interruption(checkpoint, tmp_path, monkeypa
     assert sorted(written) == list(range(15)), "every part once"
     request = {"classes": np.load(tmp_path / "samples.npz")["arr_0"].shape}
     assert request == {"classes": (60, 8, 8, 3)}
+
+
+@pytest.mark.parametrize("name", ["sample", "train", "encode"])
+def test_torchrun_leaves_our_options_alone(name):
+    """It reads abbreviations of its own options among ours: each of ours needs a spelling that is none."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"dit_fast.cli.{name}").add_arguments(parser)
+    for action in parser._actions:
+        passed = []
+        for option in action.option_strings:
+            words = [name, option, "5"]
+            with contextlib.suppress(SystemExit):
+                passed.append(
+                    torchrun(["--nproc-per-node", "2", "-m", "dit_fast.cli", *words]).training_script_args
+                    == words
+                )
+        assert any(passed) or not action.option_strings, f"torchrun takes {action.option_strings} for its own"
 
 
 def test_options_of_many_samples(checkpoint, tmp_path, capsys, monkeypatch):

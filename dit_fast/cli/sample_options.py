@@ -54,10 +54,12 @@ def _model_options(group: argparse._ArgumentGroup) -> None:
 def _drawing_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--num",
+        "--num-samples",
         "--num-fid-samples",
         dest="num",
         type=int,
-        help=f"number of images (default: {PER_CLASS} of each class)",
+        help=f"number of images (default: {PER_CLASS} of each class); torchrun takes --num for its own --numa-binding, "
+        "so write --num-samples there",
     )
     group.add_argument(
         "--classes",
