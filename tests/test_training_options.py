@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_training_step import image_set, relative, run, trainer, weights
+import torch.distributed.fsdp as fsdp
+from test_training_ranges import two_ranks
+from test_training_step import TINY, image_set, relative, run, trainer, weights
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.training import TrainConfig, Trainer, read_manifest
@@ -144,12 +147,14 @@ def test_without_torchao_float8_says_what_to_install(monkeypatch):
         trainer(precision="fp8")
 
 
-def test_float8_takes_the_linears_over_tokens(monkeypatch):
-    """With a stand-in for torchao: which layers are replaced, and that their parameters stay where they were."""
-    config: list[Any] = []
+class Float8Linear(nn.Linear):
+    """What torchao puts in a linear's place, without its arithmetic."""
 
-    class Float8Linear(nn.Linear):
-        pass
+
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A stand-in for torchao, and the options that it is given."""
+    configs: list[dict[str, Any]] = []
 
     def convert(module: nn.Module, *, module_filter_fn: Any, config: Any, prefix: str = "") -> None:
         for name, child in list(module.named_children()):
@@ -162,22 +167,53 @@ def test_float8_takes_the_linears_over_tokens(monkeypatch):
                 convert(child, module_filter_fn=module_filter_fn, config=config, prefix=f"{path}.")
 
     def make_config(**options: Any) -> dict[str, Any]:
-        config.append(options)
+        configs.append(options)
         return options
 
     fake = types.SimpleNamespace(Float8LinearConfig=make_config, convert_to_float8_training=convert)
     monkeypatch.setitem(sys.modules, "torchao", types.SimpleNamespace(float8=fake))
     monkeypatch.setitem(sys.modules, "torchao.float8", fake)
+    return configs
+
+
+def float8_layers(module: nn.Module) -> list[str]:
+    return [name for name, part in module.named_modules() if isinstance(part, Float8Linear)]
+
+
+TOKENS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def test_float8_takes_the_linears_over_tokens(torchao):
+    """Which layers are replaced, and that their parameters stay where they were."""
     each = trainer(precision="fp8", hidden_size=32)
-    replaced = [name for name, module in each.model.named_modules() if type(module) is Float8Linear]
-    assert replaced == [f"blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
-    assert config == [{"emulate": True}]
+    assert float8_layers(each.model) == [f"blocks.0.{name}" for name in TOKENS]
+    assert torchao == [{"emulate": True}]
     assert each.trained.keys() == trainer(hidden_size=32).trained.keys()
     before = weights(each)
     run(each, 1)
     assert not torch.equal(before, weights(each))
-    each = trainer(precision="fp8", hidden_size=24)
-    assert not [module for module in each.model.modules() if type(module) is Float8Linear], "24 is no 16s"
+    assert not float8_layers(trainer(precision="fp8", hidden_size=24).model), "24 is no 16s"
+
+
+def test_float8_linears_are_made_before_the_model_is_sharded(torchao, monkeypatch):
+    """torchao's order. Weights are then sharded and travel in bfloat16, as `fully_shard` sees them, not in float8."""
+    found: list[list[str]] = []
+    fully_shard = fsdp.fully_shard
+
+    def listening(module: nn.Module, **options: Any) -> nn.Module:
+        found.append(float8_layers(module))
+        assert options["mp_policy"].param_dtype is torch.bfloat16
+        return fully_shard(module, **options)
+
+    monkeypatch.setattr(fsdp, "fully_shard", listening)
+    with two_ranks() as world:
+        config = TrainConfig(**{**TINY, "hidden_size": 32, "precision": "fp8", "parallel": "fsdp"})
+        each = Trainer(config, image_set(), world=world)
+        each.checks_every_step, each._patience = False, config.timeout
+        each.train_step(*each.stream.stored(0, each.rows))
+        layers = [module for module in each.model.modules() if isinstance(module, Float8Linear)]
+        assert [isinstance(layer.weight, DTensor) for layer in layers] == [True] * 4
+    assert found == [list(TOKENS), [f"blocks.0.{name}" for name in TOKENS]]
 
 
 def test_float8_by_torchao_trains_like_bfloat16():
