@@ -48,6 +48,8 @@ class Evaluation:
                 f"--evaluate-every: {config.data} holds latents; give real images or their statistics with "
                 "--evaluate-against"
             )
+        if trainer.data.buckets:
+            raise ConfigError("--evaluate-every scores images of one size: leave out it or --buckets")
         against = config.evaluate_against or config.data
         self.decoder = open_decoder(trainer)
         size = trainer.data.image_size * (1 if self.decoder is None else self.decoder.factor)

@@ -40,8 +40,9 @@ def keep_residual_in_bf16(model: DiT) -> None:
 def use_float8(model: DiT, device: torch.device) -> None:
     """Put torchao's float8 training linears (tensor-wise dynamic scales) in the place of those that `takes_float8`.
 
-    Parameters keep their names. Call it before the model is sharded; its weights then travel in bfloat16, since those of
-    torchao's float8 all-gather are of a class whose memory the optimiser's kernel cannot address. A CPU emulates the arithmetic. Raises MissingExtraError without torchao.
+    Parameters keep their names. Call it before the model is sharded; its weights then travel in bfloat16: those of
+    torchao's float8 all-gather are of a class whose memory the optimiser's kernel cannot address. A CPU emulates the
+    arithmetic. Raises MissingExtraError without torchao.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
