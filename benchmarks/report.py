@@ -317,6 +317,7 @@ def draw(device: str, parts: Mapping[str, Sequence[Row]], path: Path) -> None:
             labels.append(f"{row.provider}  {time(row, 1e-3)} ms")
     axes.set_yticks(range(bars), labels, fontsize=7)
     axes.set_ylim(bars - 0.5, -0.5)
+    axes.set_xlim(0, 1.5)
     axes.set_xlabel(f"time over the slowest, {device}")
     write_atomically(
         path, lambda temporary: figure.savefig(temporary, dpi=100, metadata={"Source": digest(parts)})
