@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": "what this machine has, and which path each part takes on it",
     "info": "parameters, multiply-adds and memory of a model",
     "train": "train a Diffusion Transformer on images",
+    "scaling": "train models of several sizes, and fit their losses to compute",
     "plot": "draw the loss curves of runs over each other",
     "profile": "trace training or sampling steps and print which kernels take their time",
     "sample": "draw images from a trained model",
