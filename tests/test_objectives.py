@@ -157,7 +157,7 @@ def test_weightings_are_those_of_sit(path, prediction):
 )
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_min_snr_weights(prediction, weight, learn_sigma):
-    """Hang et al. 2023, section 3.4; the bound of a learned variance keeps its own weight."""
+    """Hang et al. 2023, section 3; the bound of a learned variance keeps its own weight."""
     options = {"prediction": prediction, "learn_sigma": learn_sigma}
     plain, weighted = create_diffusion("", **options), create_diffusion("", min_snr_gamma=5.0, **options)
     t = torch.tensor([0, 50, 200, 500, 999])

@@ -14,7 +14,7 @@ FLOW_WEIGHTINGS = ("none", "velocity", "likelihood")
 # How far from noise and data times stay where the equations are singular there: SiT's training intervals.
 _EPS = 1e-3
 _VP_EPS = 1e-5
-# Of a model of x_0, whose velocity's error has 1 / sigma^2 (Li & He 2025, arXiv:2511.13720, section 4.3).
+# Of a model of x_0, whose velocity's error has 1 / sigma^2 (Li & He 2025, arXiv:2511.13720).
 _LEAST_SIGMA = 0.05
 
 
@@ -26,7 +26,7 @@ class FlowMatching:
     path            "linear", "gvp" or "vp"
     prediction      what the model answers: "velocity", "score", "epsilon" or "x0"
     loss_weighting  of the squared error of that answer: "none"; "velocity", which makes it the error of the velocity;
-                    "likelihood", the bound's (SiT, section 2.3). With "none" the score's error counts times sigma,
+                    "likelihood", the bound's (SiT, section 2). With "none" the score's error counts times sigma,
                     which makes it the noise's.
 
     `num_timesteps` is None, as t is continuous. Raises ConfigError for a combination that cannot be.
@@ -79,7 +79,7 @@ class FlowMatching:
         model_kwargs: ModelKwargs = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of each sample (SiT, equations 6 and 10): "loss", weighted, and "mse", each (N,).
+        """The loss of each sample (SiT, section 2): "loss", weighted, and "mse", each (N,).
 
         x_start: clean data (N, C, ...); t: times (N,); noise: shaped like `x_start`, drawn when None.
         Raises ConfigError for noise or a model's answer of another shape.
@@ -97,7 +97,7 @@ class FlowMatching:
         return {"mse": mse, "loss": mse if weights is None else mse * weights.flatten()}
 
     def velocity(self, model: Model, x: Tensor, t: Tensor, model_kwargs: ModelKwargs = None) -> Tensor:
-        """dx/dt of the probability flow, shaped like x (N, C, ...), at times t (N,) (SiT, equation 5)."""
+        """dx/dt of the probability flow, shaped like x (N, C, ...), at times t (N,) (SiT, section 2)."""
         answer = self._answer(model, x, t, model_kwargs)
         return convert(answer, x, self.at(t, x.dim()), self.prediction, "velocity")
 

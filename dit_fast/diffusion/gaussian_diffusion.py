@@ -70,7 +70,7 @@ class GaussianDiffusion(SamplingLoops):
         model_var_type: where the reverse variance comes from.
         loss_type: what `training_losses` returns.
         min_snr_gamma: weigh the squared error so that x_0's has the weight min(SNR, gamma), whatever is predicted
-            (Hang et al. 2023, arXiv:2303.09556, section 3.4); None weighs all timesteps alike.
+            (Hang et al. 2023, arXiv:2303.09556, section 3); None weighs all timesteps alike.
 
     Raises:
         ConfigError: betas of another shape or range, or a gamma that cannot be.

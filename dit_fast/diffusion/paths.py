@@ -7,8 +7,8 @@ prediction can be turned into any other. Everything is elementwise; coefficients
     epsilon   noise                                     DDPM (Ho et al. 2020), equation 14
     x0        x_0
     v         alpha noise - sigma x_0                   Salimans & Ho 2022 (arXiv:2202.00512), appendix D
-    velocity  dx/dt = alpha' x_0 + sigma' noise         SiT (Ma et al. 2024, arXiv:2401.08740), equation 5
-    score     grad log p(x) = -noise / sigma            SiT, equation 9
+    velocity  dx/dt = alpha' x_0 + sigma' noise         SiT (Ma et al. 2024, arXiv:2401.08740), section 2
+    score     grad log p(x) = -noise / sigma            SiT, section 2
 """
 
 import math
@@ -42,13 +42,13 @@ class Point(NamedTuple):
 
 
 def linear_path(t: Tensor) -> Point:
-    """x = t x_0 + (1 - t) noise (Liu et al. 2022, arXiv:2209.03003; SiT, equation 4)."""
+    """x = t x_0 + (1 - t) noise (Liu et al. 2022, arXiv:2209.03003; SiT, section 2)."""
     one = torch.ones_like(t)
     return Point(t, 1 - t, one, -one)
 
 
 def gvp_path(t: Tensor) -> Point:
-    """The generalised variance-preserving path: sine and cosine of pi t / 2 (SiT, section 2.3)."""
+    """The generalised variance-preserving path: sine and cosine of pi t / 2 (SiT, section 2)."""
     angle, rate = math.pi / 2 * t, math.pi / 2
     return Point(angle.sin(), angle.cos(), rate * angle.cos(), -rate * angle.sin())
 

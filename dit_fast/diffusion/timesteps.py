@@ -17,7 +17,7 @@ class TimestepSampling:
     kind: "uniform"; "importance", in proportion to the root mean square of each timestep's recent losses (Nichol &
     Dhariwal 2021, equation 18), which are reported by `update` and kept in `state`; or "logit-normal", the sigmoid of a
     standard normal value, which prefers the middle of the way and is not weighed against (Esser et al. 2024,
-    arXiv:2403.03206, section 3.1).
+    arXiv:2403.03206, section 3).
 
     Raises ConfigError for another kind, or importance sampling in continuous time.
     """

@@ -36,7 +36,7 @@ Noise = Callable[[int], Tensor]
 Score = Callable[[Tensor, int], Tensor]
 Trajectory = Iterator[Tensor]
 
-# w of an SDE from t, sigma and the w of score-based diffusion (SiT, table 3 of its appendix).
+# w of an SDE from t, sigma and the w of score-based diffusion (SiT's choices).
 DIFFUSION_FORMS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "constant": lambda t, sigma, sbdm: np.ones_like(t),
     "sbdm": lambda t, sigma, sbdm: sbdm,
@@ -268,7 +268,7 @@ def sde(
     """Euler and Maruyama's method for dx = (velocity + w score) dt + sqrt(2 w) dW, from noise to data.
 
     For every w(t) that is not negative its states have the same distributions as the flow's (Ma et al. 2024, SiT,
-    arXiv:2401.08740, section 2.2); `form` names one of DIFFUSION_FORMS. `last_step`: one of LAST_STEPS, "mean" and
+    arXiv:2401.08740, section 2); `form` names one of DIFFUSION_FORMS. `last_step`: one of LAST_STEPS, "mean" and
     "euler" without noise, the latter along the flow alone; "tweedie" to the predicted x_0; "none" ends before it.
     Raises ConfigError for another name, for discrete timesteps, or where w is infinite.
     """

@@ -1,0 +1,161 @@
+"""Every conditioning block with every objective, trained on the demo data: `python -m benchmarks.objectives`.
+
+`--table` trains a tiny model for each pair and writes OUT/objectives.md: the loss at the start and at the end, and
+whether samples are finite. `--curves` trains the four blocks alike for longer and draws OUT/conditioning.png.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dit_fast.conditioning import CONDITIONING
+from dit_fast.interop import load_model
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
+from dit_fast.training.config import TrainConfig, open_set
+from dit_fast.training.loop import train
+from dit_fast.training.progress import read_log
+from dit_fast.training.trainer import Trainer
+
+TINY: dict[str, Any] = {
+    "data": "digits", "hidden_size": 64, "depth": 2, "num_heads": 2, "patch_size": 2, "batch_size": 32,
+    "lr": 2e-3, "beta2": 0.99, "ema_decay": 0.98, "device": "cpu", "log_every": 20,
+}  # fmt: skip
+
+# Options of each objective, and what share of its first loss its last may be.
+OBJECTIVES: dict[str, tuple[dict[str, Any], float]] = {
+    "diffusion, epsilon": ({"diffusion_steps": 100}, 0.7),
+    "diffusion, x0, importance": (
+        {"diffusion_steps": 25, "prediction": "x0", "timestep_sampling": "importance"}, 0.7,
+    ),
+    "diffusion, v, min-SNR": ({"diffusion_steps": 100, "prediction": "v", "loss_weighting": "min-snr"}, 0.7),
+    "flow, velocity": ({"objective": "flow"}, 0.7),
+    "flow, score, VP": ({"objective": "flow", "path": "vp", "prediction": "score"}, 0.7),
+    "flow, epsilon, GVP, logit-normal": (
+        {"objective": "flow", "path": "gvp", "prediction": "epsilon", "timestep_sampling": "logit-normal"}, 0.7,
+    ),
+}  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    """A run's loss before the first step, the mean of its last, and the largest value of samples of its averages."""
+
+    conditioning: str
+    objective: str
+    first: float
+    last: float
+    bound: float
+    largest_sample: float
+
+    @property
+    def sound(self) -> bool:
+        return self.last < self.bound * self.first and np.isfinite(self.largest_sample)
+
+
+def table(steps: int, folder: Path) -> Iterator[Outcome]:
+    """A run for each pair of block and objective."""
+    for conditioning in CONDITIONING:
+        for name, (options, bound) in OBJECTIVES.items():
+            config = TrainConfig(**TINY, **options, conditioning=conditioning, steps=steps)
+            run = folder / f"{conditioning} {name}".replace(" ", "-").replace(",", "")
+            train(config, run)
+            losses = [line["loss"] for line in read_log(run / "log.jsonl")]
+            outcome = Outcome(conditioning, name, first_loss(config), losses[-1], bound, largest_sample(run))
+            print(outcome, flush=True)
+            yield outcome
+
+
+def first_loss(config: TrainConfig) -> float:
+    """The mean loss over eight batches of the model that a run begins with."""
+    trainer = Trainer(config, open_set(config))
+    losses = []
+    for step in range(8):
+        samples, labels = trainer.stream.stored(step)
+        trainer.work.state.step.fill_(step)
+        x, t, noise, y, weights = trainer.work.draw(samples, labels)
+        with torch.no_grad():
+            loss = trainer.objective.training_losses(trainer._denoise, x, t, {"y": y}, noise=noise)["loss"]
+        losses.append(float((loss if weights is None else loss * weights).mean()))
+    return float(np.mean(losses))
+
+
+def largest_sample(run: Path) -> float:
+    """Of ten samples of a run, guided, in 20 steps."""
+    model, info = load_model(run)
+    solver = default_solver(info.diffusion)
+    nodes = sampling_nodes(info.diffusion, 20, solver, learn_sigma=model.learn_sigma)
+    sampler = Sampler(model, nodes, SamplerConfig(solver=solver, guidance=Guidance(2.0, None), clip=True))
+    return float(sampler(range(10)).abs().max())
+
+
+def markdown(outcomes: list[Outcome]) -> str:
+    """The table of last losses, as shares of the first, a row for each objective."""
+    cells = {(o.objective, o.conditioning): o for o in outcomes}
+    lines = [
+        f"| objective | first loss | bound | {' | '.join(CONDITIONING)} |",
+        "|---" * (3 + len(CONDITIONING)) + "|",
+    ]
+    for name, (_, bound) in OBJECTIVES.items():
+        row = [cells[name, conditioning] for conditioning in CONDITIONING]
+        shares = (f"{o.last / o.first:.2f}" + ("" if o.sound else " (not sound)") for o in row)
+        lines.append(f"| {name} | {row[0].first:.3f} | {bound:.2f} | {' | '.join(shares)} |")
+    return "\n".join(lines) + "\n"
+
+
+def curves(steps: int, folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, mean squared error) of each log line, by block, of runs that are alike but for it."""
+    found = {}
+    for conditioning in CONDITIONING:
+        options = {**TINY, "depth": 4, "prediction": "x0", "diffusion_steps": 100, "lr": 1e-3}
+        run = folder / conditioning
+        train(TrainConfig(**options, conditioning=conditioning, steps=steps), run)
+        found[conditioning] = [(line["step"], line["mse"]) for line in read_log(run / "log.jsonl")]
+    return found
+
+
+def draw(found: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """The curves on logarithmic axes; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in found.items():
+        steps, losses = zip(*points, strict=True)
+        axes.loglog(steps, losses, label=f"{name} ({np.mean(losses[-5:]):.4f} at the end)")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean squared error of x0")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", type=int, metavar="STEPS", help="train every pair for so many steps")
+    parser.add_argument("--curves", type=int, metavar="STEPS", help="train the four blocks for so many steps")
+    parser.add_argument("--out", type=Path, default=Path("objectives"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="dit-fast-") as name:
+        if args.table:
+            text = markdown(list(table(args.table, Path(name) / "table")))
+            (args.out / "objectives.md").write_text(text)
+            print(text)
+        if args.curves:
+            found = curves(args.curves, Path(name) / "curves")
+            draw(found, args.out / "conditioning.png")
+            print(
+                json.dumps(
+                    {key: float(np.mean([v for _, v in points[-5:]])) for key, points in found.items()}
+                )
+            )
+
+
+if __name__ == "__main__":
+    main()
