@@ -193,8 +193,8 @@ def test_the_profile_that_is_read_is_the_recorded_one() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
-    listed = set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
-    assert listed <= {path.name for path in PAGES if path.parent.name == "docs"}
+    listed = re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in PAGES if path.parent.name == "docs")
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
