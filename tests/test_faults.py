@@ -307,6 +307,13 @@ def test_a_run_of_two_ranks_is_loaded_as_one_model(clean_run, clean) -> None:
             assert torch.equal(tensor, clean.tensors[f"{weights}.{name}"])
 
 
+@pytest.mark.nightly
+def test_twenty_random_faults_end_in_the_bits_of_a_run_without(tmp_path) -> None:
+    from tests.distributed.soak import soak
+
+    soak(tmp_path, seed=0, faults=20)
+
+
 def test_a_batch_that_does_not_divide_is_refused_by_every_rank(tmp_path) -> None:
     ended = start(tmp_path, "none", 2, "--batch-size", "9", "--accumulate", "3")
     assert ended.codes == [1, 1], ended.text

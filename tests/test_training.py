@@ -304,6 +304,9 @@ def test_epochs_set_the_length(data, tmp_path):
         ({"steps": 5, "epochs": 5}, "both set the length"),
         ({"noise_schedule": "cosine"}, "unknown noise schedule 'cosine'"),
         ({"seed": -1}, "--seed -1"),
+        ({"depth": 10**9}, "--depth 1000000000: give from 1 to 4096"),
+        ({"hidden_size": 10**9}, "--hidden-size 1000000000: give from 1 to 65536"),
+        ({"diffusion_steps": 10**9}, "--diffusion-steps 1000000000: give from 1 to 1048576"),
     ],
 )
 def test_options_that_cannot_work(changes, message):

@@ -43,6 +43,12 @@ CHOICES = {
 }
 """The values that a field may have, where they are a list."""
 
+MOST = {
+    "hidden_size": 1 << 16, "depth": 1 << 12, "num_heads": 1 << 12, "patch_size": 1 << 12, "image_size": 1 << 16,
+    "diffusion_steps": 1 << 20,
+}  # fmt: skip
+"""What nobody means to exceed: a mistyped or hostile size is refused before memory is asked for it."""
+
 
 @dataclass(frozen=True)
 class TrainConfig(ObjectiveConfig):
@@ -161,24 +167,13 @@ class TrainConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         self.choose_defaults()
-        positive = ("batch_size", "accumulate", "log_every", "ckpt_every", "diffusion_steps", "sample_steps")
-        for field in positive:
-            _require(self, field, getattr(self, field) >= 1, "at least 1")
-        optional = (
-            "steps",
-            "epochs",
-            "ema_snapshot_every",
-            "hidden_size",
-            "depth",
-            "num_heads",
-            "patch_size",
-            "threads",
-            "sample_every",
-            "evaluate_every",
-        )
-        for field in optional:
+        positive = ("batch_size", "accumulate", "log_every", "ckpt_every", "sample_steps", "steps", "epochs")
+        for field in (*positive, "ema_snapshot_every", "threads", "sample_every", "evaluate_every"):
             value = getattr(self, field)
             _require(self, field, value is None or value >= 1, "at least 1")
+        for field, most in MOST.items():
+            value = getattr(self, field)
+            _require(self, field, value is None or 1 <= value <= most, f"from 1 to {most}")
         _require(self, "lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
         norm = self.max_grad_norm
         _require(
