@@ -48,6 +48,14 @@ def test_the_largest_model_of_the_paper(capsys):
     assert "118.6 GMAC an image = 237.2 GFLOP" in text
 
 
+def test_the_row_of_table_4_at_512_pixels():
+    """Its others, at 256 pixels, are in test_conditioning.py."""
+    with torch.device("meta"):
+        counts = count(DiT(input_size=64))
+    assert counts.macs / 1e9 == pytest.approx(524.60, rel=5e-3)
+    assert round(counts.trained / 1e6) == 675
+
+
 def test_committed_table_is_what_the_command_prints(capsys, monkeypatch):
     counted = list(table())
     monkeypatch.setattr("dit_fast.cli.info.table", lambda: counted)
@@ -61,12 +69,24 @@ def test_committed_table_is_what_the_command_prints(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONING)
-@pytest.mark.parametrize("options", [{}, {"mlp_ratio": 2.5, "learn_sigma": False, "patch_size": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mlp_ratio": 2.5, "learn_sigma": False, "patch_size": 2},
+        {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True},
+        {"positions": "learned", "num_classes": 0, "input_size": (8, 24)},
+    ],
+)
 def test_macs_are_those_that_pytorch_counts_without_memory(conditioning, options):
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model = DiT(**{**SMALL, **options}, conditioning=conditioning, kernels="reference").eval()
         with torch.no_grad():
-            model(torch.empty(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+            model(
+                torch.empty(1, 3, *model.x_embedder.img_size),
+                torch.zeros(1),
+                torch.zeros(1, dtype=torch.int64),
+            )
     assert counter.get_total_flops() == count(model).forward_flops
 
 
