@@ -1,19 +1,21 @@
 """Microbenchmarks of every registered operation and of the optimiser: `pytest benchmarks/ [-k gelu] [--results=DIR]`.
 
 A case is (operation, shape, dtypes, pass, provider). Before anything is timed, outputs and gradients are checked
-against float64: a case that is wrong fails and leaves no figure. Beside the times stand bytes, GB/s, TFLOP/s and the
-share of what a copy and a product reach on this device in this run. bf16: all tensors bfloat16; autocast: residual
-stream float32, the rest bfloat16. `--results=benchmarks/results` keeps a row for each case, the skipped and failed ones
-with their reason; `--benchmark-compare` compares with runs that `--benchmark-autosave` kept.
+against float64: a case that is wrong fails and leaves no figure. All passes and providers of one operation, shape and
+dtypes are timed in turn, round after round; pytest-benchmark is then given the times of each. Beside them stand bytes,
+GB/s, TFLOP/s and the share of what a copy and a product reach on this device in this run. bf16: all tensors bfloat16;
+autocast: residual stream float32, the rest bfloat16. `--results=benchmarks/results` keeps a row for each case, the
+skipped and failed ones with their reason; `--benchmark-compare` compares with runs that `--benchmark-autosave` kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.clock import Ceiling, ceiling, cold, now
+from benchmarks.clock import Ceiling, ceiling, in_turn
 from benchmarks.op_bench import Bench, OptimizerBench, Timed
 from benchmarks.peers import Missing, providers_of
 from benchmarks.rows import Row
@@ -29,11 +31,29 @@ SHAPES: tuple[Shape, ...] = ((32, 256, 1152), (8, 1024, 1152), (64, 256, 384)) i
 SETTINGS = ("bf16", "autocast") if ON_GPU else ("fp32",)
 ROUNDS = 50
 MODEL = "DiT-XL/2" if ON_GPU else "DiT-S/8"
+
+
+class Replay:
+    """A timer that gives pytest-benchmark the times that were measured before, one after the other."""
+
+    __name__ = "times measured in turn"
+
+    def __init__(self) -> None:
+        self.instants: Iterator[float] = iter(())
+
+    def load(self, seconds: Sequence[float]) -> None:
+        self.instants = (instant for time in seconds for instant in (0.0, time))
+
+    def __call__(self) -> float:
+        return next(self.instants)
+
+
+REPLAY = Replay()
 CASES = [
     pytest.param(
         name, shape, dtypes, direction, provider,
         id=f"{name}-{'x'.join(map(str, shape))}-{dtypes}-{direction}-{provider}",
-        marks=pytest.mark.benchmark(group=f"{name} {'x'.join(map(str, shape))} {dtypes} {direction}", timer=now),
+        marks=pytest.mark.benchmark(group=f"{name} {'x'.join(map(str, shape))} {dtypes} {direction}", timer=REPLAY),
     )
     for name in REGISTRY
     for shape in SHAPES
@@ -47,37 +67,79 @@ class Wrong(Exception):
     """An operation or a provider whose results are not what they should be."""
 
 
-class Prepared:
-    """The case before, kept for its other passes: checking and compiling are done once for all three."""
+Times = list[float] | Exception
 
-    def __init__(self) -> None:
-        self.key: tuple[Any, ...] = ()
-        self.passes: dict[str, Timed] = {}
-        self.error: Exception | None = None
 
-    def of(self, name: str, shape: Shape, dtypes: str, provider: str) -> dict[str, Timed]:
-        """What to time, by pass. Raises Missing, Wrong or what the provider raises."""
-        if self.key != (name, shape, dtypes, provider):
-            self.key, self.passes, self.error = (name, shape, dtypes, provider), {}, None
-            try:
-                self.passes = self._prepare(name, shape, dtypes, provider)
-            except Exception as error:
-                self.error = error
-        if self.error is not None:
-            raise self.error
-        return self.passes
+def time_operation(
+    name: str, shape: Shape, dtypes: str, wanted: Sequence[tuple[str, str]]
+) -> dict[Any, Times]:
+    """Times of the wanted (provider, pass), measured in turn, or why there are none."""
+    bench = Bench(REGISTRY[name], shape, dtypes, DEVICE)
+    found: dict[Any, Times] = {}
+    built: dict[Any, Timed] = {}
+    for provider in dict.fromkeys(provider for provider, _ in wanted):
+        mine = [key for key in wanted if key[0] == provider]
+        try:
+            function = providers_of(name)[provider](REGISTRY[name])
+            if (wrong := bench.disagreement(function)) is not None:
+                raise Wrong(f"not timed: {wrong}")
+            passes = bench.passes(function)
+        except Exception as error:
+            found |= {key: error for key in mine}
+        else:
+            built |= {key: passes[key[1]] for key in mine}
+    return found | in_turn(built, ROUNDS)
 
-    def _prepare(self, name: str, shape: Shape, dtypes: str, provider: str) -> dict[str, Timed]:
-        function = providers_of(name)[provider](REGISTRY[name])
-        bench = Bench(REGISTRY[name], shape, dtypes, DEVICE)
-        if (wrong := bench.disagreement(function)) is not None:
-            raise Wrong(f"not timed: {wrong}")
-        return bench.passes(function)
+
+def time_optimisers(wanted: Sequence[str]) -> dict[Any, Times]:
+    """Times of the wanted providers' steps, measured in turn, or why there are none."""
+    bench = OptimizerBench(MODEL, DEVICE)
+    found: dict[Any, Times] = {}
+    built: dict[Any, Timed] = {}
+    for provider in wanted:
+        try:
+            if (wrong := bench.disagreement(provider)) is not None:
+                raise Wrong(f"not timed: {wrong}")
+            built[provider] = bench.step(provider)
+        except ConfigError as error:
+            found[provider] = Missing(str(error))
+        except Exception as error:
+            found[provider] = error
+    return found | in_turn(built, 10)
+
+
+class Measured:
+    """Times of the group of cases that the present one is of: all that pytest has selected are measured at once."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.selected = [
+            (item.originalname, item.callspec.params) for item in items if hasattr(item, "callspec")
+        ]
+        self.group: tuple[Any, ...] = ()
+        self.times: dict[Any, Times] = {}
+
+    def operation(self, name: str, shape: Shape, dtypes: str) -> Mapping[Any, Times]:
+        """By (provider, pass)."""
+        group = (name, shape, dtypes)
+        if self.group != group:
+            cases = [params for test, params in self.selected if test == "test_op"]
+            mine = [p for p in cases if (p["name"], p["shape"], p["dtypes"]) == group]
+            self.group, self.times = group, {}
+            self.times = time_operation(name, shape, dtypes, [(p["provider"], p["direction"]) for p in mine])
+        return self.times
+
+    def optimisers(self) -> Mapping[Any, Times]:
+        """By provider."""
+        if self.group != ("adamw_ema",):
+            wanted = [params["provider"] for test, params in self.selected if test == "test_adamw_ema"]
+            self.group, self.times = ("adamw_ema",), {}
+            self.times = time_optimisers(wanted)
+        return self.times
 
 
 @pytest.fixture(scope="session")
-def prepared() -> Prepared:
-    return Prepared()
+def measured(request: pytest.FixtureRequest) -> Measured:
+    return Measured(request.session.items)
 
 
 def work(spec: OpSpec, shape: Shape, itemsize: int, direction: str) -> tuple[int, float]:
@@ -105,16 +167,15 @@ def figures(bytes_moved: int, products: float, median: float, best: Ceiling) -> 
     }
 
 
-def time_case(
+def report(
     case: tuple[str, tuple[int, ...], str, str, str],
-    prepare: Callable[[], Timed],
+    times: Times,
     bytes_moved: int,
     products: float,
     benchmark: Any,
     record: Callable[[Row], None],
-    rounds: int = ROUNDS,
 ) -> None:
-    """Time what `prepare` returns, or record why not: what is missing or does not fit is skipped, what is wrong fails.
+    """Give times to pytest-benchmark and `record`, or say why not: what is missing is skipped, what is wrong fails.
 
     case: operation, shape, dtypes, provider and pass.
     """
@@ -122,28 +183,20 @@ def time_case(
     benchmark.extra_info.update(
         op=name, shape=list(shape), dtypes=dtypes, direction=direction, provider=provider
     )
-    try:
-        timed = prepare()
-
-        def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
-            arguments = timed.before()
-            cold()
-            return arguments, {}
-
-        benchmark.pedantic(timed.run, setup=setup, rounds=rounds, warmup_rounds=5)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if isinstance(times, Exception):
+        reason = next(iter(str(times).splitlines()), "") or type(times).__name__
         record(Row("op", *case, failed=reason))
-        if isinstance(error, Missing | torch.OutOfMemoryError):
+        if isinstance(times, Missing | torch.OutOfMemoryError):
             pytest.skip(reason)
-        if isinstance(error, Wrong):
+        if isinstance(times, Wrong):
             pytest.fail(reason, pytrace=False)
-        raise
-    if benchmark.stats is not None:
-        stats = benchmark.stats.stats
-        found = figures(bytes_moved, products, stats.median, ceiling(DTYPES[dtypes][1]))
-        benchmark.extra_info.update(found)
-        record(Row.timed("op", *case, stats.data, found))
+        raise times
+    REPLAY.load(times)
+    benchmark.pedantic(lambda: None, rounds=len(times))
+    row = Row.timed("op", *case, times)
+    found = figures(bytes_moved, products, row.median or 0.0, ceiling(DTYPES[dtypes][1]))
+    benchmark.extra_info.update(found)
+    record(replace(row, metrics=found))
 
 
 @pytest.mark.parametrize(("name", "shape", "dtypes", "direction", "provider"), CASES)
@@ -154,32 +207,18 @@ def test_op(
     direction: str,
     provider: str,
     benchmark: Any,
-    prepared: Prepared,
+    measured: Measured,
     record: Callable[[Row], None],
 ) -> None:
-    low = DTYPES[dtypes][1]
-    time_case(
-        (name, shape, dtypes, provider, direction),
-        lambda: prepared.of(name, shape, dtypes, provider)[direction],
-        *work(REGISTRY[name], shape, low.itemsize, direction),
-        benchmark,
-        record,
-    )
+    times = measured.operation(name, shape, dtypes)[provider, direction]
+    done = work(REGISTRY[name], shape, DTYPES[dtypes][1].itemsize, direction)
+    report((name, shape, dtypes, provider, direction), times, *done, benchmark, record)
 
 
-@pytest.mark.benchmark(group=f"adamw_ema {MODEL}", timer=now)
+@pytest.mark.benchmark(group=f"adamw_ema {MODEL}", timer=REPLAY)
 @pytest.mark.parametrize("provider", OPTIMIZERS)
-def test_adamw_ema(provider: str, benchmark: Any, record: Callable[[Row], None]) -> None:
+def test_adamw_ema(provider: str, benchmark: Any, measured: Measured, record: Callable[[Row], None]) -> None:
     """AdamW and averaging of a model's parameters; shape is their number."""
-    bench = OptimizerBench(MODEL, DEVICE)
-
-    def prepare() -> Timed:
-        try:
-            if (wrong := bench.disagreement(provider)) is not None:
-                raise Wrong(f"not timed: {wrong}")
-            return bench.step(provider)
-        except ConfigError as error:
-            raise Missing(str(error)) from error
-
-    case = ("adamw_ema", (bench.count,), "fp32", provider, "step")
-    time_case(case, prepare, OptimizerBench.BYTES * bench.count, 0.0, benchmark, record, rounds=10)
+    count = OptimizerBench(MODEL, DEVICE).count
+    case = ("adamw_ema", (count,), "fp32", provider, "step")
+    report(case, measured.optimisers()[provider], OptimizerBench.BYTES * count, 0.0, benchmark, record)

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,15 +49,42 @@ def cold() -> None:
 
 def seconds(function: Callable[[], Any], repeats: int, warmup: int = 3) -> list[float]:
     """Times of `repeats` calls, caches cold, after `warmup` calls that are not counted."""
-    for _ in range(warmup):
-        function()
-    times = []
-    for _ in range(repeats):
-        cold()
-        start = now()
-        function()
-        times.append(now() - start)
+    times = in_turn({None: Timed(function)}, repeats, warmup)[None]
+    if isinstance(times, Exception):
+        raise times
     return times
+
+
+@dataclass(frozen=True)
+class Timed:
+    """`run(*before())`, of which `run` is timed."""
+
+    run: Callable[..., Any]
+    before: Callable[[], tuple[Any, ...]] = tuple
+
+
+def in_turn(cases: Mapping[Any, Timed], rounds: int, warmup: int = 5) -> dict[Any, list[float] | Exception]:
+    """Times of `rounds` calls of each, one of each in turn, caches cold, after `warmup` rounds that are not counted.
+
+    What raises leaves its exception, and the others go on.
+    """
+    found: dict[Any, list[float] | Exception] = {key: [] for key in cases}
+    for number in range(warmup + rounds):
+        for key, case in cases.items():
+            times = found[key]
+            if isinstance(times, Exception):
+                continue
+            try:
+                arguments = case.before()
+                cold()
+                start = now()
+                case.run(*arguments)
+                elapsed = now() - start
+            except Exception as error:
+                found[key] = error
+            else:
+                times.extend([elapsed] if number >= warmup else [])
+    return found
 
 
 @dataclass(frozen=True)

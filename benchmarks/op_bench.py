@@ -1,12 +1,12 @@
 """One operation at one shape, or an optimiser's step, ready to be checked against the reference and to be timed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from benchmarks.clock import Timed
 from benchmarks.static_report import DTYPES
 from dit_fast.kernels.launch import Launch, record_launches
 from dit_fast.kernels.registry import OpSpec
@@ -16,14 +16,6 @@ from dit_fast.training.torch_optimizer import make_optimizer
 
 SUMS = 2e-6
 """By how much sums over tokens in float32 may differ with the order, relative to the result."""
-
-
-@dataclass(frozen=True)
-class Timed:
-    """`run(*before())`, of which `run` is timed."""
-
-    run: Callable[..., Any]
-    before: Callable[[], tuple[Any, ...]] = tuple
 
 
 class Bench:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import bench_ops, clock, conftest, op_bench, peers
-from benchmarks.bench_ops import Prepared, Wrong, figures, time_case, work
-from benchmarks.clock import Ceiling
-from benchmarks.op_bench import Bench, OptimizerBench, Timed
+from benchmarks.bench_ops import Measured, Wrong, figures, report, time_operation, time_optimisers, work
+from benchmarks.clock import Ceiling, Timed, in_turn
+from benchmarks.op_bench import Bench, OptimizerBench
 from benchmarks.peers import Missing
 from benchmarks.rows import Recorder, Row, read_results
 from dit_fast.kernels.registry import REGISTRY
@@ -48,38 +48,85 @@ def test_passes_are_those_of_the_operation() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected[1:], strict=True))
 
 
+FORWARD = [("eager", "forward")]
+
+
 def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.PROVIDERS, "eager", lambda spec: lambda *args: 1.01 * spec.reference(*args))
-    prepared = Prepared()
+    monkeypatch.setattr(bench_ops, "ROUNDS", 2)
+    found = time_operation("gelu", SHAPE, "fp32", [("ours", "forward"), *FORWARD])
+    assert len(found["ours", "forward"]) == 2
+    assert isinstance(found["eager", "forward"], Wrong)
+    assert str(found["eager", "forward"]).startswith("not timed: result 0 has a relative error of 1.00e-02")
+
+
+def test_cases_are_timed_in_turn() -> None:
+    """Every case in every round, each with what it needs made before; one that fails does not stop the others."""
+    done: list[str] = []
+
+    def fail() -> None:
+        done.append("b")
+        if done.count("b") == 3:
+            raise RuntimeError("third")
+
+    cases = {
+        "a": Timed(done.append, before=lambda: ("a",)),
+        "b": Timed(fail),
+        "c": Timed(lambda: done.append("c")),
+    }
+    found = in_turn(cases, rounds=3, warmup=1)
+    assert "".join(done) == "abcabcabcac"
+    assert [len(found[key]) for key in "ac"] == [3, 3]
+    assert isinstance(found["b"], RuntimeError)
+    done.clear()
+    with pytest.raises(RuntimeError, match="third"):
+        clock.seconds(fail, 5)
+
+
+def item(test: str, **params: object) -> SimpleNamespace:
+    return SimpleNamespace(originalname=test, callspec=SimpleNamespace(params=params))
+
+
+def test_what_pytest_has_selected_is_measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(bench_ops, "time_operation", lambda *a: asked.append(a) or {"operation": a})
+    monkeypatch.setattr(bench_ops, "time_optimisers", lambda wanted: asked.append(wanted) or {})
+    case = {"shape": SHAPE, "dtypes": "fp32", "direction": "both"}
+    items = [item("test_op", name=n, provider=p, **case) for n in ("gelu", "mlp") for p in ("ours", "eager")]
+    measured = Measured([*items, item("test_adamw_ema", provider="ours"), SimpleNamespace()])
     for _ in range(2):
-        with pytest.raises(Wrong, match=r"not timed: result 0 has a relative error of 1.00e-02"):
-            prepared.of("gelu", SHAPE, "fp32", "eager")
+        measured.operation("mlp", SHAPE, "fp32")
+    measured.optimisers()
+    assert asked == [("mlp", SHAPE, "fp32", [("ours", "both"), ("eager", "both")]), ["ours"]]
 
 
 CASE = ("gelu", SHAPE, "fp32", "eager", "forward")
 
 
 class Benchmark:
-    """pytest-benchmark's fixture, as far as it is used, with times made up."""
+    """pytest-benchmark's fixture, as far as it is used."""
 
     def __init__(self) -> None:
         self.extra_info: dict[str, object] = {}
-        self.stats = None
+        self.times: list[float] = []
 
-    def pedantic(self, function, setup, rounds: int, warmup_rounds: int) -> None:
-        arguments, keywords = setup()
-        function(*arguments, **keywords)
-        stats = SimpleNamespace(median=2e-3, data=[1e-3, 2e-3, 4e-3])
-        self.stats = SimpleNamespace(stats=stats)
+    def pedantic(self, function, rounds: int) -> None:
+        for _ in range(rounds):
+            start = bench_ops.REPLAY()
+            function()
+            self.times.append(bench_ops.REPLAY() - start)
 
 
 def test_a_case_leaves_a_row() -> None:
     rows: list[Row] = []
-    time_case(CASE, lambda: Timed(abs, before=lambda: (-1,)), 4_000_000, 0.0, Benchmark(), rows.append)
+    benchmark = Benchmark()
+    report(CASE, [1e-3, 2e-3, 4e-3], 4_000_000, 0.0, benchmark, rows.append)
     (row,) = rows
     assert row.key == ("op", *CASE)
     assert (row.median, row.repeats, row.failed) == (2e-3, 3, None)
     assert row.metrics["GB/s"] == pytest.approx(2)
+    assert benchmark.times == [1e-3, 2e-3, 4e-3]
+    assert benchmark.extra_info["GB/s"] == row.metrics["GB/s"]
 
 
 @pytest.mark.parametrize(
@@ -98,21 +145,18 @@ def test_a_case_leaves_a_row() -> None:
 )
 def test_a_case_that_fails_leaves_its_reason_and_no_figure(error, outcome, reason: str) -> None:
     rows: list[Row] = []
-
-    def prepare():
-        raise error
-
     benchmark = Benchmark()
     with pytest.raises(outcome):
-        time_case(CASE, prepare, 1, 0.0, benchmark, rows.append)
+        report(CASE, error, 1, 0.0, benchmark, rows.append)
     (row,) = rows
     assert (row.failed, row.median, dict(row.metrics)) == (reason, None, {})
     assert "GB/s" not in benchmark.extra_info
 
 
 def test_a_missing_peer_has_its_reason() -> None:
-    with pytest.raises(Missing, match="apex needs a CUDA device"):
-        Prepared().of("adaln_modulate", SHAPE, "fp32", "apex")
+    found = time_operation("adaln_modulate", SHAPE, "fp32", [("apex", "forward"), ("apex", "both")])
+    assert {str(error) for error in found.values()} == {"apex needs a CUDA device"}
+    assert str(time_optimisers(["apex"])["apex"]).startswith("--optimizer apex")
 
 
 @pytest.mark.parametrize("provider", ["ours", "torch"])
