@@ -125,10 +125,12 @@ def test_latents_are_unscaled_and_decoded_in_batches(tmp_path, monkeypatch):
     assert torch.equal(images[:, :, ::8, ::8], latents[:, :3] / 0.18215)
     with pytest.raises(ConfigError, match="has 4 latent channels, the model makes 16"):
         LatentDecoder(str(tmp_path), 16)
-    with pytest.raises(
-        CheckpointError, match=r"sd-vae-ft-ema \(offline\?.*: We couldn't connect to the hub$"
-    ):
-        LatentDecoder("ema", 4)
+    # By its own name too, which is what the manifest of a latent set says.
+    for name in ("ema", "stabilityai/sd-vae-ft-ema"):
+        with pytest.raises(
+            CheckpointError, match=r"sd-vae-ft-ema \(offline\?.*: We couldn't connect to the hub$"
+        ):
+            LatentDecoder(name, 4)
     with pytest.raises(ConfigError, match="--vae nowhere: give ema, mse, none, or a folder"):
         LatentDecoder("nowhere", 4)
 

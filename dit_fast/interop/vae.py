@@ -123,7 +123,9 @@ class LatentEncoder:
 
 def _load_autoencoder(name: str, accepted: str, does: str) -> Any:
     """A diffusers AutoencoderKL on the CPU, in float32."""
-    if name not in _PUBLISHED and not Path(name).is_dir():
+    source = _PUBLISHED.get(name, name)
+    published = source in _PUBLISHED.values()
+    if not published and not Path(name).is_dir():
         raise ConfigError(f"--vae {name}: give {accepted} with a diffusers AutoencoderKL")
     try:
         from diffusers import AutoencoderKL
@@ -133,11 +135,9 @@ def _load_autoencoder(name: str, accepted: str, does: str) -> Any:
         ) from error
     try:
         # The memory-saving loader wants a further package, accelerate, and is no use for 84 M parameters.
-        return AutoencoderKL.from_pretrained(
-            _PUBLISHED.get(name, name), use_safetensors=True, low_cpu_mem_usage=False
-        )
+        return AutoencoderKL.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError) as error:
-        where = f"{_PUBLISHED[name]} (offline? give --vae a local folder)" if name in _PUBLISHED else name
+        where = f"{source} (offline? give --vae a local folder)" if published else name
         raise CheckpointError(f"cannot load the autoencoder {where}: {first_line(error)}") from error
 
 
