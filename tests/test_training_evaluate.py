@@ -133,6 +133,11 @@ def test_what_cannot_be_scored_is_said_before_the_first_step(tmp_path, options):
     each.world = OneOfTwo(rank=0, size=64)
     with pytest.raises(ConfigError, match="--evaluate-samples 10: give one for each rank, 64"):
         Evaluation(each)
+    other = write_npz(tmp_path / "other.npz", mu=np.zeros(6), sigma=np.eye(6), num=9, extractor="VGG")
+    with pytest.raises(
+        ConfigError, match="the reference statistics are of VGG features, the samples' of small"
+    ):
+        Evaluation(trainer(**{**options, "evaluate_against": str(other)}))
     each = trainer(**{**options, "evaluate_against": None})
     each.data = LatentSet.__new__(LatentSet)
     with pytest.raises(ConfigError, match="set holds latents; give real images or their statistics"):

@@ -148,15 +148,7 @@ def score(
     if unknown:
         raise ConfigError(f"unknown metric {unknown[0]!r}: choose {', '.join(METRICS)}")
     ours, own = samples.statistics, samples.statistics.extractor
-    if reference.extractor not in (None, own):
-        raise ConfigError(
-            f"the reference statistics are of {reference.extractor} features, the samples' of {own}"
-        )
-    if reference.extractor is None and proxy:
-        raise ConfigError(
-            f"the reference statistics do not say that they are of {own} features; those of ADM and pytorch-fid are of "
-            "Inception's: use --features inception"
-        )
+    check_reference(reference, str(own), proxy)
     missing = _missing(samples, reference, reference_features, splits, k)
     for metric in metrics or ():
         if metric in missing:
@@ -181,6 +173,19 @@ def score(
             f"{num} images for {dim} features: their covariance is singular and the distance biased upwards"
         )
     return Quality(str(own), proxy, num, reference.pooled.num, notes=tuple(notes), **values)
+
+
+def check_reference(reference: SavedStatistics, extractor: str, proxy: bool) -> None:
+    """Raise ConfigError where the statistics are not known to be of the features of `extractor`."""
+    if reference.extractor not in (None, extractor):
+        raise ConfigError(
+            f"the reference statistics are of {reference.extractor} features, the samples' of {extractor}"
+        )
+    if reference.extractor is None and proxy:
+        raise ConfigError(
+            f"the reference statistics do not say that they are of {extractor} features; those of ADM and pytorch-fid "
+            "are of Inception's: use --features inception"
+        )
 
 
 def _missing(

@@ -53,9 +53,8 @@ class CompiledLosses:
         def judged(answer: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
             return objective.training_losses(lambda x, times: answer, x_start, t, noise=noise)
 
-        self._asked, self._judged = (
-            torch.compile(part, dynamic=False, fullgraph=True) for part in (asked, judged)
-        )
+        self._asked = torch.compile(asked, dynamic=False, fullgraph=True)
+        self._judged = torch.compile(judged, dynamic=False, fullgraph=True)
 
     def __call__(
         self, model: Any, x_start: Tensor, t: Tensor, model_kwargs: dict[str, Tensor], noise: Tensor

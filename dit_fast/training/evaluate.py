@@ -15,6 +15,7 @@ from dit_fast.evaluation import (
     Quality,
     SavedStatistics,
     StreamingStatistics,
+    check_reference,
     collect,
     open_extractor,
     open_reference,
@@ -106,6 +107,7 @@ class Evaluation:
     def _reference(self, against: str, size: int) -> SavedStatistics:
         opened = open_reference(against, size, self.trainer.config.num_workers or os.cpu_count() or 1)
         if opened.statistics is not None:
+            check_reference(opened.statistics, self.extractor.name, self.extractor.proxy)
             return opened.statistics
         assert opened.images is not None
         return collect(opened.images, self.extractor).statistics
