@@ -337,6 +337,8 @@ def test_what_cannot_be_is_refused():
         flow.training_losses(lambda x, t: torch.cat([x, x], 1), zeros, torch.zeros(2))
     with pytest.raises(ConfigError, match="must be shaped like the data"):
         flow.training_losses(lambda x, t: x, zeros, torch.zeros(2), noise=zeros[:1])
+    with pytest.raises(ConfigError, match="of a diffusion take calc_bpd_loop"):
+        log_likelihood(create_diffusion(""), lambda x, t: x, zeros)
     nodes = flow_nodes(4, last_step=0.1)
     with pytest.raises(ConfigError, match="diffusion form sbdm is infinite at alpha 0"):
         next(solvers.sde(denoiser(nodes), zeros, nodes, lambda i: zeros, form="sbdm"))

@@ -33,11 +33,16 @@ def log_likelihood(
 
     probes: Rademacher vectors that estimate the divergence without bias (Hutchinson 1990), each one more backward pass
     an evaluation, the same at every step and keyed by (seed, position in the batch); None: the exact trace, by a
-    backward pass for each dimension. The model must be differentiable by x. Raises ConfigError for no step or probe.
+    backward pass for each dimension. The model must be differentiable by x. Raises ConfigError for no step or probe,
+    and for an objective in discrete time.
     """
     if steps < 1 or (probes is not None and probes < 1):
         raise ConfigError(
             f"steps {steps}, probes {probes}: at least one of each (or None for the exact trace)"
+        )
+    if not isinstance(flow, FlowMatching):
+        raise ConfigError(
+            "a likelihood by the ODE needs continuous time: of a diffusion take calc_bpd_loop, its bound"
         )
     first, last = flow.interval
     step = (first - last) / steps
