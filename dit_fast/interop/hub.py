@@ -49,7 +49,8 @@ def fetch_hub_model(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise MissingExtraError(
-            f"{name}: no such file or folder; for models of the Hugging Face hub: pip install 'dit-fast[hub]'"
+            f"{name}: no such file or folder; for models of the Hugging Face hub: huggingface_hub is not installed; "
+            "pip install 'dit-fast[hub]'"
         ) from error
 
     def fetch(*patterns: str) -> Path:
