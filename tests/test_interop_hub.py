@@ -155,7 +155,19 @@ def test_what_is_written_like_an_id(tmp_path, monkeypatch):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     for name in ("facebook/DiT-XL-2-256", "a/b@main", "a/b@refs/pr/1", "a.b/c_d"):
         assert is_hub_id(name), name
-    for name in ("runs/mine", "runs/mine.pt", "/a/b", "./a/b", "../a", "a", "a/b/c", "a/", "a/b@", "~/a"):
+    for name in (
+        "runs/mine",
+        "runs/mine.pt",
+        "/a/b",
+        "./a/b",
+        "../a",
+        "a",
+        "a/b/c",
+        "a/",
+        "a/b@",
+        "a/b@../c",
+        "~/a",
+    ):
         assert not is_hub_id(name), name
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from dit_fast.errors import CheckpointError, MissingExtraError
 from dit_fast.interop.weight_file import first_line
 
-_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@((?!.*\.\.)[\w./-]+))?")
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 # What `load_model` and the decoder read; other files of a repository stay there.
