@@ -62,10 +62,11 @@ def test_training_steps(first: int, tmp_path: Path, capsys: Any) -> None:
     assert traced == {f"ProfilerStep#{first}", f"ProfilerStep#{first + 1}"}
 
 
-def test_sampling_steps(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("more", [[], ["--num-classes", "0"], ["--objective", "flow"]])
+def test_sampling_steps(more: list[str], tmp_path: Path, capsys: Any) -> None:
     target = tmp_path / "trace.json"
     options = ["--first", "2", "--count", "3", "--top", "4", "--trace", str(target)]
-    assert main([*PROFILED, "--sample", *options]) == 0
+    assert main([*PROFILED, "--sample", *more, *options]) == 0
     ranges, kernels, last = tables(capsys.readouterr().out)
     assert ranges == {"block_*": 2}
     assert len(kernels) == 4
@@ -73,6 +74,18 @@ def test_sampling_steps(tmp_path: Path, capsys: Any) -> None:
     names = names_of(target)
     assert names.count("block_0") == 3
     assert not {"backward", "optimizer_ema"} & set(names)
+
+
+def test_a_compiled_sampling_step_has_no_ranges_of_blocks(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled(function, backend="eager", **how))
+    options = ["--first", "1", "--count", "1", "--trace", str(tmp_path / "trace.json")]
+    assert main([*PROFILED, "--sample", "--compile", *options]) == 0
+    ranges, _, last = tables(capsys.readouterr().out)
+    assert ranges == {}
+    assert last.endswith("1 sampling step after 1")
 
 
 @pytest.mark.parametrize(

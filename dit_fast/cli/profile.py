@@ -93,7 +93,8 @@ def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
     """The steps of one trajectory of `batch_size` samples, by a model of new weights."""
     data = open_set(config)
     model = build_model(config, data).to(device).eval()
-    mark_blocks(model.blocks, profiler_ranges())
+    if not config.compile:  # Compiled, a step's evaluation is one graph, in which no range can stand.
+        mark_blocks(model.blocks, profiler_ranges())
     precision = choose_precision(config.precision, device)
     objective = config.objective_arguments()
     solver = default_solver(objective)
@@ -102,14 +103,14 @@ def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
         sampling_nodes(objective, config.steps, solver, learn_sigma=bool(config.learn_sigma)),
         SamplerConfig(
             solver=solver,
-            guidance=Guidance(4.0 if config.class_dropout_prob else 1.0),
+            guidance=Guidance(4.0 if model.num_classes and config.class_dropout_prob else 1.0),
             clip=not isinstance(data, LatentSet),
             precision=precision if precision in ("fp16", "bf16") else None,
             graph="auto" if config.cuda_graph else "never",
             compile=config.compile,
         ),
     )
-    labels = torch.arange(config.batch_size) % data.num_classes
+    labels = torch.arange(config.batch_size) % max(model.num_classes, 1)
 
     def steps(after: Callable[[], None]) -> None:
         sampler(labels, batch_size=len(labels), on_step=lambda step: after())
