@@ -129,7 +129,7 @@ def weight_bytes() -> tuple[int, int]:
     with torch.device("meta"):
         model = DiT(depth=DEPTH)
     # Of the label table a step reads single rows.
-    table = model.y_embedder.embedding_table.weight.numel()
+    table = model.get_parameter("y_embedder.embedding_table.weight").numel()
     everything = sum(p.numel() for p in model.parameters()) - table
     return 2 * everything, 2 * sum(p.numel() for p in loop_parameters(model))
 

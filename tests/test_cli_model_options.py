@@ -29,8 +29,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     "flags",
     [
         ("--positions", "rope", "--norm", "rmsnorm", "--mlp", "swiglu", "--qk-norm"),
-        ("--positions", "learned", "--conditioning", "cross_attention"),
-        ("--num-classes", "0"),
+        ("--positions", "learned", "--num-classes", "0"),
     ],
     ids=" ".join,
 )
@@ -91,7 +90,7 @@ def test_an_option_cannot_change_within_a_run(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_info_counts_the_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("info", "DiT-S/2", "--mlp", "swiglu", "--qk-norm", "--positions", "rope", "--json") == 0
+    assert call("info", "DiT-S/2", "--mlp", "swiglu", "--qk-norm", "--depth", 1, "--json") == 0
     assert '"macs"' in capsys.readouterr().out
 
 
