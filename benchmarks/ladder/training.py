@@ -17,6 +17,7 @@ from dit_fast.data import LatentSet, Posterior, open_data, open_stream
 from dit_fast.diffusion import create_diffusion
 from dit_fast.interop import to_diffusers
 from dit_fast.models import DiT
+from dit_fast.training.compilation import compile_step
 from dit_fast.training.cuda_graph import WARM_UP, CudaGraphs, GraphedStep
 from dit_fast.training.optimizer import AdamWEma
 from dit_fast.training.parallel import parallelize
@@ -166,7 +167,7 @@ class Training:
             denoise, optimizer, create_diffusion(""), options, state, rows, posterior=feed.posterior
         )
         if rung.compile:
-            step.draw = torch.compile(step.draw, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+            compile_step(step, ours.out_channels)
         work = GraphedStep(step, CudaGraphs()) if rung.graph else step
 
         def run(samples: Tensor, y: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ class Training:
 
 def _latents(batch: Batch, posterior: Posterior | None) -> Batch:
     """The batch with latents drawn from its moments."""
-    samples, y = batch
-    return (
-        samples if posterior is None else posterior.sample(samples, torch.randn_like(samples[:, 0].float()))
-    ), y
+    if posterior is None:
+        return batch
+    moments, y = batch
+    return posterior.sample(moments, torch.randn_like(moments[:, 0], dtype=torch.float32)), y
