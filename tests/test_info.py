@@ -43,9 +43,6 @@ def test_the_largest_model_of_the_paper(capsys):
     assert found["training_flops"] == 3 * found["forward_flops"]
     trained = 675_129_632 - 256 * 1152
     assert list(found["training_step"]["state_bytes"].values()) == [n * trained for n in (4, 4, 8, 4)]
-    text = info(capsys, "DiT-XL/2")
-    assert "675,129,632 (294,912 of them fixed)" in text
-    assert "118.6 GMAC an image = 237.2 GFLOP" in text
 
 
 def test_the_row_of_table_4_at_512_pixels():
@@ -133,8 +130,7 @@ def test_memory_grows_with_batch_and_falls_with_what_is_made_again():
     assert small.keys() == set(RECOMPUTE)
     assert small["none"] > small["cheap"] > small["blocks"]
     assert all(large[what] == pytest.approx(2 * small[what], rel=0.01) for what in RECOMPUTE)
-    assert kept_bytes(config, 8)["none"] < small["none"]
-    assert kept_bytes(config, 8, residual="bf16")["none"] < kept_bytes(config, 8)["none"]
+    assert kept_bytes(config, 8, residual="bf16")["none"] < small["none"]
 
 
 # Other models, and what is refused
@@ -146,6 +142,9 @@ def test_options_and_checkpoints_describe_a_model(tmp_path, capsys):
         info(capsys, *options, "--input-size", 16, "--in-channels", 3, "--batch-size", 2, "--json")
     )
     model = DiT(**SMALL, num_classes=7)
+    assert f"{model.macs() / 1e9:.4g} GMAC an image" in info(
+        capsys, *options, "--input-size", 16, "--in-channels", 3
+    )
     assert built["parameters"] == sum(p.numel() for p in model.parameters())
     assert built["macs"] == model.macs()
     assert built["config"] == model.config

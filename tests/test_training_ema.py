@@ -21,7 +21,7 @@ from dit_fast.training.ema import EVERY, SIGMAS, SNAPSHOTS, WIDEST, PowerAverage
 
 TINY: dict[str, Any] = dict(
     data="digits", hidden_size=16, depth=1, num_heads=2, patch_size=4, batch_size=8, lr=1e-3, threads=1,
-    ema_snapshot_every=20, ckpt_every=70, keep_checkpoints=2, device="cpu",
+    ema_snapshot_every=10, ckpt_every=50, keep_checkpoints=2, device="cpu",
 )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def test_average_weighs_each_interval_by_its_part_of_the_profile():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, list[dict[str, Tensor]]]:
-    """A run of 200 steps, and its trained weights after every tenth step."""
+    """A run of 120 steps, and its trained weights after every tenth step."""
     seen: list[dict[str, Tensor]] = []
     step = Trainer.train_step
 
@@ -145,13 +145,13 @@ def run(tmp_path_factory) -> tuple[Path, list[dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("ema") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", watched)
-        train(TrainConfig(**TINY, steps=200), folder)
+        train(TrainConfig(**TINY, steps=120), folder)
     return folder, seen
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.07, 0.08, 0.1, 0.15])
 def test_reconstruction_is_the_exact_average(run, sigma_rel):
-    """Relative to how far the average is from the last weights: within two percent."""
+    """Relative to how far the average is from the last weights: within three percent."""
     folder, seen = run
     model, info = load_model(folder, weights=f"ema:{sigma_rel}")
     power = Profile(sigma_rel, 1.0).gamma + 1
@@ -164,9 +164,9 @@ def test_reconstruction_is_the_exact_average(run, sigma_rel):
         exact = sum(w * state[name] for w, state in zip(weights, seen, strict=True))
         error += (parameter.double() - exact).square().sum().item()
         away += (seen[-1][name] - exact).square().sum().item()
-    assert (error / away) ** 0.5 < 0.02
-    assert info.step == 200
-    assert info.summary().startswith(f"EMA weights of relative width {sigma_rel} at step 200 of ")
+    assert (error / away) ** 0.5 < 0.03
+    assert info.step == 120
+    assert info.summary().startswith(f"EMA weights of relative width {sigma_rel} at step 120 of ")
 
 
 def test_what_is_not_trained_comes_out_to_the_bit(run):
@@ -180,8 +180,8 @@ def test_what_is_not_trained_comes_out_to_the_bit(run):
 def test_snapshots_stay_and_checkpoints_do_not(run):
     folder, _ = run
     steps = [int(path.name.removeprefix("step-")) for path in step_folders(folder / SNAPSHOTS)]
-    assert steps == list(range(20, 200, 20))
-    assert [path.name for path in step_folders(folder)] == ["step-0000140", "step-0000200"]
+    assert steps == list(range(10, 120, 10))
+    assert [path.name for path in step_folders(folder)] == ["step-0000100", "step-0000120"]
     path = step_folder(folder / SNAPSHOTS, 60)
     files = {file.name for file in path.iterdir()}
     assert files == {"config.json", "manifest.json", "sigma_050.safetensors", "sigma_100.safetensors"}
@@ -192,10 +192,10 @@ def test_an_earlier_checkpoint_takes_no_later_snapshot(run, tmp_path):
     folder, _ = run
     before = tmp_path / "run"
     shutil.copytree(folder, before)
-    for step in (140, 160, 180):
+    for step in (100, 110):
         shutil.rmtree(step_folder(before / SNAPSHOTS, step))
     states = [
-        load_model(step_folder(place, 140), weights="ema:0.15")[0].state_dict() for place in (folder, before)
+        load_model(step_folder(place, 100), weights="ema:0.15")[0].state_dict() for place in (folder, before)
     ]
     assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
 
@@ -203,11 +203,11 @@ def test_an_earlier_checkpoint_takes_no_later_snapshot(run, tmp_path):
 def test_a_resumed_run_has_the_same_averages(run, tmp_path):
     whole, _ = run
     part = tmp_path / "run"
-    train(TrainConfig(**TINY, steps=105), part)
-    # Not of the averages' own rhythm: the state in the checkpoint is of step 100, the weights are of 105.
-    assert read_manifest(step_folder(part, 105))["power_averages"]["step"] == 100
-    resume(part, {"steps": 200})
-    for path in (step_folder(whole, 200), step_folder(whole / SNAPSHOTS, 180)):
+    train(TrainConfig(**TINY, steps=65), part)
+    # Not of the averages' own rhythm: the state in the checkpoint is of step 60, the weights are of 65.
+    assert read_manifest(step_folder(part, 65))["power_averages"]["step"] == 60
+    resume(part, {"steps": 120})
+    for path in (step_folder(whole, 120), step_folder(whole / SNAPSHOTS, 110)):
         other = part / path.relative_to(whole)
         for name in SIGMAS:
             file = f"{name}.safetensors"
@@ -217,16 +217,16 @@ def test_a_resumed_run_has_the_same_averages(run, tmp_path):
 def test_a_damaged_snapshot_is_left_out_and_a_damaged_checkpoint_refused(run, tmp_path, caplog):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
-    file = step_folder(folder / SNAPSHOTS, 100) / "sigma_050.safetensors"
+    file = step_folder(folder / SNAPSHOTS, 70) / "sigma_050.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with caplog.at_level(logging.WARNING):
         _, info = load_model(folder, weights="ema:0.08")
     assert "sigma_050.safetensors does not match its SHA-256; going on without it" in caplog.text
     assert "of ema:0.08 made of snapshots" in info.notes[0]
-    own = step_folder(folder, 200) / "sigma_100.safetensors"
+    own = step_folder(folder, 120) / "sigma_100.safetensors"
     own.write_bytes(own.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match=r"sigma_100\.safetensors does not match"):
-        load_model(step_folder(folder, 200), weights="ema:0.08")
+        load_model(step_folder(folder, 120), weights="ema:0.08")
 
 
 # The command line
@@ -244,7 +244,7 @@ def test_export_and_sample_take_any_width(run, tmp_path, capsys):
         capsys, "export", "--ckpt", folder, "--weights", "ema:0.08", "--out", tmp_path / "model"
     )
     assert status == 0
-    assert "EMA weights of relative width 0.08 at step 200" in said
+    assert "EMA weights of relative width 0.08 at step 120" in said
     exported = DiT.from_pretrained(tmp_path / "model").state_dict()
     loaded = load_model(folder, weights="ema:0.08")[0].state_dict()
     assert all(torch.equal(exported[name], tensor) for name, tensor in loaded.items())
@@ -290,5 +290,5 @@ def test_runs_without_averages_and_other_files_are_refused(tmp_path):
         load_model(tmp_path / "saved", weights="ema:0.08")
     with pytest.raises(ConfigError, match="--ema-snapshot-every 0: give at least 1"):
         TrainConfig(**{**TINY, "ema_snapshot_every": 0})
-    with pytest.raises(CheckpointError, match="--ema-snapshot-every is None there and 20 here"):
-        resume(tmp_path / "plain", {"ema_snapshot_every": 20, "steps": 2})
+    with pytest.raises(CheckpointError, match="--ema-snapshot-every is None there and 10 here"):
+        resume(tmp_path / "plain", {"ema_snapshot_every": 10, "steps": 2})
