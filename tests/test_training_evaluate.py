@@ -76,6 +76,7 @@ def test_a_score_is_what_dit_fast_evaluate_says_of_the_same_samples(tmp_path, op
     assert main(["evaluate", str(samples), *asked, "--out", str(out), "--device", "cpu"]) == 0
     assert line["fid"] == pytest.approx(json.loads(out.read_text())["fid"], rel=1e-6)
     assert (line["step"], line["extractor"], line["proxy"]) == (3, "small network", False)
+    assert (len(evaluation.sampler.nodes), evaluation.sampler.config.guidance.active) == (3, False)
 
 
 class OneOfTwo(World):
