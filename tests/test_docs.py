@@ -1,5 +1,6 @@
 """README, CONTRIBUTING and docs/ say what is so: links, code, commands, paths, names, tests, operations."""
 
+import argparse
 import importlib
 import os
 import re
@@ -99,8 +100,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     for line in [*lines, *indented(page), *inline(page)]:
         found = re.search(r"(?:^|[ /])(?:dit-fast|-m dit_fast\.cli) ([a-z].*)$", line)
         if found:
-            arguments = shlex.split(found[1], comments=True)
-            yield [argument for argument in arguments if argument not in ("...", "<", "/dev/null")]
+            yield [argument for argument in shlex.split(found[1], comments=True) if argument != "..."]
 
 
 @each_page
@@ -121,8 +121,6 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """All options of all commands and of benchmarks."""
-    import argparse
-
     known = set(FOREIGN_OPTIONS)
     for name in COMMANDS:
         parser = argparse.ArgumentParser()
