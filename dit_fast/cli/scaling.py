@@ -15,7 +15,8 @@ from dit_fast.training.config import PRESETS
 from dit_fast.training.scaling import LADDER, Ladder, Study
 from dit_fast.training.world import join_world
 
-_EPILOG = """Takes the options of dit-fast train, for all models alike. Example, on the demo's data and recipe:
+_EPILOG = """Takes the options of dit-fast train, for all models alike; --out is the study's folder (default: scaling).
+Example, on the demo's data and recipe:
 dit-fast scaling --preset demo --out study --budget 2e13"""
 _OF_A_RUN = ("results_dir", "resume", "model", "hidden_size", "depth", "num_heads")
 # What the ladder says instead, of a preset that is for one model.
