@@ -29,15 +29,15 @@ TINY: dict[str, Any] = {
 
 # Options of each objective, and what share of its first loss its last may be.
 OBJECTIVES: dict[str, tuple[dict[str, Any], float]] = {
-    "diffusion, epsilon": ({"diffusion_steps": 100}, 0.7),
+    "diffusion, epsilon": ({"diffusion_steps": 100}, 0.3),
     "diffusion, x0, importance": (
-        {"diffusion_steps": 25, "prediction": "x0", "timestep_sampling": "importance"}, 0.7,
+        {"diffusion_steps": 25, "prediction": "x0", "timestep_sampling": "importance"}, 0.45,
     ),
     "diffusion, v, min-SNR": ({"diffusion_steps": 100, "prediction": "v", "loss_weighting": "min-snr"}, 0.7),
-    "flow, velocity": ({"objective": "flow"}, 0.7),
-    "flow, score, VP": ({"objective": "flow", "path": "vp", "prediction": "score"}, 0.7),
+    "flow, velocity": ({"objective": "flow"}, 0.6),
+    "flow, score, VP": ({"objective": "flow", "path": "vp", "prediction": "score"}, 0.3),
     "flow, epsilon, GVP, logit-normal": (
-        {"objective": "flow", "path": "gvp", "prediction": "epsilon", "timestep_sampling": "logit-normal"}, 0.7,
+        {"objective": "flow", "path": "gvp", "prediction": "epsilon", "timestep_sampling": "logit-normal"}, 0.4,
     ),
 }  # fmt: skip
 

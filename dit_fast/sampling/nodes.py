@@ -140,7 +140,7 @@ def flow_nodes(
         # On this path sigma falls like the root of 1 - t: equal steps would leave a long way to the last one.
         power = 2 if path == "vp" else 1
         left = np.linspace((1.0 - start) ** (1 / power), 0.0, steps + 1) ** power
-    elif 0 < last_step < 1 - start or (steps == 1 and last_step == 1 - start):
+    elif 0 < last_step < 1 - start:
         left = np.append(np.linspace(1.0 - start, last_step, steps), 0.0)
     else:
         raise ConfigError(f"last step {last_step}: choose a length in t above 0 and below {1 - start:g}")
