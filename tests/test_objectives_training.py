@@ -87,6 +87,11 @@ def test_importance_sampling_is_the_same_in_micro_batches_and_on_two_ranks():
             timesteps=whole.timestep_sampling,
         ).draw(*whole.stream.stored(12, rows))  # fmt: skip
         assert all(torch.equal(a, b[rows]) for a, b in zip(share, drawn, strict=True))
+    x, t, noise, y, importance = drawn
+    with torch.no_grad():
+        losses = whole.objective.training_losses(whole._denoise, x, t, {"y": y}, noise=noise)["loss"]
+    run(whole, 1)
+    assert whole.values()[-1].loss == pytest.approx(float((importance * losses).mean()), rel=1e-4)
 
 
 def test_the_history_of_importance_sampling_is_in_the_checkpoint(tmp_path):
@@ -235,7 +240,7 @@ def test_adaln_zero_trains_faster_than_the_other_blocks(tmp_path):
     """At equal steps on the demo data (Peebles & Xie 2023, figure 5)."""
     from benchmarks.objectives import curves, draw
 
-    found = curves(400, tmp_path)
+    found = curves(160, tmp_path)
     draw(found, tmp_path / "conditioning.png")
     ends = {name: sum(loss for _, loss in points[-5:]) / 5 for name, points in found.items()}
     assert min(ends, key=ends.__getitem__) == "adaln_zero", ends
