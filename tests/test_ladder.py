@@ -133,6 +133,12 @@ def test_what_fails_is_a_reason_and_the_rest_goes_on(monkeypatch: pytest.MonkeyP
     assert kept == [plain, peer, ours]
 
 
+def test_a_reason_is_the_line_that_says_it() -> None:
+    assert climbing.reason(RuntimeError("no room\nlong story")) == "no room"
+    assert climbing.reason(RuntimeError("Cannot import x:\nstory\nno y")) == "Cannot import x: no y"
+    assert climbing.reason(RuntimeError("")) == "RuntimeError"
+
+
 def test_a_rung_that_fails_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
 

@@ -226,9 +226,9 @@ def clear() -> None:
 
 
 def reason(error: Exception) -> str:
-    """The error's first line, or its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The error's first line, with its last where that announces it, or its class where it says nothing."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[-1]}" if more and first.endswith(":") else first
 
 
 def _is_whole(row: Row | None, repeats: int) -> bool:
