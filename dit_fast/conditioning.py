@@ -24,7 +24,7 @@ from dit_fast.kernels import uses_triton
 from dit_fast.layers import is_plain, make_norm, matrix_size, with_bias, without_bias
 
 ADAPTIVE = ("adaln_zero", "adaln")
-"""Conditionings by one vector (N, D), timestep plus class; the others take the two as tokens (N, 2, D)."""
+"""Conditionings by one vector (N, D), timestep plus class; the others take these, or a caption, as tokens."""
 
 
 class AdaLNBlock(AdaptiveBlock):
@@ -36,7 +36,7 @@ class AdaLNBlock(AdaptiveBlock):
 class CrossAttention(nn.Module):
     """Multi-head attention from tokens x (N, T, D) to a condition's S tokens (Vaswani et al. 2017, section 3.2.2).
 
-    Rows of `kv` are [k; v], each (heads, head_dim). Always PyTorch's scaled_dot_product_attention: S is 2.
+    Rows of `kv` are [k; v], each (heads, head_dim). Always PyTorch's scaled_dot_product_attention.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -46,17 +46,21 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def attend(self, q: Tensor, kv: Tensor) -> Tensor:
-        """Attention before the output projection: q (N, T, D), kv (N, S, 2 D) -> (N, T, D)."""
+    def attend(self, q: Tensor, kv: Tensor, told: Tensor | None = None) -> Tensor:
+        """Attention before the output projection: q (N, T, D), kv (N, S, 2 D) -> (N, T, D).
+
+        told: bool (N, S), False for padding that is not attended to; None: all are.
+        """
         N, T, D = q.shape
         q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
+        mask = None if told is None else told[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, mask)
         return out.transpose(1, 2).reshape(N, T, D)
 
-    def forward(self, x: Tensor, kv: Tensor) -> Tensor:
-        """x (N, T, D) and what `self.kv` made of the condition's tokens, (N, S, 2 D) -> (N, T, D)."""
-        return self.proj(self.attend(self.q(x), kv))
+    def forward(self, x: Tensor, kv: Tensor, told: Tensor | None = None) -> Tensor:
+        """x (N, T, D) and what `self.kv` made of the condition's tokens, (N, S, 2 D) -> (N, T, D); as `attend`."""
+        return self.proj(self.attend(self.q(x), kv, told))
 
 
 class CrossAttentionBlock(TransformerBlock):
@@ -93,12 +97,12 @@ class CrossAttentionBlock(TransformerBlock):
 
     def cross_attention(self, stream: Stream, kv: Tensor) -> Stream:
         """The stream with cross-attention's branch pending."""
-        norm = self.norm_cross
+        norm, told = self.norm_cross, None if stream.layout is None else stream.layout.told
         h = normed(stream, norm, *affine_modulation(norm, stream.x), self.kernels)
         if not uses_triton(self.kernels, h.y) or not is_plain(self.cross, CrossAttention):
-            return Stream(h.x, self.cross(h.y, kv), None, unit_gate(h.x), stream.layout)
+            return Stream(h.x, self.cross(h.y, kv, told), None, unit_gate(h.x), stream.layout)
         recipe = None if self.recompute == "none" else h.recipe
-        attended = self.cross.attend(with_bias(self.cross.q, h.y, recipe), kv)
+        attended = self.cross.attend(with_bias(self.cross.q, h.y, recipe), kv, told)
         return Stream(h.x, *without_bias(self.cross.proj, attended), unit_gate(h.x), stream.layout)
 
 

@@ -12,25 +12,27 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from dit_fast import __version__, kernels
+from dit_fast import __version__
 from dit_fast.blocks import Stream
 from dit_fast.conditioning import ADAPTIVE, BLOCKS
-from dit_fast.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, as_pair
+from dit_fast.embedders import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, as_pair
 from dit_fast.errors import ConfigError
+from dit_fast.grid import Gridded
 from dit_fast.layers import Layout, matrix_size
 from dit_fast.model_files import load_weights, read_model, write_model
 from dit_fast.options import OPTIONS, PAPER, one_of
-from dit_fast.positions import check_rotary, resized_table, rotary_angles, sincos_table
-from dit_fast.switches import Switches
+from dit_fast.positions import check_rotary
 
 
-class DiT(Switches):
-    """Diffusion model with a transformer backbone, class-conditional or unconditional.
+class DiT(Gridded):
+    """Diffusion model with a transformer backbone, told a class, a caption or nothing.
 
     input_size: height and width of the latent (or image), one number or a pair; patch_size: side of a patch;
     in_channels: channels of the latent; hidden_size, depth, num_heads, mlp_ratio: the transformer;
     class_dropout_prob: share of labels dropped in training, 0 for a model without a null class;
     num_classes, 0 for an unconditional model; learn_sigma: predict the variance beside the noise.
+    caption_dim: width E of the caption tokens (N, S, E) that are given in place of labels, `num_classes` then counting
+    for nothing; a token of zeros is padding, a caption of nothing else the null caption. 0: labels.
     conditioning, how blocks learn of timestep and class: "adaln_zero", "adaln", "cross_attention" or "in_context";
     positions: "sincos", "learned" or "rope"; norm: "layernorm" or "rmsnorm"; mlp: "gelu" or "swiglu"; qk_norm: norms
     of each head's queries and keys. The paper's are the defaults; docs/models.md says what the others are.
@@ -60,6 +62,7 @@ class DiT(Switches):
         norm: str = "layernorm",
         mlp: str = "gelu",
         qk_norm: bool = False,
+        caption_dim: int = 0,
         kernels: str = "auto",
         attention: str = "auto",
         mlp_epilogue: str = "auto",
@@ -75,15 +78,22 @@ class DiT(Switches):
         self.options = dict(zip(OPTIONS, (conditioning, positions, norm, mlp, qk_norm), strict=True))
         for name, value in self.options.items():
             one_of(name, value, OPTIONS[name])
-        self.conditioning, self.positions = conditioning, positions
+        self.conditioning, self.positions, self.caption_dim = conditioning, positions, caption_dim
+        if caption_dim and conditioning in ADAPTIVE:
+            raise ConfigError(
+                f"conditioning={conditioning!r} takes one vector and a caption is many tokens: "
+                "give 'cross_attention' or 'in_context', or classes instead of captions"
+            )
         make_block, make_final = BLOCKS[conditioning]
         self._sizes = {"hidden_size": hidden_size, "depth": depth, "mlp_ratio": mlp_ratio}
         try:
             self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, kernels=kernels)
             self.t_embedder = TimestepEmbedder(hidden_size)
-            self.y_embedder = (
-                LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
-            )
+            self.y_embedder: LabelEmbedder | CaptionEmbedder | None = None
+            if caption_dim:
+                self.y_embedder = CaptionEmbedder(caption_dim, hidden_size, class_dropout_prob)
+            elif num_classes:
+                self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
             # A parameter so that it is saved; frozen unless it is learned. Rotary positions add nothing: zeros.
             self.pos_embed = nn.Parameter(
                 torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=positions == "learned"
@@ -104,18 +114,22 @@ class DiT(Switches):
 
     @property
     def num_classes(self) -> int:
-        """Classes, without the null class; 0 for an unconditional model."""
-        return 0 if self.y_embedder is None else self.y_embedder.num_classes
+        """Classes, without the null class; 0 for a model of captions or of nothing."""
+        return self.y_embedder.num_classes if isinstance(self.y_embedder, LabelEmbedder) else 0
 
     @property
     def null_class(self) -> int | None:
-        """The label that stands for no class, which guidance needs; None for a model without one."""
-        return None if self.y_embedder is None or not self.y_embedder.dropout_prob else self.num_classes
+        """The label that stands for no class; None for a model without one."""
+        return self.num_classes if self.num_classes and self.has_null else None
 
     @property
-    def condition_tokens(self) -> int:
-        """Tokens that timestep and class become, where `conditioning` takes them as tokens."""
-        return 1 if self.y_embedder is None else 2
+    def has_null(self) -> bool:
+        """Whether the model was told nothing now and then, by a null class or caption, which guidance needs."""
+        return self.y_embedder is not None and self.y_embedder.dropout_prob > 0
+
+    def condition_tokens(self, caption_tokens: int = 1) -> int:
+        """Tokens that timestep and class, or a caption, become, where `conditioning` takes them as tokens."""
+        return 1 + (caption_tokens if self.caption_dim else self.y_embedder is not None)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -135,6 +149,7 @@ class DiT(Switches):
             "num_classes": self.num_classes,
             "learn_sigma": self.learn_sigma,
             **{name: value for name, value in self.options.items() if value != PAPER[name]},
+            **({"caption_dim": self.caption_dim} if self.caption_dim else {}),
         }
 
     def initialize_weights(self) -> None:
@@ -156,7 +171,7 @@ class DiT(Switches):
         nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
 
         if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+            self.y_embedder.initialize_weights()
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02)
 
@@ -170,62 +185,13 @@ class DiT(Switches):
         if self.positions == "learned":
             nn.init.normal_(self.pos_embed, std=0.02)
 
-    def _set_positions(self, table: Tensor) -> None:
-        self.pos_embed = nn.Parameter(table.detach().to(self.pos_embed), self.pos_embed.requires_grad)
-
-    def _table(self, grid: tuple[int, int], steps: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-        """What is added to the tokens of a grid, (1, T, D), made anew: sines, zeros, or the learned table resized."""
-        own = self.pos_embed
-        if self.positions == "learned":
-            return resized_table(own, self.x_embedder.grid_size, grid)
-        if self.positions == "rope":
-            return own.new_zeros(1, grid[0] * grid[1], own.shape[-1])
-        return sincos_table(grid, own.shape[-1], steps, own.device).to(own.dtype)
-
-    def regrid(self, input_size: int | tuple[int, int], mode: str | None = None) -> "DiT":
-        """Take inputs of this size for the model's own from now on; returns the model.
-
-        Replaces the position table, in place of the (1, T, D) parameter: "extend" numbers the new grid 0, 1, 2, ...
-        as a model built for that size does; "interpolate" spreads the coordinates of the present grid over the
-        new one, or resizes a learned table. None: "extend", where the table is learned "interpolate". Raises
-        ConfigError for a size that is not a multiple of the patch, or a mode that the positions do not have.
-        """
-        modes = {"sincos": ("extend", "interpolate"), "learned": ("interpolate",), "rope": ("extend",)}
-        if mode is not None and mode not in modes[self.positions]:
-            known = " or ".join(map(repr, modes[self.positions]))
-            raise ConfigError(f"regrid mode {mode!r}: choose {known} where positions={self.positions!r}")
-        size = as_pair(input_size)
-        try:
-            rows, columns = self.x_embedder.grid_of(size)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        old_rows, old_columns = self.x_embedder.grid_size
-        steps = (old_rows / rows, old_columns / columns) if mode == "interpolate" else (1.0, 1.0)
-        self._set_positions(self._table((rows, columns), steps))
-        self.x_embedder.set_img_size(size)
-        return self
-
-    def unpatchify(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Tokens (N, T, P * P * C) of a grid of (rows, columns) to images (N, C, H, W).
-
-        Without `grid` it is the model's own; a T that is not the model's must then be a square.
-        """
-        rows, columns = self.x_embedder.grid_size if grid is None else grid
-        if x.shape[1] != rows * columns:
-            rows = columns = int(x.shape[1] ** 0.5)
-            if rows * columns != x.shape[1]:
-                raise ValueError(
-                    f"{x.shape[1]} tokens are no square and not the model's {self.x_embedder.grid_size} grid"
-                )
-        return kernels.unpatchify(x, self.patch_size, rows, columns, kernels=self.kernels)
-
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Noise (and variance) predicted for noisy latents.
 
-        x (N, C, H, W) of any size that the patch divides; t (N,) timesteps, int or fractional; y (N,) class labels,
-        not read by an unconditional model -> (N, out_channels, H, W). Another size than the model's own has its
-        positions made as `regrid` does. In training mode a share `class_dropout_prob` of the labels becomes the null
-        class.
+        x (N, C, H, W) of any size that the patch divides; t (N,) timesteps, int or fractional; y (N,) class labels or
+        (N, S, E) captions of any S, not read by an unconditional model -> (N, out_channels, H, W). Another size than
+        the model's own has its positions made as `regrid` does. In training mode a share `class_dropout_prob` of the
+        labels becomes the null class, or of the captions the null caption.
         """
         c = self.condition(self.t_embedder(t), self.embed_labels(y, self.training))
         return self._leave(self._through(self._enter(x, c), c), self.x_embedder.grid_of(x.shape[-2:]))
@@ -247,29 +213,25 @@ class DiT(Switches):
         return [self._leave(row[None], grid)[0] for row, grid in zip(out, grids, strict=True)]
 
     def embed_labels(self, y: Tensor | None, train: bool = False) -> Tensor | None:
-        """Embedded labels (N, D), some dropped where `train`; None for an unconditional model."""
+        """Embedded labels (N, D) or captions (N, S, D), some dropped where `train`; None for an unconditional model."""
         if self.y_embedder is None:
             return None
-        if y is None:
-            raise ValueError(
-                f"y is None: the model has {self.num_classes} classes, give a label for each image"
+        if y is None or (y.ndim == 3 and y.shape[2] == self.caption_dim) != bool(self.caption_dim):
+            wanted = (
+                f"was trained on captions, give their tokens (N, S, {self.caption_dim})"
+                if self.caption_dim
+                else f"has {self.num_classes} classes, give a label for each image"
             )
+            raise ValueError(f"y is {y if y is None else tuple(y.shape)}: the model {wanted}")
         return self.y_embedder(y, train)
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """What blocks are told, of embedded timesteps and labels (N, D): their sum, or each as a token (N, S, D)."""
+        """What blocks are told, of embedded timesteps (N, D) and labels or captions: their sum, or tokens (N, S, D)."""
         if self.conditioning in ADAPTIVE:
             return t if y is None else t + y
-        return torch.stack([t] if y is None else [t.to(y.dtype), y], dim=1)
-
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens of images (N, T, D), and their rotary angles (T, K / 2) where positions are so."""
-        grid = self.x_embedder.grid_of(x.shape[-2:])
-        own = grid == self.x_embedder.grid_size
-        tokens = self.x_embedder(x, self.pos_embed if own else self._table(grid))
-        if self.positions != "rope":
-            return tokens, None
-        return tokens, rotary_angles(grid, self.head_dim, x.device)
+        if y is None:
+            return t[:, None]
+        return torch.cat([t[:, None].to(y.dtype), y if self.caption_dim else y[:, None]], dim=1)
 
     def _enter(self, x: Tensor, c: Tensor | None) -> Stream:
         tokens, angles = self._embed(x)
@@ -279,17 +241,22 @@ class DiT(Switches):
         self, tokens: Tensor, c: Tensor | None, angles: Tensor | None, present: Tensor | None = None
     ) -> Stream:
         """Tokens (N, T, D) and after them, in context, those of the condition, which have no place; with the layout of
-        all. angles (N or 1, T, K / 2); present (N, T), False for padding.
+        all. angles (N or 1, T, K / 2); present (N, T), False for padding. A caption's padding is zeros in `c` too.
         """
+        told = (cast(Tensor, c) != 0).any(dim=-1) if self.caption_dim else None
         if self.conditioning == "in_context":
             c = cast(Tensor, c)
+            if told is not None:
+                present = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if present is None else present
+                present = torch.cat([present, told], dim=1)
+            elif present is not None:
+                present = nn.functional.pad(present, (0, c.shape[1]), value=True)
             tokens = torch.cat([tokens, c.to(tokens.dtype)], dim=1)
             angles = None if angles is None else nn.functional.pad(angles, (0, 0, 0, c.shape[1]))
-            present = None if present is None else nn.functional.pad(present, (0, c.shape[1]), value=True)
-        if angles is None and present is None:
+        if angles is None and present is None and told is None:
             return Stream(tokens)
         rotation = None if angles is None else torch.stack([angles.cos(), angles.sin()], dim=-1)
-        return Stream(tokens, layout=Layout(rotation, present))
+        return Stream(tokens, layout=Layout(rotation, present, told))
 
     def _through(self, stream: Stream, c: Tensor) -> Tensor:
         """Blocks and final layer: (N, T, P * P * C), the condition's tokens and padding among the T."""
@@ -308,65 +275,85 @@ class DiT(Switches):
     def modulation_layers(self) -> list[nn.Module]:
         """What is applied to the condition alone, each output going to one block or to the final layer.
 
-        The adaLN layers, or cross-attention's keys and values; in context the tokens themselves.
+        The adaLN layers, or cross-attention's keys and values; in context, and of captions, the tokens themselves: the
+        keys and values of all blocks for all steps would be more to read than the weights that make them.
         """
-        if self.conditioning == "in_context":
+        if self._keeps_tokens:
             return [nn.Identity()]
         layers = (cast(Any, module).condition_layer for module in (*self.blocks, self.final_layer))
         return [layer for layer in layers if layer is not None]
 
-    def modulation_widths(self) -> list[int]:
-        """Numbers of one timestep and label for each block, and for the final layer or, in context, the tokens."""
-        width, tokens = self.pos_embed.shape[-1], self.condition_tokens
-        return {
-            "adaln_zero": [6 * width] * len(self.blocks) + [2 * width],
-            "adaln": [4 * width] * len(self.blocks) + [2 * width],
-            "cross_attention": [tokens * 2 * width] * len(self.blocks) + [0],
-            "in_context": [0] * len(self.blocks) + [tokens * width],
+    @property
+    def _keeps_tokens(self) -> bool:
+        return self.conditioning == "in_context" or self.caption_dim > 0
+
+    def modulation_widths(self, caption_tokens: int = 1) -> list[int]:
+        """Numbers of one timestep and label for each block, and for the final layer or `modulation_layers`' tokens."""
+        width, tokens = self.pos_embed.shape[-1], self.condition_tokens(caption_tokens)
+        if self._keeps_tokens:
+            return [0] * len(self.blocks) + [tokens * width]
+        each, last = {
+            "adaln_zero": (6 * width, 2 * width),
+            "adaln": (4 * width, 2 * width),
+            "cross_attention": (tokens * 2 * width, 0),
         }[self.conditioning]
+        return [each] * len(self.blocks) + [last]
 
     def modulations(self, t: Tensor, y: Tensor | None = None) -> Tensor:
         """What `forward` makes of timesteps and labels, (N, sum of `modulation_widths`), blocks first.
 
-        t, y (N,), labels up to the null class; nothing is dropped. `forward_modulated` takes it, so that sampling
-        makes it once for all steps.
+        t (N,), y as of `forward`, the null class among the labels; nothing is dropped. `forward_modulated` takes it,
+        so that sampling makes it once for all steps.
         """
         c = self.condition(self.t_embedder(t), self.embed_labels(y))
         return torch.cat([layer(c).flatten(1) for layer in self.modulation_layers()], dim=1)
 
     def forward_modulated(self, x: Tensor, modulations: Tensor) -> Tensor:
         """`forward` with what `modulations` gave for its timesteps and labels: x (N, C, H, W)."""
+        grid = self.x_embedder.grid_of(x.shape[-2:])
+        if self._keeps_tokens:
+            c = modulations.unflatten(1, (-1, self.pos_embed.shape[-1]))
+            return self._leave(self._through(self._enter(x, c), c), grid)
         *parts, last = modulations.split(self.modulation_widths(), dim=1)
-        c = last.unflatten(1, (self.condition_tokens, -1)) if self.conditioning == "in_context" else None
-        stream = self._enter(x, c)
+        stream = self._enter(x, None)
         for block, modulation in zip(self.blocks, parts, strict=True):
             stream = block(stream, None, modulation)
-        return self._leave(self.final_layer(stream, None, last), self.x_embedder.grid_of(x.shape[-2:]))
+        return self._leave(self.final_layer(stream, None, last), grid)
 
-    def macs(self, input_size: int | tuple[int, int] | None = None) -> int:
+    def macs(self, input_size: int | tuple[int, int] | None = None, caption_tokens: int = 1) -> int:
         """Multiply-adds of one image's forward pass: linear layers, the patch projection, attention's two products.
 
-        input_size: of the image; None: the model's own.
+        input_size: of the image; None: the model's own. caption_tokens: S, padding included, which is computed too.
         """
         rows, columns = self.x_embedder.grid_of(as_pair(input_size or self.x_embedder.img_size))
-        image, told = rows * columns, self.condition_tokens
+        image, told = rows * columns, self.condition_tokens(caption_tokens)
         tokens = image + told if self.conditioning == "in_context" else image
         modules = (*self.blocks, self.final_layer)
         trunk = sum(cast(Any, module).macs(tokens, told) for module in modules)
-        return trunk + image * matrix_size(self.x_embedder) + matrix_size(self.t_embedder)
+        embedder = self.y_embedder
+        captions = matrix_size(embedder.mlp) if isinstance(embedder, CaptionEmbedder) else 0
+        return (
+            trunk
+            + image * matrix_size(self.x_embedder)
+            + matrix_size(self.t_embedder)
+            + caption_tokens * captions
+        )
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | None = 3
     ) -> Tensor:
-        """Classifier-free guidance in one batch: the first half of `y` conditional, the second half null labels.
+        """Classifier-free guidance in one batch: the first half of `y` conditional, the second half null labels or
+        captions (zeros).
 
         Only the first half of `x` (2n, C, H, W) is read. eps = uncond + cfg_scale * (cond - uncond) on the first
         `cfg_channels` channels of the noise (the reference's 3; None for all); every other output channel stays
         each half's own. Ho & Salimans 2022, equation 6, in the reference's scaling. Raises ConfigError for a model
-        without a null class.
+        without a null class or caption.
         """
-        if self.null_class is None:
-            raise ConfigError("guidance needs a null class: num_classes and class_dropout_prob above 0")
+        if not self.has_null:
+            raise ConfigError(
+                "guidance needs a null class: num_classes (or caption_dim) and class_dropout_prob above 0"
+            )
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)
         guided = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)

@@ -1,4 +1,5 @@
-"""What turns image, timestep and label into vectors: `PatchEmbed`, `TimestepEmbedder`, `LabelEmbedder`.
+"""What turns image, timestep and label into vectors, `PatchEmbed`, `TimestepEmbedder`, `LabelEmbedder`; and a caption
+into tokens: `CaptionEmbedder`.
 
 `N` batch, `C` channels, `T` tokens, `D` width. Peebles & Xie 2023, section 3.2; the sinusoids are Vaswani et al. 2017.
 """
@@ -104,6 +105,9 @@ class LabelEmbedder(nn.Module):
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
+    def initialize_weights(self) -> None:
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
     def token_drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
         """(N,) labels with a random share, or those where `force_drop_ids` is 1, replaced by the null class."""
         if force_drop_ids is None:
@@ -116,3 +120,36 @@ class LabelEmbedder(nn.Module):
         if (train and self.dropout_prob > 0) or force_drop_ids is not None:
             labels = self.token_drop(labels, force_drop_ids)
         return self.embedding_table(labels)
+
+
+class CaptionEmbedder(nn.Module):
+    """Captions (N, S, E) of a text encoder to tokens (N, S, D): Linear - GELU - Linear, with caption dropout.
+
+    The projection of PixArt-alpha (Chen et al. 2023, arXiv:2310.00426). A token of zeros is padding and
+    stays zeros; the first token of a caption that is all padding becomes a learned one, the null caption's.
+    """
+
+    def __init__(self, caption_dim: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(caption_dim, hidden_size),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        self.null_token = nn.Parameter(torch.zeros(1, hidden_size))
+        self.dropout_prob = dropout_prob
+
+    def initialize_weights(self) -> None:
+        for weight in (self.mlp[0].weight, self.mlp[2].weight, self.null_token):
+            nn.init.normal_(cast(Tensor, weight), std=0.02)
+
+    def forward(self, captions: Tensor, train: bool) -> Tensor:
+        if train and self.dropout_prob > 0:
+            drop = torch.rand(len(captions), device=captions.device) < self.dropout_prob
+            captions = torch.where(drop[:, None, None], 0, captions)
+        present = (captions != 0).any(dim=-1, keepdim=True)
+        tokens = self.mlp(captions.to(self.null_token.dtype))
+        tokens = torch.where(present, tokens, 0)
+        empty = ~present.any(dim=1)
+        first = torch.where(empty, self.null_token.to(tokens.dtype), tokens[:, 0])
+        return torch.cat([first[:, None], tokens[:, 1:]], dim=1)

@@ -52,11 +52,13 @@ class Layout(NamedTuple):
     """Where a sequence's tokens stand, and which of them are there.
 
     rotation: (N or 1, T, K / 2, 2), cosine and sine of rotary positions, or None; present: bool (N, T), False for
-    padding that no token attends to, or None: all are.
+    padding that no token attends to, or None: all are. told: the same of the condition's tokens, bool (N, S), where
+    cross-attention attends to them.
     """
 
     rotation: Tensor | None = None
     present: Tensor | None = None
+    told: Tensor | None = None
 
 
 class RMSNorm(nn.RMSNorm):

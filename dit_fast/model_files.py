@@ -29,10 +29,12 @@ def read_config(path: Path) -> dict[str, Any]:
         "input_size": list, "patch_size": int, "in_channels": int, "hidden_size": int, "depth": int,
         "num_heads": int, "mlp_ratio": number, "class_dropout_prob": number, "num_classes": int,
         "learn_sigma": bool, **{name: type(words[0]) for name, words in OPTIONS.items()},
+        "caption_dim": int,
     }  # fmt: skip
     problems = [f"unknown key {key!r}" for key in sorted(config.keys() - expected.keys())]
     # An option that is not named is the paper's.
-    problems += [f"missing key {key!r}" for key in expected if key not in config and key not in OPTIONS]
+    required = expected.keys() - OPTIONS.keys() - {"caption_dim"}
+    problems += [f"missing key {key!r}" for key in expected if key in required - config.keys()]
     for key in expected.keys() & config.keys():
         value, kinds = config[key], expected[key]
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)

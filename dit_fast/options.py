@@ -23,7 +23,9 @@ PAPER: dict[str, Any] = {name: words[0] for name, words in OPTIONS.items()}
 def beyond_the_paper(config: Mapping[str, Any]) -> str:
     """What makes a model of `DiT.config` another than the paper's, in words for a message; "" for the paper's."""
     others = {name: config[name] for name in OPTIONS if config.get(name, PAPER[name]) != PAPER[name]}
-    if not config["num_classes"]:
+    if config.get("caption_dim"):
+        others["caption_dim"] = config["caption_dim"]
+    elif not config["num_classes"]:
         others["num_classes"] = 0
     return ", ".join(f"{name}={value!r}" for name, value in others.items())
 

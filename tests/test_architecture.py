@@ -17,7 +17,7 @@ LEVELS = {
     "": 0, "errors": 0, "keyed": 0,
     "kernels": 1,
     "models": 2, "counting": 2, "dit": 2, "model_files": 2, "blocks": 2, "layers": 2, "positions": 2, "options": 2,
-    "switches": 2, "conditioning": 2, "embedders": 2, "diffusion": 2, "sampling": 2,
+    "switches": 2, "grid": 2, "conditioning": 2, "embedders": 2, "diffusion": 2, "sampling": 2,
     "training": 3, "data": 3, "evaluation": 3, "interop": 3, "download": 3,
     "cli": 4,
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 In a DiT they depend on timestep and label alone (Peebles & Xie 2023, figure 3), so the adaLN layers, a third of the
 weights, need not be read at every step: all steps and labels go through each of them in one product of
-(steps * labels) rows. The same holds for the keys and values of cross-attention and the tokens in context.
+(steps * labels) rows. The same holds for the keys and values of cross-attention and the tokens in context; of captions
+the embedded tokens alone.
 """
 
 import torch
@@ -21,28 +22,32 @@ def loop_parameters(model: DiT) -> list[Tensor]:
     ]
 
 
-def modulation_width(model: DiT) -> int:
-    """Numbers in one modulation vector: (6 depth + 2) D under adaLN-Zero."""
-    return sum(model.modulation_widths())
+def modulation_width(model: DiT, caption_tokens: int = 1) -> int:
+    """Numbers in one modulation vector: (6 depth + 2) D under adaLN-Zero, (1 + S) D of a caption of S tokens."""
+    return sum(model.modulation_widths(caption_tokens))
 
 
 class ModulationTable:
-    """Modulation vectors of up to `steps` consecutive nodes for `rows` labels, (steps, rows, `modulation_width`).
+    """Modulation vectors of up to `steps` consecutive nodes for `rows` labels, or captions of `caption_tokens` tokens:
+    (steps, rows, `modulation_width`).
 
     `values` keeps its memory when it is filled again. With `offload`, the adaLN weights wait on the CPU and each is
     brought to the table's device while it is used.
     """
 
-    def __init__(self, model: DiT, steps: int, rows: int, *, offload: bool = False) -> None:
+    def __init__(
+        self, model: DiT, steps: int, rows: int, *, caption_tokens: int = 1, offload: bool = False
+    ) -> None:
         self.model, self.offload = model, offload
         like = model.pos_embed
-        self.values = torch.zeros(steps, rows, modulation_width(model), dtype=like.dtype, device=like.device)
+        width = modulation_width(model, caption_tokens)
+        self.values = torch.zeros(steps, rows, width, dtype=like.dtype, device=like.device)
 
     def fill(self, times: Tensor, labels: Tensor) -> None:
-        """Make the vectors of `times` (at most `steps`) and `labels` (rows,), up to the null class."""
+        """Make the vectors of `times` (at most `steps`) and `labels` (rows,), up to the null class, or captions."""
         t = self.model.t_embedder(times)
         y = self.model.embed_labels(labels)
-        y = None if y is None else y.repeat(len(times), 1)
+        y = None if y is None else y.repeat(len(times), *[1] * (y.ndim - 1))
         c = self.model.condition(t.repeat_interleave(len(labels), 0), y)
         start = 0
         for layer in self.model.modulation_layers():

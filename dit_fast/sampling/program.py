@@ -36,12 +36,14 @@ Evaluate = Callable[..., Denoised]
 class ProgramKey:
     """All that a captured trajectory is made for; another value of any of these needs another capture.
 
-    `rows`: labels in the modulation table; `segments`: (start, stop) of the steps that are run in one go;
+    `rows`: labels or captions in the modulation table; `caption`: shape (S, E) of one, () of labels;
+    `segments`: (start, stop) of the steps that are run in one go;
     `switches`: which kernels and attention the model runs; `weights`: addresses of the parameters that steps read.
     """
 
     batch: int
     rows: int
+    caption: tuple[int, ...]
     nodes: Nodes
     solver: str
     eta: float
@@ -92,9 +94,16 @@ class Program:
         self.start = torch.zeros(shape, dtype=state_dtype, device=key.device)
         self.noise = self.start.new_zeros((longest if key.stochastic else 0, *shape))
         # Heun's method reads one node ahead.
-        self.table = ModulationTable(model, min(longest + 1, len(self.nodes)), key.rows, offload=key.offload)
+        self.table = ModulationTable(
+            model,
+            min(longest + 1, len(self.nodes)),
+            key.rows,
+            caption_tokens=key.caption[0] if key.caption else 1,
+            offload=key.offload,
+        )
         self.slots = torch.zeros(2 * key.batch, dtype=torch.int64, device=key.device)
-        self.labels = torch.zeros(key.batch, dtype=torch.int64, device=key.device)
+        kind = key.dtype if key.caption else torch.int64
+        self.labels = torch.zeros(key.batch, *key.caption, dtype=kind, device=key.device)
 
         a, b = self.nodes.data_coefficients()
         self.of_data = not a.any()
@@ -110,7 +119,7 @@ class Program:
         self.replays: list[tuple[Replay, Tensor]] = []
 
     def begin(self, labels: Tensor, slots: Tensor, start: Tensor) -> None:
-        """Take a batch: its labels (n,), their rows in the table with the null class's n times after (2n,), and x_T."""
+        """Take a batch: its labels (n,) or captions, their rows in the table (2n,), the null's n times last, and x_T."""
         self.labels.copy_(labels)
         self.slots.copy_(slots)
         self.start.copy_(start)

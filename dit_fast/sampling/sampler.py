@@ -1,7 +1,8 @@
-"""`Sampler`: labels in, images (or latents) out, at the speed of the device.
+"""`Sampler`: labels or captions in, images (or latents) out, at the speed of the device.
 
 Modulation vectors are made before a trajectory, the adaLN weights stay out of its loop, a whole trajectory is one CUDA
-graph where there are any, and sample i has random numbers of its own. Shapes: labels (M,); states (M, C, H, W).
+graph where there are any, and sample i has random numbers of its own. Shapes: labels (M,), captions
+(M, S, E); states (M, C, H, W).
 """
 
 import copy
@@ -119,23 +120,30 @@ class Sampler:
         self._failed: dict[ProgramKey, str] = {}
 
     def check(self, labels: Tensor, seed: int = 0, batch_size: int = 64) -> None:
-        """ConfigError when the model cannot draw these labels (M,) with the present `config`."""
-        classes = self.model.num_classes
-        if labels.ndim != 1 or labels.numel() == 0 or labels.dtype.is_floating_point:
+        """ConfigError when the model cannot draw these labels (M,) or captions (M, S, E) with the present `config`."""
+        classes, width = self.model.num_classes, self.model.caption_dim
+        if width:
+            if labels.ndim != 3 or 0 in labels.shape or labels.shape[2] != width:
+                raise ConfigError(
+                    f"captions are {tuple(labels.shape)}, expected (images, tokens, {width}): the model was trained on "
+                    "captions"
+                )
+            if not labels.isfinite().all():
+                raise ConfigError("captions hold NaN or infinity: make them again, or in float32")
+        elif labels.ndim != 1 or labels.numel() == 0 or labels.dtype.is_floating_point:
             raise ConfigError(
                 f"labels are {labels.dtype} {tuple(labels.shape)}, expected one integer per image"
             )
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= max(classes, 1):
+        elif (low := int(labels.min())) < 0 or (high := int(labels.max())) >= max(classes, 1):
             known = f"the model has {classes} classes, 0 to {classes - 1}"
             raise ConfigError(
                 f"label {low if low < 0 else high} is out of range: "
                 + (known if classes else "the model is unconditional, give 0 for each image")
             )
-        if self.config.guidance.active and self.model.null_class is None:
+        if self.config.guidance.active and not self.model.has_null:
             raise ConfigError(
                 f"guidance scale {self.config.guidance.scale} needs a model trained with label dropout, this one was "
-                f"trained without {'it (class_dropout_prob 0)' if classes else 'classes'}: use scale 1"
+                f"trained without {'it (class_dropout_prob 0)' if classes or width else 'classes'}: use scale 1"
             )
         solver, continuous = self.config.solver, self.nodes.rates is not None
         if solver == "ddpm" and continuous:
@@ -168,7 +176,7 @@ class Sampler:
         on_step: Callable[[Step], None] | None = None,
         every: int = 1,
     ) -> Tensor:
-        """One sample for each label: float32 (M, C, H, W) on the model's device, never overwritten later.
+        """One sample for each label or caption: float32 (M, C, H, W) on the model's device, never overwritten later.
 
         numbers   the samples' numbers, int64 (M,); 0, 1, ... by default
         on_step   called after each `every` steps and after the last; under a graph the trajectory is captured in
@@ -182,9 +190,9 @@ class Sampler:
         if every < 1:
             raise ConfigError(f"every {every}: choose at least 1")
         numbers = torch.arange(len(labels)) if numbers is None else numbers.cpu()
-        if numbers.shape != labels.shape or numbers.dtype != torch.int64:
+        if numbers.shape != labels.shape[:1] or numbers.dtype != torch.int64:
             raise ConfigError(
-                f"numbers are {numbers.dtype} {tuple(numbers.shape)}, expected int64 {tuple(labels.shape)}"
+                f"numbers are {numbers.dtype} {tuple(numbers.shape)}, expected int64 ({len(labels)},)"
             )
         made = []
         with torch.no_grad():
@@ -223,7 +231,7 @@ class Sampler:
         else:
             noise = KeyedNoise(seed, numbers.to(device), shape)
         rows, slots = self._rows(labels)
-        key = self._key(model, len(labels), len(rows), len(self.nodes) if notify is None else every)
+        key = self._key(model, labels, len(rows), len(self.nodes) if notify is None else every)
         rows = rows.to(device)
 
         def begin(program: Program) -> None:
@@ -270,21 +278,23 @@ class Sampler:
         return self.backend.unavailable(device)
 
     def _rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels of the modulation table's rows, and for each of 2n evaluations its row, the null class's last.
+        """Labels or captions of the modulation table's rows, and for each of 2n evaluations its row, the null's last.
 
         The number of rows is a power of two, or the batch's size: batches of random labels then share one capture.
         """
-        distinct, slots = torch.unique(labels, return_inverse=True)
+        distinct, slots = torch.unique(labels, return_inverse=True, dim=0)
         count = min(1 << (len(distinct) - 1).bit_length(), len(labels))
-        rows = torch.cat([distinct, distinct[:1].expand(count - len(distinct))])
+        rows = torch.cat([distinct, distinct[:1].expand(count - len(distinct), *labels.shape[1:])])
         if self.config.guidance.active:
-            rows = torch.cat([rows, rows.new_full((1,), self.model.num_classes)])
+            # The null class comes after the last; the null caption is padding alone, zeros.
+            rows = torch.cat([rows, torch.full_like(rows[:1], self.model.num_classes)])
         return rows, torch.cat([slots, torch.full_like(slots, len(rows) - 1)])
 
-    def _key(self, model: DiT, batch: int, rows: int, every: int) -> ProgramKey:
+    def _key(self, model: DiT, labels: Tensor, rows: int, every: int) -> ProgramKey:
         config, steps = self.config, len(self.nodes)
+        batch, caption = len(labels), tuple(labels.shape[1:])
         sizes = model.x_embedder.img_size
-        bytes_per_step = rows * modulation_width(model) * model.pos_embed.itemsize
+        bytes_per_step = rows * modulation_width(model, *caption[:1]) * model.pos_embed.itemsize
         if config.solver.startswith(("ddpm", "ddim", "sde")):
             bytes_per_step += 4 * batch * model.in_channels * sizes[0] * sizes[1]
         most = max(1, min(steps, config.table_bytes // bytes_per_step))
@@ -297,6 +307,7 @@ class Sampler:
         return ProgramKey(
             batch=batch,
             rows=rows,
+            caption=caption,
             nodes=self.nodes,
             solver=config.solver,
             eta=config.eta,
