@@ -4,20 +4,28 @@ Each operation is a plain function: a CUDA tensor goes to the Triton kernel, a C
 of the same maths in `reference.py`; `kernels="triton" | "reference"` forces one of them.
 """
 
-if __name__ != "dit_fast.kernels":
-    raise ImportError("import dit_fast.kernels: the bare name 'kernels' belongs to Hugging Face's package")
+if __name__ == "dit_fast.kernels":
+    from dit_fast.kernels.adaln import adaln_modulate
+    from dit_fast.kernels.adamw_ema import adamw_ema, grad_square_sum
+    from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors
+    from dit_fast.kernels.attention import attention
+    from dit_fast.kernels.attention_backends import BACKENDS, Choice, choose_backend
+    from dit_fast.kernels.gated_residual import gated_residual
+    from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
+    from dit_fast.kernels.gelu import gelu
+    from dit_fast.kernels.mlp import EPILOGUES, mlp
+    from dit_fast.kernels.op import KERNEL_MODES, uses_triton
+    from dit_fast.kernels.patchify import patch_embed, unpatchify
+else:
+    # In a checkout the bare name hides Hugging Face's package, whose version transformers asks for: too old to use.
+    __version__ = "0"
 
-from dit_fast.kernels.adaln import adaln_modulate
-from dit_fast.kernels.adamw_ema import adamw_ema, grad_square_sum
-from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors
-from dit_fast.kernels.attention import attention
-from dit_fast.kernels.attention_backends import BACKENDS, Choice, choose_backend
-from dit_fast.kernels.gated_residual import gated_residual
-from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
-from dit_fast.kernels.gelu import gelu
-from dit_fast.kernels.mlp import EPILOGUES, mlp
-from dit_fast.kernels.op import KERNEL_MODES, uses_triton
-from dit_fast.kernels.patchify import patch_embed, unpatchify
+    def __getattr__(name: str) -> object:
+        error = AttributeError if name.startswith("__") else ImportError
+        raise error(
+            f"import dit_fast.kernels, not kernels ({name}): the bare name belongs to Hugging Face's package"
+        )
+
 
 __all__ = [
     "BACKENDS",

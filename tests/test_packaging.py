@@ -97,14 +97,20 @@ def test_kernels_is_a_link() -> None:
     assert link.readlink() == Path("..", "kernels")
 
 
-def test_bare_kernels_is_refused() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("line", ["from kernels import attention", "import kernels; kernels.attention"])
+def test_bare_kernels_is_refused(line: str) -> None:
+    result = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.strip().endswith(
-        "ImportError: import dit_fast.kernels: the bare name 'kernels' belongs to Hugging Face's package"
+        "import dit_fast.kernels, not kernels (attention): the bare name belongs to Hugging Face's package"
     )
+
+
+def test_bare_kernels_has_a_version_as_transformers_asks() -> None:
+    """It imports any folder of this name for its version; an error there would take transformers down."""
+    asks = "import kernels; print(getattr(kernels, '__version__', 'N/A'), hasattr(kernels, '__wrapped__'))"
+    result = subprocess.run([sys.executable, "-c", asks], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout.split(), result.stderr) == (["0", "False"], "")
 
 
 def test_the_versions_agree() -> None:
