@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "--data", "--data-path", required=True, metavar="FOLDER", help="folder of class sub-folders"
+        "--data",
+        "--data-path",
+        required=True,
+        metavar="FOLDER",
+        help="folder of class sub-folders, or of images with captions (NAME.txt beside each, or metadata.jsonl)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the latent set")
     parser.add_argument(
@@ -41,6 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-size", type=int, default=4096, metavar="M", help="images in a file (default: 4096)"
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="NAME",
+        help="store embeddings of captions in place of classes, by a CLIP or T5 of transformers (hub name or folder), "
+        "or from a .safetensors or .npz of arrays (tokens, width) named as the images are",
+    )
+    parser.add_argument(
+        "--caption-tokens",
+        type=int,
+        metavar="S",
+        help="tokens of a caption (default: as many as the encoder takes, at most 120)",
     )
     parser.add_argument(
         "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"

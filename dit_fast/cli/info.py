@@ -28,6 +28,7 @@ class Inputs:
     image_size: int
     channels: int
     num_classes: int
+    caption_dim: int = 0
     buckets: tuple[tuple[int, int], ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""Labelled images and latents for training: built-in sets, folders of images, latent sets and caches."""
+"""Images and latents for training, with classes or captions: built-in sets, folders, latent sets and caches."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,8 @@ from dit_fast.data.folder import centre_crop, centre_crop_array, open_folder
 from dit_fast.data.images import ImageSet, Split, from_arrays, to_pixels
 from dit_fast.data.in_loop import Encoder, encode_in_loop
 from dit_fast.data.keyed import generator
-from dit_fast.data.latents import LatentSet, LatentStream, Posterior, open_latents
+from dit_fast.data.latents import LatentSet, LatentStream, open_latents
+from dit_fast.data.posterior import Posterior
 from dit_fast.data.shards import MANIFEST, SETTINGS
 from dit_fast.data.stream import BatchStream
 from dit_fast.errors import ConfigError, DataError
@@ -153,7 +154,10 @@ def open_data(
 def open_stream(
     data: ImageSet | LatentSet, batch_size: int, seed: int, flip: bool | None = None
 ) -> BatchStream:
-    """The training batches of a set: (samples float32 (B, C, H, W), labels int64 (B,)); `flip` None: as the set."""
+    """The training batches of a set: (samples float32 (B, C, H, W), labels int64 (B,) or captions (B, S, E)).
+
+    flip: None: as the set.
+    """
     mirrored = data.flip if flip is None else flip
     if isinstance(data, LatentSet):
         return LatentStream(data.train, batch_size, seed, mirrored)

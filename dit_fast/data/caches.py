@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from dit_fast.data.latents import LatentSet, Posterior, make_latent_set
+from dit_fast.data.latents import LatentSet, make_latent_set
+from dit_fast.data.posterior import Posterior
 from dit_fast.errors import CheckpointError, DataError
 
 # Rombach et al. 2022: the scale of the Stable Diffusion autoencoders, and what they divide an image's side by.

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dit_fast.data.folder import list_classes, list_failures, read_each, read_image
+from dit_fast.data.captions import CaptionEncoder, caption_name
+from dit_fast.data.folder import list_failures, read_each, read_image
+from dit_fast.data.listing import Listing, list_images, open_encoder
 from dit_fast.data.shards import (
     DTYPES,
     FORMAT,
@@ -52,9 +54,11 @@ _FLIPS = (False, True)
 class EncodeConfig:
     """How a folder becomes a latent set.
 
-    data         folder of class sub-folders of PNG and JPEG images
+    data         folder of class sub-folders of PNG and JPEG images, or with captions (`dit_fast.data.captions`)
     out          folder of the set, new or of a run to continue
     vae          "ema", "mse" (stabilityai/sd-vae-ft-...) or a folder with a diffusers AutoencoderKL
+    text_encoder stores embeddings of captions instead of classes: a CLIP or T5 of transformers, by name or folder, or a
+                 .safetensors or .npz of embeddings; caption_tokens: their number (None: the encoder's own)
     image_size   images are scaled and cropped to this side, as ADM does (`dit_fast.data.centre_crop`)
     dtype        of the stored moments: float16 (error at most 2**-11 of a value) or float32, twice the size
     precision    of the autoencoder: fp32, tf32 (fp32 without a GPU) or bf16
@@ -72,6 +76,8 @@ class EncodeConfig:
     batch_size: int = 32
     shard_size: int = 4096
     num_workers: int | None = None
+    text_encoder: str | None = None
+    caption_tokens: int | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -80,6 +86,7 @@ class EncodeConfig:
             ("batch_size", ""),
             ("shard_size", ""),
             ("num_workers", ""),
+            ("caption_tokens", ""),
         ):
             value = getattr(self, field)
             if value is not None and value < 1:
@@ -105,29 +112,6 @@ class EncodeResult:
         return self.missing == 0
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """The images of the set in their order, `names` relative to the folder."""
-
-    class_names: tuple[str, ...]
-    paths: tuple[Path, ...]
-    names: tuple[str, ...]
-    labels: tuple[int, ...]
-    sizes: tuple[int, ...]
-    shard_size: int
-
-    def shards(self) -> int:
-        return -(-len(self.paths) // self.shard_size)
-
-    def rows(self, shard: int) -> range:
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.paths)))
-
-    def digest(self, rows: range) -> str:
-        """SHA-256 of the names, file sizes and labels of these images."""
-        part = slice(rows.start, rows.stop)
-        return digest_json([self.names[part], self.sizes[part], self.labels[part]])
-
-
 class _UnreadableError(Exception):
     def __init__(self, failures: list[tuple[Path, str]]):
         super().__init__()
@@ -143,7 +127,8 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
     """
     if not 0 <= rank < world_size:
         raise ConfigError(f"RANK {rank} is outside 0..{world_size - 1} (WORLD_SIZE {world_size})")
-    listing = _list_images(Path(config.data), config.shard_size)
+    captions = open_encoder(config.text_encoder, config.caption_tokens, config.device)
+    listing = list_images(Path(config.data), config.shard_size, captions)
     out = Path(config.out)
     prepare_folder(out)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -153,12 +138,12 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
             f"--size {config.image_size} is not a multiple of {encoder.factor}, by which the autoencoder "
             f"shrinks images; give {max(1, round(config.image_size / encoder.factor)) * encoder.factor}"
         )
-    run = _Run(config, listing, encoder, out)
+    run = _Run(config, listing, encoder, captions, out)
     run.agree()
     # What all ranks write takes a moment; a file older than a minute is of a rank that was killed.
     remove_leftovers(out, (SETTINGS, LABELS, NAMES, MANIFEST), 0 if world_size == 1 else 60)
     own = range(rank, listing.shards(), world_size)
-    remove_leftovers(out, [name for shard in own for name in (shard_name(shard), record_name(shard))])
+    remove_leftovers(out, [name for shard in own for name in _shard_files(shard)])
     done = [shard for shard in own if run.is_whole(shard)]
     todo = [shard for shard in own if shard not in set(done)]
     if todo:
@@ -172,18 +157,16 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
     return EncodeResult(out, len(listing.paths), len(todo), len(done), missing)
 
 
-def _list_images(root: Path, shard_size: int) -> _Listing:
-    class_names, paths, labels = list_classes(root)
-    names = tuple(path.relative_to(root).as_posix() for path in paths)
-    sizes = tuple(path.stat().st_size for path in paths)
-    return _Listing(tuple(class_names), tuple(paths), names, tuple(labels), sizes, shard_size)
+def _shard_files(shard: int) -> tuple[str, ...]:
+    return shard_name(shard), record_name(shard), caption_name(shard)
 
 
 @dataclass(frozen=True)
 class _Run:
     config: EncodeConfig
-    listing: _Listing
+    listing: Listing
     encoder: LatentEncoder
+    captions: CaptionEncoder | None
     out: Path
 
     @property
@@ -195,12 +178,21 @@ class _Run:
             "dtype": self.config.dtype,
             "precision": self.config.precision,
             "shard_size": self.config.shard_size,
+            **(
+                {}
+                if self.captions is None
+                else {"captions": f"{self.captions.sha256} {self.captions.tokens}"}
+            ),
         }
 
     def shape(self, shard: int) -> tuple[int, ...]:
         side = self.config.image_size // self.encoder.factor
         rows = len(self.listing.rows(shard))
         return (rows, len(_FLIPS), 2, self.encoder.latent_channels, side, side)
+
+    def caption_shape(self, shard: int) -> tuple[int, ...]:
+        tokens, width = (0, 0) if self.captions is None else (self.captions.tokens, self.captions.width)
+        return len(self.listing.rows(shard)), tokens, width
 
     def agree(self) -> None:
         """Compare with how the set was begun, or write that down."""
@@ -235,15 +227,21 @@ class _Run:
     def is_whole(self, shard: int) -> bool:
         """Whether the shard is there, of these images and settings, and hashes to what its record says."""
         record = self._record(shard)
-        file = self.out / shard_name(shard)
-        if record is None or not file.is_file() or file.stat().st_size != record["file"]["bytes"]:
+        if record is None:
             return False
-        return digest_file(file) == record["file"]
+        files = [(self.out / shard_name(shard), record["file"])]
+        if self.captions is not None:
+            files.append((self.out / caption_name(shard), record["captions"]))
+        return all(
+            file.is_file() and file.stat().st_size == facts["bytes"] and digest_file(file) == facts
+            for file, facts in files
+        )
 
     def bytes_to_come(self, todo: Sequence[int]) -> int:
         """Of `todo` and of the shards that other ranks still owe: all ranks fill one disk."""
         owed = {shard for shard in range(self.listing.shards()) if self._record(shard) is None}
-        return sum(npy_bytes(self.shape(shard), self.config.dtype) for shard in owed | set(todo))
+        shapes = [shape(shard) for shard in owed | set(todo) for shape in (self.shape, self.caption_shape)]
+        return sum(npy_bytes(shape, self.config.dtype) for shape in shapes)
 
     def encode_all(self, shards: Sequence[int], kept: int, title: str) -> None:
         """Encode and publish `shards`. Images that cannot be read are collected and named at the end."""
@@ -273,7 +271,12 @@ class _Run:
             return missing
         labels = np.asarray(self.listing.labels, dtype="<i8")
         shards = [
-            {"file": shard_name(shard), "images": len(self.listing.rows(shard)), **record["file"]}
+            {
+                "file": shard_name(shard),
+                "images": len(self.listing.rows(shard)),
+                **record["file"],
+                **{key: value for key, value in record.items() if key == "captions"},
+            }
             for shard, record in enumerate(records)
             if record is not None
         ]
@@ -291,6 +294,7 @@ class _Run:
                 "flips": list(_FLIPS),
                 "vae": self.encoder.identity(),
                 "settings": self.settings,
+                **({} if self.captions is None else {"captions": self.captions.identity()}),
                 "shards": shards,
                 "labels": label_file,
                 "names": name_file,
@@ -316,7 +320,27 @@ class _Run:
     def _encode_shard(self, shard: int, reader: ThreadPoolExecutor, bar: Any) -> None:
         (self.out / record_name(shard)).unlink(missing_ok=True)
         file = publish(self.out / shard_name(shard), lambda file: self._write_shard(file, shard, reader, bar))
-        write_json(self.out / record_name(shard), {"format": FORMAT, **self._of(shard), "file": file})
+        facts = {"file": file}
+        if self.captions is not None:
+            facts["captions"] = publish(
+                self.out / caption_name(shard), lambda file: self._write_captions(file, shard)
+            )
+        write_json(self.out / record_name(shard), {"format": FORMAT, **self._of(shard), **facts})
+
+    def _write_captions(self, file: HashingFile, shard: int) -> None:
+        assert self.captions is not None
+        write_npy_header(file, self.caption_shape(shard), self.config.dtype)
+        rows, step = self.listing.rows(shard), self.config.batch_size
+        for start in range(rows.start, rows.stop, step):
+            part = slice(start, min(start + step, rows.stop))
+            made = self.captions(self.listing.names[part], self.listing.texts[part])
+            stored = made.to(getattr(torch, self.config.dtype))
+            if not stored.isfinite().all():
+                raise DataError(
+                    f"{self.listing.paths[start]} or the {step - 1} after it: a caption's embedding is not finite in "
+                    f"{self.config.dtype}; give --dtype float32"
+                )
+            file.write(stored.numpy().data.cast("B"))
 
     def _write_shard(self, file: HashingFile, shard: int, reader: ThreadPoolExecutor, bar: Any) -> None:
         write_npy_header(file, self.shape(shard), self.config.dtype)

@@ -154,6 +154,11 @@ def list_classes(root: Path) -> tuple[list[str], list[Path], list[int]]:
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         loose = sum(entry.suffix.lower() in SUFFIXES for entry in root.iterdir())
+        if loose and ((root / "metadata.jsonl").exists() or any(root.glob("*.txt"))):
+            raise DataError(
+                f"{root} has captions and no embeddings of them: make them with dit-fast encode --text-encoder NAME "
+                "and train on what that writes"
+            )
         found = f"{loose} images but no sub-folders" if loose else "no sub-folders"
         raise DataError(f"{root} has {found}; put the images of each class into a sub-folder of its own")
     paths, labels, empty = [], [], []

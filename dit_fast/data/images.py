@@ -7,7 +7,7 @@ split for `labels`, `sample_shape` and `batch(indices, flip)`, so that a set of 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -93,6 +93,8 @@ class ImageSet:
     train: Split
     heldout: Split
     buckets: tuple[tuple[int, int], ...] = ()
+    caption_dim: ClassVar[int] = 0
+    caption_tokens: ClassVar[int] = 0
 
     @property
     def num_classes(self) -> int:

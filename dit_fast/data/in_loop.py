@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dit_fast.data.images import ImageSet, PixelSource, Split, to_pixels
-from dit_fast.data.latents import LatentSet, LatentSplit, Posterior
+from dit_fast.data.latents import LatentSet, LatentSplit
+from dit_fast.data.posterior import Posterior
 from dit_fast.errors import ConfigError
 
 

@@ -5,7 +5,6 @@ of a mirrored image is not the mirrored latent. Which of the two a step takes, a
 (`LatentStream`), so that no two epochs see the same latent and every run, on any number of ranks, draws the same.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -18,43 +17,12 @@ import torch
 from torch import Tensor
 
 from dit_fast import keyed
+from dit_fast.data.captions import CaptionShards, caption_name, open_captions
 from dit_fast.data.images import heldout_mask
+from dit_fast.data.posterior import Posterior
 from dit_fast.data.shards import LABELS, MANIFEST, NAMES, digest_file, map_npy, read_json, shard_name
 from dit_fast.data.stream import BatchStream
 from dit_fast.errors import ConfigError, DataError
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """How stored moments (B, K, C, H, W) become the latents that a model is trained on.
-
-    kind          "logvar" or "std": K = 2, the mean and that; "sample": K = 1, a sample that was drawn once
-    shift, scale  one for each channel: a model sees (z - shift) * scale
-    """
-
-    kind: str
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether a sample is drawn in training."""
-        return self.kind != "sample"
-
-    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents float32 (B, C, H, W): mean + std * noise, shifted and scaled; the mean without `noise`."""
-        z = moments[:, 0].float()
-        if noise is not None and self.is_drawn:
-            spread = moments[:, 1].float()
-            z = torch.addcmul(z, (0.5 * spread).exp_() if self.kind == "logvar" else spread, noise)
-        shift, scale = (per_channel(values, z.device) for values in (self.shift, self.scale))
-        return (z - shift) * scale
-
-
-@functools.lru_cache
-def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 (C, 1, 1) on `device`; kept, since a copy to the device would make every step wait for it."""
-    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class LatentSource(Protocol):
@@ -100,9 +68,16 @@ class LatentSplit:
     posterior: Posterior
     lazy: bool = True
     buckets: Tensor | None = None
+    captions: CaptionShards | None = None
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def told(self, indices: Tensor) -> Tensor:
+        """What a model is told of samples `indices`: labels int64 (B,), or captions (B, S, E) as stored."""
+        if self.captions is None:
+            return self.labels[indices]
+        return self.captions.read(self.members[indices].tolist())
 
     def moments(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
         """Moments (B, K, C, H, W) of samples `indices` (int64 (B,), positions in this split), as stored.
@@ -152,6 +127,16 @@ class LatentSet:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def caption_tokens(self) -> int:
+        """Tokens S of a caption, 0 in a set of classes."""
+        return 0 if self.train.captions is None else self.train.captions.shape[0]
+
+    @property
+    def caption_dim(self) -> int:
+        """Width E of a caption's tokens, 0 in a set of classes."""
+        return 0 if self.train.captions is None else self.train.captions.shape[1]
+
     def describe(self) -> dict[str, Any]:
         """JSON-ready facts for a checkpoint's manifest. `image_size` is that of the images."""
         return {
@@ -169,6 +154,7 @@ class LatentSet:
             "scale": list(self.posterior.scale),
             "vae": self.vae,
             **({"buckets": [list(size) for size in self.buckets]} if self.buckets else {}),
+            **({} if self.train.captions is None else {"captions": self.train.captions.encoder}),
         }
 
 
@@ -185,12 +171,12 @@ class LatentStream(BatchStream):
         self.latents = split
 
     def moments(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments (b, K, C, H, W) as stored, flips bool (b,) and labels int64 (b,) of `rows` of a step."""
+        """Moments (b, K, C, H, W) as stored, flips bool (b,) and `LatentSplit.told` of `rows` of a step."""
         indices = self.indices(step)[rows]
         flips = self.mirrored(step, rows)
         if flips is None:
             flips = torch.zeros(len(indices), dtype=torch.bool)
-        return self.latents.moments(indices, flips), flips, self.latents.labels[indices]
+        return self.latents.moments(indices, flips), flips, self.latents.told(indices)
 
     def noise(self, step: int, rows: slice = slice(None), shape: tuple[int, ...] | None = None) -> Tensor:
         """Standard normal float32 (b, *shape) for the posteriors of `rows` of a step, each (C, H, W)."""
@@ -240,10 +226,14 @@ def open_latents(
         map_npy(path, (shard["images"], *shape), settings["dtype"])
         for path, shard in zip(paths, shards, strict=True)
     )
+    captions = open_captions(folder, manifest)
     labels = map_npy(folder / LABELS, (images,), "int64")
     checked = [(folder / LABELS, manifest["labels"])]
     if verify:
         checked += [(folder / NAMES, manifest["names"]), *zip(paths, shards, strict=True)]
+        checked += [
+            (folder / caption_name(i), s["captions"]) for i, s in enumerate(shards) if captions is not None
+        ]
     for path, expected in checked:
         if digest_file(path)["sha256"] != expected["sha256"]:
             raise DataError(
@@ -265,6 +255,7 @@ def open_latents(
         pixel_size=settings["image_size"],
         vae={key: vae[key] for key in ("name", "source", "sha256")},
         fingerprint=_fingerprint(shards, manifest["labels"]),
+        captions=captions,
     )
 
 
@@ -284,6 +275,7 @@ def make_latent_set(
     pixel_size: int | None,
     vae: dict[str, Any],
     fingerprint: str,
+    captions: CaptionShards | None = None,
 ) -> LatentSet:
     """Check what every kind of set must hold, divide the samples into the two splits and return the set.
 
@@ -308,7 +300,7 @@ def make_latent_set(
         raise DataError(f"{name} holds no latents")
     if height != width:
         raise DataError(f"{name}: the latents are {height} x {width}; square ones are needed")
-    if len(class_names) < 2:
+    if len(class_names) < 2 and captions is None:
         raise DataError(
             f"{name}: {len(class_names)} class found; class-conditional training needs at least 2"
         )
@@ -327,7 +319,8 @@ def make_latent_set(
 
     def split(mask: Tensor) -> LatentSplit:
         members = mask.nonzero().flatten()
-        return LatentSplit(source, members, labels[members], (channels, height, width), posterior)
+        shape = (channels, height, width)
+        return LatentSplit(source, members, labels[members], shape, posterior, captions=captions)
 
     return LatentSet(
         name=name,
@@ -376,4 +369,5 @@ def _layout(
 
 def _fingerprint(shards: Sequence[dict[str, Any]], labels: dict[str, Any]) -> str:
     digests = [*(shard["sha256"] for shard in shards), labels["sha256"]]
+    digests += [shard["captions"]["sha256"] for shard in shards if "captions" in shard]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

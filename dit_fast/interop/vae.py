@@ -81,7 +81,7 @@ class LatentEncoder:
         vae = _load_autoencoder(name, "ema, mse, or a folder", "encodes")
         config = vae.config
         self.name = name
-        self.sha256 = _weights_digest(vae.state_dict())
+        self.sha256 = weights_digest(vae.state_dict())
         self.image_channels = int(config.in_channels)
         self.latent_channels = int(config.latent_channels)
         self.factor = _factor(config)
@@ -154,7 +154,8 @@ def _scaling(config: Any, channels: int) -> tuple[tuple[float, ...], tuple[float
     return (float(config.get("shift_factor") or 0.0),) * channels, (factor,) * channels
 
 
-def _weights_digest(state: dict[str, Tensor]) -> str:
+def weights_digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names, types and shapes."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

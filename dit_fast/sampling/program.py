@@ -119,7 +119,7 @@ class Program:
         self.replays: list[tuple[Replay, Tensor]] = []
 
     def begin(self, labels: Tensor, slots: Tensor, start: Tensor) -> None:
-        """Take a batch: its labels (n,) or captions, their rows in the table (2n,), the null's n times last, and x_T."""
+        """Take a batch: its labels (n,) or captions, their rows in the table (2n,), the null's n last, and x_T."""
         self.labels.copy_(labels)
         self.slots.copy_(slots)
         self.start.copy_(start)

@@ -330,7 +330,9 @@ def apply_to_process(config: TrainConfig) -> None:
 
 
 class Samples(Protocol):
-    """What a model must know of what it is trained on: side, or shapes where there are several, channels, classes."""
+    """What a model must know of what it is trained on: side, or shapes where there are several, channels, classes
+    or the width of captions.
+    """
 
     @property
     def image_size(self) -> int: ...
@@ -340,6 +342,8 @@ class Samples(Protocol):
     def channels(self) -> int: ...
     @property
     def num_classes(self) -> int: ...
+    @property
+    def caption_dim(self) -> int: ...
 
 
 def build_model(config: TrainConfig, data: Samples) -> DiT:
@@ -369,6 +373,7 @@ def build_model(config: TrainConfig, data: Samples) -> DiT:
         input_size=data.buckets[0] if data.buckets else data.image_size,
         in_channels=data.channels,
         num_classes=0 if config.num_classes == 0 else data.num_classes,
+        caption_dim=0 if config.num_classes == 0 else data.caption_dim,
         class_dropout_prob=config.class_dropout_prob,
         learn_sigma=bool(config.learn_sigma),
         **{name: getattr(config, name) for name in OPTIONS},

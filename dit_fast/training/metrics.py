@@ -19,14 +19,14 @@ PEAKS = (
 )  # fmt: skip
 
 
-def forward_macs(model: DiT) -> int:
+def forward_macs(model: DiT, caption_tokens: int = 1) -> int:
     """Multiply-adds of one image's forward pass."""
-    return model.macs()
+    return model.macs(caption_tokens=caption_tokens)
 
 
-def training_flops(model: DiT) -> int:
+def training_flops(model: DiT, caption_tokens: int = 1) -> int:
     """Model FLOPs of training on one image."""
-    return 3 * 2 * forward_macs(model)
+    return 3 * 2 * forward_macs(model, caption_tokens)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.data import LatentSet
+from dit_fast.errors import ConfigError
 from dit_fast.interop.vae import LatentDecoder
 from dit_fast.models import load_weights
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
@@ -21,6 +22,11 @@ class AverageSampler:
 
     def __init__(self, trainer: Trainer, guidance: float):
         config = trainer.config
+        if trainer.model.caption_dim:
+            raise ConfigError(
+                "--sample-every and --evaluate-every draw classes, and the model is told captions: leave them out "
+                "and use dit-fast sample --prompt"
+            )
         objective = config.objective_arguments()
         solver = default_solver(objective)
         steps = min(config.sample_steps, objective.get("diffusion_steps", config.sample_steps))
@@ -28,7 +34,7 @@ class AverageSampler:
         self.nodes = sampling_nodes(objective, steps, solver, learn_sigma=bool(config.learn_sigma))
         self.config = SamplerConfig(
             solver=solver,
-            guidance=Guidance(1.0 if trainer.model.null_class is None else guidance, channels=None),
+            guidance=Guidance(guidance if trainer.model.has_null else 1.0, channels=None),
             clip=not isinstance(trainer.data, LatentSet),
             graph="never",
         )

@@ -127,7 +127,7 @@ class TrainStep:
         self._one = torch.ones((), device=positions.device)
 
     def __call__(self, samples: Tensor, labels: Tensor) -> None:
-        """One step on samples (b, C, H, W), or moments (b, K, C, H, W) of posteriors, and labels (b,)."""
+        """One step on samples (b, C, H, W), or moments (b, K, C, H, W) of posteriors, and labels (b,) or captions."""
         with self.ranges("draw"):
             samples, t, noise, labels, weights = self.draw(samples, labels)
         # In a CUDA graph gradients stay where they are, so that their addresses do.
@@ -159,6 +159,8 @@ class TrainStep:
         t, weights = self.timesteps.draw(index)
         noise = keyed.normal(self._keys["noise"], index, tuple(samples.shape[1:]))
         dropped = keyed.uniform(self._keys["label drop"], index) < self.options.class_dropout_prob
+        if labels.ndim == 3:  # captions (b, S, E): zeros are the null caption
+            return samples, t, noise, torch.where(dropped[:, None, None], 0, labels), weights
         return samples, t, noise, torch.where(dropped, self.options.num_classes, labels), weights
 
     def _accumulate(

@@ -1,0 +1,79 @@
+"""Captions to embeddings through a CLIP or T5 of transformers."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
+from dit_fast.interop.vae import weights_digest
+from dit_fast.interop.weight_file import first_line
+
+MOST_TOKENS = 120
+"""Tokens of a caption where the tokenizer sets no lower bound: PixArt-alpha's number for T5."""
+
+
+class TextEncoder:
+    """The last hidden states of a CLIP text model or a T5 encoder: (B, S, E), zeros where a caption has ended.
+
+    name: of the Hugging Face hub (openai/clip-vit-large-patch14, google/t5-v1_1-xxl), or a folder that transformers
+    wrote, tokenizer included. tokens: S; longer captions are cut; None: what the tokenizer allows, at most
+    `MOST_TOKENS`. `sha256` is of all weights and the tokenizer's choices. Weights are read from safetensors only.
+
+    Raises MissingExtraError without transformers, CheckpointError for what cannot be loaded and ConfigError for models
+    of other kinds and more tokens than the model takes.
+    """
+
+    reads_texts = True
+
+    def __init__(self, name: str, tokens: int | None = None, device: torch.device | str = "cpu") -> None:
+        try:
+            from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
+        except ImportError as error:
+            raise MissingExtraError(
+                "transformers, which encodes captions, is not installed; pip install 'dit-fast[text]'"
+            ) from error
+        kinds: dict[str, Any] = {
+            "clip": CLIPTextModel,
+            "clip_text_model": CLIPTextModel,
+            "t5": T5EncoderModel,
+        }
+        try:
+            kind = AutoConfig.from_pretrained(name).model_type
+            if kind not in kinds:
+                raise ConfigError(f"--text-encoder {name} is a {kind}: give a CLIP or a T5")
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            model = kinds[kind].from_pretrained(name, use_safetensors=True).float()
+        except ConfigError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            where = name if Path(name).is_dir() else f"{name} (offline? give --text-encoder a local folder)"
+            raise CheckpointError(f"cannot load the text encoder {where}: {first_line(error)}") from error
+        most = self.tokenizer.model_max_length
+        self.name, self.tokens = name, tokens or min(most, MOST_TOKENS)
+        if kind != "t5" and self.tokens > most:
+            raise ConfigError(f"--caption-tokens {tokens}: {name} takes up to {most}")
+        self.width = int(model.config.d_model if kind == "t5" else model.config.hidden_size)
+        weights = weights_digest(model.state_dict())
+        sample = self.tokenizer("A photo, 1 of 2.", truncation=True).input_ids
+        self.sha256 = hashlib.sha256(f"{weights} {len(self.tokenizer)} {sample}".encode()).hexdigest()
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+
+    @torch.no_grad()
+    def __call__(self, names: Sequence[str], texts: Sequence[str]) -> Tensor:
+        """Float32 (B, S, E) on the CPU, of B captions; `names` are not read."""
+        made = self.tokenizer(
+            list(texts), max_length=self.tokens, padding="max_length", truncation=True, return_tensors="pt"
+        ).to(self.device)
+        hidden = self.model(input_ids=made.input_ids, attention_mask=made.attention_mask).last_hidden_state
+        return torch.where(made.attention_mask[..., None] > 0, hidden.float(), 0).cpu()
+
+    def identity(self) -> dict[str, Any]:
+        """As `dit_fast.data.captions.CaptionEncoder`; two with equal facts, `name` aside, make the same embeddings."""
+        name = os.path.abspath(self.name) if Path(self.name).is_dir() else self.name
+        return {"name": name, "sha256": self.sha256, "tokens": self.tokens, "width": self.width}
