@@ -25,6 +25,7 @@ COMMANDS = {
     "encode": "turn a folder of images into latents to train on",
     "explain": "pictures of how a model samples: film strip, sweeps, attention",
     "evaluate": "FID, sFID, Inception score, precision and recall of samples against real images",
+    "likelihood": "bits per dimension that a model needs for real images",
 }
 
 

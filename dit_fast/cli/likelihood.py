@@ -1,0 +1,131 @@
+"""`dit-fast likelihood`: bits per dimension that a model of images needs for real ones."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dit_fast import keyed
+from dit_fast.data import ImageSet, open_images
+from dit_fast.diffusion import FlowMatching, GaussianDiffusion
+from dit_fast.diffusion.likelihood import GREY_LEVEL, bits_per_dim, log_likelihood
+from dit_fast.diffusion.objectives import create_objective
+from dit_fast.errors import ConfigError, NonFiniteError
+from dit_fast.interop import ModelInfo, load_model
+from dit_fast.models import DiT
+from dit_fast.sampling.output import prepare_folder, write_atomically
+from dit_fast.training.world import choose_device
+
+_EPILOG = """A model of flow matching: the likelihood by its ODE (Heun's method; Hutchinson's estimate of the
+divergence), of images that are dequantised, uniform within their grey levels: an upper bound of the bits.
+A diffusion model: the variational bound over all its timesteps. Lower is better, 8 is no model at all.
+Example: dit-fast likelihood --ckpt demo/run --num 64"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--ckpt", required=True, help="as of dit-fast sample; a model of pixels")
+    parser.add_argument("--weights", default="ema", help="ema, model or ema:WIDTH (default: ema)")
+    parser.add_argument("--data", metavar="SOURCE", help="labelled images (default: what it was trained on)")
+    parser.add_argument("--num", type=int, default=64, help="images, held-out ones first (default: 64)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at a time (default: 16)")
+    parser.add_argument("--steps", type=int, default=100, help="of the ODE (default: 100)")
+    parser.add_argument("--probes", type=int, default=1, help="of the divergence (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="also write the figures to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    for flag in ("num", "batch_size", "steps", "probes"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: choose at least 1")
+    device = choose_device(args.device)
+    model, info = load_model(args.ckpt, weights=args.weights, device=device)
+    data = _images(args, model, info)
+    if args.out is not None:
+        prepare_folder(args.out.parent)
+    split, which = (data.heldout, "held-out") if len(data.heldout) else (data.train, "training")
+    num = min(args.num, len(split))
+    objective = create_objective(**info.diffusion)
+    kind = "likelihood by the ODE" if isinstance(objective, FlowMatching) else "variational bound"
+    print(f"{info.summary()}: {kind} of {num} {which} images of {data.name}", flush=True)
+    parts = []
+    with tqdm(total=num, desc="likelihood", unit="image", disable=None) as bar:
+        for numbers in torch.arange(num).split(args.batch_size):
+            images, labels = split.batch(numbers).to(device), split.labels[numbers].to(device)
+            parts.append(_bits(args, objective, model, images, labels, numbers))
+            bar.update(len(numbers))
+    bits = torch.cat(parts)
+    if not bits.isfinite().all():
+        raise NonFiniteError(
+            f"{info.path}: the bits of {int((~bits.isfinite()).sum())} images are not finite"
+        )
+    error = float(bits.std(correction=1) / num**0.5) if num > 1 else None
+    print(f"{bits.mean():.4f} bits per dimension" + (f" +- {error:.4f} (standard error)" if error else ""))
+    if args.out is not None:
+        figures = {
+            "checkpoint": str(info.path),
+            "data": data.name,
+            "split": which,
+            "images": num,
+            "measured": kind,
+            "bits_per_dimension": float(bits.mean()),
+            "standard_error": error,
+        }
+        write_atomically(args.out, lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
+        print(f"wrote {args.out}")
+    return 0
+
+
+def _images(args: argparse.Namespace, model: DiT, info: ModelInfo) -> ImageSet:
+    """The images to measure, of the model's size, channels and classes."""
+    if info.latent or model.caption_dim:
+        made = "latents of an autoencoder" if info.latent else "images of captions"
+        raise ConfigError(f"--ckpt {args.ckpt}: it makes {made}, and bits are those of labelled 8-bit images")
+    own = info.data.get("name")
+    source = args.data or own
+    if source is None:
+        raise ConfigError(f"{info.path} does not say what it was trained on: give --data SOURCE")
+    height, width = model.x_embedder.img_size
+    if height != width:
+        raise ConfigError(
+            f"--ckpt {args.ckpt}: its images are {height}x{width}, and those of --data are square"
+        )
+    kept: dict[str, Any] = (
+        {name: info.data.get(name) for name in ("flip", "holdout")} if source == own else {}
+    )
+    data = open_images(source, height, channels=model.in_channels, **kept)
+    if model.num_classes not in (0, data.num_classes):
+        raise ConfigError(
+            f"--data {source} has {data.num_classes} classes, the model {model.num_classes}: give images of its classes"
+        )
+    return data
+
+
+def _bits(
+    args: argparse.Namespace,
+    objective: GaussianDiffusion | FlowMatching,
+    model: DiT,
+    images: Tensor,
+    labels: Tensor,
+    numbers: Tensor,
+) -> Tensor:
+    """Bits per dimension of images (N, C, H, W), float64 (N,) on the CPU; `numbers`: theirs, which key the draws."""
+    told = {"y": labels}
+    seed = args.seed + int(numbers[0])
+    if not isinstance(objective, FlowMatching):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            return objective.calc_bpd_loop(model, images, model_kwargs=told)["total_bpd"].double().cpu()
+    place = keyed.uniform(keyed.key(args.seed, "dequantise"), numbers, tuple(images.shape[1:]))
+    spread = images + (place.to(images) - 0.5) * GREY_LEVEL
+    nats = log_likelihood(
+        objective, model, spread, steps=args.steps, probes=args.probes, seed=seed, model_kwargs=told
+    )
+    return bits_per_dim(nats, images[0].numel()).cpu()

@@ -1,0 +1,78 @@
+"""`dit-fast likelihood`: bits per dimension of a run's held-out images, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from dit_fast import keyed
+from dit_fast.cli import main
+from dit_fast.data import open_data
+from dit_fast.diffusion.likelihood import GREY_LEVEL
+from dit_fast.models import DiT
+from dit_fast.training import TrainConfig, train
+
+TINY = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 4, "batch_size": 4, "steps": 1}
+
+
+def trained(folder, **own):
+    """One step at a rate of next to nothing: the model still answers 0, as it does when it is new."""
+    train(TrainConfig(data="digits", lr=1e-12, **TINY, **own), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("flow") / "run", objective="flow")
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("diffusion") / "run", diffusion_steps=50)
+
+
+def bits(run, tmp_path, *words):
+    out = tmp_path / "bits.json"
+    assert main(["likelihood", "--ckpt", str(run), "--out", str(out), *words]) == 0
+    return json.loads(out.read_text())
+
+
+def test_a_flow_that_stands_still_has_the_prior_s_bits(flow, tmp_path):
+    """Velocity 0: the density of the data is that of the noise."""
+    found = bits(flow, tmp_path, "--num", "10", "--batch-size", "4", "--steps", "2")
+    numbers = torch.arange(10)
+    x = open_data("digits").heldout.batch(numbers)
+    x = x + (keyed.uniform(keyed.key(0, "dequantise"), numbers, tuple(x.shape[1:])) - 0.5) * GREY_LEVEL
+    nats = 0.5 * (x.double() ** 2 + math.log(2 * math.pi)).mean(dim=(1, 2, 3))
+    expected = nats / math.log(2) - math.log2(GREY_LEVEL)
+    assert found["bits_per_dimension"] == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert found["standard_error"] == pytest.approx(float(expected.std() / 10**0.5), rel=1e-5)
+    assert (found["images"], found["split"], found["measured"]) == (10, "held-out", "likelihood by the ODE")
+
+
+def test_the_bound_of_a_diffusion_is_repeatable_and_by_seed(diffusion, tmp_path):
+    first, again, other = (bits(diffusion, tmp_path, "--num", "6", "--seed", seed) for seed in "001")
+    assert first == again
+    assert first["measured"] == "variational bound"
+    assert first["bits_per_dimension"] != other["bits_per_dimension"]
+    assert first["bits_per_dimension"] == pytest.approx(other["bits_per_dimension"], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num", "0"], "--num 0: choose at least 1"),
+        (["--probes", "0"], "--probes 0: choose at least 1"),
+        (["--data", "nowhere"], "--data nowhere is neither a folder nor a built-in set"),
+    ],
+)
+def test_refusals(flow, words, message, capsys):
+    assert main(["likelihood", "--ckpt", str(flow), *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_latents_have_no_bits(tmp_path, capsys):
+    DiT(8, 2, 4, 16, 1, 2, num_classes=2).save_pretrained(tmp_path / "latents")
+    assert main(["likelihood", "--ckpt", str(tmp_path / "latents")]) == 1
+    assert "it makes latents of an autoencoder" in capsys.readouterr().err
