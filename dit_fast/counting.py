@@ -60,14 +60,14 @@ class Counts:
         }
 
 
-def count(model: DiT) -> Counts:
-    """The counts of a model on any device, "meta" among them."""
+def count(model: DiT, caption_tokens: int = 1) -> Counts:
+    """The counts of a model on any device, "meta" among them; of captions, with so many tokens each."""
     parameters = list(model.parameters())
     return Counts(
         parameters=sum(p.numel() for p in parameters),
         fixed=sum(p.numel() for p in parameters if not p.requires_grad),
         tokens=model.x_embedder.num_patches,
-        macs=model.macs(),
+        macs=model.macs(caption_tokens=caption_tokens),
     )
 
 
@@ -81,7 +81,12 @@ def table(input_size: int = 32) -> Iterator[tuple[str, str, Counts]]:
 
 
 def kept_bytes(
-    config: dict[str, Any], batch: int, *, precision: str = "bf16", residual: str = "fp32"
+    config: dict[str, Any],
+    batch: int,
+    *,
+    precision: str = "bf16",
+    residual: str = "fp32",
+    caption_tokens: int = 1,
 ) -> dict[str, int]:
     """Bytes that a forward pass on the fused kernels keeps for the backward pass, by what `recompute` makes again.
 
@@ -92,14 +97,19 @@ def kept_bytes(
     kept = {}
     for recompute in RECOMPUTE:
         # All blocks but the first keep the same.
-        two, three = (_kept({**config, "depth": n}, batch, precision, residual, recompute) for n in (2, 3))
+        two, three = (
+            _kept({**config, "depth": n}, batch, precision, residual, recompute, caption_tokens)
+            for n in (2, 3)
+        )
         kept[recompute] = two + (config["depth"] - 2) * (three - two)
         if recompute == "cheap":
             again = three - two
     return {**kept, "blocks": kept["blocks"] + again}
 
 
-def _kept(config: dict[str, Any], batch: int, precision: str, residual: str, recompute: str) -> int:
+def _kept(
+    config: dict[str, Any], batch: int, precision: str, residual: str, recompute: str, caption_tokens: int
+) -> int:
     low = PRECISIONS[precision]
     storages: dict[int, int] = {}
 
@@ -120,6 +130,8 @@ def _kept(config: dict[str, Any], batch: int, precision: str, residual: str, rec
                 block.register_forward_pre_hook(keep_inputs)
         x = torch.empty(batch, model.in_channels, *model.x_embedder.img_size)
         t = y = torch.zeros(batch, dtype=torch.int64)
+        if model.caption_dim:
+            y = torch.zeros(batch, caption_tokens, model.caption_dim)
         if residual == "bf16":
             model.x_embedder.register_forward_hook(lambda module, inputs, tokens: tokens.to(torch.bfloat16))
         with (

@@ -275,8 +275,8 @@ class DiT(Gridded):
     def modulation_layers(self) -> list[nn.Module]:
         """What is applied to the condition alone, each output going to one block or to the final layer.
 
-        The adaLN layers, or cross-attention's keys and values; in context, and of captions, the tokens themselves: the
-        keys and values of all blocks for all steps would be more to read than the weights that make them.
+        The adaLN layers, or cross-attention's keys and values; in context, and of captions, the tokens themselves: a
+        table of keys and values would take (S + 1) 2 D depth numbers for each caption and step.
         """
         if self._keeps_tokens:
             return [nn.Identity()]

@@ -1,6 +1,7 @@
 """Models that are told captions: padding, the null caption, guidance, sizes, files, counts."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dit_fast.cli import main
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
-from dit_fast.models import DiT
+from dit_fast.interop import load_model
+from dit_fast.models import DiT, DiT_models
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig
 from dit_fast.sampling.noise import KeyedNoise
 
@@ -125,6 +128,9 @@ def test_a_saved_model_is_the_same(tmp_path):
     again = DiT.from_pretrained(tmp_path)
     assert (again.caption_dim, again.num_classes, again.null_class, again.has_null) == (E, 0, None, True)
     assert torch.equal(again(x(), T, captions()), model(x(), T, captions()))
+    # A bare file of weights tells the same, but for the heads.
+    bare, _ = load_model(tmp_path / "model.safetensors", num_heads=4)
+    assert bare.config == model.config
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -167,6 +173,17 @@ def test_multiply_adds(conditioning):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x()[:1], T[:1], captions()[:1])
     assert counter.get_total_flops() == 2 * model.macs(caption_tokens=S)
+
+
+def test_info_counts_captions(capsys):
+    usual = ["info", "DiT-S/8", "--conditioning", "in_context", "--json", "--batch-size", "2"]
+    assert main([*usual, "--caption-dim", "768", "--caption-tokens", "20"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    with torch.device("meta"):
+        model = DiT_models["DiT-S/8"](conditioning="in_context", caption_dim=768)
+    assert (told["macs"], told["config"]["caption_dim"]) == (model.macs(caption_tokens=20), 768)
+    assert main(usual) == 0
+    assert json.loads(capsys.readouterr().out)["macs"] < told["macs"]
 
 
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln"])

@@ -19,7 +19,10 @@ from dit_fast.data import open_data, open_latents, open_stream
 from dit_fast.data.captions import EmbeddingFile, list_captioned
 from dit_fast.data.encode import EncodeConfig, encode
 from dit_fast.errors import CheckpointError, ConfigError, DataError
+from dit_fast.interop import load_model
 from dit_fast.interop.text_encoder import TextEncoder
+from dit_fast.models import DiT
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, sampling_nodes
 from dit_fast.training.config import TrainConfig
 from dit_fast.training.trainer import Trainer
 
@@ -267,3 +270,58 @@ def test_a_run_is_resumed_bit_for_bit(encoded, tmp_path, capsys):
     )
     assert error == 1
     assert "the model is told captions" in capsys.readouterr().err
+
+
+# Sampling
+
+
+def test_prompts_are_drawn_with_the_training_s_encoder(images, tmp_path, capsys):
+    text = text_models.write_t5(tmp_path / "text")
+    out = encode(settings(images, text, caption_tokens=6)).out
+    run = tmp_path / "run"
+    options = ["--conditioning", "cross_attention", "--batch-size", "4", "--steps", "2", *MODEL]
+    assert main(["train", "--data", str(out), "--out", str(run), *options]) == 0
+    usual = [
+        "sample",
+        "--ckpt",
+        str(run),
+        "--vae",
+        "none",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--cfg-scale",
+        "2",
+        "--no-graph",
+    ]
+    prompts = ["--prompt", "a red cat", "the blue dog", "--mode", "fast"]
+    assert main([*usual, *prompts, "--num", "3", "--out", str(tmp_path / "out")]) == 0
+    drawn = np.load(tmp_path / "out" / "latents.npy")
+    assert drawn.shape == (3, 2, 4, 4)
+    captions = TextEncoder(str(text), 6)([], ["a red cat", "the blue dog"])
+    model, info = load_model(run)
+    nodes = sampling_nodes(info.diffusion, "2", "ddpm", learn_sigma=True)
+    config = SamplerConfig(guidance=Guidance(2.0), graph="never", precision="fp32")
+    assert np.allclose(Sampler(model, nodes, config)(captions[[0, 1, 0]], seed=0).numpy(), drawn, atol=1e-5)
+    capsys.readouterr()
+
+    refusals = [
+        ([], "give --prompt"),
+        (["--prompt", "a", "--classes", "1"], "and no --classes"),
+        (
+            ["--prompt", "a", "--text-encoder", str(text_models.write_t5(tmp_path / "other", 1))],
+            "did not encode the captions",
+        ),
+    ]
+    for more, reason in refusals:
+        assert main([*usual, *more, "--out", str(tmp_path / "refused")]) == 1
+        error = capsys.readouterr().err
+        assert reason in error
+
+
+def test_a_model_of_classes_takes_no_prompt(tmp_path, capsys):
+    DiT(input_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=3).save_pretrained(tmp_path / "model")
+    usual = ["sample", "--ckpt", str(tmp_path / "model"), "--vae", "none", "--steps", "2", "--device", "cpu"]
+    assert main([*usual, "--prompt", "a cat", "--out", str(tmp_path / "out")]) == 1
+    assert "are of models trained on captions, this one is not" in capsys.readouterr().err

@@ -66,7 +66,11 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="dit-fast-") as folder:
         # The plan keeps parts of many samples in its folder; here there are none, and those in OUT are another's.
         plan = make_plan(argparse.Namespace(**{**vars(args), "out": Path(folder)}))
-    sampler, names = plan.sampler, plan.info.class_names
+    if plan.captions is not None:
+        raise ConfigError(
+            "dit-fast explain shows classes, and the model is told captions: use dit-fast sample --gif"
+        )
+    sampler, names = plan.sampler, plan.names
     labels = torch.tensor(list(dict.fromkeys(plan.labels.tolist()))[:_MOST_LABELS])
     titles = [names[label] if names else f"class {label}" for label in labels.tolist()]
     steps = len(sampler.nodes)

@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inputs = parser.add_argument_group("its inputs")
     inputs.add_argument("--input-size", type=int, metavar="S", help="side of latents or images (default: 32)")
     inputs.add_argument("--in-channels", type=int, metavar="C", help="(default: 4, of latents)")
+    inputs.add_argument("--caption-dim", type=int, metavar="E", help="captions of this width, not classes")
+    inputs.add_argument(
+        "--caption-tokens", type=int, default=77, metavar="S", help="tokens of a caption (default: 77)"
+    )
     step = parser.add_argument_group("training step")
     step.add_argument("--batch-size", type=int, default=256, metavar="B", help="on one GPU (default: 256)")
     step.add_argument(
@@ -67,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     step = {name: options.pop(name) for name in ("batch_size", "precision", "residual")}
     as_json, whole_table = options.pop("json"), options.pop("table")
+    tokens = options.pop("caption_tokens")
     if whole_table:
         if options:
             raise ConfigError(f"--table is of the paper's models: leave out {_flags(options)}")
@@ -75,9 +80,13 @@ def run(args: argparse.Namespace) -> int:
     if step["batch_size"] < 1:
         raise ConfigError(f"--batch-size {step['batch_size']}: give at least 1")
     name, model = _open(options)
-    counts = count(model)
+    counts = count(model, tokens)
     kept = kept_bytes(
-        model.config, step["batch_size"], precision=step["precision"], residual=step["residual"]
+        model.config,
+        step["batch_size"],
+        precision=step["precision"],
+        residual=step["residual"],
+        caption_tokens=tokens,
     )
     print(_as_json(name, model, counts, kept, step) if as_json else _as_text(name, model, counts, kept, step))
     return 0
@@ -93,11 +102,18 @@ def _open(options: dict[str, Any]) -> tuple[str, DiT]:
     if source is not None and "model" in options:
         raise ConfigError(f"{source} and --model {options['model']} both name the model: give one")
     shape = Inputs(
-        options.pop("input_size", 32), options.pop("in_channels", 4), options.pop("num_classes", 1000)
+        options.pop("input_size", 32),
+        options.pop("in_channels", 4),
+        options.pop("num_classes", 1000),
+        options.pop("caption_dim", 0),
     )
-    for flag, value in (("input-size", shape.image_size), ("in-channels", shape.channels)):
-        if value < 1:
-            raise ConfigError(f"--{flag} {value}: give at least 1")
+    for flag, value, least in (
+        ("input-size", shape.image_size, 1),
+        ("in-channels", shape.channels, 1),
+        ("caption-dim", shape.caption_dim, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"--{flag} {value}: give at least {least}")
     config = TrainConfig(data="", **({"model": source} if source is not None else {}), **options)
     with torch.device("meta"):
         return "of the options" if options.keys() - {"model"} else config.model, build_model(config, shape)
@@ -125,7 +141,12 @@ def _as_text(name: str, model: DiT, counts: Counts, kept: dict[str, int], step: 
         (
             "model",
             f"{name}: width {config['hidden_size']}, depth {config['depth']}, heads {config['num_heads']}, "
-            f"{model.conditioning}, {config['num_classes']} classes",
+            f"{model.conditioning}, "
+            + (
+                f"captions of width {model.caption_dim}"
+                if model.caption_dim
+                else f"{config['num_classes']} classes"
+            ),
         ),
         (
             "input",

@@ -90,7 +90,7 @@ def _draw(args: argparse.Namespace, plan: Plan) -> None:
     for part in missing:
         numbers = torch.tensor(list(parts.numbers(part)))
         samples = sampler(
-            plan.labels[numbers],
+            plan.told(numbers),
             seed=args.seed,
             numbers=numbers,
             batch_size=parts.batch_size,
@@ -123,8 +123,8 @@ def _as_kept(plan: Plan, samples: Tensor) -> np.ndarray:
 
 
 def _write_grid(args: argparse.Namespace, plan: Plan, images: np.ndarray) -> None:
-    """OUT/sample.png: a row for each class, or rows of the only one."""
-    labels, names, total = plan.labels[: len(images)], plan.info.class_names, plan.parts.num
+    """OUT/sample.png: a row for each class or prompt, or rows of the only one."""
+    labels, names, total = plan.labels[: len(images)], plan.names, plan.parts.num
     rows: list[tuple[str, np.ndarray]] = []
     classes = list(dict.fromkeys(labels.tolist()))[:_MOST_ROWS]
     for number in classes:
@@ -151,7 +151,7 @@ def _write_images(args: argparse.Namespace, plan: Plan) -> None:
         for array in plan.parts:
             images = array if array.dtype == np.uint8 else to_uint8(torch.from_numpy(array[:, :3].copy()))
             for image in images:
-                path = partial / f"{number:06d}-{_tag(int(plan.labels[number]), plan.info.class_names)}.png"
+                path = partial / f"{number:06d}-{_tag(int(plan.labels[number]), plan.names)}.png"
                 write_atomically(path, to_pil(np.asarray(image)).save)
                 number += 1
         partial.chmod(0o755)
@@ -181,7 +181,7 @@ def _write_film(args: argparse.Namespace, plan: Plan) -> None:
 
     every = max(1, len(plan.sampler.nodes) // _FRAMES)
     plan.sampler(
-        plan.labels[numbers],
+        plan.told(numbers),
         seed=args.seed,
         numbers=numbers,
         batch_size=len(numbers),

@@ -69,6 +69,14 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
         f"{ALL_CLASSES} classes {SHOWN_CLASSES} evenly spaced ones; with --npz random)",
     )
     group.add_argument(
+        "--prompt", nargs="+", metavar="TEXT", help="captions, of a model that was trained on them, in turn"
+    )
+    group.add_argument(
+        "--text-encoder",
+        metavar="NAME",
+        help="what encodes them, as of dit-fast encode (default: what encoded the training's captions)",
+    )
+    group.add_argument(
         "--cfg-scale", type=float, default=4.0, help="guidance scale; 1 is none (default: 4.0)"
     )
     group.add_argument(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import keyed
+from dit_fast.cli.prompts import encode_prompts
 from dit_fast.cli.sample_options import ALL_CLASSES, OWN_DATA, PER_CLASS, SHOWN_CLASSES
 from dit_fast.data import open_images
 from dit_fast.download import fetch_model, pretrained_models
@@ -29,17 +30,28 @@ from dit_fast.training.world import local_rank, ranks
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that is known to be possible."""
+    """A request that is known to be possible.
+
+    labels: the class of each sample, int64 (num,), or the place of its prompt in `captions` (P, S, E); names: of the
+    classes, where they are known, or the prompts.
+    """
 
     model: DiT
     info: ModelInfo
     sampler: Sampler
     labels: Tensor
+    captions: Tensor | None
+    names: tuple[str, ...] | None
     decoder: LatentDecoder | None
     scorer: Scorer | None
     parts: Parts
     rank: int
     world: int
+
+    def told(self, numbers: Tensor) -> Tensor:
+        """What the model is told of these samples: labels, or captions."""
+        labels = self.labels[numbers]
+        return labels if self.captions is None else self.captions[labels]
 
     def decode(self, samples: Tensor) -> Tensor:
         """Images float32 (M, 3, H, W) of latents (M, C, h, w), as scaled by the set that the model was trained on."""
@@ -95,9 +107,14 @@ def make_plan(args: argparse.Namespace) -> Plan:
         compile=args.compile,
     )
     sampler = Sampler(model, nodes, config)
-    labels = _labels(args, model.num_classes, info.class_names)
+    captions = encode_prompts(args, model, info, device)
+    names = info.class_names if captions is None else tuple(args.prompt)
+    if captions is None:
+        labels = _labels(args, model.num_classes, names)
+    else:
+        labels = torch.arange(PER_CLASS * len(captions) if args.num is None else args.num) % len(captions)
     num = len(labels)
-    sampler.check(labels, args.seed, args.batch_size)
+    sampler.check(labels if captions is None else captions, args.seed, args.batch_size)
 
     decoder = LatentDecoder(vae, model.in_channels, device) if vae != "none" else None
     factor = 1 if decoder is None else decoder.factor
@@ -125,12 +142,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "precision": args.precision,
         "seed": args.seed,
         "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        **({} if captions is None else {"prompts": hashlib.sha256(captions.numpy().tobytes()).hexdigest()}),
         "vae": vae,
     }
     kept = (height, width, shape[0]) if pixels else shape
     parts = Parts(args.out, request, num, args.batch_size, kept, "uint8" if pixels else "float32")
     parts.open()
-    return Plan(model, info, sampler, labels, decoder, scorer, parts, rank, world)
+    return Plan(model, info, sampler, labels, captions, names, decoder, scorer, parts, rank, world)
 
 
 def _digest(model: DiT) -> str:

@@ -31,6 +31,7 @@ _LABELS, _FC1, _SWIGLU = (
     "blocks.0.mlp.fc1.weight",
     "blocks.0.mlp.w12.weight",
 )
+_CAPTIONS = "y_embedder.mlp.0.weight"
 
 
 def registry_size(name: str) -> dict[str, int]:
@@ -68,9 +69,11 @@ def infer_config(
             f"expected {in_channels} channels of noise, with or without as many of variance"
         )
 
-    rows = shapes.get(_LABELS, (0,))[0]
+    rows, caption_dim = shapes.get(_LABELS, (0,))[0], shapes.get(_CAPTIONS, (0, 0))[1]
     dropout = known.get("class_dropout_prob")
-    if dropout is None or not rows:
+    if caption_dim:
+        dropout = _LABEL_DROPOUT if dropout is None else dropout
+    elif dropout is None or not rows:
         dropout = 0.0 if rows == known.get("num_classes", 0) else _LABEL_DROPOUT
 
     options = _options(shapes, hidden_size, known)
@@ -83,10 +86,11 @@ def infer_config(
         "num_heads": known.get("num_heads") or _registry_heads(hidden_size, depth, source),
         "mlp_ratio": _mlp_ratio(shapes, hidden_size, known.get("mlp_ratio", 0.0)),
         "class_dropout_prob": dropout,
-        "num_classes": rows - (dropout > 0),
+        "num_classes": rows - (dropout > 0) if rows else 0,
         "learn_sigma": outputs == 2 * in_channels,
         # As `DiT.config` has them: only where they are not the reference's.
         **{name: value for name, value in options.items() if value != PAPER[name]},
+        **({"caption_dim": caption_dim} if caption_dim else {}),
     }
 
 
@@ -128,7 +132,7 @@ def _require_dit(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     ranks = {
         **_RANKS,
         _SWIGLU if _SWIGLU in shapes else _FC1: 2,
-        **({_LABELS: 2} if _LABELS in shapes else {}),
+        **{name: 2 for name in (_LABELS, _CAPTIONS) if name in shapes},
     }
     missing = [key for key in ranks if key not in shapes]
     if missing:
@@ -176,7 +180,7 @@ def require_config(
     """CheckpointError listing every field of `expected` that `found` has otherwise, with both values; `hints` say
     for some fields what to do about it.
     """
-    found = {**PAPER, **found}
+    found = {**PAPER, "caption_dim": 0, **found}
     differing = [key for key, value in expected.items() if _plain(found[key]) != _plain(value)]
     if differing:
         lines = [
