@@ -77,9 +77,9 @@ def test_a_spike_is_noted_with_its_samples_and_left_out_steps_too(tmp_path, monk
     draw = TrainStep.draw
 
     def planted(self: TrainStep, samples: Any, labels: Any) -> Any:
-        samples, t, noise, labels = draw(self, samples, labels)
+        samples, t, noise, labels, weights = draw(self, samples, labels)
         step = int(self.state.step)
-        return samples, t, noise * {14: 20.0, 16: float("nan")}.get(step, 1.0), labels
+        return samples, t, noise * {14: 20.0, 16: float("nan")}.get(step, 1.0), labels, weights
 
     monkeypatch.setattr(TrainStep, "draw", planted)
     train(tiny(steps=18, skip_nonfinite=1, lr=1e-5, log_every=6), tmp_path / "run")
