@@ -196,8 +196,8 @@ def test_a_non_finite_run_keeps_its_last_checkpoint(data, tmp_path, monkeypatch)
     draw = TrainStep.draw
 
     def poisoned(self, images, labels):
-        images, t, noise, labels = draw(self, images, labels)
-        return images, t, noise * float("nan") if int(self.state.step) == 4 else noise, labels
+        images, t, noise, *rest = draw(self, images, labels)
+        return images, t, noise * float("nan") if int(self.state.step) == 4 else noise, *rest
 
     monkeypatch.setattr(TrainStep, "draw", poisoned)
     with pytest.raises(NonFiniteError, match="step 5: the loss or the gradient norm is not finite"):
