@@ -336,7 +336,7 @@ def test_unknown_conditioning_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("conditioning", CONDITIONING)
 def test_a_training_run_names_its_conditioning(conditioning: str) -> None:
     class Data:
-        image_size, channels, num_classes, buckets = 8, 1, 3, ()
+        image_size, channels, num_classes, buckets, caption_dim = 8, 1, 3, (), 0
 
     config = TrainConfig("digits", hidden_size=16, depth=1, num_heads=2, conditioning=conditioning)
     assert type(build_model(config, Data()).blocks[0]) is BLOCKS[conditioning][0]
