@@ -239,8 +239,8 @@ class DiTBlock(AdaptiveBlock):
     vectors = 6
 
 
-class FinalLayer(nn.Module):
-    """Adaptive layer norm and the projection of each token to its patch of noise (and variance)."""
+class Projection(nn.Module):
+    """A norm, and the projection of each token to its patch of noise (and variance): what final layers share."""
 
     def __init__(
         self,
@@ -248,13 +248,21 @@ class FinalLayer(nn.Module):
         patch_size: int,
         out_channels: int,
         *,
+        affine: bool,
         norm: str = "layernorm",
         kernels: str = "auto",
     ):
         super().__init__()
         self.kernels = kernels
-        self.norm_final = make_norm(norm, hidden_size, affine=False)
+        self.norm_final = make_norm(norm, hidden_size, affine)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True)
+
+
+class FinalLayer(Projection):
+    """The final layer with adaptive norm."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, **options: str):
+        super().__init__(hidden_size, patch_size, out_channels, affine=False, **options)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size, bias=True))
 
     @property

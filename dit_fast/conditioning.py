@@ -14,6 +14,7 @@ from dit_fast.blocks import (
     AdaptiveBlock,
     DiTBlock,
     FinalLayer,
+    Projection,
     Stream,
     TransformerBlock,
     affine_modulation,
@@ -106,22 +107,11 @@ class CrossAttentionBlock(TransformerBlock):
         return Stream(h.x, *without_bias(self.cross.proj, attended), unit_gate(h.x), stream.layout)
 
 
-class PlainFinalLayer(nn.Module):
-    """An affine norm, and the projection of each token to its patch; the condition is not read."""
+class PlainFinalLayer(Projection):
+    """The final layer with a norm of its own weight; the condition is not read."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        patch_size: int,
-        out_channels: int,
-        *,
-        norm: str = "layernorm",
-        kernels: str = "auto",
-    ):
-        super().__init__()
-        self.kernels = kernels
-        self.norm_final = make_norm(norm, hidden_size, affine=True)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True)
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, **options: str):
+        super().__init__(hidden_size, patch_size, out_channels, affine=True, **options)
 
     @property
     def condition_layer(self) -> nn.Module | None:

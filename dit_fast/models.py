@@ -11,7 +11,6 @@ from dit_fast.dit import DiT
 from dit_fast.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder
 from dit_fast.layers import Attention, Mlp
 from dit_fast.model_files import load_weights, read_config
-from dit_fast.options import one_of
 from dit_fast.positions import (
     get_1d_sincos_pos_embed_from_grid,
     get_2d_sincos_pos_embed,
@@ -33,7 +32,6 @@ __all__ = [
     "get_2d_sincos_pos_embed_from_grid",
     "load_weights",
     "modulate",
-    "one_of",
     "read_config",
 ]
 

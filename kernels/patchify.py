@@ -182,10 +182,6 @@ def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     return tokens
 
 
-def _embed_reference(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
-    return reference.patch_embed(x, weight, bias, pos)
-
-
 def _embed_fake(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     tokens = (x.shape[2] // weight.shape[2]) * (x.shape[3] // weight.shape[3])
     return x.new_empty(
@@ -269,7 +265,7 @@ def _embed_autograd(ctx: Any, dtokens: Tensor) -> tuple[Tensor | None, ...]:
 _embed_op = define_op(
     "patch_embed",
     triton_impl=_embed,
-    reference_impl=_embed_reference,
+    reference_impl=reference.patch_embed,
     fake=_embed_fake,
     backward=_embed_autograd,
     setup_context=_embed_context,

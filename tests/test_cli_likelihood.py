@@ -9,7 +9,8 @@ import torch
 from dit_fast import keyed
 from dit_fast.cli import main
 from dit_fast.data import open_data
-from dit_fast.diffusion.likelihood import GREY_LEVEL
+from dit_fast.diffusion import FlowMatching
+from dit_fast.diffusion.likelihood import GREY_LEVEL, log_likelihood
 from dit_fast.models import DiT
 from dit_fast.training import TrainConfig, train
 
@@ -57,6 +58,22 @@ def test_the_bound_of_a_diffusion_is_repeatable_and_by_seed(diffusion, tmp_path)
     assert first["measured"] == "variational bound"
     assert first["bits_per_dimension"] != other["bits_per_dimension"]
     assert first["bits_per_dimension"] == pytest.approx(other["bits_per_dimension"], rel=0.2)
+
+
+def test_a_sample_s_probes_do_not_depend_on_its_batch():
+    def model(x, t):
+        return (x.flip(-1) * x).tanh()
+
+    x, numbers = torch.randn(4, 1, 4, 4), torch.arange(4)
+    together = log_likelihood(FlowMatching(), model, x, steps=3, numbers=numbers)
+    apart = [
+        log_likelihood(FlowMatching(), model, x[i : i + 1], steps=3, numbers=numbers[i : i + 1])
+        for i in range(4)
+    ]
+    assert torch.allclose(together, torch.cat(apart), rtol=1e-6, atol=0)
+    assert not torch.allclose(
+        together, log_likelihood(FlowMatching(), model, x, steps=3, numbers=numbers + 4)
+    )
 
 
 @pytest.mark.parametrize(

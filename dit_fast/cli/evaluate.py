@@ -29,7 +29,7 @@ from dit_fast.evaluation import (
 )
 from dit_fast.sampling import PRECISIONS, SOLVERS
 from dit_fast.sampling.output import prepare_folder, write_atomically
-from dit_fast.training.world import ranks
+from dit_fast.training.world import choose_device, ranks
 
 _EPILOG = """inception     torch-fidelity's Inception-v3 (extra 'evaluation'), that of FID; --weights is its weight file
 efficientnet  proxy: EfficientNet-Lite0, whose weights come with the extra 'evaluation'
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score; 0, or a DitFastError. All that can be refused is refused before images are drawn or read in full."""
     _check(args)
-    device = _device(args.device)
+    device = choose_device(args.device)
     reference = (
         None if args.against is None else open_reference(args.against, args.image_size, _workers(args))
     )
@@ -162,7 +162,7 @@ def _drawn(args: argparse.Namespace) -> Iterator[ImageSource]:
         folder = args.sample_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-fast-")))
         words = ["--ckpt", args.ckpt, "--npz", "--out", folder, "--num", args.num, "--seed", args.seed]
         words += ["--cfg-scale", args.cfg_scale, "--precision", args.precision]
-        words += ["--batch-size", args.batch_size, "--device", _device(args.device).type]
+        words += ["--batch-size", args.batch_size, "--device", choose_device(args.device).type]
         for name in ("steps", "solver", "vae"):
             if getattr(args, name) is not None:
                 words += [f"--{name}", getattr(args, name)]
@@ -207,11 +207,3 @@ def _score(
 
 def _workers(args: argparse.Namespace) -> int:
     return args.num_workers or os.cpu_count() or 1
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here")
-    return torch.device(name)

@@ -3,14 +3,14 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dit_fast import keyed
-from dit_fast.data import ImageSet, open_images
+from dit_fast.cli.sample_plan import images_as_trained
+from dit_fast.data import ImageSet
 from dit_fast.diffusion import FlowMatching, GaussianDiffusion
 from dit_fast.diffusion.likelihood import GREY_LEVEL, bits_per_dim, log_likelihood
 from dit_fast.diffusion.objectives import create_objective
@@ -88,8 +88,7 @@ def _images(args: argparse.Namespace, model: DiT, info: ModelInfo) -> ImageSet:
     if info.latent or model.caption_dim:
         made = "latents of an autoencoder" if info.latent else "images of captions"
         raise ConfigError(f"--ckpt {args.ckpt}: it makes {made}, and bits are those of labelled 8-bit images")
-    own = info.data.get("name")
-    source = args.data or own
+    source = args.data or info.data.get("name")
     if source is None:
         raise ConfigError(f"{info.path} does not say what it was trained on: give --data SOURCE")
     height, width = model.x_embedder.img_size
@@ -97,10 +96,7 @@ def _images(args: argparse.Namespace, model: DiT, info: ModelInfo) -> ImageSet:
         raise ConfigError(
             f"--ckpt {args.ckpt}: its images are {height}x{width}, and those of --data are square"
         )
-    kept: dict[str, Any] = (
-        {name: info.data.get(name) for name in ("flip", "holdout")} if source == own else {}
-    )
-    data = open_images(source, height, channels=model.in_channels, **kept)
+    data = images_as_trained(source, info, height, model.in_channels)
     if model.num_classes not in (0, data.num_classes):
         raise ConfigError(
             f"--data {source} has {data.num_classes} classes, the model {model.num_classes}: give images of its classes"
@@ -118,14 +114,20 @@ def _bits(
 ) -> Tensor:
     """Bits per dimension of images (N, C, H, W), float64 (N,) on the CPU; `numbers`: theirs, which key the draws."""
     told = {"y": labels}
-    seed = args.seed + int(numbers[0])
     if not isinstance(objective, FlowMatching):
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
+            torch.manual_seed(args.seed + int(numbers[0]))
             return objective.calc_bpd_loop(model, images, model_kwargs=told)["total_bpd"].double().cpu()
     place = keyed.uniform(keyed.key(args.seed, "dequantise"), numbers, tuple(images.shape[1:]))
     spread = images + (place.to(images) - 0.5) * GREY_LEVEL
     nats = log_likelihood(
-        objective, model, spread, steps=args.steps, probes=args.probes, seed=seed, model_kwargs=told
+        objective,
+        model,
+        spread,
+        steps=args.steps,
+        probes=args.probes,
+        seed=args.seed,
+        numbers=numbers,
+        model_kwargs=told,
     )
     return bits_per_dim(nats, images[0].numel()).cpu()

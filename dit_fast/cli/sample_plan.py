@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_fast import keyed
 from dit_fast.cli.prompts import encode_prompts
 from dit_fast.cli.sample_options import ALL_CLASSES, OWN_DATA, PER_CLASS, SHOWN_CLASSES
-from dit_fast.data import open_images
+from dit_fast.data import ImageSet, open_images
 from dit_fast.download import fetch_model, pretrained_models
 from dit_fast.errors import CheckpointError, ConfigError, OutputError
 from dit_fast.evaluation import Scorer
@@ -298,13 +298,19 @@ def _scorer(args: argparse.Namespace, model: DiT, info: ModelInfo, shape: tuple[
         raise ConfigError(
             f"--compare-to scores square grey or RGB images, not {shape}; leave it out or decode with --vae"
         )
-    own = source == info.data.get("name")
-    flip, holdout = (info.data.get("flip"), info.data.get("holdout")) if own else (None, None)
-    images = open_images(source, shape[1], channels=shape[0], flip=flip, holdout=holdout)
+    images = images_as_trained(source, info, shape[1], shape[0])
     if images.num_classes != model.num_classes:
         raise ConfigError(
             f"--compare-to {source} has {images.num_classes} classes, the model {model.num_classes}"
         )
+    return Scorer(images)
+
+
+def images_as_trained(source: str, info: ModelInfo, size: int, channels: int) -> ImageSet:
+    """The images of `source`; those that the model was trained on are split as they were then, or a line says not."""
+    own = source == info.data.get("name")
+    flip, holdout = (info.data.get("flip"), info.data.get("holdout")) if own else (None, None)
+    images = open_images(source, size, channels=channels, flip=flip, holdout=holdout)
     if own and images.fingerprint != info.data.get("fingerprint"):
         print(f"{source} has changed since this checkpoint was trained on it", flush=True)
-    return Scorer(images)
+    return images

@@ -27,14 +27,15 @@ def log_likelihood(
     steps: int = 100,
     probes: int | None = 1,
     seed: int = 0,
+    numbers: Tensor | None = None,
     model_kwargs: ModelKwargs = None,
 ) -> Tensor:
     """log p(x) in nats, float64 (N,), of data x (N, C, ...), by Heun's method in `steps` equal steps.
 
     probes: Rademacher vectors that estimate the divergence without bias (Hutchinson 1990), each one more backward pass
-    an evaluation, the same at every step and keyed by (seed, position in the batch); None: the exact trace, by a
-    backward pass for each dimension. The model must be differentiable by x. Raises ConfigError for no step or probe,
-    and for an objective in discrete time.
+    an evaluation, the same at every step and keyed by (seed, sample number); None: the exact trace, by a backward pass
+    for each dimension. numbers: int64 (N,), the samples'; None: 0, 1, ... The model must be differentiable by x.
+    Raises ConfigError for no step or probe, and for an objective in discrete time.
     """
     if steps < 1 or (probes is not None and probes < 1):
         raise ConfigError(
@@ -46,7 +47,9 @@ def log_likelihood(
         )
     first, last = flow.interval
     step = (first - last) / steps
-    directions = _directions(x, probes, seed)
+    if numbers is None:
+        numbers = torch.arange(len(x))
+    directions = _directions(x, probes, seed, numbers.to(x.device))
     x, change = x.detach(), torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     def slope(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
@@ -71,12 +74,11 @@ def bits_per_dim(log_likelihood: Tensor, dims: int, bin_width: float = GREY_LEVE
     return -log_likelihood / (dims * math.log(2)) - math.log2(bin_width)
 
 
-def _directions(x: Tensor, probes: int | None, seed: int) -> list[Tensor]:
+def _directions(x: Tensor, probes: int | None, seed: int, numbers: Tensor) -> list[Tensor]:
     shape = tuple(x.shape[1:])
     if probes is None:
         unit = torch.eye(math.prod(shape), dtype=x.dtype, device=x.device)
         return [row.view(1, *shape).expand_as(x) for row in unit]
-    numbers = torch.arange(len(x), device=x.device)
     signs = keyed.integers(keyed.key(seed, "likelihood"), numbers, 2, (probes, *shape)) * 2 - 1
     return [part.to(x.dtype) / math.sqrt(probes) for part in signs.unbind(1)]
 

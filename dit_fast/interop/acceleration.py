@@ -25,7 +25,8 @@ from dit_fast.interop.block_check import (
 )
 from dit_fast.interop.fused_forwards import Fusion
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
-from dit_fast.models import DiT, one_of
+from dit_fast.models import DiT
+from dit_fast.options import one_of
 
 _ELSEWHERE = {
     "reference": {"x_embedder, unpatchify": "run by the model's own forward"},
