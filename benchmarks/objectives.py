@@ -1,11 +1,10 @@
 """Every conditioning block with every objective, trained on the demo data: `python -m benchmarks.objectives`.
 
-`--table` trains a tiny model for each pair and writes OUT/objectives.md: the loss at the start and at the end, and
-whether samples are finite. `--curves` trains the four blocks alike for longer and draws OUT/conditioning.png.
+Trains a tiny model for each pair and writes OUT/objectives.md: the loss at the start and at the end, and whether
+samples are finite.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,54 +106,18 @@ def markdown(outcomes: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def curves(steps: int, folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, mean squared error) of each log line, by block: the paper's objective, all else alike."""
-    found = {}
-    for conditioning in CONDITIONING:
-        options = {**TINY, "diffusion_steps": 100, "log_every": 10}
-        run = folder / conditioning
-        train(TrainConfig(**options, conditioning=conditioning, steps=steps), run)
-        found[conditioning] = [(line["step"], line["mse"]) for line in read_log(run / "log.jsonl")]
-    return found
-
-
-def draw(found: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """The curves on logarithmic axes; needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, points in found.items():
-        steps, losses = zip(*points, strict=True)
-        axes.loglog(steps, losses, label=f"{name} ({np.mean(losses[-5:]):.4f} at the end)")
-    axes.set_xlabel("step")
-    axes.set_ylabel("mean squared error of the noise")
-    axes.legend()
-    figure.savefig(path, dpi=100)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", type=int, metavar="STEPS", help="train every pair for so many steps")
-    parser.add_argument("--curves", type=int, metavar="STEPS", help="train the four blocks for so many steps")
+    parser.add_argument("--steps", type=int, default=120, help="of each run (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("objectives"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dit-fast-") as name:
-        if args.table:
-            text = markdown(list(table(args.table, Path(name) / "table")))
-            (args.out / "objectives.md").write_text(text)
-            print(text)
-        if args.curves:
-            found = curves(args.curves, Path(name) / "curves")
-            draw(found, args.out / "conditioning.png")
-            print(
-                json.dumps(
-                    {key: float(np.mean([v for _, v in points[-5:]])) for key, points in found.items()}
-                )
-            )
+        text = markdown(list(table(args.steps, Path(name))))
+    (args.out / "objectives.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

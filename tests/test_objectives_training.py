@@ -235,12 +235,48 @@ def test_each_block_trains_with_each_objective(tmp_path):
     assert not unsound
 
 
+def test_blocks_are_compared_seed_by_seed(tmp_path):
+    from benchmarks.conditioning import draw, table, wins
+
+    losses = {
+        "adaln_zero": (0.1, 0.3),
+        "adaln": (0.2, 0.2),
+        "cross_attention": (0.4, 0.5),
+        "in_context": (0.1, 0.6),
+    }
+    runs = [
+        {
+            "conditioning": block,
+            "seed": seed,
+            "heldout_loss": loss,
+            "losses": [(10, 1.0), (20, 0.5)],
+            "distances": [(10, 9.0), (20, 10 * loss + seed)],
+        }
+        for block, pair in losses.items()
+        for seed, loss in enumerate(pair)
+    ]
+    assert wins(runs, "adaln_zero", "adaln") == (1, 1)
+    assert wins(runs, "adaln_zero", "in_context") == (1, 1)
+    assert wins(runs, "adaln_zero", "cross_attention") == (2, 2)
+    lines = table(runs).splitlines()
+    assert lines[0] == "| block | held-out loss | distance at 10 | distance at 20 | adaln_zero is better |"
+    cells = (
+        "0.4500 (0.4000 to 0.5000)",
+        "9.0 (9.0 to 9.0)",
+        "5.0 (4.0 to 6.0)",
+        "loss 2, distance 2 of 2 seeds",
+    )
+    assert f"| cross_attention | {' | '.join(cells)} |" in lines
+    draw(runs, tmp_path / "conditioning.png")
+    assert (tmp_path / "conditioning.png").stat().st_size > 10_000
+
+
 @pytest.mark.nightly
 def test_adaln_zero_trains_faster_than_the_other_blocks(tmp_path):
     """At equal steps on the demo data (Peebles & Xie 2023, figure 5)."""
-    from benchmarks.objectives import curves, draw
+    from benchmarks.conditioning import compare, draw
 
-    found = curves(160, tmp_path)
-    draw(found, tmp_path / "conditioning.png")
-    ends = {name: sum(loss for _, loss in points[-5:]) / 5 for name, points in found.items()}
-    assert min(ends, key=ends.__getitem__) == "adaln_zero", ends
+    runs = compare(300, 1, tmp_path)
+    draw(runs, tmp_path / "conditioning.png")
+    losses = {run["conditioning"]: run["heldout_loss"] for run in runs}
+    assert min(losses, key=losses.__getitem__) == "adaln_zero", losses

@@ -99,17 +99,15 @@ def test_sizes():
 
 def test_a_budget_is_shared_in_equal_steps(tmp_path):
     options: dict[str, Any] = {"data": "digits", "patch_size": 4, "batch_size": 8}
-    step = (
-        sum(6 * counts.macs for counts in Ladder({**options, "steps": 1}, ["32x1", "64x2"], tmp_path).counts)
-        * 8
-    )
-    ladder = Ladder(options, ["32x1", "64x2"], tmp_path, budget=7.9 * step)
+    rungs = [Rung.of("32x1"), Rung.of("64x2")]
+    step = sum(6 * counts.macs for counts in Ladder({**options, "steps": 1}, rungs, tmp_path).counts) * 8
+    ladder = Ladder(options, rungs, tmp_path, budget=7.9 * step)
     assert ladder.steps == 7
     assert ladder.flops == 7 * step
     assert ladder.options["log_every"] == 1
-    assert Ladder({**options, "steps": 900}, ["32x1", "64x2"], tmp_path).options["log_every"] == 9
+    assert Ladder({**options, "steps": 900}, rungs, tmp_path).options["log_every"] == 9
     with pytest.raises(ConfigError, match=r"one step of all 2 models takes .* FLOP; give more"):
-        Ladder(options, ["32x1", "64x2"], tmp_path, budget=0.9 * step)
+        Ladder(options, rungs, tmp_path, budget=0.9 * step)
 
 
 def test_a_study_from_start_to_end(tmp_path, capsys, monkeypatch):

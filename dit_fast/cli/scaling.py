@@ -12,7 +12,7 @@ from dit_fast.cli import train
 from dit_fast.errors import ConfigError, MissingExtraError, OutputError
 from dit_fast.sampling.output import write_atomically
 from dit_fast.training.config import PRESETS
-from dit_fast.training.scaling import LADDER, Ladder, Study
+from dit_fast.training.scaling import LADDER, Ladder, Rung, Study
 from dit_fast.training.world import join_world
 
 _EPILOG = """Takes the options of dit-fast train, for all models alike; --out is the study's folder (default: scaling).
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     elif "steps" not in options:
         raise ConfigError("how long is missing: give --budget FLOP, --steps N or --epochs N")
     with join_world(options.get("device", "auto")) as world:
-        ladder = Ladder(options, sizes, out, budget)
+        ladder = Ladder(options, [Rung.of(name) for name in sizes], out, budget)
         for number, (rung, counts) in enumerate(zip(ladder.rungs, ladder.counts, strict=True)):
             if world.is_first:
                 print(

@@ -166,18 +166,21 @@ class Study:
 
 
 class Ladder:
-    """The runs of a study in the folder `out`, one for each size, all with the recipe `options` of `TrainConfig`.
+    """The runs of a study in the folder `out`, one for each rung, all with the recipe `options` of `TrainConfig`.
 
     options: with either `steps` or `epochs`; or `budget`, the training FLOPs of all models together, from which the
     steps follow. Raises ConfigError for sizes or a budget that cannot work, and the errors of `open_data`.
     """
 
-    def __init__(self, options: dict[str, Any], sizes: Sequence[str], out: Path, budget: float | None = None):
-        if len(set(sizes)) < max(2, len(sizes)):
-            raise ConfigError(f"--sizes {' '.join(sizes)}: give at least two, each once")
+    def __init__(
+        self, options: dict[str, Any], rungs: Sequence[Rung], out: Path, budget: float | None = None
+    ):
+        names = [rung.name for rung in rungs]
+        if len(set(names)) < max(2, len(names)):
+            raise ConfigError(f"--sizes {' '.join(names)}: give at least two, each once")
         self.out = out
-        self.rungs = [Rung.of(name) for name in sizes]
-        configs = [TrainConfig(**{**options, **rung.fields}) for rung in self.rungs]
+        self.rungs = rungs
+        configs = [TrainConfig(**{**options, **rung.fields}) for rung in rungs]
         self.data = open_set(configs[0])
         self.counts = []
         for config in configs:
@@ -191,7 +194,7 @@ class Ladder:
             self.steps = int(budget // step)
             if not self.steps:
                 raise ConfigError(
-                    f"--budget {budget:.3g}: one step of all {len(sizes)} models takes {step:.3g} FLOP; give more"
+                    f"--budget {budget:.3g}: one step of all {len(rungs)} models takes {step:.3g} FLOP; give more"
                 )
         self.flops = float(step * self.steps)
         logged = {"log_every": max(1, self.steps // _LOG_LINES)}
