@@ -217,7 +217,6 @@ def test_no_list_of_sizes(text: str) -> None:
         ({"buckets": "16x16,8x22"}, "8x22 is not a multiple of the patch size 4; the nearest is 8x24"),
         ({"image_size": 16}, "--image-size 16 and --buckets both set the images' size"),
         ({"data": "digits"}, "--buckets: the images of digits are squares of one size"),
-        ({"cuda_graph": True}, "--cuda-graph: a graph is of one shape"),
         ({"compile": True, "buckets": ",".join(f"{4 * i}x4" for i in range(1, 10))}, "9 --buckets, and each"),
     ],
 )

@@ -131,7 +131,7 @@ def test_every_objective_takes_steps(options):
     values = each.values()
     assert all(0 < value.loss < 1e6 and value.applied == 1 for value in values)
     assert sum(values[0].bucket_counts) == 16
-    assert len(each.timesteps(1)) == 16
+    assert len(each.drawn(1)["timesteps"]) == 16
     assert not torch.equal(weights(each), before)
     rebuilt = create_objective(**each.manifest()["diffusion"])
     assert rebuilt.prediction == each.objective.prediction

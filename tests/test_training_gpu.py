@@ -50,6 +50,20 @@ def test_a_graphed_run_is_the_eager_one(options):
     assert plain.values() == graphed.values()
 
 
+def test_a_graph_for_each_shape_replayed_in_any_order():
+    """As of --buckets: three shapes, whose graphs share their memory, in an order that is not that of their capture."""
+    plain, graphed = trainer(**CUDA), trainer(**CUDA, cuda_graph=True)
+    order = [n for n in range(3) for _ in range(WARM_UP + 1)] + [2, 0, 1, 1, 0, 2, 0]
+    for number, shape in enumerate(order):
+        images, labels = plain.stream.stored(number)
+        for each in (plain, graphed):
+            each.train_step((images, images[..., :4], images[..., :4, :])[shape], labels)
+    assert isinstance(graphed.run_step, GraphedStep)
+    assert (graphed.run_step.captures, graphed.run_step.refused) == (3, None)
+    assert torch.equal(weights(plain), weights(graphed))
+    assert plain.values() == graphed.values()
+
+
 def test_prefetched_batches_are_those_of_the_stream():
     each = trainer(**CUDA)
     for step, (images, labels) in enumerate(prefetch(each.stream.read(0, 8), each.device)):

@@ -76,7 +76,7 @@ def test_ranks_that_share_a_batch_draw_what_one_process_draws():
             torch.arange(8)[rows],
         ).draw(*each.stream.stored(3, rows))  # fmt: skip
         assert all(torch.equal(a, b[rows]) for a, b in zip(part[:4], whole[:4], strict=True))
-    assert each.timesteps(4) == whole[1].tolist()
+    assert each.drawn(4) == {"timesteps": whole[1].tolist()}
     assert each.sample_ids(4) == each.stream.split.members[each.stream.indices(3)].tolist()
 
 
@@ -206,7 +206,7 @@ def test_the_loss_by_timestep_is_that_of_its_samples():
 
     each.work.losses = listening
     run(each, 1)
-    value, times = each.values()[0], torch.tensor(each.timesteps(1))
+    value, times = each.values()[0], torch.tensor(each.drawn(1)["timesteps"])
     for bucket in range(4):
         inside = (times >= 250 * bucket) & (times < 250 * (bucket + 1))
         assert value.bucket_counts[bucket] == int(inside.sum())
@@ -386,12 +386,18 @@ def test_a_graphed_run_is_the_eager_one(failure, caplog):
         assert caplog.text.count("could not be captured (operation not permitted)") == 1
 
 
-def test_another_shape_than_the_captured_one_is_an_eager_step():
-    each = trainer()
+def test_each_shape_of_batches_has_a_graph_of_its_own():
+    """Two shapes in turn, as of --buckets: two captures, the weights of eager steps, gradients where they were."""
+    plain, graphed = trainer(), trainer()
     backend = FakeGraphs()
-    each.run_step = GraphedStep(each.work, backend)
-    run(each, WARM_UP + 1)
-    images, labels = each.stream.stored(each.step)
-    each.work.positions = torch.arange(4)
-    each.train_step(images[:4], labels[:4])
-    assert (backend.replayed, each.step) == (1, WARM_UP + 2)
+    graphed.run_step = step = GraphedStep(graphed.work, backend)
+    addresses = set()
+    for number in range(2 * WARM_UP + 6):
+        images, labels = plain.stream.stored(number)
+        for each in (plain, graphed):
+            each.train_step(images if number % 2 else images[..., :4], labels)
+        addresses.add(tuple(p.grad.data_ptr() for p in graphed.trained.values()))
+        assert torch.equal(weights(plain), weights(graphed)), number
+    assert (step.captures, backend.warmed, backend.replayed) == (2, 2 * WARM_UP, 6)
+    assert len(addresses) == 1
+    assert plain.values() == graphed.values()

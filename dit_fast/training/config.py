@@ -78,7 +78,7 @@ class TrainConfig(ObjectiveConfig):
     parallel             how ranks share the model: "none", "ddp", "fsdp", "hsdp" (`dit_fast.training.parallel`) or
                          "auto": none for one, fsdp for several
     timeout              seconds that ranks wait for one that hangs, once the first step is made
-    cuda_graph           the whole step as one CUDA graph
+    cuda_graph           the whole step as one CUDA graph, for each of buckets its own
     skip_nonfinite       steps that may be left out for a loss or gradient that is not finite; 0: the first ends the
                          run
     sample_every, sample_steps   steps between grids of samples of the averaged weights (None: none), and the noise
@@ -200,10 +200,6 @@ class TrainConfig(ObjectiveConfig):
                 "others are proxies)"
             )
         sizes = self.bucket_sizes()
-        if self.cuda_graph and sizes:
-            raise ConfigError(
-                "--cuda-graph: a graph is of one shape, --buckets are of several; leave one out"
-            )
         if self.compile and len(sizes) > MOST_COMPILED:
             raise ConfigError(
                 f"--compile: {len(sizes)} --buckets, and each is compiled for itself: give up to {MOST_COMPILED}"

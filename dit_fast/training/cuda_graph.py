@@ -1,8 +1,9 @@
 """A step captured once as a CUDA graph and replayed: one launch in place of thousands."""
 
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from dit_fast.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
 WARM_UP = 3
-"""Steps made eagerly before the capture: gradients, optimiser tables and compiled code must exist by then."""
+"""Steps of a shape made eagerly before its capture: gradients, optimiser tables and compiled code must exist then."""
 
 
 class GraphBackend(Protocol):
@@ -27,7 +28,12 @@ class GraphBackend(Protocol):
 
 
 class CudaGraphs:
-    """Captures by `torch.cuda.CUDAGraph`."""
+    """Captures by `torch.cuda.CUDAGraph`, all into one pool of memory: a step leaves nothing there that is read after
+    it, so that the graphs may be replayed in any order.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = None
 
     def warm_up(self, work: Callable[[], None]) -> None:
         # Autograd remembers the stream of the first backward pass, and the default one cannot be captured.
@@ -39,16 +45,27 @@ class CudaGraphs:
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             work()
+        self._pool = graph.pool()
         return graph.replay
 
 
-class GraphedStep:
-    """`step` with its inputs in tensors of its own: eager at first, then captured, then replayed.
+@dataclass
+class _Shape:
+    """Batches of one shape: the tensors that their graph reads, eager steps so far, and the graph once there is one."""
 
-    Falls back to eager steps, with one warning that says why, where the capture fails; a batch of another shape than
-    the captured one is an eager step too. `captures` counts captures.
+    samples: Tensor
+    labels: Tensor
+    warmed: int = 0
+    replay: Callable[[], None] | None = None
+
+
+class GraphedStep:
+    """`step` with its inputs in tensors of its own: eager at first, then captured, then replayed, for each shape of
+    batches by itself.
+
+    Falls back to eager steps, with one warning that says why, where a capture fails. `captures` counts captures.
     """
 
     def __init__(self, step: TrainStep, backend: GraphBackend):
@@ -56,47 +73,40 @@ class GraphedStep:
         self.backend = backend
         self.captures = 0
         self.refused: str | None = None
-        self._warm = 0
-        self._inputs: tuple[Tensor, Tensor] | None = None
-        self._replay: Callable[[], None] | None = None
+        self._shapes: dict[Hashable, _Shape] = {}
         step.keep_gradients = True
 
     def __call__(self, samples: Tensor, labels: Tensor) -> None:
-        if self._inputs is None:
-            self._inputs = torch.empty_like(samples), torch.empty_like(labels)
-        if self.refused is not None or not self._fits(samples, labels):
+        if self.refused is not None:
             self.step(samples, labels)
             return
-        for static, given in zip(self._inputs, (samples, labels), strict=True):
-            static.copy_(given, non_blocking=True)
-        if self._warm < WARM_UP:
-            self._warm += 1
-            self.backend.warm_up(self._work)
+        key = (samples.shape, samples.dtype, labels.shape, labels.dtype)
+        if key not in self._shapes:
+            self._shapes[key] = _Shape(torch.empty_like(samples), torch.empty_like(labels))
+        shape = self._shapes[key]
+        shape.samples.copy_(samples, non_blocking=True)
+        shape.labels.copy_(labels, non_blocking=True)
+
+        def work() -> None:
+            self.step(shape.samples, shape.labels)
+
+        if shape.warmed < WARM_UP:
+            shape.warmed += 1
+            self.backend.warm_up(work)
             return
-        if self._replay is None and not self._capture():
-            self._work()
-            return
-        assert self._replay is not None
-        self._replay()
+        if shape.replay is None:
+            shape.replay = self._captured(work)
+        (shape.replay or work)()
 
-    def _work(self) -> None:
-        assert self._inputs is not None
-        self.step(*self._inputs)
-
-    def _fits(self, samples: Tensor, labels: Tensor) -> bool:
-        assert self._inputs is not None
-        pairs = zip(self._inputs, (samples, labels), strict=True)
-        return all(static.shape == given.shape and static.dtype == given.dtype for static, given in pairs)
-
-    def _capture(self) -> bool:
+    def _captured(self, work: Callable[[], None]) -> Callable[[], None] | None:
         try:
-            self._replay = self.backend.capture(self._work)
+            replay = self.backend.capture(work)
         except RuntimeError as error:
             self.refused = str(error).splitlines()[0]
             self.step.keep_gradients = False
             logger.warning(
                 "--cuda-graph: the step could not be captured (%s); going on without", self.refused
             )
-            return False
+            return None
         self.captures += 1
-        return True
+        return replay

@@ -125,6 +125,10 @@ class TrainStep:
         streams = ("noise", "label drop", "posterior")
         self._keys = {stream: keyed.key(options.seed, stream) for stream in streams}
         self._one = torch.ones((), device=positions.device)
+        # Timesteps and weights of the last steps (steps, 2, b), where they follow from losses that are forgotten.
+        self.drawn: Tensor | None = None
+        if self.timesteps.history is not None:
+            self.drawn = torch.zeros(len(state.history), 2, len(positions), device=positions.device)
 
     def __call__(self, samples: Tensor, labels: Tensor) -> None:
         """One step on samples (b, C, H, W), or moments (b, K, C, H, W) of posteriors, and labels (b,) or captions."""
@@ -140,7 +144,7 @@ class TrainStep:
             self.before_update()
             self.optimizer.found_inf = self.state.found_inf
             self.optimizer.step()
-        self._remember(loss, norm, good, terms, t)
+        self._remember(loss, norm, good, terms, t, weights)
         if self.timesteps.history is not None:
             self.timesteps.update(self.all_rows(t), self.all_rows(terms["loss"]), good)
         if self.loss_scale is not None:
@@ -208,7 +212,13 @@ class TrainStep:
 
     @torch.no_grad()
     def _remember(
-        self, loss: Tensor, norm: Tensor, good: Tensor, terms: dict[str, Tensor], t: Tensor
+        self,
+        loss: Tensor,
+        norm: Tensor,
+        good: Tensor,
+        terms: dict[str, Tensor],
+        t: Tensor,
+        weights: Tensor | None,
     ) -> None:
         part = (self.objective.noise_level(t) * BUCKETS).long().clamp(max=BUCKETS - 1)
         inside = (part[:, None] == torch.arange(BUCKETS, device=t.device)).float()
@@ -219,6 +229,8 @@ class TrainStep:
         row = torch.cat([torch.stack([loss, *means, norm, good.float(), scale]), sums, inside.sum(0)])
         place = (self.state.step % len(self.state.history)).reshape(1)
         self.state.history.index_copy_(0, place, row.float()[None])
+        if self.drawn is not None and weights is not None:
+            self.drawn.index_copy_(0, place, torch.stack([t.float(), weights])[None])
 
 
 def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:

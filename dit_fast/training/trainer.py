@@ -248,14 +248,19 @@ class Trainer:
         indices = self.stream.indices(step - 1)
         return self.stream.split.members[indices].tolist()
 
-    def timesteps(self, step: int) -> list[float]:
-        """The timesteps that the samples of step number `step`, counted from 1, were given.
+    def drawn(self, step: int) -> dict[str, list[float]]:
+        """`timesteps` of the samples of step number `step`, counted from 1, and the `weights` of their losses where
+        these are not 1.
 
-        None of importance sampling, which drew them by losses that are forgotten.
+        Of importance sampling, whose draws follow from losses that are forgotten, the step must be one that
+        `values` may still give, and every rank must call it.
         """
-        if self.timestep_sampling.history is not None:
-            return []
-        return self.timestep_sampling.draw(self.stream.numbers(step - 1))[0].tolist()
+        kept = self.work.drawn
+        if kept is None:
+            return {"timesteps": self.timestep_sampling.draw(self.stream.numbers(step - 1))[0].tolist()}
+        ranks = self.world.gather(kept[(step - 1) % len(kept)].tolist())
+        timesteps, weights = ([value for rank in ranks for value in rank[row]] for row in (0, 1))
+        return {"timesteps": timesteps, "weights": weights}
 
     def values(self) -> list[StepValues]:
         """What the steps since the last call left behind, at most as many as are remembered; waits for the device.

@@ -123,14 +123,18 @@ class Watch:
         self.logged_step, self.logged_at = trainer.step, time.perf_counter()
 
     def _note_spikes(self, values: list[StepValues]) -> None:
-        """Append steps whose loss stands out, or that were left out, to spikes.jsonl, with their samples."""
+        """Append steps whose loss stands out, or that were left out, to spikes.jsonl, with what they drew."""
         for step, value in enumerate(values, start=self.trainer.step - len(values) + 1):
             reason = self.spikes.judge(value.loss) if value.applied else "not finite, left out"
-            if reason is None or not self.writes:
+            if reason is None:
+                continue
+            drawn = self.trainer.drawn(step)
+            if not self.writes:
                 continue
             finite = {"loss": value.loss, "grad_norm": value.grad_norm} if value.applied else {}
-            ids, times = self.trainer.sample_ids(step), self.trainer.timesteps(step)
-            line = {"step": step, "reason": reason, **finite, "samples": ids, "timesteps": times}
+            line = {
+                "step": step, "reason": reason, **finite, "samples": self.trainer.sample_ids(step), **drawn
+            }  # fmt: skip
             with (self.run / "spikes.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             logger.warning("step %d: the loss is %s; its samples are in spikes.jsonl", step, reason)
