@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from dit_fast.cli import sample
+from dit_fast.data import Size, apportion, parse_buckets
 from dit_fast.errors import ConfigError
 from dit_fast.evaluation import (
     FEATURES,
@@ -27,8 +28,12 @@ from dit_fast.evaluation import (
     score,
     write_statistics,
 )
+from dit_fast.evaluation.archives import Archive
+from dit_fast.evaluation.image_sources import JoinedImages, archive_images
 from dit_fast.sampling import PRECISIONS, SOLVERS
 from dit_fast.sampling.output import prepare_folder, write_atomically
+from dit_fast.training.checkpoint import find_checkpoint, step_folders
+from dit_fast.training.manifest import MANIFEST, read_manifest
 from dit_fast.training.world import choose_device, ranks
 
 _EPILOG = """inception     torch-fidelity's Inception-v3 (extra 'evaluation'), that of FID; --weights is its weight file
@@ -61,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=int, metavar="S", help="scale and crop all images to S x S, as in training"
     )
+    parser.add_argument(
+        "--buckets",
+        metavar="SIZES",
+        help="scale and crop each image to the nearest of HEIGHTxWIDTH,..., as dit-fast train --buckets does (default: "
+        "the checkpoint's own, in their proportion in its training)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument(
         "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
@@ -92,12 +103,19 @@ def run(args: argparse.Namespace) -> int:
     """Score; 0, or a DitFastError. All that can be refused is refused before images are drawn or read in full."""
     _check(args)
     device = choose_device(args.device)
-    reference = (
-        None if args.against is None else open_reference(args.against, args.image_size, _workers(args))
-    )
+    mixture = {} if args.ckpt is None else _mixture(args.ckpt)
+    buckets = tuple(mixture) if args.buckets is None else parse_buckets(args.buckets)
+    if args.image_size is not None:
+        buckets = ()
+    elif buckets and args.features == "classifier":
+        raise ConfigError(
+            "--features classifier knows images of one size, these are of several: give --image-size"
+        )
+    opened = (args.image_size, _workers(args), buckets)
+    reference = None if args.against is None else open_reference(args.against, *opened)
     # A folder of samples is opened before a network is loaded: what is wrong with it is cheaper to find.
-    given = None if args.samples is None else open_source(args.samples, args.image_size, _workers(args))
-    if given is not None and reference is not None:
+    given = None if args.samples is None else open_source(args.samples, *opened)
+    if given is not None and reference is not None and not buckets:
         _check_sizes(given, reference)
     extractor = open_extractor(
         args.features, device, weights=args.weights, labelled=args.against, image_size=args.image_size
@@ -106,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
         if path is not None:
             prepare_folder(path.parent)
     with contextlib.ExitStack() as stack:
-        source = given or stack.enter_context(_drawn(args))
-        if given is None and reference is not None:
+        source = given or stack.enter_context(_drawn(args, mixture))
+        if given is None and reference is not None and not buckets:
             _check_sizes(source, reference)
         samples = _collect(source, extractor, args.batch_size, "samples")
     if args.save_statistics is not None:
@@ -123,6 +141,9 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if (args.samples is None) == (args.ckpt is None):
         raise ConfigError("give either a folder or archive of samples, or --ckpt")
+    if args.buckets is not None and (args.image_size is not None or args.ckpt is not None):
+        other = "--ckpt, which says itself what it was trained on" if args.ckpt else "--image-size, one size"
+        raise ConfigError(f"--buckets {args.buckets} does not go with {other}: leave one out")
     if args.ckpt is not None and (args.num is None or args.num < 2):
         raise ConfigError(f"--ckpt {args.ckpt}: say how many images to draw with --num, at least 2")
     if ranks()[1] > 1:
@@ -147,29 +168,63 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_sizes(source: ImageSource, reference: Reference) -> None:
-    if reference.images is not None and reference.images.size != source.size:
-        (height, width), (real_height, real_width) = source.size, reference.images.size
+    if reference.images is not None and reference.images.sizes != source.sizes:
+        ((height, width),), ((real_height, real_width),) = source.sizes, reference.images.sizes
         raise ConfigError(
             f"{source.name} has images of {width}x{height}, {reference.name} of {real_width}x{real_height}; "
             "give --image-size to scale and crop both"
         )
 
 
+def _mixture(checkpoint: str) -> dict[Size, int]:
+    """The buckets, in pixels, that a run was trained on, and how many images each had; {} for any other model."""
+    path = Path(checkpoint)
+    if not (path / MANIFEST).is_file() and not step_folders(path):
+        return {}
+    manifest = read_manifest(find_checkpoint(path))
+    config, data = manifest.get("train_config") or {}, manifest.get("data") or {}
+    if not config.get("buckets"):
+        return {}
+    if "bucket_images" not in data:
+        raise ConfigError(
+            f"--ckpt {checkpoint} does not say how many images its buckets had: draw with dit-fast sample --image-size "
+            "HEIGHTxWIDTH --save-images, and score the folder"
+        )
+    return dict(zip(parse_buckets(config["buckets"]), data["bucket_images"], strict=True))
+
+
 @contextlib.contextmanager
-def _drawn(args: argparse.Namespace) -> Iterator[ImageSource]:
-    """Samples of the checkpoint, in --sample-dir or for the time of this command."""
+def _drawn(args: argparse.Namespace, mixture: dict[Size, int]) -> Iterator[ImageSource]:
+    """Samples of the checkpoint, in --sample-dir or for the time of this command.
+
+    Of a mixture each shape is a request of its own, with the seeds that `dit_fast.training.samples` takes.
+    """
     with contextlib.ExitStack() as stack:
         folder = args.sample_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-fast-")))
-        words = ["--ckpt", args.ckpt, "--npz", "--out", folder, "--num", args.num, "--seed", args.seed]
-        words += ["--cfg-scale", args.cfg_scale, "--precision", args.precision]
-        words += ["--batch-size", args.batch_size, "--device", choose_device(args.device).type]
-        for name in ("steps", "solver", "vae"):
-            if getattr(args, name) is not None:
-                words += [f"--{name}", getattr(args, name)]
-        parser = argparse.ArgumentParser(prog="dit-fast sample", allow_abbrev=False)
-        sample.add_arguments(parser)
-        sample.run(parser.parse_args([str(word) for word in words]))
-        yield open_source(folder / "samples.npz", args.image_size)
+        if not mixture:
+            yield _sampled(args, folder, args.num, args.seed)
+            return
+        parts = []
+        for bucket, (size, num) in enumerate(
+            zip(mixture, apportion(args.num, list(mixture.values())), strict=True)
+        ):
+            if num:
+                shape = "x".join(map(str, size))
+                parts.append(_sampled(args, folder / shape, num, args.seed + bucket, "--image-size", shape))
+        yield JoinedImages(str(folder), tuple(parts))
+
+
+def _sampled(args: argparse.Namespace, folder: Path, num: int, seed: int, *more: str) -> ImageSource:
+    words = ["--ckpt", args.ckpt, "--npz", "--out", folder, "--num", num, "--seed", seed, *more]
+    words += ["--cfg-scale", args.cfg_scale, "--precision", args.precision]
+    words += ["--batch-size", args.batch_size, "--device", choose_device(args.device).type]
+    for name in ("steps", "solver", "vae"):
+        if getattr(args, name) is not None:
+            words += [f"--{name}", getattr(args, name)]
+    parser = argparse.ArgumentParser(prog="dit-fast sample", allow_abbrev=False)
+    sample.add_arguments(parser)
+    sample.run(parser.parse_args([str(word) for word in words]))
+    return archive_images(Archive(folder / "samples.npz"), args.image_size)
 
 
 def _collect(source: ImageSource, extractor: FeatureExtractor, batch_size: int, what: str) -> Activations:

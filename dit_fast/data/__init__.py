@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dit_fast.data.buckets import Size, parse_buckets
+from dit_fast.data.buckets import Size, apportion, nearest_bucket, parse_buckets
 from dit_fast.data.builtin import BUILTIN, DIGIT_NAMES
 from dit_fast.data.caches import open_cache, recognise
 from dit_fast.data.folder import centre_crop, centre_crop_array, open_folder
@@ -22,11 +22,14 @@ __all__ = [
     "LatentSet",
     "LatentStream",
     "Posterior",
+    "Size",
     "Split",
+    "apportion",
     "centre_crop",
     "encode_in_loop",
     "from_arrays",
     "generator",
+    "nearest_bucket",
     "open_cache",
     "open_data",
     "open_images",

@@ -6,6 +6,7 @@ with buckets resumes, and is shared among ranks, as any other.
 
 import bisect
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -43,6 +44,12 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
         return round(abs(down - across), 9), abs(down + across)
 
     return min(range(len(buckets)), key=lambda number: distance(buckets[number]))
+
+
+def apportion(total: int, images: Sequence[int]) -> list[int]:
+    """`total` samples in the proportion of each bucket's `images`: whole numbers that add up to it."""
+    ends = [round(total * end / sum(images)) for end in itertools.accumulate(images)]
+    return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,16 @@ class ImageSet:
             "num_heldout": len(self.heldout),
             "holdout": self.holdout,
             "fingerprint": self.fingerprint,
-            **({"buckets": [list(size) for size in self.buckets]} if self.buckets else {}),
+            **describe_buckets(self.buckets, self.train.buckets),
         }
+
+
+def describe_buckets(buckets: Sequence[tuple[int, int]], bucket_of: Tensor | None) -> dict[str, list[Any]]:
+    """JSON-ready: the shapes of a set, and how many training samples have each; nothing where there is one shape."""
+    if bucket_of is None:
+        return {}
+    counts = bucket_of.bincount(minlength=len(buckets)).tolist()
+    return {"buckets": [list(size) for size in buckets], "bucket_images": counts}
 
 
 def to_pixels(images: Tensor) -> Tensor:

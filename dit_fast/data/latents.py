@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_fast import keyed
 from dit_fast.data.captions import CaptionShards, caption_name, open_captions
-from dit_fast.data.images import heldout_mask
+from dit_fast.data.images import describe_buckets, heldout_mask
 from dit_fast.data.posterior import Posterior
 from dit_fast.data.shards import LABELS, MANIFEST, NAMES, digest_file, map_npy, read_json, shard_name
 from dit_fast.data.stream import BatchStream
@@ -153,7 +153,7 @@ class LatentSet:
             "shift": list(self.posterior.shift),
             "scale": list(self.posterior.scale),
             "vae": self.vae,
-            **({"buckets": [list(size) for size in self.buckets]} if self.buckets else {}),
+            **describe_buckets(self.buckets, self.train.buckets),
             **({} if self.train.captions is None else {"captions": self.train.captions.encoder}),
         }
 

@@ -1,5 +1,6 @@
-"""Images to be scored, wherever they lie: uint8 RGB of one size, in batches."""
+"""Images to be scored, wherever they lie: uint8 RGB, in batches of one size."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dit_fast.data import BUILTIN, centre_crop_array
+from dit_fast.data import BUILTIN, Size, centre_crop_array, nearest_bucket
 from dit_fast.data.folder import image_files, list_failures, read_each, read_image
 from dit_fast.errors import DataError
 from dit_fast.evaluation.archives import Archive
@@ -20,7 +21,7 @@ _NAMED = 3
 
 
 class ImageSource(Protocol):
-    """`num` images of `size` (height, width); `name` says where they lie."""
+    """`num` images of `sizes` (height, width), mostly one; `name` says where they lie."""
 
     @property
     def name(self) -> str: ...
@@ -29,10 +30,10 @@ class ImageSource(Protocol):
     def num(self) -> int: ...
 
     @property
-    def size(self) -> tuple[int, int]: ...
+    def sizes(self) -> tuple[Size, ...]: ...
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """The images in order, uint8 (B, 3, H, W)."""
+        """The images in order, or those of one size after those of the other, uint8 (B, 3, H, W)."""
         ...
 
 
@@ -48,8 +49,8 @@ class ArrayImages:
         return len(self.images)
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self.images.shape[1], self.images.shape[2]
+    def sizes(self) -> tuple[Size, ...]:
+        return ((self.images.shape[1], self.images.shape[2]),)
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         for first in range(0, self.num, batch_size):
@@ -62,7 +63,7 @@ class ArchiveImages:
 
     archive: Archive
     num: int
-    stored: tuple[int, int]
+    stored: Size
     crop: int | None = None
 
     @property
@@ -70,25 +71,24 @@ class ArchiveImages:
         return str(self.archive.path)
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self.stored if self.crop is None else (self.crop, self.crop)
+    def sizes(self) -> tuple[Size, ...]:
+        return (self.stored if self.crop is None else (self.crop, self.crop),)
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         for batch in self.archive.batches("arr_0", batch_size):
             images = batch[..., 0] if batch.ndim == 4 and batch.shape[3] == 1 else batch
-            if self.stored != self.size:
-                images = np.stack([centre_crop_array(image, self.size[0]) for image in images])
+            if self.stored != self.sizes[0]:
+                images = np.stack([centre_crop_array(image, self.sizes[0][0]) for image in images])
             yield _to_rgb(images)
 
 
 @dataclass(frozen=True)
 class FolderImages:
-    """PNG and JPEG files, decoded by `num_workers` threads; `crop`: side to scale to, as in training."""
+    """PNG and JPEG files, decoded by `num_workers` threads and each scaled and cropped to its size, as in training."""
 
     name: str
     paths: tuple[Path, ...]
-    stored: tuple[int, int]
-    crop: int | None
+    shapes: tuple[Size, ...]
     num_workers: int
 
     @property
@@ -96,33 +96,58 @@ class FolderImages:
         return len(self.paths)
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self.stored if self.crop is None else (self.crop, self.crop)
+    def sizes(self) -> tuple[Size, ...]:
+        return tuple(dict.fromkeys(self.shapes))
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        for first in range(0, self.num, batch_size):
-            images, failures = read_each(
-                self.paths[first : first + batch_size], self._decode, self.num_workers
-            )
-            if failures:
-                raise _unreadable(self.name, failures)
-            yield torch.stack(images)
-
-    def _decode(self, path: Path) -> Tensor:
-        return read_image(path, self.size[0], 3)
+        for size in self.sizes:
+            paths = [path for path, own in zip(self.paths, self.shapes, strict=True) if own == size]
+            decode = functools.partial(read_image, size=size, channels=3)
+            for first in range(0, len(paths), batch_size):
+                images, failures = read_each(paths[first : first + batch_size], decode, self.num_workers)
+                if failures:
+                    raise _unreadable(self.name, failures)
+                yield torch.stack(images)
 
 
-def open_source(source: str | Path, image_size: int | None = None, num_workers: int = 1) -> ImageSource:
+@dataclass(frozen=True)
+class JoinedImages:
+    """The images of several sources, one after the other."""
+
+    name: str
+    sources: tuple[ImageSource, ...]
+
+    @property
+    def num(self) -> int:
+        return sum(source.num for source in self.sources)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        return tuple(dict.fromkeys(size for source in self.sources for size in source.sizes))
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        for source in self.sources:
+            yield from source.batches(batch_size)
+
+
+def open_source(
+    source: str | Path, image_size: int | None = None, num_workers: int = 1, buckets: Sequence[Size] = ()
+) -> ImageSource:
     """A folder of PNG or JPEG images (sub-folders too), an .npz archive with `arr_0`, or a built-in set's name.
 
     `image_size`: scale and crop to that side, as ADM does (`centre_crop`); None: the images must be square in a folder
-    and all of one size. Raises DataError for fewer than 2 images, several sizes, damage, and what is none of these.
+    and all of one size. buckets: instead, each image of a folder is scaled and cropped to that whose aspect ratio is
+    nearest, as in training. Raises DataError for fewer than 2 images, several sizes, damage, and what is none of these.
     """
     path = Path(source)
+    if buckets and not path.is_dir():
+        raise DataError(
+            f"{source}: images of several shapes (--buckets) are those of a folder; give one, or --image-size"
+        )
     if str(source) in BUILTIN and not path.exists():
         opened: ImageSource = _builtin(str(source), image_size)
     elif path.is_dir():
-        opened = _folder(path, image_size, num_workers)
+        opened = _folder(path, image_size, num_workers, buckets)
     elif not path.exists():
         raise DataError(f"{path}: no such file or folder (built-in sets: {', '.join(sorted(BUILTIN))})")
     elif path.suffix != ".npz":
@@ -156,13 +181,18 @@ def _builtin(name: str, image_size: int | None) -> ArrayImages:
     return ArrayImages(name, images)
 
 
-def _folder(root: Path, image_size: int | None, num_workers: int) -> FolderImages:
+def _folder(
+    root: Path, image_size: int | None, num_workers: int, buckets: Sequence[Size] = ()
+) -> FolderImages:
     paths = image_files(root)
     if not paths:
         raise DataError(f"{root} has no PNG or JPEG images")
     sizes, failures = read_each(paths, _size, num_workers)
     if failures:
         raise _unreadable(str(root), failures)
+    if buckets:
+        shapes = [buckets[nearest_bucket(size, buckets)] for size in sizes]
+        return FolderImages(str(root), tuple(paths), tuple(shapes), num_workers)
     if image_size is None:
         other = [(path, size) for path, size in zip(paths, sizes, strict=True) if size != sizes[0]]
         if other:
@@ -175,7 +205,8 @@ def _folder(root: Path, image_size: int | None, num_workers: int) -> FolderImage
             raise DataError(
                 f"{root}: images are {sizes[0][1]}x{sizes[0][0]}, not square; give --image-size to scale and crop"
             )
-    return FolderImages(str(root), tuple(paths), sizes[0], image_size, num_workers)
+    shape = sizes[0] if image_size is None else (image_size, image_size)
+    return FolderImages(str(root), tuple(paths), (shape,) * len(paths), num_workers)
 
 
 def _size(path: Path) -> tuple[int, int]:

@@ -72,6 +72,13 @@ def _font(tile_height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=max(12, min(28, tile_height // 4)))
 
 
+def on_paper(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 images (n, H, W, C) in the middle of white tiles of `height` and `width`, for a grid of several shapes."""
+    down, across = height - images.shape[1], width - images.shape[2]
+    margins = ((0, 0), (down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0))
+    return np.pad(images, margins, constant_values=255)
+
+
 def draw_grid(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
     """A picture with one row per (label, images); images are uint8 (n, H, W, C), C 1 or 3, n may differ.
 

@@ -200,6 +200,10 @@ class TrainConfig(ObjectiveConfig):
                 "others are proxies)"
             )
         sizes = self.bucket_sizes()
+        if self.evaluate_every and self.evaluate_features == "classifier" and sizes:
+            raise ConfigError(
+                "--evaluate-features classifier knows images of one size, --buckets are several: give another"
+            )
         if self.compile and len(sizes) > MOST_COMPILED:
             raise ConfigError(
                 f"--compile: {len(sizes)} --buckets, and each is compiled for itself: give up to {MOST_COMPILED}"

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dit_fast import keyed
-from dit_fast.data import LatentSet
+from dit_fast.data import LatentSet, apportion
 from dit_fast.errors import ConfigError, DitFastError, NonFiniteError
 from dit_fast.evaluation import (
     Activations,
@@ -31,6 +32,8 @@ _BATCH = 64
 class Evaluation:
     """Scores `evaluate_samples` unguided samples of random classes with the trainer's averaged weights.
 
+    Of a run with buckets they have the buckets' shapes, in the proportion of the training images, and are compared with
+    all real images in theirs.
     Labels and noise are functions of seed and sample number, the same each time and for any number of ranks, which
     share the samples. Nothing that training draws is touched. Every rank has one; the first has the reference. Raises
     the errors of `open_reference`, `open_extractor` and `LatentDecoder`, and ConfigError for latents without images to
@@ -49,8 +52,6 @@ class Evaluation:
                 f"--evaluate-every: {config.data} holds latents; give real images or their statistics with "
                 "--evaluate-against"
             )
-        if trainer.data.buckets:
-            raise ConfigError("--evaluate-every scores images of one size: leave out it or --buckets")
         against = config.evaluate_against or config.data
         self.decoder = open_decoder(trainer)
         size = trainer.data.image_size * (1 if self.decoder is None else self.decoder.factor)
@@ -64,11 +65,12 @@ class Evaluation:
         )
         self.sampler = AverageSampler(trainer, guidance=1.0)
         self.reference: SavedStatistics = world.first(lambda: self._reference(against, size))
-        numbers = torch.arange(config.evaluate_samples)
-        labels = keyed.integers(
-            keyed.key(config.seed, "sampling labels"), numbers, max(trainer.model.num_classes, 1)
-        )
-        self.numbers, self.labels = (every[world.rank :: world.size] for every in (numbers, labels))
+        shares = apportion(config.evaluate_samples, trainer.data.describe().get("bucket_images", [1]))
+        # In the order of the buckets; samples of one are numbered from 0.
+        self.bucket_of = torch.arange(len(shares)).repeat_interleave(torch.tensor(shares))[
+            world.rank :: world.size
+        ]
+        self.numbers = torch.cat([torch.arange(share) for share in shares])[world.rank :: world.size]
 
     def score(self) -> Quality:
         """The distance now. Raises NonFiniteError on every rank where samples of one are not finite."""
@@ -94,18 +96,31 @@ class Evaluation:
 
     def _features(self) -> Tensor:
         """Of this rank's samples, (m, D) on the CPU."""
-        data = self.trainer.data
         kept = []
-        for labels, numbers in zip(self.labels.split(_BATCH), self.numbers.split(_BATCH), strict=True):
-            drawn = self.sampler.draw(labels, numbers)
-            if self.decoder is not None and isinstance(data, LatentSet):
-                drawn = self.decoder(drawn, data.posterior.shift, data.posterior.scale)
-            images = torch.from_numpy(to_uint8(drawn)).permute(0, 3, 1, 2)
-            kept.append(self.extractor(images.expand(-1, 3, -1, -1).contiguous()).pooled.float().cpu())
+        for bucket in range(len(self.sampler.sizes)):
+            for numbers in self.numbers[self.bucket_of == bucket].split(_BATCH):
+                if len(numbers):
+                    images = torch.from_numpy(self._draw(numbers, bucket)).permute(0, 3, 1, 2)
+                    kept.append(
+                        self.extractor(images.expand(-1, 3, -1, -1).contiguous()).pooled.float().cpu()
+                    )
         return torch.cat(kept)
 
+    def _draw(self, numbers: Tensor, bucket: int) -> np.ndarray:
+        """Samples of a bucket as uint8 (m, H, W, C)."""
+        trainer, data = self.trainer, self.trainer.data
+        key = keyed.key(trainer.config.seed + bucket, "sampling labels")
+        labels = keyed.integers(key, numbers, max(trainer.model.num_classes, 1))
+        drawn = self.sampler.draw(labels, numbers, bucket)
+        if self.decoder is not None and isinstance(data, LatentSet):
+            drawn = self.decoder(drawn, data.posterior.shift, data.posterior.scale)
+        return to_uint8(drawn)
+
     def _reference(self, against: str, size: int) -> SavedStatistics:
-        opened = open_reference(against, size, self.trainer.config.num_workers or os.cpu_count() or 1)
+        config = self.trainer.config
+        opened = open_reference(
+            against, size, config.num_workers or os.cpu_count() or 1, config.bucket_sizes()
+        )
         if opened.statistics is not None:
             check_reference(opened.statistics, self.extractor.name, self.extractor.proxy)
             return opened.statistics

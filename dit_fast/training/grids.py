@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from dit_fast.data import LatentSet
 from dit_fast.errors import DitFastError
 from dit_fast.interop.vae import LatentDecoder
 from dit_fast.sampling import draw_grid, to_uint8
+from dit_fast.sampling.grid import on_paper
 from dit_fast.training.samples import AverageSampler, open_decoder
 from dit_fast.training.trainer import Trainer
 
@@ -20,6 +22,7 @@ MOST_CLASSES, PER_CLASS, GUIDANCE = 8, 8, 4.0
 class SampleGrids:
     """Draws `PER_CLASS` samples of up to `MOST_CLASSES` classes, or of none, with the trainer's averaged weights.
 
+    Of a run with buckets they are of all its shapes, at least one each, side by side.
     Latents are decoded by the autoencoder that made them, where it can be loaded; else their first three channels
     are shown.
     """
@@ -42,10 +45,14 @@ class SampleGrids:
         with self.sampler.averages(first):
             if not first:
                 return
-            drawn = self.sampler.draw(torch.tensor(self.classes).repeat_interleave(PER_CLASS))
-        images = to_uint8(self._decode(drawn))
+            count = max(1, PER_CLASS // len(self.sampler.sizes))
+            labels = torch.tensor(self.classes).repeat_interleave(count)
+            drawn = [self.sampler.draw(labels, bucket=bucket) for bucket in range(len(self.sampler.sizes))]
+        shapes = [to_uint8(self._decode(samples)) for samples in drawn]
+        height, width = (max(images.shape[axis] for images in shapes) for axis in (1, 2))
+        tiles = [on_paper(images, height, width) for images in shapes]
         rows = [
-            (self.names[label], images[row * PER_CLASS : (row + 1) * PER_CLASS])
+            (self.names[label], np.concatenate([images[row * count : (row + 1) * count] for images in tiles]))
             for row, label in enumerate(self.classes)
         ]
         path.parent.mkdir(parents=True, exist_ok=True)

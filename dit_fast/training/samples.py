@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dit_fast.data import LatentSet
+from dit_fast.data import LatentSet, Size
 from dit_fast.errors import ConfigError
 from dit_fast.interop.vae import LatentDecoder
-from dit_fast.models import load_weights
+from dit_fast.models import DiT, load_weights
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
 from dit_fast.training.config import build_model
 from dit_fast.training.parallel import whole
@@ -18,7 +18,10 @@ from dit_fast.training.trainer import Trainer
 
 
 class AverageSampler:
-    """Draws with the averaged weights as they are at the time, by `sample_steps` levels of the run's objective."""
+    """Draws with the averaged weights as they are at the time, by `sample_steps` levels of the run's objective.
+
+    `sizes`: what it draws, the run's buckets or the model's own size.
+    """
 
     def __init__(self, trainer: Trainer, guidance: float):
         config = trainer.config
@@ -31,6 +34,7 @@ class AverageSampler:
         solver = default_solver(objective)
         steps = min(config.sample_steps, objective.get("diffusion_steps", config.sample_steps))
         self.trainer = trainer
+        self.sizes: tuple[Size, ...] = trainer.data.buckets or (trainer.model.x_embedder.img_size,)
         self.nodes = sampling_nodes(objective, steps, solver, learn_sigma=bool(config.learn_sigma))
         self.config = SamplerConfig(
             solver=solver,
@@ -38,7 +42,7 @@ class AverageSampler:
             clip=not isinstance(trainer.data, LatentSet),
             graph="never",
         )
-        self._sampler: Sampler | None = None
+        self._samplers: list[Sampler] = []
 
     @contextmanager
     def averages(self, draws: bool = True) -> Iterator[None]:
@@ -47,24 +51,31 @@ class AverageSampler:
         if not draws:
             yield
             return
-        # Made on no device: the averages themselves become its parameters.
-        with torch.device("meta"):
-            model = build_model(self.trainer.config, self.trainer.data)
-        load_weights(model, averages, "the averaged weights", assign=True)
-        self._sampler = Sampler(model, self.nodes, self.config)
         try:
+            self._samplers = [
+                Sampler(self._model(averages, size), self.nodes, self.config) for size in self.sizes
+            ]
             yield
         finally:
             # Training goes on without the memory that they take.
-            self._sampler = None
+            self._samplers = []
 
-    def draw(self, labels: Tensor, numbers: Tensor | None = None) -> Tensor:
-        """Images, or latents as the model knows them, float32 (M, C, H, W) on the CPU, of labels (M,)."""
-        assert self._sampler is not None
+    def draw(self, labels: Tensor, numbers: Tensor | None = None, bucket: int = 0) -> Tensor:
+        """Images, or latents as the model knows them, float32 (M, C, H, W) on the CPU, of labels (M,).
+
+        Of `sizes[bucket]`. Each size has a seed of its own, the run's and one more for each before it.
+        """
         config, device = self.trainer.config, self.trainer.device
         low = AUTOCAST.get(config.precision)
         with torch.autocast(device.type, low or torch.bfloat16, enabled=low is not None):
-            return self._sampler(labels, seed=config.seed, numbers=numbers).cpu()
+            return self._samplers[bucket](labels, seed=config.seed + bucket, numbers=numbers).cpu()
+
+    def _model(self, averages: dict[str, Tensor], size: Size) -> DiT:
+        """Made on no device: the averages themselves become its parameters, but for the positions of another size."""
+        with torch.device("meta"):
+            model = build_model(self.trainer.config, self.trainer.data)
+        load_weights(model, averages, "the averaged weights", assign=True)
+        return model if size == model.x_embedder.img_size else model.regrid(size)
 
 
 def open_decoder(trainer: Trainer) -> LatentDecoder | None:

@@ -360,7 +360,8 @@ class Trainer:
         changed = [
             f"{key} is {manifest['data'].get(key)} there and {value} here"
             for key, value in present.items()
-            if key != "name" and manifest["data"].get(key) != value
+            # A fact that is younger than the run has nothing to be compared with.
+            if key != "name" and manifest["data"].get(key, value) != value
         ]
         if changed:
             raise CheckpointError(f"{path} was trained on other data: {'; '.join(changed)}")
