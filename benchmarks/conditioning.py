@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dit_fast.conditioning import CONDITIONING
-from dit_fast.training.config import PRESETS
+from dit_fast.training.presets import PRESETS
 from dit_fast.training.progress import read_log
 from dit_fast.training.scaling import Ladder, Rung
 from dit_fast.training.world import join_world

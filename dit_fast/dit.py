@@ -21,7 +21,7 @@ from dit_fast.grid import Gridded
 from dit_fast.layers import Layout, matrix_size
 from dit_fast.model_files import load_weights, read_model, write_model
 from dit_fast.options import OPTIONS, PAPER, one_of
-from dit_fast.positions import check_rotary
+from dit_fast.positions import ROTARY, SINES, check_rotary
 
 
 class DiT(Gridded):
@@ -34,8 +34,8 @@ class DiT(Gridded):
     caption_dim: width E of the caption tokens (N, S, E) that are given in place of labels, `num_classes` then counting
     for nothing; a token of zeros is padding, a caption of nothing else the null caption. 0: labels.
     conditioning, how blocks learn of timestep and class: "adaln_zero", "adaln", "cross_attention" or "in_context";
-    positions: "sincos", "learned" or "rope"; norm: "layernorm" or "rmsnorm"; mlp: "gelu" or "swiglu"; qk_norm: norms
-    of each head's queries and keys. The paper's are the defaults; docs/models.md says what the others are.
+    positions: "sincos", "learned", "rope" or "sincos_rope"; norm: "layernorm" or "rmsnorm"; mlp: "gelu" or "swiglu";
+    qk_norm: norms of each head's queries and keys. The paper's are the defaults; docs/models.md has the others.
     kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "triton" or "reference"; attention: "auto", "triton", "sdpa"
     or "flash"; mlp_epilogue, who applies the GELU: "auto" (as the device's tuned table says), "separate", "triton" or
     "cublaslt"; recompute, in the backward pass: "none", "cheap" (norm outputs and GELU, where the kernels run: a third
@@ -94,7 +94,7 @@ class DiT(Gridded):
                 self.y_embedder = CaptionEmbedder(caption_dim, hidden_size, class_dropout_prob)
             elif num_classes:
                 self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-            # A parameter so that it is saved; frozen unless it is learned. Rotary positions add nothing: zeros.
+            # A parameter so that it is saved; frozen unless it is learned. "rope" adds nothing: zeros.
             self.pos_embed = nn.Parameter(
                 torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=positions == "learned"
             )
@@ -106,7 +106,7 @@ class DiT(Gridded):
                 hidden_size, patch_size, self.out_channels, norm=norm, kernels=kernels
             )
             self.attention, self.mlp_epilogue, self.recompute = attention, mlp_epilogue, recompute
-            if positions == "rope":
+            if positions in ROTARY:
                 check_rotary(self.head_dim)
             self.initialize_weights()
         except ValueError as error:
@@ -162,7 +162,7 @@ class DiT(Gridded):
                     nn.init.zeros_(module.bias)
 
         self.apply(xavier)
-        if self.positions == "sincos":
+        if self.positions in SINES:
             self._set_positions(self._table(self.x_embedder.grid_size))
 
         # The patch projection is initialised like the linear layer that it is.

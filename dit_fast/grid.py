@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dit_fast import kernels
 from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError
-from dit_fast.positions import resized_table, rotary_angles, sincos_table
+from dit_fast.positions import ROTARY, resized_table, rotary_angles, sincos_table
 from dit_fast.switches import Switches
 
 
@@ -39,9 +39,11 @@ class Gridded(Switches):
         new one, or resizes a learned table. None: "extend", where the table is learned "interpolate". Raises
         ConfigError for a size that is not a multiple of the patch, or a mode that the positions do not have.
         """
-        modes = {"sincos": ("extend", "interpolate"), "learned": ("interpolate",), "rope": ("extend",)}
-        if mode is not None and mode not in modes[self.positions]:
-            known = " or ".join(map(repr, modes[self.positions]))
+        modes = {"sincos": ("extend", "interpolate"), "learned": ("interpolate",)}.get(
+            self.positions, ("extend",)
+        )
+        if mode is not None and mode not in modes:
+            known = " or ".join(map(repr, modes))
             raise ConfigError(f"regrid mode {mode!r}: choose {known} where positions={self.positions!r}")
         size = as_pair(input_size)
         try:
@@ -73,6 +75,6 @@ class Gridded(Switches):
         grid = self.x_embedder.grid_of(x.shape[-2:])
         own = grid == self.x_embedder.grid_size
         tokens = self.x_embedder(x, self.pos_embed if own else self._table(grid))
-        if self.positions != "rope":
+        if self.positions not in ROTARY:
             return tokens, None
         return tokens, rotary_angles(grid, self.head_dim, x.device)

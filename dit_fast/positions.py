@@ -1,8 +1,8 @@
 """Where the patches of an image stand: sine tables, tables that are learned, and rotary angles.
 
 "sincos" adds the paper's fixed table (Vaswani et al. 2017), "learned" a trained one (Dosovitskiy et al. 2021), "rope"
-turns queries and keys instead (Su et al. 2021), half of a head by the row and half by the column. A grid is
-(rows, columns) of patches; its T tokens stand in row-major order.
+turns queries and keys instead (Su et al. 2021), half of a head by the row and half by the column, "sincos_rope" does
+both (as LightningDiT, Yao et al. 2025). A grid is (rows, columns) of patches; its T tokens stand in row-major order.
 """
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-POSITIONS = ("sincos", "learned", "rope")
+POSITIONS = ("sincos", "learned", "rope", "sincos_rope")
+SINES, ROTARY = ("sincos", "sincos_rope"), ("rope", "sincos_rope")
 PERIOD = 10000.0
 _CPU = torch.device("cpu")
 

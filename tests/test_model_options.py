@@ -110,6 +110,20 @@ def test_a_rotary_model_adds_no_positions_and_still_tells_places_apart() -> None
     assert (model(moved, T, Y) - model(images, T, Y).roll(2, -1)).abs().max() > 1e-3
 
 
+def test_sines_and_rotary_positions_are_both_there() -> None:
+    model, sines = model_of(positions="sincos_rope"), model_of()
+    assert torch.equal(model.pos_embed, sines.pos_embed)
+    assert not model.pos_embed.requires_grad
+    turned = model._enter(x(), model.t_embedder(T)).layout
+    alone = model_of(positions="rope")._enter(x(), model.t_embedder(T)).layout
+    assert torch.equal(turned.rotation, alone.rotation)
+    assert (model(x(), T, Y) - sines(x(), T, Y)).abs().max() > 1e-3
+    with pytest.raises(
+        ConfigError, match="mode 'interpolate': choose 'extend' where positions='sincos_rope'"
+    ):
+        model.regrid(16, "interpolate")
+
+
 def test_condition_tokens_in_context_are_not_rotated() -> None:
     model = model_of(positions="rope", conditioning="in_context")
     c = model.condition(model.t_embedder(T), model.embed_labels(Y))
@@ -413,7 +427,7 @@ def test_gradients_of_a_mixed_batch_are_those_of_separate_ones(mode: str) -> Non
         assert (one - other).abs().max() <= 1e-9 * (1 + other.abs().max())
 
 
-@pytest.mark.parametrize("positions", ["sincos", "rope"])
+@pytest.mark.parametrize("positions", ["sincos", "rope", "sincos_rope"])
 def test_another_size_is_answered_as_by_a_model_of_that_size(positions: str) -> None:
     model, fresh = model_of(positions=positions), model_of(positions=positions, input_size=(4, 12))
     assert (model(x(4, 12), T, Y) - fresh(x(4, 12), T, Y)).abs().max() < 1e-6

@@ -173,6 +173,23 @@ def test_min_snr_weights(prediction, weight, learn_sigma):
     torch.testing.assert_close(losses[1]["mse"], losses[0]["mse"])
 
 
+def test_the_direction_loss_is_the_angle_to_the_velocity():
+    flow, x = FlowMatching("gvp", direction_loss=True), samples(200).float()
+    noise, t = torch.randn(x.shape), torch.linspace(0, 1, 200)
+    wanted = target("velocity", x, noise, flow.at(t, 4))
+    half_turned = torch.stack([wanted[:, 0, 0], -wanted[:, 0, 1]], dim=1)[:, None]
+    terms = flow.training_losses(lambda x, t: half_turned.view(x.shape), x, t, noise=noise)
+    # One channel: the cosine is the sign, 1 where the place is kept and -1 where it is turned.
+    assert torch.allclose(terms["direction"], torch.ones(200), atol=1e-6)
+    assert torch.allclose(terms["loss"], terms["mse"] + 1, atol=1e-5)
+    # Over channels, of any length: the first place's answer is at 60 degrees, the second's right.
+    data, noise = torch.zeros(1, 2, 1, 2), torch.tensor([[[[-1.0, -1.0]], [[0.0, 0.0]]]])
+    answer = torch.tensor([[[[3 * 0.5, 7.0]], [[3 * 0.75**0.5, 0.0]]]])
+    flow = FlowMatching(direction_loss=True)
+    terms = flow.training_losses(lambda x, t: answer, data, torch.tensor([0.5]), noise=noise)
+    assert math.isclose(terms["direction"].item(), 0.25, abs_tol=1e-6)
+
+
 def test_x0s_velocity_weight_is_bounded():
     flow = FlowMatching("linear", "x0", "velocity")
     t = torch.tensor([0.5, 0.95, 0.999])
@@ -333,8 +350,8 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(ConfigError, match=line):
             create_diffusion("", **options)
     flow, zeros = FlowMatching(), torch.zeros(2, 1, 2, 2)
-    with pytest.raises(ConfigError, match=r"the model returned \(2, 2, 2, 2\) for x \(2, 1, 2, 2\)"):
-        flow.training_losses(lambda x, t: torch.cat([x, x], 1), zeros, torch.zeros(2))
+    with pytest.raises(ConfigError, match=r"the model returned \(2, 3, 2, 2\) for x \(2, 1, 2, 2\)"):
+        flow.training_losses(lambda x, t: torch.cat([x, x, x], 1), zeros, torch.zeros(2))
     with pytest.raises(ConfigError, match="must be shaped like the data"):
         flow.training_losses(lambda x, t: x, zeros, torch.zeros(2), noise=zeros[:1])
     with pytest.raises(ConfigError, match="of a diffusion take calc_bpd_loop"):

@@ -11,8 +11,9 @@ from dit_fast.diffusion.objectives import create_objective
 from dit_fast.diffusion.timestep_sampler import LossHistory
 from dit_fast.diffusion.timesteps import TimestepSampling
 from dit_fast.errors import ConfigError
-from dit_fast.training import TrainConfig
-from dit_fast.training.config import PRESETS, resumed_config
+from dit_fast.interop import load_model
+from dit_fast.training import PRESETS, TrainConfig, find_checkpoint
+from dit_fast.training.config import resumed_config
 from dit_fast.training.manifest import read_manifest
 from dit_fast.training.step import TrainStep
 from tests.test_training_step import image_set, relative, run, trainer, weights
@@ -122,6 +123,7 @@ def test_the_history_of_importance_sampling_is_in_the_checkpoint(tmp_path):
         {"objective": "flow", "path": "gvp", "prediction": "epsilon", "loss_weighting": "velocity"},
         {"objective": "flow", "path": "vp", "prediction": "score", "loss_weighting": "likelihood"},
         {"objective": "flow", "prediction": "x0", "timestep_sampling": "logit-normal"},
+        {"objective": "flow", "direction_loss": True},
     ],
 )
 def test_every_objective_takes_steps(options):
@@ -155,6 +157,11 @@ def test_every_objective_takes_steps(options):
         ({"objective": "flow", "timestep_sampling": "importance"}, "those of flow matching are continuous"),
         ({"objective": "flows"}, "--objective flows: give one of diffusion, flow"),
         ({"path": "vp"}, "--path vp is of --objective flow: leave it out"),
+        ({"direction_loss": True}, "--direction-loss True is of --objective flow: leave it out"),
+        (
+            {"objective": "flow", "prediction": "x0", "direction_loss": True},
+            "direction loss is of the velocity",
+        ),
         ({"prediction": "velocity"}, "prediction 'velocity' is not of diffusion in discrete steps"),
         ({"prediction": "score"}, "prediction 'score' is not of diffusion in discrete steps"),
         ({"loss_weighting": "likelihood"}, "give none or min-snr"),
@@ -174,6 +181,22 @@ def test_runs_of_before_prediction_was_an_option_go_on():
     assert resumed_config(saved, {}, "run").prediction == "x0"
     assert resumed_config({**saved, "predict_xstart": False}, {}, "run").prediction == "epsilon"
     assert TrainConfig(**PRESETS["demo"]).prediction == "x0"
+
+
+@pytest.mark.parametrize("name", ["dit", "sit", "lightningdit"])
+def test_published_recipes_train(name, tmp_path, monkeypatch):
+    """Each on a tiny model; all else of the recipe is in the checkpoint."""
+    monkeypatch.setattr("dit_fast.training.loop.open_set", lambda config: image_set())
+    sizes = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 4, "batch_size": 8, "steps": 2}
+    flags = [text for field, size in sizes.items() for text in (f"--{field.replace('_', '-')}", str(size))]
+    run_of = ["--preset", name, "--data", "set", "--threads", "1", "--out", str(tmp_path / "run")]
+    assert main(["train", *run_of, *flags]) == 0
+    model, info = load_model(tmp_path / "run")
+    saved = read_manifest(find_checkpoint(tmp_path / "run"))["train_config"]
+    assert saved == {**saved, **PRESETS[name], **sizes}
+    assert info.diffusion["objective"] == ("diffusion" if name == "dit" else "flow")
+    assert model.learn_sigma is (name == "dit")
+    assert model.options["positions"] == ("sincos_rope" if name == "lightningdit" else "sincos")
 
 
 def test_a_flow_model_is_trained_and_sampled_by_the_command_line(tmp_path, capsys, monkeypatch):

@@ -22,7 +22,6 @@ from dit_fast.training import (
     Trainer,
     checkpoint,
     checkpoint_writer,
-    config,
     load_checkpoint,
     loop,
     resume,
@@ -428,4 +427,3 @@ def test_every_size_of_the_registry_is_reachable():
     assert isinstance(model, DiT)
     assert (model.patch_size, len(model.blocks), model.in_channels) == (8, 12, 1)
     assert model.y_embedder.num_classes == 2
-    assert config.PRESETS.keys() >= {"demo"}

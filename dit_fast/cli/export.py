@@ -10,14 +10,17 @@ from safetensors import SafetensorError
 
 from dit_fast.errors import ConfigError, OutputError
 from dit_fast.interop import DIFFUSERS, load_model, save_diffusers
+from dit_fast.interop.lightningdit import state_to_lightningdit
+from dit_fast.interop.objective import ASKED
 from dit_fast.models import DiT
 from dit_fast.options import beyond_the_paper
 from dit_fast.sampling.output import write_atomically
 
 _EPILOG = """safetensors  a folder with config.json and model.safetensors, for DiT.from_pretrained
-pt           one file as the reference publishes them: torch.load gives the state dict that its DiT loads
+pt           one file as the reference publishes them: torch.load gives the state dict that its DiT loads, or SiT's
+lightningdit one such file for LightningDiT's class, built with the model's options
 diffusers    a folder for diffusers' DiTTransformer2DModel.from_pretrained"""
-FORMATS = ("safetensors", "pt", "diffusers")
+FORMATS = ("safetensors", "pt", "lightningdit", "diffusers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +46,9 @@ def run(args: argparse.Namespace) -> int:
     """Write the export, whole or not at all, and say what it is."""
     if args.out.exists():
         raise OutputError(f"--out {args.out} exists already: give another, or remove it")
-    if args.format == "pt" and args.out.suffix != ".pt":
-        raise ConfigError(f"--out {args.out}: a file of --format pt is named *.pt")
+    one_file = args.format in ("pt", "lightningdit")
+    if one_file and args.out.suffix != ".pt":
+        raise ConfigError(f"--out {args.out}: a file of --format {args.format} is named *.pt")
     model, info = load_model(args.ckpt, weights=args.weights, num_heads=args.num_heads)
     for note in info.notes:
         print(f"note: {note}")
@@ -52,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--format pt is for the reference's DiT, this model has {others}: give --format safetensors"
         )
+    state = state_to_lightningdit(model) if args.format == "lightningdit" else model.state_dict()
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        if args.format == "pt":
-            write_atomically(args.out, lambda path: torch.save(dict(model.state_dict()), path))
+        if one_file:
+            write_atomically(args.out, lambda path: torch.save(dict(state), path))
         else:
             _write_folder(model, args.out, args.format)
     except (OSError, SafetensorError) as error:
@@ -68,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
             "which this one was trained: its outputs differ by more than rounding. "
             "dit_fast.FastDiT is exact in DiTPipeline"
         )
+    if info.diffusion.get("objective") == "flow":
+        told = {name: info.diffusion[name] for name in ASKED if name in info.diffusion}
+        flags = " ".join(f"--{name} {value}" for name, value in told.items())
+        print(f"note: weights alone do not tell what they predict: sample them with {flags}")
     print(f"wrote {args.out}: {info.summary()}")
     return 0
 

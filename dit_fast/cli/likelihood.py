@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit_fast import keyed
+from dit_fast.cli.sample_options import add_objective_options, asked_objective
 from dit_fast.cli.sample_plan import images_as_trained
 from dit_fast.data import ImageSet
 from dit_fast.diffusion import FlowMatching, GaussianDiffusion
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--ckpt", required=True, help="as of dit-fast sample; a model of pixels")
     parser.add_argument("--weights", default="ema", help="ema, model or ema:WIDTH (default: ema)")
+    add_objective_options(parser)
     parser.add_argument("--data", metavar="SOURCE", help="labelled images (default: what it was trained on)")
     parser.add_argument("--num", type=int, default=64, help="images, held-out ones first (default: 64)")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time (default: 16)")
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: choose at least 1")
     device = choose_device(args.device)
-    model, info = load_model(args.ckpt, weights=args.weights, device=device)
+    model, info = load_model(args.ckpt, weights=args.weights, device=device, objective=asked_objective(args))
     data = _images(args, model, info)
     if args.out is not None:
         prepare_folder(args.out.parent)

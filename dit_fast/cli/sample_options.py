@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from dit_fast.diffusion.objectives import OBJECTIVES
+from dit_fast.diffusion.paths import PATHS, PREDICTIONS
 from dit_fast.download import pretrained_models
 from dit_fast.sampling import MODES, PRECISIONS, SOLVERS
 from dit_fast.sampling.guidance import SCHEDULES
@@ -45,10 +47,37 @@ def _model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--num-classes", type=int, help="number of classes; the checkpoint must have as many")
     group.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
+    add_objective_options(group)
     group.add_argument(
         "--vae",
         help="decoder of a latent model: ema, mse, a folder, or none (default: the checkpoint's own, else mse)",
     )
+    group.add_argument(
+        "--latent-stats",
+        type=Path,
+        metavar="FILE",
+        help="LightningDiT's latents_stats.pt: mean and deviation of each channel that its latents were normalised by "
+        "(default: the checkpoint's own, else the autoencoder's)",
+    )
+
+
+def add_objective_options(group: argparse._ActionsContainer) -> None:
+    """What the model of a bare weight file was trained to predict; `asked_objective` reads it."""
+    group.add_argument(
+        "--objective", choices=OBJECTIVES, help="of a checkpoint that does not tell (default: diffusion)"
+    )
+    group.add_argument(
+        "--prediction",
+        choices=PREDICTIONS,
+        help="of such a checkpoint (default: epsilon of diffusion, velocity of flow)",
+    )
+    group.add_argument("--path", choices=tuple(PATHS), help="of such a checkpoint, of flow (default: linear)")
+
+
+def asked_objective(args: argparse.Namespace) -> dict[str, str]:
+    """What of it was given, as `load_model` takes it."""
+    asked = {name: getattr(args, name) for name in ("objective", "prediction", "path")}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _drawing_options(group: argparse._ArgumentGroup) -> None:
@@ -102,6 +131,12 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
         "--num-sampling-steps",
         dest="steps",
         help="sampling steps, or of diffusion a respacing such as ddim50 or 10,20,30 (default: 250, or all if fewer)",
+    )
+    group.add_argument(
+        "--shift",
+        type=float,
+        default=1.0,
+        help="of flow: above 1, more of the steps near noise (default: 1); LightningDiT's timestep_shift is 1 over it",
     )
     group.add_argument(
         "--solver", choices=SOLVERS, help="(default: ddpm of a diffusion model, euler of flow matching)"

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from dit_fast import keyed
 from dit_fast.cli.prompts import encode_prompts
-from dit_fast.cli.sample_options import ALL_CLASSES, OWN_DATA, PER_CLASS, SHOWN_CLASSES
+from dit_fast.cli.sample_options import ALL_CLASSES, OWN_DATA, PER_CLASS, SHOWN_CLASSES, asked_objective
 from dit_fast.data import ImageSet, open_images
+from dit_fast.data.caches import read_statistics
 from dit_fast.download import fetch_model, pretrained_models
 from dit_fast.errors import CheckpointError, ConfigError, OutputError
 from dit_fast.evaluation import Scorer
 from dit_fast.interop import ModelInfo, load_model, registry_size
 from dit_fast.interop.converted import conventions_of
-from dit_fast.interop.vae import LATENT_FACTOR, LatentDecoder
+from dit_fast.interop.vae import LATENT_FACTOR, SD_CHANNELS, LatentDecoder
 from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
 from dit_fast.sampling.output import prepare_folder
@@ -82,6 +83,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         device=device,
         num_heads=args.num_heads,
         expected=_expected(args),
+        objective=asked_objective(args),
     )
     for note in info.notes:
         print(note, flush=True)
@@ -91,9 +93,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
         tuple(args.cfg_interval),
         args.cfg_schedule,
     )
-    vae = args.vae or (info.vae or "mse" if info.latent else "none")
+    vae = args.vae or (info.vae or _published_vae(model) if info.latent else "none")
+    if args.latent_stats is not None:
+        info = _with_statistics(args.latent_stats, model, info, vae)
     solver = args.solver or default_solver(info.diffusion)
-    nodes = sampling_nodes(info.diffusion, args.steps, solver, learn_sigma=model.learn_sigma)
+    nodes = sampling_nodes(
+        info.diffusion, args.steps, solver, learn_sigma=model.learn_sigma, shift=args.shift
+    )
     clip = args.clip_denoised if args.clip_denoised is not None else vae == "none" and not info.latent
     config = SamplerConfig(
         solver=solver,
@@ -135,6 +141,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "checkpoint": str(info.path),
         "weights": _digest(model),
         "steps": args.steps or str(len(nodes)),
+        **({} if args.shift == 1 else {"shift": args.shift}),
         "solver": [solver, args.last_step if solver.startswith("sde") else args.eta],
         "guidance": [guidance.scale, guidance.channels, *guidance.interval, guidance.schedule],
         "clip_denoised": clip,
@@ -157,6 +164,25 @@ def _digest(model: DiT) -> str:
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _published_vae(model: DiT) -> str:
+    """The decoder of a weight file that tells none."""
+    if model.in_channels != SD_CHANNELS:
+        raise ConfigError(
+            f"--vae is missing: the model makes latents of {model.in_channels} channels; give the folder of their "
+            "autoencoder, or none to write the latents"
+        )
+    return "mse"
+
+
+def _with_statistics(path: Path, model: DiT, info: ModelInfo, vae: str) -> ModelInfo:
+    """`info` with the shift and scale that --latent-stats says."""
+    if "shift" in info.data or vae == "none":
+        reason = "tells its own" if "shift" in info.data else "is not decoded, with --vae none"
+        raise ConfigError(f"--latent-stats {path}: {info.path} {reason}; leave it out")
+    mean, deviation = read_statistics(path, model.in_channels)
+    return replace(info, data={**info.data, "shift": mean, "scale": [1 / value for value in deviation]})
 
 
 def _guided_channels(text: str | None, model: DiT) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from dit_fast.cli import train
 from dit_fast.errors import ConfigError, MissingExtraError, OutputError
 from dit_fast.sampling.output import write_atomically
-from dit_fast.training.config import PRESETS
+from dit_fast.training.presets import PRESETS
 from dit_fast.training.scaling import LADDER, Ladder, Rung, Study
 from dit_fast.training.world import join_world
 
@@ -20,7 +20,7 @@ Example, on the demo's data and recipe:
 dit-fast scaling --preset demo --out study --budget 2e13"""
 _OF_A_RUN = ("results_dir", "resume", "model", "hidden_size", "depth", "num_heads")
 # What the ladder says instead, of a preset that is for one model.
-_OF_A_PRESET = ("hidden_size", "depth", "num_heads", "log_every")
+_OF_A_PRESET = ("model", "hidden_size", "depth", "num_heads", "log_every")
 logger = logging.getLogger(__name__)
 
 

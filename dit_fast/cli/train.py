@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.errors import ConfigError
-from dit_fast.training.config import CHOICES, PRESETS, TrainConfig
+from dit_fast.training.config import CHOICES, TrainConfig
 from dit_fast.training.loop import TrainResult, device_of, resume, train_or_resume
+from dit_fast.training.presets import PRESETS
 from dit_fast.training.world import World, join_world
 
 _EPILOG = """The reference's flags --data-path, --results-dir, --global-batch-size and --global-seed work too.
@@ -55,7 +56,7 @@ def add_model_options(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--patch-size", type=int, metavar="P", help="patch side instead of the model's")
     model.add_argument("--mlp-ratio", type=float, metavar="R", help="hidden width of the MLP over the width")
     _choice(model, "--conditioning", "how blocks learn of timestep and class (default: adaln_zero)")
-    _choice(model, "--positions", "sines, a learned table or rotary (default: sincos)")
+    _choice(model, "--positions", "sines, a learned table, rotary, or sines and rotary (default: sincos)")
     _choice(model, "--norm", "layer norm or RMSNorm (default: layernorm)")
     _choice(model, "--mlp", "GELU or SwiGLU (default: gelu)")
     _switch(model, "--qk-norm", "RMSNorm of each head's queries and keys (default: off)")
@@ -156,6 +157,7 @@ def add_objective_options(objective: argparse._ArgumentGroup) -> None:
     objective.add_argument(
         "--min-snr-gamma", type=float, metavar="G", help="of --loss-weighting min-snr (default: 5)"
     )
+    _switch(objective, "--direction-loss", "also the angle to the velocity, of flow (default: off)")
     _choice(objective, "--timestep-sampling", "uniform, by recent losses, or logit-normal (default: uniform)")
     _switch(
         objective, "--sigma-small", "the posterior's variance, where none is learned (default: off, beta's)"

@@ -249,7 +249,7 @@ def _open_lightning(folder: Path) -> _Cache:
                     f"{path}: {key} is {tensor.dtype} {tuple(tensor.shape)} for {count} labels; expected "
                     f"{shards[0]['latents'].dtype} {(count, *shape)} as in {paths[0].name}"
                 )
-    mean, deviation = _read_statistics(folder / _STATISTICS, int(shape[0]))
+    mean, deviation = read_statistics(folder / _STATISTICS, int(shape[0]))
     labels = torch.cat([shard["labels"] for shard in shards]).to(torch.int64)
     counts = [len(shard["labels"]) for shard in shards]
     digest = hashlib.sha256(labels.numpy().data)
@@ -304,8 +304,11 @@ def _expected_size(path: Path) -> str:
         return ""
 
 
-def _read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, by which LightningDiT normalises."""
+def read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, by which LightningDiT normalises: its `latents_stats.pt`.
+
+    Raises DataError for a file that is missing, of other channels, or has none.
+    """
     # Imported here: interop's package imports the trainer, which imports this one.
     from dit_fast.interop.weight_file import read_weight_file
 

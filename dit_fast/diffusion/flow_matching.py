@@ -21,13 +21,16 @@ _LEAST_SIGMA = 0.05
 class FlowMatching:
     """A path between noise (t = 0) and data (t = 1), and a model of its velocity, its score, the noise or x_0.
 
-    The model reads t itself, in [0, 1] and not scaled, as in SiT: `model(x, t, **model_kwargs)` -> (N, C, ...).
+    The model reads t itself, in [0, 1] and not scaled, as in SiT: `model(x, t, **model_kwargs)` -> (N, C, ...); of
+    2 C channels, which SiT's models have, the first C are the answer.
 
     path            "linear", "gvp" or "vp"
     prediction      what the model answers: "velocity", "score", "epsilon" or "x0"
     loss_weighting  of the squared error of that answer: "none"; "velocity", which makes it the error of the velocity;
                     "likelihood", the bound's (SiT, section 2). With "none" the score's error counts times sigma,
                     which makes it the noise's.
+    direction_loss  add the mean over places of 1 - cos of the angle between answer and velocity, of a model of the
+                    velocity (Yao et al. 2024, arXiv:2410.10356; LightningDiT)
 
     `num_timesteps` is None, as t is continuous. Raises ConfigError for a combination that cannot be.
     """
@@ -35,7 +38,11 @@ class FlowMatching:
     num_timesteps: None = None
 
     def __init__(
-        self, path: str = "linear", prediction: str = "velocity", loss_weighting: str = "none"
+        self,
+        path: str = "linear",
+        prediction: str = "velocity",
+        loss_weighting: str = "none",
+        direction_loss: bool = False,
     ) -> None:
         for name, value, known in (
             ("path", path, tuple(PATHS)),
@@ -49,7 +56,12 @@ class FlowMatching:
                 f"loss weighting {loss_weighting!r} is for models of score, noise or x_0: that of a model of the "
                 "velocity is none"
             )
+        if direction_loss and prediction != "velocity":
+            raise ConfigError(
+                f"the direction loss is of the velocity, this model's prediction is {prediction}"
+            )
         self.path, self.prediction, self.loss_weighting = path, prediction, loss_weighting
+        self.direction_loss = direction_loss
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -79,7 +91,8 @@ class FlowMatching:
         model_kwargs: ModelKwargs = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of each sample (SiT, section 2): "loss", weighted, and "mse", each (N,).
+        """The loss of each sample (SiT, section 2): "loss", weighted, and its terms "mse" and, where it is added,
+        "direction", each (N,).
 
         x_start: clean data (N, C, ...); t: times (N,); noise: shaped like `x_start`, drawn when None.
         Raises ConfigError for noise or a model's answer of another shape.
@@ -92,7 +105,11 @@ class FlowMatching:
         point = self.at(t, x_start.dim())
         x = (point.alpha * x_start + point.sigma * noise).to(x_start.dtype)
         wanted = target(self.prediction, x_start, noise, point)
-        mse = mean_flat((self._answer(model, x, t, model_kwargs) - wanted) ** 2)
+        answer = self._answer(model, x, t, model_kwargs)
+        mse = mean_flat((answer - wanted) ** 2)
+        if self.direction_loss:
+            direction = mean_flat(1 - torch.cosine_similarity(answer, wanted, dim=1))
+            return {"mse": mse, "direction": direction, "loss": mse + direction}
         weights = self._weights(point)
         return {"mse": mse, "loss": mse if weights is None else mse * weights.flatten()}
 
@@ -103,10 +120,12 @@ class FlowMatching:
 
     def _answer(self, model: Model, x: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> Tensor:
         answer = model(x, t, **(model_kwargs or {}))
+        if answer.shape[1] == 2 * x.shape[1]:
+            answer = answer[:, : x.shape[1]]
         if answer.shape != x.shape:
             raise ConfigError(
-                f"the model returned {tuple(answer.shape)} for x {tuple(x.shape)}; flow matching has no variance to "
-                "learn (learn_sigma=False)"
+                f"the model returned {tuple(answer.shape)} for x {tuple(x.shape)}; expected as many channels, or "
+                "twice as many"
             )
         return answer.float() if answer.dtype in (torch.float16, torch.bfloat16) else answer
 

@@ -14,6 +14,8 @@ from dit_fast.interop.configuration import infer_config, registry_size, require_
 from dit_fast.interop.converted import Conventions, ConvertedDiT
 from dit_fast.interop.diffusers_folder import diffusers_config_of, read_folder, transformer_folder
 from dit_fast.interop.hub import fetch_hub_model, is_hub_id
+from dit_fast.interop.lightningdit import is_lightningdit, state_from_lightningdit
+from dit_fast.interop.objective import settled_objective, transport_objective
 from dit_fast.interop.pipeline_folder import pipeline_facts
 from dit_fast.interop.weight_file import WeightFile, read_weight_file
 from dit_fast.models import DiT, load_weights, read_config
@@ -40,8 +42,9 @@ class ModelInfo:
     latents of an autoencoder or pixels; `notes` are lines that a user should see. The other fields are a
     training checkpoint's and empty for other files: `data` describes the image set (its name, size,
     channels, held-out fraction, fingerprint, and `flip` as the run was told), `diffusion` are arguments of
-    `create_diffusion`. A pipeline's folder tells `class_names` and `diffusion` too. `vae`: the autoencoder of the
-    latents, "ema", "mse" or a folder, where the checkpoint or the pipeline tells it.
+    `create_objective`. A pipeline's folder tells `class_names` and `diffusion` too; training files of SiT and
+    LightningDiT tell `diffusion`, and for other weight files the caller may. `vae`: the autoencoder of the latents,
+    "ema", "mse" or a folder, where the checkpoint or the pipeline tells it.
     """
 
     path: Path
@@ -71,20 +74,23 @@ def load_model(
     num_heads: int | None = None,
     expected: Mapping[str, Any] | None = None,
     input_size: int | tuple[int, int] | None = None,
+    objective: str | Mapping[str, Any] | None = None,
 ) -> tuple[DiT, ModelInfo]:
     """The model of any checkpoint, in eval mode on `device`, and what is known of it.
 
     `path` is a run folder of `dit-fast train` (its newest checkpoint that verifies), a step folder, a
     `save_pretrained` folder, a folder that diffusers or `FastDiT` wrote (a pipeline's or the transformer's; then
     the model is a `ConvertedDiT`), the id of such a model on the Hugging Face hub (`organisation/name`, with
-    `@revision` to pin it), a `.safetensors` file, or a `.pt` file: a bare state dict as the reference publishes, or
-    a dictionary of the reference's train.py.
+    `@revision` to pin it), a `.safetensors` file, or a `.pt` file: a bare state dict as the reference, SiT and
+    LightningDiT publish, or a dictionary of their train.py.
 
     weights     "ema" or "model", where the checkpoint has both; the one there is, with a note, where it has
     one
     num_heads   where neither a config.json nor the registry tells it
     expected    fields of `DiT.config` that the checkpoint must have
     input_size  of the model, whatever the checkpoint's: `DiT.regrid` makes its positions for that size, with a note
+    objective   what the model was trained to predict, where the checkpoint does not tell: "flow", or a mapping with
+                "objective", "prediction" and "path" as of `create_objective`
 
     Raises CheckpointError for a file that is damaged, unsafe, no DiT, or not as `expected`; all differing
     fields and all missing, unexpected and misshaped tensors are listed at once.
@@ -100,6 +106,7 @@ def load_model(
         model, info = _from_path(path, weights, num_heads, expected or {})
     except RecursionError:
         raise CheckpointError(f"{path}: refused: its JSON is nested deeper than any checkpoint's") from None
+    info = replace(info, diffusion=settled_objective(objective, info.diffusion, str(path)))
     if input_size is not None and as_pair(input_size) != model.x_embedder.img_size:
         sizes = " to ".join(
             "x".join(map(str, size)) for size in (model.x_embedder.img_size, as_pair(input_size))
@@ -190,15 +197,20 @@ def _from_file(
     path: Path, weights: str, num_heads: int | None, expected: Mapping[str, Any]
 ) -> tuple[DiT, ModelInfo]:
     file = read_weight_file(path, weights)
+    told = transport_objective(file.arguments)
     beside = path.with_name("config.json")
     if path.suffix == ".safetensors" and beside.is_file():
         if theirs := diffusers_config_of(beside):
             return _from_diffusers(path.parent, theirs, expected)
         config = read_config(beside)
+    elif is_lightningdit(file.state):
+        state, known = state_from_lightningdit(file.state, str(path))
+        file, told = replace(file, state=state), told or {"objective": "flow"}
+        config = _inferred(file, num_heads, {**expected, **known})
     else:
         config = _inferred(file, num_heads, expected)
     model = _build(file, config, expected)
-    return model, ModelInfo(path, file.weights, latent=_looks_latent(model), notes=file.notes)
+    return model, ModelInfo(path, file.weights, latent=_looks_latent(model), diffusion=told, notes=file.notes)
 
 
 def _inferred(file: WeightFile, num_heads: int | None, expected: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from dit_fast.interop.weight_file import first_line
 
 LATENT_FACTOR = 8
 """Side of an image over that of its latents, of the Stable Diffusion autoencoders."""
+SD_CHANNELS = 4
+"""Channels of their latents."""
 TILED_FROM = 128
 """Latents larger than this, images of more than 1024 pixels, are decoded in overlapping tiles, to bound the memory."""
 

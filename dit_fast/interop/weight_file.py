@@ -45,8 +45,8 @@ class WeightFile:
 
     `state` has float32 tensors on the CPU under the reference's keys. `weights` says which set of the
     file it is: "ema" or "model" of a training dictionary, "only" where the file has one set.
-    `arguments` are the `argparse` options that the reference's train.py saves; `notes` are the lines
-    that a user should see.
+    `arguments` are the `argparse` options that the reference's and SiT's train.py save, or those of
+    LightningDiT's transport; `notes` are the lines that a user should see.
     """
 
     path: Path
@@ -215,10 +215,18 @@ def _select(path: Path, content: Any, weights: str, size: int) -> WeightFile:
         if chosen != weights:
             notes.append(f"{path}: no {weights} weights in it, took {chosen!r}")
         state = content[chosen]
-        saved = content.get("args")
-        arguments = dict(vars(saved)) if isinstance(saved, argparse.Namespace) else {}
+        arguments = _saved_arguments(content)
     tensors = _as_state_dict(path, state, size, notes)
     return WeightFile(path, tensors, chosen, arguments, tuple(notes))
+
+
+def _saved_arguments(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """The options beside the weights: an argparse.Namespace, or those of the transport in LightningDiT's "config"."""
+    if isinstance(saved := content.get("args"), argparse.Namespace):
+        return dict(vars(saved))
+    config = content.get("config")
+    transport = config.get("transport") if isinstance(config, Mapping) else None
+    return dict(transport) if isinstance(transport, Mapping) else {}
 
 
 def _as_state_dict(path: Path, state: Mapping[Any, Any], size: int, notes: list[str]) -> dict[str, Tensor]:

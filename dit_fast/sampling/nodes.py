@@ -163,14 +163,22 @@ def default_solver(objective: Mapping[str, Any]) -> str:
 
 
 def sampling_nodes(
-    objective: Mapping[str, Any], steps: str | int | None, solver: str, *, learn_sigma: bool
+    objective: Mapping[str, Any],
+    steps: str | int | None,
+    solver: str,
+    *,
+    learn_sigma: bool,
+    shift: float = 1.0,
 ) -> Nodes:
     """The nodes of a model trained with `objective`, arguments of `create_objective` as a checkpoint keeps them.
 
-    steps: a number, or for diffusion a respacing; None: 250, or all if fewer. Raises ConfigError.
+    steps: a number, or for diffusion a respacing; None: 250, or all if fewer. shift: as of `flow_nodes`. Raises
+    ConfigError.
     """
     options = dict(objective)
     if options.pop("objective", "diffusion") == "diffusion":
+        if shift != 1:
+            raise ConfigError(f"shift {shift:g} is of flow matching; respacings are of diffusion")
         kept = {name: options[name] for name in _DIFFUSION_OPTIONS if name in options}
         steps = steps or min(STEPS, kept.get("diffusion_steps", STEPS))
         return diffusion_nodes(create_diffusion(str(steps), learn_sigma=learn_sigma, **kept))
@@ -178,10 +186,5 @@ def sampling_nodes(
         raise ConfigError(f"steps {steps}: flow matching takes a number; respacings are of diffusion")
     last_step = LAST_STEP if solver.startswith("sde") else None
     start = _START if solver == "sde-sbdm" else None
-    return flow_nodes(
-        int(steps or STEPS),
-        path=options["path"],
-        prediction=options["prediction"],
-        start=start,
-        last_step=last_step,
-    )
+    trained = {name: options[name] for name in ("path", "prediction") if name in options}
+    return flow_nodes(int(steps or STEPS), shift, start=start, last_step=last_step, **trained)

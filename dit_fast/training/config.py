@@ -1,4 +1,4 @@
-"""What a training run is made of: `TrainConfig`, its presets, and how a resumed run is compared with it."""
+"""What a training run is made of: `TrainConfig`, and how a resumed run is compared with it."""
 
 import dataclasses
 import difflib
@@ -234,29 +234,6 @@ class TrainConfig(ObjectiveConfig):
             return math.ceil(self.epochs * num_train / self.batch_size)
         return 400_000 if self.steps is None else self.steps
 
-
-# demo: MNIST on two CPU cores in minutes. The paper's recipe with two changes that so short a run needs. In
-# so few steps a model that predicts the noise of 7 x 7 patches does not get to the shapes, one that predicts
-# the image does (Li & He 2025, arXiv:2511.13720, find the same). And 100 noise levels instead of 1000: all
-# of them are sampled, so that the learned variances are used at the step lengths they were learned for.
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {
-        "data": "mnist",
-        "hidden_size": 128,
-        "depth": 6,
-        "num_heads": 4,
-        "patch_size": 7,
-        "batch_size": 64,
-        "steps": 900,
-        "lr": 2e-3,
-        "beta2": 0.99,
-        "ema_decay": 0.995,
-        "prediction": "x0",
-        "diffusion_steps": 100,
-        "log_every": 50,
-        "ckpt_every": 500,
-    }
-}
 
 # What may differ between a run and its continuation. Data may have moved: their fingerprint is compared.
 CHANGEABLE = frozenset(

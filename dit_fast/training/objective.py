@@ -28,6 +28,7 @@ class ObjectiveConfig:
     prediction           what the model answers: "epsilon", "x0" (better where runs are short and patches large) or "v"
                          of diffusion; "velocity", "score", "epsilon" or "x0" of flow; None: the first of these
     loss_weighting       "none"; "min-snr" of diffusion, with min_snr_gamma; "velocity" or "likelihood" of flow
+    direction_loss       of flow's velocity: also the angle between answer and velocity
     timestep_sampling    "uniform", "importance" (by recent losses, of diffusion) or "logit-normal"
     learn_sigma          learn the variance too, by the hybrid loss (arXiv:2102.09672, eq. 16); None: of diffusion yes
     sigma_small, use_kl  without learn_sigma, the posterior's variance instead of beta; the bound alone as the loss
@@ -41,6 +42,7 @@ class ObjectiveConfig:
     path: str = "linear"
     loss_weighting: str = "none"
     min_snr_gamma: float = 5.0
+    direction_loss: bool = False
     timestep_sampling: str = "uniform"
     learn_sigma: bool | None = None
     sigma_small: bool = False
@@ -60,7 +62,9 @@ class ObjectiveConfig:
         """Raise ConfigError for options that are not of the objective, or do not go together."""
         flow = self.objective == "flow"
         fixed = (
-            ("noise_schedule", "learn_sigma", "sigma_small", "use_kl", "min_snr_gamma") if flow else ("path",)
+            ("noise_schedule", "learn_sigma", "sigma_small", "use_kl", "min_snr_gamma")
+            if flow
+            else ("path", "direction_loss")
         )
         usual = {field.name: field.default for field in dataclasses.fields(self)} | {"learn_sigma": False}
         for field in fixed:
@@ -85,7 +89,12 @@ class ObjectiveConfig:
         """
         common = {"objective": self.objective, "prediction": self.prediction}
         if self.objective == "flow":
-            return {**common, "path": self.path, "loss_weighting": self.loss_weighting}
+            return {
+                **common,
+                "path": self.path,
+                "loss_weighting": self.loss_weighting,
+                "direction_loss": self.direction_loss,
+            }
         return {
             **common,
             "noise_schedule": self.noise_schedule,
