@@ -283,6 +283,8 @@ def test_prior_term_is_the_divergence_from_the_standard_normal():
     torch.testing.assert_close(diffusion._prior_bpd(x), mean_flat(prior) / np.log(2))
     out = diffusion.calc_bpd_loop(answering(x), x)
     torch.testing.assert_close(out["prior_bpd"], mean_flat(prior) / np.log(2))
+    assert prior.mean() > 0.1, "a prior that the whole bound cannot do without"
+    torch.testing.assert_close(out["total_bpd"], out["vb"].sum(dim=1) + out["prior_bpd"])
 
 
 def test_ancestral_step_adds_noise_by_the_log_variance_except_at_the_end():

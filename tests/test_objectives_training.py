@@ -118,6 +118,7 @@ def test_the_history_of_importance_sampling_is_in_the_checkpoint(tmp_path):
     [
         {"prediction": "v", "loss_weighting": "min-snr", "timestep_sampling": "logit-normal"},
         {"learn_sigma": False, "sigma_small": True, "prediction": "x0"},
+        {"learned_range": False},
         {"use_kl": True},
         {"objective": "flow"},
         {"objective": "flow", "path": "gvp", "prediction": "epsilon", "loss_weighting": "velocity"},
@@ -144,6 +145,8 @@ def test_every_objective_takes_steps(options):
     [
         ({"objective": "flow", "learn_sigma": True}, "--learn-sigma True is of --objective diffusion"),
         ({"objective": "flow", "use_kl": True}, "--use-kl True is of --objective diffusion"),
+        ({"objective": "flow", "learned_range": False}, "--learned-range False is of --objective diffusion"),
+        ({"learn_sigma": False, "learned_range": False}, "--no-learned-range is of a learned variance"),
         (
             {"objective": "flow", "noise_schedule": "squaredcos_cap_v2"},
             "--noise-schedule squaredcos_cap_v2 is of",

@@ -23,6 +23,7 @@ from dit_fast.sampling import (
 )
 from dit_fast.sampling.guidance import guide
 from dit_fast.sampling.modulation import ModulationTable, loop_parameters, modulation_width
+from dit_fast.training import TrainConfig
 from tests.golden import golden_model, seeded
 
 
@@ -214,7 +215,7 @@ def test_the_documented_example_guides(tmp_path, monkeypatch):
     manifest = {
         "step": 1,
         "data": open_images("digits").describe(),
-        "diffusion": {"noise_schedule": "linear", "learn_sigma": True, "diffusion_steps": 100},
+        "diffusion": TrainConfig("digits", diffusion_steps=100).objective_arguments(),
     }
     zeros = {f"exp_avg.{name}": torch.zeros_like(p) for name, p in model.named_parameters()}
     save_checkpoint(tmp_path / "demo" / "run", model, model.state_dict(), zeros, manifest)

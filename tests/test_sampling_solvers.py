@@ -13,7 +13,7 @@ import torch
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
 from dit_fast.sampling import solvers
-from dit_fast.sampling.nodes import Nodes, diffusion_nodes, flow_nodes
+from dit_fast.sampling.nodes import Nodes, default_solver, diffusion_nodes, flow_nodes, sampling_nodes
 from dit_fast.sampling.solvers import Denoised
 
 MEAN, SPREAD = 0.7, 0.4
@@ -145,6 +145,32 @@ def test_ddpm_is_the_reference_s_loop(options, channels, respacing):
     draws = [torch.randn_like(x) for _ in range(len(nodes))]
     *_, drawn = solvers.ddpm(denoiser_of(model, nodes, channels), x, nodes, draws.__getitem__)
     assert (drawn - expected).abs().max() / expected.abs().max() < 1e-5
+
+
+def test_a_variance_learned_by_its_logarithm_is_that_of_all_steps():
+    """Against the reference's loop; fewer steps are longer ones, of which the model knows no variance."""
+    options = {"diffusion_steps": 40, "learned_range": False}
+    diffusion = create_diffusion("", **options)
+    nodes = diffusion_nodes(diffusion)
+
+    def model(x, t):
+        return torch.cat([torch.tanh(x), -4 + 0.5 * torch.tanh(x)], dim=1) * (1 + t.view(-1, 1, 1, 1) / 40)
+
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    torch.manual_seed(1)
+    expected = diffusion.p_sample_loop(model, x.shape, x, clip_denoised=False, device="cpu")
+    torch.manual_seed(1)
+    draws = [torch.randn_like(x) for _ in range(len(nodes))]
+    *_, drawn = solvers.ddpm(denoiser_of(model, nodes, 3), x, nodes, draws.__getitem__)
+    assert (drawn - expected).abs().max() / expected.abs().max() < 1e-5
+    with pytest.raises(
+        ConfigError, match="holds for all 40 steps, not for 20 longer ones: keep all with ddpm"
+    ):
+        diffusion_nodes(create_diffusion("20", **options))
+    assert default_solver(options) == "ddim"
+    assert len(sampling_nodes(options, 20, "ddim", learn_sigma=True)) == 20
+    with pytest.raises(ConfigError, match="or take another solver"):
+        sampling_nodes(options, 20, "ddpm", learn_sigma=True)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])

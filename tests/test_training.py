@@ -240,6 +240,7 @@ def test_the_log_and_manifest_say_what_happened(data, tmp_path, capsys):
         "prediction": "epsilon",
         "noise_schedule": "linear",
         "learn_sigma": True,
+        "learned_range": True,
         "sigma_small": False,
         "use_kl": False,
         "rescale_learned_sigmas": True,

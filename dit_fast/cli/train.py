@@ -160,6 +160,11 @@ def add_objective_options(objective: argparse._ArgumentGroup) -> None:
     _switch(objective, "--direction-loss", "also the angle to the velocity, of flow (default: off)")
     _choice(objective, "--timestep-sampling", "uniform, by recent losses, or logit-normal (default: uniform)")
     _switch(
+        objective,
+        "--learned-range",
+        "a learned variance is a place between its bounds; with no-, its logarithm (default: on)",
+    )
+    _switch(
         objective, "--sigma-small", "the posterior's variance, where none is learned (default: off, beta's)"
     )
     _switch(objective, "--use-kl", "train on the variational bound alone (default: off)")

@@ -27,6 +27,7 @@ def create_diffusion(
     diffusion_steps: int = 1000,
     prediction: str | None = None,
     min_snr_gamma: float | None = None,
+    learned_range: bool = True,
 ) -> SpacedDiffusion:
     """Build the diffusion process that a DiT is trained or sampled with.
 
@@ -36,11 +37,13 @@ def create_diffusion(
         use_kl: train on the variational bound alone, times the number of steps.
         sigma_small: without `learn_sigma`, use the posterior variance instead of beta (DDPM, section 3.2).
         predict_xstart: the model predicts x_0 instead of the noise.
-        learn_sigma: the model also predicts the variance, between its two bounds (Improved DDPM, eq. 15).
+        learn_sigma: the model also predicts the variance, as `learned_range` says.
         rescale_learned_sigmas: weigh the variance's loss by steps / 1000.
         diffusion_steps: number of steps before respacing.
         prediction: "epsilon", "x0" or "v" (Salimans & Ho 2022); None is what `predict_xstart` says.
         min_snr_gamma: weigh the squared error by min-SNR (Hang et al. 2023), usually with 5; None does not.
+        learned_range: a learned variance is a place between its two bounds (Improved DDPM, eq. 15); else the model
+            answers its logarithm, which holds for a step of this length and no other.
 
     Raises:
         ConfigError: an unknown schedule or prediction, a respacing that cannot be made, or too few steps.
@@ -63,7 +66,7 @@ def create_diffusion(
         loss_type = LossType.MSE
 
     if learn_sigma:
-        model_var_type = ModelVarType.LEARNED_RANGE
+        model_var_type = ModelVarType.LEARNED_RANGE if learned_range else ModelVarType.LEARNED
     elif sigma_small:
         model_var_type = ModelVarType.FIXED_SMALL
     else:

@@ -28,10 +28,13 @@ LAST_STEP = 0.04
 # Where alpha is 0, noise and score do not tell x_0; SiT's sampling begins this much later.
 _START = 1e-3
 # Those of `create_diffusion` that say how to sample, not how to train.
-_DIFFUSION_OPTIONS = ("noise_schedule", "sigma_small", "predict_xstart", "diffusion_steps", "prediction")
+_DIFFUSION_OPTIONS = (
+    "noise_schedule", "sigma_small", "predict_xstart", "diffusion_steps", "prediction", "learned_range",
+)  # fmt: skip
 
 _VARIANCES = {
     ModelVarType.LEARNED_RANGE: "learned",
+    ModelVarType.LEARNED: "learned-log",
     ModelVarType.FIXED_SMALL: "small",
     ModelVarType.FIXED_LARGE: "large",
 }
@@ -46,7 +49,8 @@ class Nodes:
     alphas      float64 (N + 1,): share of x_0, the last where the trajectory ends, usually 1
     sigmas      float64 (N + 1,): share of the noise, the last usually 0
     prediction  one of `dit_fast.diffusion.paths.PREDICTIONS`
-    variance    of an ancestral step: "learned" (between its bounds), "small" (the posterior's) or "large" (beta)
+    variance    of an ancestral step: "learned" (between its bounds), "learned-log" (by its logarithm), "small" (the
+                posterior's) or "large" (beta)
     rates       of a path in continuous time, which `times` then are, ending at 1: derivatives of alpha and of sigma at
                 each evaluation, float64 (N,) each; None for discrete timesteps
 
@@ -89,14 +93,20 @@ class Nodes:
 
 
 def diffusion_nodes(diffusion: GaussianDiffusion) -> Nodes:
-    """The nodes of a diffusion process, respaced or not, from its last step to its first."""
-    if diffusion.model_var_type not in _VARIANCES:
-        raise ConfigError(f"no solver for a variance that is {diffusion.model_var_type.name}")
+    """The nodes of a diffusion process, respaced or not, from its last step to its first.
+
+    Raises ConfigError for a respaced process whose variance is learned by its logarithm.
+    """
     steps = diffusion.num_timesteps
     if isinstance(diffusion, SpacedDiffusion):
         kept, steps = np.array(diffusion.timestep_map, dtype=np.float64), diffusion.original_num_steps
     else:
         kept = np.arange(steps, dtype=np.float64)
+    if diffusion.model_var_type is ModelVarType.LEARNED and len(kept) < steps:
+        raise ConfigError(
+            f"a variance learned by its logarithm (learned_range=False) holds for all {steps} steps, not for "
+            f"{len(kept)} longer ones: keep all with ddpm, or take another solver"
+        )
     times = kept[::-1].copy()
     return Nodes(
         times=times,
@@ -159,7 +169,9 @@ def flow_nodes(
 
 def default_solver(objective: Mapping[str, Any]) -> str:
     """Of a model trained with these arguments of `create_objective`, where no other is asked for."""
-    return "euler" if objective.get("objective") == "flow" else "ddpm"
+    if objective.get("objective") == "flow":
+        return "euler"
+    return "ddpm" if objective.get("learned_range", True) else "ddim"
 
 
 def sampling_nodes(
@@ -181,7 +193,9 @@ def sampling_nodes(
             raise ConfigError(f"shift {shift:g} is of flow matching; respacings are of diffusion")
         kept = {name: options[name] for name in _DIFFUSION_OPTIONS if name in options}
         steps = steps or min(STEPS, kept.get("diffusion_steps", STEPS))
-        return diffusion_nodes(create_diffusion(str(steps), learn_sigma=learn_sigma, **kept))
+        # Only ancestral steps read a variance.
+        learned = learn_sigma and solver == "ddpm"
+        return diffusion_nodes(create_diffusion(str(steps), learn_sigma=learned, **kept))
     if not str(steps or STEPS).isdecimal():
         raise ConfigError(f"steps {steps}: flow matching takes a number; respacings are of diffusion")
     last_step = LAST_STEP if solver.startswith("sde") else None

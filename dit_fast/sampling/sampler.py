@@ -154,7 +154,8 @@ class Sampler:
             raise ConfigError(
                 f"solver {solver} is of flow matching: for a diffusion model use ddpm, or ddim with eta"
             )
-        if self.config.solver == "ddpm" and self.nodes.variance == "learned" and not self.model.learn_sigma:
+        learned = self.nodes.variance.startswith("learned")
+        if solver == "ddpm" and learned and not self.model.learn_sigma:
             raise ConfigError(
                 "the process has a learned variance and the model predicts none: "
                 "learn_sigma must agree in model and create_diffusion"

@@ -23,7 +23,9 @@ from dit_fast.sampling.nodes import Array, Nodes
 
 
 class Denoised(NamedTuple):
-    """A model's prediction of x_0 and, where it learned one, the variance's place between its bounds, in [-1, 1]."""
+    """A model's prediction of x_0 and, where it learned one, what it says of the variance: as `Nodes.variance` has it,
+    the place between its bounds, in [-1, 1], or its logarithm.
+    """
 
     data: Tensor
     variance: Tensor | None = None
@@ -59,14 +61,16 @@ def ddpm(
     table = _rows(ddpm_table(nodes), x)
     for i in range(len(nodes)):
         of_x, of_data, log_small, log_large = table[i]
-        data, fraction = denoise(x, i)
+        data, learned = denoise(x, i)
         mean = torch.addcmul(of_x * x, of_data, data)
-        if nodes.variance != "learned":
+        if not nodes.variance.startswith("learned"):
             log_variance = log_small if nodes.variance == "small" else log_large
-        elif fraction is None:
+        elif learned is None:
             raise ConfigError("these nodes have a learned variance and the model predicts none")
+        elif nodes.variance == "learned":
+            log_variance = torch.lerp(log_small, log_large, (learned + 1) / 2)
         else:
-            log_variance = torch.lerp(log_small, log_large, (fraction + 1) / 2)
+            log_variance = learned
         if score is not None:
             mean = mean + log_variance.exp() * score(x, i)
         x = mean if i + 1 == len(nodes) else torch.addcmul(mean, (0.5 * log_variance).exp(), noise(i))

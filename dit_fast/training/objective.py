@@ -31,6 +31,7 @@ class ObjectiveConfig:
     direction_loss       of flow's velocity: also the angle between answer and velocity
     timestep_sampling    "uniform", "importance" (by recent losses, of diffusion) or "logit-normal"
     learn_sigma          learn the variance too, by the hybrid loss (arXiv:2102.09672, eq. 16); None: of diffusion yes
+    learned_range        a learned variance is a place between its bounds (eq. 15 there); else its logarithm
     sigma_small, use_kl  without learn_sigma, the posterior's variance instead of beta; the bound alone as the loss
     noise_schedule       of diffusion: "linear" or "squaredcos_cap_v2"
     path                 of flow: "linear", "gvp" or "vp"
@@ -45,6 +46,7 @@ class ObjectiveConfig:
     direction_loss: bool = False
     timestep_sampling: str = "uniform"
     learn_sigma: bool | None = None
+    learned_range: bool = True
     sigma_small: bool = False
     use_kl: bool = False
     noise_schedule: str = "linear"
@@ -61,11 +63,10 @@ class ObjectiveConfig:
     def check_objective(self) -> None:
         """Raise ConfigError for options that are not of the objective, or do not go together."""
         flow = self.objective == "flow"
-        fixed = (
-            ("noise_schedule", "learn_sigma", "sigma_small", "use_kl", "min_snr_gamma")
-            if flow
-            else ("path", "direction_loss")
-        )
+        of_diffusion = (
+            "noise_schedule", "learn_sigma", "learned_range", "sigma_small", "use_kl", "min_snr_gamma",
+        )  # fmt: skip
+        fixed = of_diffusion if flow else ("path", "direction_loss")
         usual = {field.name: field.default for field in dataclasses.fields(self)} | {"learn_sigma": False}
         for field in fixed:
             if getattr(self, field) != usual[field]:
@@ -80,6 +81,8 @@ class ObjectiveConfig:
             )
         if self.sigma_small and self.learn_sigma:
             raise ConfigError("--sigma-small is a variance that is not learned: give --no-learn-sigma too")
+        if not (self.learned_range or self.learn_sigma):
+            raise ConfigError("--no-learned-range is of a learned variance: leave out --no-learn-sigma")
         TimestepSampling(create_objective(**self.objective_arguments()), 0, self.timestep_sampling)
 
     def objective_arguments(self) -> dict[str, Any]:
@@ -99,6 +102,7 @@ class ObjectiveConfig:
             **common,
             "noise_schedule": self.noise_schedule,
             "learn_sigma": self.learn_sigma,
+            "learned_range": self.learned_range,
             "sigma_small": self.sigma_small,
             "use_kl": self.use_kl,
             "rescale_learned_sigmas": self.learn_sigma,
