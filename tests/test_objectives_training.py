@@ -55,6 +55,13 @@ def test_importance_draws_follow_the_losses_and_leave_the_mean_alone():
     assert (importance * values[t]).mean().item() == pytest.approx(4.0, abs=0.1)
 
 
+def test_training_s_history_is_the_paper_s():
+    """Nichol & Dhariwal 2021, section 3.3: ten losses of each timestep."""
+    history = TimestepSampling(create_objective(), 0, "importance").history
+    assert history.losses.shape == (1000 + 1, 10)
+    assert history.uniform_prob == 0.001
+
+
 def test_a_history_keeps_the_newest_losses_and_none_of_a_void_step():
     history = LossHistory(2, kept=3)
     history.update(torch.tensor([1, 0, 1, 1, 1, 1]), torch.tensor([1.0, 9.0, 2.0, 3.0, 4.0, 5.0]))
@@ -93,6 +100,9 @@ def test_importance_sampling_is_the_same_in_micro_batches_and_on_two_ranks():
         losses = whole.objective.training_losses(whole._denoise, x, t, {"y": y}, noise=noise)["loss"]
     run(whole, 1)
     assert whole.values()[-1].loss == pytest.approx(float((importance * losses).mean()), rel=1e-4)
+    # What it learns from is the loss itself; one of each timestep is its newest.
+    newest = one.losses[t] - losses[:, None]
+    assert (newest.abs().amin(dim=1) < 1e-4 * losses).all()
 
 
 def test_the_history_of_importance_sampling_is_in_the_checkpoint(tmp_path):
