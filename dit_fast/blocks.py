@@ -28,7 +28,7 @@ from dit_fast.layers import (
 )
 
 RECOMPUTE = ("none", "cheap", "blocks")
-"""What is made again in the backward pass: nothing; norm outputs and GELU; every block from its input."""
+"""What is made again in the backward pass: nothing; norm outputs and activations; every block from its input."""
 
 
 class Normed(NamedTuple):
@@ -188,15 +188,20 @@ class TransformerBlock(nn.Module):
     def mlp_branch(self, h: Normed) -> tuple[Tensor, Tensor | None]:
         """`self.mlp(h.y)` as (branch, bias still to be added)."""
         module = self.mlp
-        if not uses_triton(self.kernels, h.y) or not isinstance(module, Mlp) or not module.is_fusible():
+        if (
+            not uses_triton(self.kernels, h.y)
+            or not isinstance(module, Mlp | SwiGLU)
+            or not module.is_fusible()
+        ):
             return module(h.y), None
+        first, last = module.linears
         keep = self.recompute == "none"
-        recipe = None if keep else h.recipe
         branch = mlp(
-            h.y, module.fc1.weight, module.fc1.bias, module.fc2.weight,
-            keep_activation=keep, epilogue=module.epilogue, recipe=recipe, kernels=self.kernels,
+            h.y, first.weight, first.bias, last.weight,
+            activation=module.activation, keep_activation=keep, epilogue=module.epilogue,
+            recipe=None if keep else h.recipe, kernels=self.kernels,
         )  # fmt: skip
-        return branch, module.fc2.bias
+        return branch, last.bias
 
 
 class AdaptiveBlock(TransformerBlock):

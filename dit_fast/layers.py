@@ -11,7 +11,6 @@ from dit_fast.kernels.recompute import NormRecipe, linear
 from dit_fast.positions import rotate
 
 NORMS = ("layernorm", "rmsnorm")
-MLPS = ("gelu", "swiglu")
 
 
 def matrix_size(module: nn.Module) -> int:
@@ -155,6 +154,8 @@ class Mlp(nn.Module):
     `epilogue`: who applies the GELU where the kernels run, see `dit_fast.kernels.mlp`; `forward` is plain PyTorch.
     """
 
+    activation = "gelu"
+
     def __init__(self, in_features: int, hidden_features: int, *, epilogue: str = "auto"):
         super().__init__()
         self.epilogue = epilogue
@@ -165,9 +166,13 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.fc1, self.fc2
+
     def is_fusible(self) -> bool:
         """Whether this and its parts are what was built here, so that one operation may stand for them."""
-        linears = is_plain(self.fc1, nn.Linear) and is_plain(self.fc2, nn.Linear)
+        linears = all(is_plain(linear, nn.Linear) for linear in self.linears)
         tanh = is_plain(self.act, nn.GELU) and self.act.approximate == "tanh"
         return is_plain(self, Mlp) and linears and tanh
 
@@ -178,11 +183,14 @@ def swiglu_width(hidden_features: int) -> int:
 
 
 class SwiGLU(nn.Module):
-    """w3(SiLU(w1 x) * w2 x), w1 and w2 in one matrix `w12` (Shazeer 2020, equation 6), in PyTorch's operations.
+    """w3(SiLU(w1 x) * w2 x), w1 and w2 in one matrix `w12` (Shazeer 2020, equation 6); `forward` is plain PyTorch.
 
     `hidden_features`: of the GELU that it stands for; two thirds of it, up to a multiple of 8, are its own, so that
     the three matrices have the parameters of two.
     """
+
+    activation = "swiglu"
+    epilogue = "separate"
 
     def __init__(self, in_features: int, hidden_features: int):
         super().__init__()
@@ -193,3 +201,11 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(nn.functional.silu(gate) * value)
+
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.w12, self.w3
+
+    def is_fusible(self) -> bool:
+        """As in `Mlp`."""
+        return is_plain(self, SwiGLU) and all(is_plain(linear, nn.Linear) for linear in self.linears)

@@ -5,14 +5,15 @@ from typing import Any
 
 from dit_fast.conditioning import CONDITIONING
 from dit_fast.errors import ConfigError
-from dit_fast.layers import MLPS, NORMS
+from dit_fast.kernels import ACTIVATIONS
+from dit_fast.layers import NORMS
 from dit_fast.positions import POSITIONS
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "conditioning": CONDITIONING,
     "positions": POSITIONS,
     "norm": NORMS,
-    "mlp": MLPS,
+    "mlp": ACTIVATIONS,
     "qk_norm": (False, True),
 }
 """The first is the paper's: what a configuration that does not name the option means."""

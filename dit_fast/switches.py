@@ -52,7 +52,7 @@ class Switches(nn.Module):
             module = cast(TransformerBlock, block).mlp
             if isinstance(module, Mlp):
                 module.epilogue = epilogue
-            elif epilogue != "auto":
+            elif epilogue not in ("auto", "separate"):
                 raise ConfigError(
                     f"mlp_epilogue={epilogue!r} applies a GELU, which mlp='swiglu' has not: give 'auto'"
                 )

@@ -13,9 +13,10 @@ if __name__ == "dit_fast.kernels":
     from dit_fast.kernels.gated_residual import gated_residual
     from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
     from dit_fast.kernels.gelu import gelu
-    from dit_fast.kernels.mlp import EPILOGUES, mlp
+    from dit_fast.kernels.mlp import ACTIVATIONS, EPILOGUES, mlp
     from dit_fast.kernels.op import KERNEL_MODES, uses_triton
     from dit_fast.kernels.patchify import patch_embed, unpatchify
+    from dit_fast.kernels.swiglu import swiglu
 else:
     # In a checkout the bare name hides Hugging Face's package, whose version transformers asks for: too old to use.
     __version__ = "0"
@@ -28,6 +29,7 @@ else:
 
 
 __all__ = [
+    "ACTIVATIONS",
     "BACKENDS",
     "EPILOGUES",
     "KERNEL_MODES",
@@ -44,6 +46,7 @@ __all__ = [
     "grad_square_sum",
     "mlp",
     "patch_embed",
+    "swiglu",
     "unpatchify",
     "uses_triton",
 ]

@@ -11,7 +11,6 @@ Numerics  float32 (float64 for float64), one rounding at each store; the sum ove
           fixed order that depends on the shape alone, without atomics.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,37 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.launch import accumulator, as_bias, launch
+from dit_fast.kernels.launch import accumulator, as_bias, elementwise_launch, launch
 from dit_fast.kernels.op import check_tensors, define_op, uses_triton
-
-
-@dataclass(frozen=True)
-class GeluLaunch:
-    """Tiles of `rows` x `columns` values on `num_warps` warps; `splits` programs share the rows of a column block."""
-
-    rows: int
-    columns: int
-    num_warps: int
-    splits: int
-
-    @property
-    def meta(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "BLOCK_F": self.columns}
-
-
-def gelu_launch(rows: int, width: int, tile_rows: int) -> GeluLaunch:
-    """The launch for (rows, width) tensors: a function of the shape alone, as is then the order of every sum.
-
-    `tile_rows`: 8 in the forward pass and 4 in the backward pass, which holds three tiles and would keep only two
-    programs of 8 rows on a multiprocessor.
-    """
-    # A warp covers 256 columns with 8 values a thread; 512 divide 1536, 3072, 4096 and 4608, so no lane is idle.
-    columns = min(512, max(16, triton.next_power_of_2(width)))
-    tile_rows = min(tile_rows, triton.next_power_of_2(max(rows, 1)))
-    # About 8 programs for each of 132 multiprocessors; the partial sums stay below 1 % of the tensors' bytes.
-    blocks = triton.cdiv(width, columns)
-    splits = min(max(1056 // max(blocks, 1), 1), max(triton.cdiv(rows, tile_rows), 1))
-    return GeluLaunch(tile_rows, columns, 4, splits)
 
 
 @triton.jit
@@ -140,7 +110,7 @@ def gelu_forward(pre: Tensor, bias: Tensor | None, act: Tensor | None = None) ->
     pre = pre.contiguous()
     act = torch.empty_like(pre) if act is None else act
     F, N = pre.shape[-1], pre.numel() // max(pre.shape[-1], 1)
-    cfg = gelu_launch(N, F, 8)
+    cfg = elementwise_launch(N, F, 8)
     launch(
         _gelu_fwd_kernel, (triton.cdiv(N, cfg.rows) * triton.cdiv(F, cfg.columns),), on=pre,
         num_warps=cfg.num_warps,
@@ -164,7 +134,8 @@ def gelu_backward(
     dact, pre = dact.contiguous(), pre.contiguous()
     dpre = torch.empty_like(pre) if dpre is None else dpre
     F, N = pre.shape[-1], pre.numel() // max(pre.shape[-1], 1)
-    cfg = gelu_launch(N, F, 4)
+    # Three tiles: with 8 rows only two programs would fit a multiprocessor.
+    cfg = elementwise_launch(N, F, 4)
     act = torch.empty_like(pre) if activation else pre.new_empty(0)
     like = pre if bias is None else bias
     partial = None

@@ -1,18 +1,21 @@
-"""MLP with training epilogues: out = GELU(x fc1_weight^T + fc1_bias) fc2_weight^T.   (Peebles & Xie 2023, section 3.2)
+"""MLP with training epilogues: out = f(x fc1_weight^T + fc1_bias) fc2_weight^T, f the GELU of Peebles & Xie 2023
+(section 3.2) or SwiGLU, SiLU(g) * v of the pre-activation [g; v] (Shazeer 2020, equation 6).
 
 Shapes    x (..., D), fc1_weight (F, D), fc1_bias (F,), fc2_weight (E, F); out (..., E), usually E = D and F = 4 D.
+          SwiGLU: fc1_weight (2 F, D), fc1_bias (2 F,), usually F = 8/3 D.
           fc2's bias is left to the gated residual that follows, which adds it and gives its gradient.
-Backward  pre = x fc1_weight^T + fc1_bias is saved, and act = GELU(pre) if kept, else computed again:
-          d_act = d_out fc2_weight, d_pre = d_act * GELU'(pre), d_fc2_weight = d_out^T act,
+Backward  pre = x fc1_weight^T + fc1_bias is saved, and act = f(pre) if kept, else computed again:
+          d_act = d_out fc2_weight, d_pre = f'(pre) d_act, d_fc2_weight = d_out^T act,
           d_fc1_weight = d_pre^T x, d_fc1_bias = sum(d_pre), d_x = d_pre fc1_weight.
 Traffic   beside the products, in U = one (B, T, D) token tensor, F = 4 D: a GELU pass of its own moves 8 forward and
           16 backward (12 with act kept); epilogues 4 forward (writing pre) and 4 backward (reading it), and 4 for act
-          again. Keeping act costs 4 U of memory.
-Numerics  products in the dtype of x, sums in float32; GELU as in gelu.py, from the pre-activation as it was rounded,
-          so that act is the same kept or computed again.
+          again. Keeping act costs 4 U of memory. SwiGLU's pass: 8 and 16 (13.3), act 2.7 U.
+Numerics  products in the dtype of x, sums in float32; f as in gelu.py and swiglu.py, from the pre-activation as it was
+          rounded, so that act is the same kept or computed again.
 
 Who applies the GELU is the `epilogue`: "separate", products by PyTorch (cuBLAS) and the pass of gelu.py; "triton",
-the products of gemm.py; "cublaslt", cuBLASLt's own epilogues (cublaslt.py, the extra `epilogues`).
+the products of gemm.py; "cublaslt", cuBLASLt's own epilogues (cublaslt.py, the extra `epilogues`). SwiGLU, which joins
+columns that are F apart, has a pass of its own always.
 """
 
 import math
@@ -27,7 +30,9 @@ from dit_fast.kernels.gelu import gelu_backward, gelu_forward
 from dit_fast.kernels.launch import device_capability
 from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments
+from dit_fast.kernels.swiglu import swiglu_backward, swiglu_forward
 
+ACTIVATIONS = ("gelu", "swiglu")
 EPILOGUES = ("auto", "separate", "triton", "cublaslt")
 
 
@@ -75,28 +80,40 @@ def _provider(epilogue: str, x: Tensor, hidden: int) -> str:
     return mlp_epilogue((math.prod(x.shape[:-1]), x.shape[-1], hidden), x.dtype, x.device)
 
 
-def _expand(x: Tensor, weight: Tensor, bias: Tensor, keep_pre: bool, epilogue: str) -> tuple[Tensor, Tensor]:
-    """(pre, act) (rows, F) of x (rows, D); pre empty unless `keep_pre`."""
+def _expand(
+    x: Tensor, weight: Tensor, bias: Tensor, keep_pre: bool, epilogue: str, activation: str
+) -> tuple[Tensor, Tensor]:
+    """(pre, act) of x (rows, D); pre empty unless `keep_pre`."""
     if epilogue == "triton":
         return gemm.gemm_gelu(x, weight, bias, keep_pre)
     if epilogue == "cublaslt":
         return cublaslt.gemm_gelu(x, weight, bias, keep_pre)
     pre = torch.addmm(bias, x, weight.t())
-    if keep_pre:
-        return pre, gelu_forward(pre, None)
-    return x.new_empty(0), gelu_forward(pre, None, act=pre)
+    if activation == "swiglu":
+        act = swiglu_forward(pre, None)
+    else:
+        act = gelu_forward(pre, None, act=None if keep_pre else pre)
+    return pre if keep_pre else x.new_empty(0), act
 
 
 def _expand_backward(
-    dout: Tensor, weight: Tensor, pre: Tensor, activation: bool, bias_gradient: bool, epilogue: str
+    dout: Tensor,
+    weight: Tensor,
+    pre: Tensor,
+    again: bool,
+    bias_gradient: bool,
+    epilogue: str,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_pre, act, d_bias) of dout (rows, E), weight (E, F) and pre (rows, F), the last two empty if not asked for."""
+    """(d_pre, act, d_bias) of dout (rows, E), weight (E, F) and pre; act, d_bias empty unless asked for."""
     if epilogue == "triton":
-        return gemm.gemm_gelu_backward(dout, weight, pre, activation, bias_gradient)
+        return gemm.gemm_gelu_backward(dout, weight, pre, again, bias_gradient)
     if epilogue == "cublaslt":
-        return cublaslt.gemm_gelu_backward(dout, weight, pre, activation, bias_gradient)
+        return cublaslt.gemm_gelu_backward(dout, weight, pre, again, bias_gradient)
     dact = dout @ weight
-    return gelu_backward(dact, pre, None, activation, bias_gradient, dpre=dact)
+    if activation == "swiglu":
+        return swiglu_backward(dact, pre, None, again, bias_gradient)
+    return gelu_backward(dact, pre, None, again, bias_gradient, dpre=dact)
 
 
 def _mlp(
@@ -107,6 +124,7 @@ def _mlp(
     keep_activation: bool = False,
     training: bool = True,
     epilogue: str = "auto",
+    activation: str = "gelu",
     stream: Tensor | None = None,
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
@@ -116,7 +134,7 @@ def _mlp(
     """out, and for the backward pass pre (empty unless `training`) and act (empty unless kept as well)."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     epilogue = _provider(epilogue, x, fc1_weight.shape[0])
-    pre, act = _expand(rows, fc1_weight, fc1_bias, training, epilogue)
+    pre, act = _expand(rows, fc1_weight, fc1_bias, training, epilogue, activation)
     out = act @ fc2_weight.t()
     kept = act if training and keep_activation else x.new_empty(0)
     return out.view(*x.shape[:-1], out.shape[-1]), pre, kept
@@ -130,6 +148,7 @@ def _mlp_reference(
     keep_activation: bool = False,
     training: bool = True,
     epilogue: str = "auto",
+    activation: str = "gelu",
     stream: Tensor | None = None,
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
@@ -138,7 +157,7 @@ def _mlp_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     pre = torch.addmm(fc1_bias, rows, fc1_weight.t())
-    act = reference.gelu(pre)
+    act = reference.ACTIVATIONS[activation](pre)
     out = act @ fc2_weight.t()
     empty = x.new_empty(0)
     kept = act if training and keep_activation else empty
@@ -153,17 +172,18 @@ def _mlp_fake(
     keep_activation: bool = False,
     training: bool = True,
     epilogue: str = "auto",
+    activation: str = "gelu",
     stream: Tensor | None = None,
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = (math.prod(x.shape[:-1]), fc1_weight.shape[0])
+    rows = math.prod(x.shape[:-1])
     return (
         x.new_empty(*x.shape[:-1], fc2_weight.shape[0]),
-        x.new_empty(hidden if training else 0),
-        x.new_empty(hidden if training and keep_activation else 0),
+        x.new_empty((rows, fc1_weight.shape[0]) if training else 0),
+        x.new_empty((rows, fc2_weight.shape[1]) if training and keep_activation else 0),
     )
 
 
@@ -176,11 +196,14 @@ def _mlp_backward(
     fc2_weight: Tensor,
     weights: bool,
     epilogue: str,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight, the last three empty unless `weights`; act None: made again."""
     rows, dout = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1]).contiguous()
     epilogue = _provider(epilogue, x, fc1_weight.shape[0])
-    dpre, again, dbias = _expand_backward(dout, fc2_weight, pre, weights and act is None, weights, epilogue)
+    dpre, again, dbias = _expand_backward(
+        dout, fc2_weight, pre, weights and act is None, weights, epilogue, activation
+    )
     dx = (dpre @ fc1_weight).view(x.shape)
     if not weights:
         return dx, x.new_empty(0), x.new_empty(0), x.new_empty(0)
@@ -196,9 +219,10 @@ def _mlp_backward_reference(
     fc2_weight: Tensor,
     weights: bool,
     epilogue: str,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, dout = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
-    dpre, again, dbias = reference.gelu_backward(dout @ fc2_weight, pre, None)
+    dpre, again, dbias = reference.ACTIVATION_BACKWARDS[activation](dout @ fc2_weight, pre, None)
     dx = (dpre @ fc1_weight).view(x.shape)
     if not weights:
         return dx, x.new_empty(0), x.new_empty(0), x.new_empty(0)
@@ -214,6 +238,7 @@ def _mlp_backward_fake(
     fc2_weight: Tensor,
     weights: bool,
     epilogue: str,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
@@ -232,7 +257,7 @@ _mlp_backward_op = define_op(
 
 
 def _mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, fc1_weight, _, fc2_weight, ctx.keep_activation, _, ctx.epilogue, *recipe = inputs
+    x, fc1_weight, _, fc2_weight, ctx.keep_activation, _, ctx.epilogue, ctx.activation, *recipe = inputs
     _, pre, act = output
     # With the recipe of x (stream, mean, rstd, shift, scale), x is made again in the backward pass.
     kept = x if recipe[0] is None else None, pre, act if ctx.keep_activation else None
@@ -245,8 +270,10 @@ def _mlp_autograd(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | N
     x, pre, act, fc1_weight, fc2_weight, *recipe = ctx.saved_tensors
     if x is None:
         x = adaln_from_moments(*recipe)
-    dx, *rest = _mlp_backward_op(dout, x, pre, act, fc1_weight, fc2_weight, weights, ctx.epilogue)
-    return dx, *(rest if weights else (None, None, None)), *[None] * 8
+    dx, *rest = _mlp_backward_op(
+        dout, x, pre, act, fc1_weight, fc2_weight, weights, ctx.epilogue, ctx.activation
+    )
+    return dx, *(rest if weights else (None, None, None)), *[None] * 9
 
 
 _mlp_op = define_op(
@@ -265,39 +292,58 @@ def mlp(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     *,
+    activation: str = "gelu",
     keep_activation: bool = False,
     epilogue: str = "auto",
     recipe: NormRecipe | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    """GELU(x fc1_weight^T + fc1_bias) fc2_weight^T, the tanh GELU; fc2's bias is not added.
+    """f(x fc1_weight^T + fc1_bias) fc2_weight^T without fc2's bias, f the `activation`: "gelu" (tanh) or "swiglu".
 
-    x (..., D), fc1_weight (F, D), fc1_bias (F,), fc2_weight (E, F) -> (..., E). The weights are cast to the dtype of
-    `x`, as autocast would. `keep_activation` saves the activation (rows x F) instead of computing it again in the
-    backward pass; `recipe`, that of x, is kept in place of x. `epilogue`: "auto", "separate", "triton" or "cublaslt"
-    (see the module); `kernels`: "auto", "triton" or "reference". Raises ValueError for arguments that do not fit,
-    ImportError where "cublaslt" is not installed.
+    x (..., D), fc1_weight (F, D), fc1_bias (F,), fc2_weight (E, F) -> (..., E); for "swiglu" fc1_weight is (2 F, D),
+    the gate's rows and then the value's, and fc1_bias (2 F,). The weights are cast to the dtype of `x`, as autocast
+    would. `keep_activation` saves the activation (rows x F) instead of computing it again in the backward pass;
+    `recipe`, that of x, is kept in place of x. `epilogue`: "auto", "separate", "triton" or "cublaslt" (see the module;
+    "swiglu" takes the first two); `kernels`: "auto", "triton" or "reference". Raises ValueError for arguments that do
+    not fit, ImportError where "cublaslt" is not installed.
     """
     if epilogue not in EPILOGUES:
         raise ValueError(f"mlp: epilogue={epilogue!r}, choose one of {', '.join(map(repr, EPILOGUES))}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"mlp: activation={activation!r}, choose one of {', '.join(map(repr, ACTIVATIONS))}")
+    if activation == "swiglu":
+        if epilogue not in ("auto", "separate"):
+            raise ValueError(
+                f"mlp: epilogue={epilogue!r} applies a GELU, give 'auto' or 'separate' for 'swiglu'"
+            )
+        epilogue = "separate"
     if not uses_triton(kernels, x):
-        return reference.mlp(x, fc1_weight, fc1_bias, fc2_weight)
-    check_mlp(x, fc1_weight, fc1_bias, fc2_weight)
+        return reference.mlp(x, fc1_weight, fc1_bias, fc2_weight, activation)
+    check_mlp(x, fc1_weight, fc1_bias, fc2_weight, activation)
     inputs = [x, *(tensor.to(x.dtype) for tensor in (fc1_weight, fc1_bias, fc2_weight))]
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     # Detached: the gradient reaches them through x.
     parts = () if recipe is None or not training else [part.detach() for part in recipe]
-    return _mlp_op(*inputs, keep_activation, training, epilogue, *parts)[0]
+    return _mlp_op(*inputs, keep_activation, training, epilogue, activation, *parts)[0]
 
 
-def check_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> None:
+def check_mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, activation: str = "gelu"
+) -> None:
     """ValueError naming the first argument of `mlp` that does not fit the ones before it."""
     check_tensors("mlp", x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight)
     if x.ndim < 2 or x.shape[-1] == 0:
         raise ValueError(f"mlp: x is {tuple(x.shape)}, expected (..., width)")
-    for name, weight, columns in (("fc1_weight", fc1_weight, x.shape[-1]), ("fc2_weight", fc2_weight, None)):
-        columns = fc1_weight.shape[0] if columns is None else columns
-        if weight.ndim != 2 or weight.shape[1] != columns or weight.shape[0] == 0:
-            raise ValueError(f"mlp: {name} is {tuple(weight.shape)}, expected (outputs, {columns})")
-    if tuple(fc1_bias.shape) != (fc1_weight.shape[0],):
-        raise ValueError(f"mlp: fc1_bias is {tuple(fc1_bias.shape)}, expected ({fc1_weight.shape[0]},)")
+    parts = 2 if activation == "swiglu" else 1
+    _check_weight("fc1_weight", fc1_weight, x.shape[-1], parts)
+    outputs = fc1_weight.shape[0]
+    _check_weight("fc2_weight", fc2_weight, outputs // parts)
+    if tuple(fc1_bias.shape) != (outputs,):
+        raise ValueError(f"mlp: fc1_bias is {tuple(fc1_bias.shape)}, expected ({outputs},)")
+
+
+def _check_weight(name: str, weight: Tensor, columns: int, parts: int = 1) -> None:
+    """ValueError unless `weight` is (outputs, columns), its outputs a multiple of `parts`."""
+    rows = "outputs" if parts == 1 else f"{parts} * outputs"
+    if weight.ndim != 2 or weight.shape[1] != columns or weight.shape[0] == 0 or weight.shape[0] % parts:
+        raise ValueError(f"mlp: {name} is {tuple(weight.shape)}, expected ({rows}, {columns})")

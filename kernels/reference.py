@@ -53,10 +53,21 @@ def gelu(pre: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.gelu(pre, approximate="tanh")
 
 
-def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> Tensor:
-    """fc2(GELU(fc1(x))) without fc2's bias, weights (F, D), (F,), (D, F) cast to the dtype of `x`."""
-    act = gelu(F.linear(x, fc1_weight.to(x.dtype), fc1_bias.to(x.dtype)))
+def swiglu(pre: Tensor, bias: Tensor | None = None) -> Tensor:
+    """SiLU(g) * v of [g; v] = pre + bias (Shazeer 2020, equation 5), in the dtype of `pre`."""
+    gate, value = (pre if bias is None else pre + bias).chunk(2, dim=-1)
+    return (F.silu(gate) * value).to(pre.dtype)
+
+
+def mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, activation: str = "gelu"
+) -> Tensor:
+    """fc2(activation(fc1(x))) without fc2's bias, the weights cast to the dtype of `x`; "gelu" or "swiglu"."""
+    act = ACTIVATIONS[activation](F.linear(x, fc1_weight.to(x.dtype), fc1_bias.to(x.dtype)))
     return F.linear(act, fc2_weight.to(x.dtype))
+
+
+ACTIVATIONS = {"gelu": gelu, "swiglu": swiglu}
 
 
 def attention(qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
@@ -158,6 +169,11 @@ def gated_residual_adaln_backward(
     return dx.to(out.dtype), dbranch, dgate, dshift, dscale, dbias
 
 
+def sum_rows(x: Tensor) -> Tensor:
+    """The sum (F,) of all rows of x (..., F)."""
+    return x.reshape(-1, x.shape[-1]).sum(0)
+
+
 def gelu_backward(dact: Tensor, pre: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """d_pre, the activation, and d_bias in the dtype of `bias` (of `pre` without one).
 
@@ -169,7 +185,22 @@ def gelu_backward(dact: Tensor, pre: Tensor, bias: Tensor | None) -> tuple[Tenso
     root = (2 / torch.pi) ** 0.5
     gate = torch.sigmoid(2 * root * v * (1 + 0.044715 * v * v))
     dpre = dact.to(acc) * (gate + v * gate * (1 - gate) * (2 * root) * (1 + 0.134145 * v * v))
-    return dpre.to(pre.dtype), (v * gate).to(pre.dtype), dpre.flatten(0, -2).sum(0).to(like.dtype)
+    return dpre.to(pre.dtype), (v * gate).to(pre.dtype), sum_rows(dpre).to(like.dtype)
+
+
+def swiglu_backward(dact: Tensor, pre: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """d_pre, the activation, and d_bias in the dtype of `bias` (of `pre` without one).
+
+    With [g; v] = pre + bias and s = sigmoid(g): act = g s v, d_g = dact v (s + g s (1 - s)) and d_v = dact g s.
+    """
+    acc, like = accumulator(pre), pre if bias is None else bias
+    gate, value = (pre.to(acc) if bias is None else pre.to(acc) + bias.to(acc)).chunk(2, dim=-1)
+    s, dact = torch.sigmoid(gate), dact.to(acc)
+    dpre = torch.cat([dact * value * (s + gate * s * (1 - s)), dact * gate * s], dim=-1)
+    return dpre.to(pre.dtype), (gate * s * value).to(pre.dtype), sum_rows(dpre).to(like.dtype)
+
+
+ACTIVATION_BACKWARDS = {"gelu": gelu_backward, "swiglu": swiglu_backward}
 
 
 def attention_probabilities(

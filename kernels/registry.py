@@ -19,6 +19,7 @@ from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
 from dit_fast.kernels.gelu import gelu
 from dit_fast.kernels.mlp import mlp
 from dit_fast.kernels.patchify import patch_embed, unpatchify
+from dit_fast.kernels.swiglu import swiglu
 
 Shape = tuple[int, int, int]
 Make = Callable[..., Tensor]
@@ -85,6 +86,12 @@ def _unpatchify_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make
 
 def _gelu_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
     return make(*shape, dtype=low), make(shape[2], dtype=stream)
+
+
+def _swiglu_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+    """A gate and a value for each of D features."""
+    B, T, D = shape
+    return make(B, T, 2 * D, dtype=low), make(2 * D, dtype=stream)
 
 
 def _mlp_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
@@ -167,6 +174,7 @@ REGISTRY: dict[str, OpSpec] = {
             _tokens(1),
             lambda B, T, D: 32 * B * T * D,
         ),
+        OpSpec("swiglu", swiglu, reference.swiglu, _swiglu_inputs, _tokens(3), _tokens(5)),
         OpSpec("unpatchify", unpatchify, reference.unpatchify, _unpatchify_inputs, _patches, _patches),
     )
 }

@@ -15,6 +15,7 @@ pytestmark = interpreter_only
 LARGE: dict[str, Shape] = {"patch_embed": (2**27 + 64, 1, 16)}
 WALKS_THE_BATCH = {
     "_gelu_bwd_kernel": "its programs share the rows of a column block; test_mlp_offsets.py gives them one tile each",
+    "_swiglu_bwd_kernel": "as _gelu_bwd_kernel",
     "_patch_embed_bwd_weight_kernel": "its 32 programs walk the whole batch, hours in the interpreter; the rule on "
     "program ids in test_architecture.py holds it",
 }

@@ -1,4 +1,4 @@
-"""What is particular to `gelu` and `mlp`: the providers of the epilogue, what is kept, tiles, alignment, refusals."""
+"""What is particular to `gelu`, `swiglu` and `mlp`: activations and who applies them, what is kept, tiles, refusals."""
 
 import importlib
 import itertools
@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_fast.kernels import gelu, mlp, reference
+from dit_fast.kernels import gelu, mlp, reference, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = ("separate", "triton")
+WAYS = pytest.mark.parametrize(
+    ("provider", "activation"), [("separate", "gelu"), ("triton", "gelu"), ("separate", "swiglu")]
+)
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 gemm = importlib.import_module("dit_fast.kernels.gemm")
 module = importlib.import_module("dit_fast.kernels.mlp")
@@ -22,11 +25,19 @@ def draw(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(size, dtype=torch.float64, device=DEVICE).to(dtype)
 
 
-def mlp_inputs(rows: tuple[int, ...], D: int, hidden: int, E: int, dtype: torch.dtype = torch.float64):
+def mlp_inputs(
+    rows: tuple[int, ...],
+    D: int,
+    hidden: int,
+    E: int,
+    dtype: torch.dtype = torch.float64,
+    activation: str = "gelu",
+):
     """x, fc1_weight, fc1_bias, fc2_weight that require gradients, weights as large as initialisation makes them."""
     torch.manual_seed(0)
+    outputs = 2 * hidden if activation == "swiglu" else hidden
     inputs = (
-        draw(*rows, D, dtype=dtype), (draw(hidden, D) * D**-0.5).to(dtype), draw(hidden, dtype=dtype),
+        draw(*rows, D, dtype=dtype), (draw(outputs, D) * D**-0.5).to(dtype), draw(outputs, dtype=dtype),
         (draw(E, hidden) * hidden**-0.5).to(dtype),
     )  # fmt: skip
     return [tensor.requires_grad_() for tensor in inputs]
@@ -54,10 +65,12 @@ def same_bits(got: list[Tensor], want: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("shape", [(7,), (3, 1), (2, 5, 600), (2, 1, 3, 520)], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
-def test_gelu_of_any_rank_and_width(shape, biased) -> None:
+@pytest.mark.parametrize("op", [gelu, swiglu], ids=["gelu", "swiglu"])
+def test_activation_of_any_rank_and_width(op, shape, biased) -> None:
     """Widths below, above and across a block of columns, with and without bias."""
-    inputs = [draw(*shape).requires_grad_(), draw(shape[-1]).requires_grad_() if biased else None]
-    assert_close(with_gradients(gelu, inputs, kernels="triton"), with_gradients(reference.gelu, inputs, **{}))
+    width = shape[-1] * (2 if op is swiglu else 1)
+    inputs = [draw(*shape[:-1], width).requires_grad_(), draw(width).requires_grad_() if biased else None]
+    assert_close(*(with_gradients(op, inputs, kernels=kernels) for kernels in ("triton", "reference")))
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -71,6 +84,22 @@ def test_gelu_keeps_what_is_not_finite(dtype) -> None:
         torch.testing.assert_close(one, other, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", LOW)
+def test_swiglu_keeps_what_is_not_finite(dtype) -> None:
+    """Any gate with any value: what PyTorch has in float32, rounded once."""
+    special = [float("nan"), float("inf"), -float("inf"), 1e4, -1e4, 1e20, -1e20, 1e-40, 0.0, -0.5, 2.5]
+    pairs = torch.tensor(list(itertools.product(special, special)), device=DEVICE).to(dtype)
+    pre = pairs.t().reshape(1, -1).requires_grad_()
+
+    def formula(pre: Tensor) -> Tensor:
+        gate, value = pre.float().chunk(2, dim=-1)
+        return (F.silu(gate) * value).to(dtype)
+
+    ours, torchs = with_gradients(swiglu, [pre], kernels="triton"), with_gradients(formula, [pre])
+    for one, other in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
 def test_gelu_gradients_against_float64_tails() -> None:
     """Far from zero, where 1 + tanh(u) cancels, the error against float64 is at most PyTorch's twice."""
     pre = torch.linspace(-8, 8, 4001, device=DEVICE).reshape(1, -1).requires_grad_()
@@ -80,39 +109,44 @@ def test_gelu_gradients_against_float64_tails() -> None:
         assert (got - want).abs().max() <= factor * (same - want).abs().max() + 1e-7
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@WAYS
 @pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
 @pytest.mark.parametrize(
     ("rows", "D", "hidden", "E"),
     [((2, 5), 24, 96, 24), ((7,), 13, 51, 9), ((1, 2, 3), 8, 40, 16), ((3, 50), 72, 288, 72)],
     ids=["even", "odd", "rank 4", "tiles"],
 )
-def test_mlp_agrees_in_float64(provider, keep, rows, D, hidden, E) -> None:
-    inputs = mlp_inputs(rows, D, hidden, E)
-    ours = with_gradients(mlp, inputs, keep_activation=keep, epilogue=provider, kernels="triton")
-    assert_close(ours, with_gradients(reference.mlp, inputs))
+def test_mlp_agrees_in_float64(provider, activation, keep, rows, D, hidden, E) -> None:
+    inputs = mlp_inputs(rows, D, hidden, E, activation=activation)
+    ours = with_gradients(
+        mlp, inputs, activation=activation, keep_activation=keep, epilogue=provider, kernels="triton"
+    )
+    assert_close(ours, with_gradients(reference.mlp, inputs, activation=activation))
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@WAYS
 @pytest.mark.parametrize("dtype", LOW)
-def test_mlp_is_as_accurate_as_torch(provider, dtype) -> None:
+def test_mlp_is_as_accurate_as_torch(provider, activation, dtype) -> None:
     """Error against float64 at most twice that of PyTorch in the same dtype, three times for gradients."""
-    inputs = mlp_inputs((2, 25), 72, 288, 72, dtype)
-    exact = with_gradients(reference.mlp, [tensor.detach().double().requires_grad_() for tensor in inputs])
-    torchs = with_gradients(reference.mlp, inputs)
-    ours = with_gradients(mlp, inputs, epilogue=provider, kernels="triton")
+    inputs = mlp_inputs((2, 25), 72, 288, 72, dtype, activation)
+    double = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = with_gradients(reference.mlp, double, activation=activation)
+    torchs = with_gradients(reference.mlp, inputs, activation=activation)
+    ours = with_gradients(mlp, inputs, activation=activation, epilogue=provider, kernels="triton")
     floor = 1e-6 if dtype == torch.float32 else 1e-3
     for got, same, want, factor in zip(ours, torchs, exact, (2, 3, 3, 3, 3), strict=True):
         error, allowed = (got.double() - want).abs().max(), (same.double() - want).abs().max()
         assert error <= factor * allowed + floor * max(1.0, want.abs().max().item())
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@WAYS
 @pytest.mark.parametrize("dtype", LOW)
-def test_activation_kept_or_computed_again_to_the_bit(provider, dtype) -> None:
-    inputs = mlp_inputs((3, 11), 40, 160, 40, dtype)
+def test_activation_kept_or_computed_again_to_the_bit(provider, activation, dtype) -> None:
+    inputs = mlp_inputs((3, 11), 40, 160, 40, dtype, activation)
     kept, again, repeated = (
-        with_gradients(mlp, inputs, keep_activation=keep, epilogue=provider, kernels="triton")
+        with_gradients(
+            mlp, inputs, activation=activation, keep_activation=keep, epilogue=provider, kernels="triton"
+        )
         for keep in (True, False, False)
     )
     assert same_bits(again, repeated)
@@ -131,6 +165,11 @@ def test_what_the_backward_pass_keeps() -> None:
         sizes.clear()
         mlp(*inputs, keep_activation=True, kernels="triton")
         assert sorted(sizes) == sorted([(2, 3, 8), (6, 32), (6, 32), (32, 8), (8, 32)])
+        for keep in (False, True):
+            sizes.clear()
+            gated = mlp_inputs((2, 3), 8, 24, 8, activation="swiglu")
+            mlp(*gated, activation="swiglu", keep_activation=keep, kernels="triton")
+            assert sorted(sizes) == sorted([(2, 3, 8), (6, 48), (48, 8), (8, 24)] + [(6, 24)] * keep)
     op = torch.ops.dit_fast.mlp
     detached = [tensor.detach() for tensor in inputs]
     for provider in PROVIDERS:
@@ -139,21 +178,22 @@ def test_what_the_backward_pass_keeps() -> None:
         assert torch.equal(out, op(*detached, False, True, provider)[0])
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_frozen_weights(provider, monkeypatch) -> None:
+@WAYS
+def test_frozen_weights(provider, activation, monkeypatch) -> None:
     """Only x needs a gradient: no weight gradient and no activation is computed, and d_x is the same."""
-    inputs = mlp_inputs((2, 5), 24, 96, 24)
-    want = with_gradients(mlp, inputs, epilogue=provider, kernels="triton")[:2]
+    inputs = mlp_inputs((2, 5), 24, 96, 24, activation=activation)
+    want = with_gradients(mlp, inputs, activation=activation, epilogue=provider, kernels="triton")[:2]
     asked, original = [], module._expand_backward
 
-    def watch(dout, weight, pre, activation, bias_gradient, epilogue):
-        asked.append((activation, bias_gradient))
-        return original(dout, weight, pre, activation, bias_gradient, epilogue)
+    def watch(dout, weight, pre, again, bias_gradient, *how):
+        asked.append((again, bias_gradient))
+        return original(dout, weight, pre, again, bias_gradient, *how)
 
     monkeypatch.setattr(module, "_expand_backward", watch)
     x, *weights = inputs
     frozen = [x, *(weight.detach() for weight in weights)]
-    assert same_bits(with_gradients(mlp, frozen, epilogue=provider, kernels="triton"), want)
+    found = with_gradients(mlp, frozen, activation=activation, epilogue=provider, kernels="triton")
+    assert same_bits(found, want)
     assert asked == [(False, False)]
 
 
@@ -208,16 +248,20 @@ def test_every_tile_is_computed_once(descriptors) -> None:
     assert_close([pre, act], [F.linear(x, weight, bias), reference.gelu(F.linear(x, weight, bias))])
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_nan_and_infinity_stay_where_torch_has_them(provider) -> None:
-    """A row's NaN stays in its row; an infinite weight does not reach the bias gradient through rows beyond M."""
-    inputs = mlp_inputs((5,), 16, 64, 16, torch.float32)
+@WAYS
+def test_nan_and_infinity_stay_where_torch_has_them(provider, activation) -> None:
+    """A row's NaN stays in its row."""
+    inputs = mlp_inputs((5,), 16, 64, 16, torch.float32, activation)
     with torch.no_grad():
         inputs[0][1, 3], inputs[0][2, 0] = float("nan"), float("inf")
-    ours = with_gradients(mlp, inputs, epilogue=provider, kernels="triton")
-    torchs = with_gradients(reference.mlp, inputs)
+    ours = with_gradients(mlp, inputs, activation=activation, epilogue=provider, kernels="triton")
+    torchs = with_gradients(reference.mlp, inputs, activation=activation)
     assert ours[0].isnan().any(dim=1).tolist() == [False, True, True, False, False]
     assert all(torch.equal(one.isnan(), other.isnan()) for one, other in zip(ours, torchs, strict=True))
+
+
+def test_an_infinite_weight_stays_in_its_column() -> None:
+    """It does not reach the bias gradient through rows beyond M."""
     dout, weight, pre = (draw(*size, dtype=torch.float32) for size in ((5, 16), (16, 64), (5, 64)))
     dout[:, 2], weight[2, 7] = dout[:, 2].abs() + 1, float("inf")
     _, _, dbias = gemm.gemm_gelu_backward(dout, weight, pre.abs(), False, True)
@@ -225,18 +269,18 @@ def test_nan_and_infinity_stay_where_torch_has_them(provider) -> None:
     assert dbias.isfinite().sum() == 63
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@WAYS
 @pytest.mark.parametrize("rows", [(0,), (2, 0), (0, 4)], ids=str)
-def test_no_rows(provider, rows) -> None:
-    inputs = mlp_inputs(rows, 8, 32, 8, torch.float32)
-    ours = with_gradients(mlp, inputs, epilogue=provider, kernels="triton")
-    assert same_bits(ours, with_gradients(reference.mlp, inputs))
+def test_no_rows(provider, activation, rows) -> None:
+    inputs = mlp_inputs(rows, 8, 32, 8, torch.float32, activation)
+    ours = with_gradients(mlp, inputs, activation=activation, epilogue=provider, kernels="triton")
+    assert same_bits(ours, with_gradients(reference.mlp, inputs, activation=activation))
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_layout_does_not_matter(provider) -> None:
+@WAYS
+def test_layout_does_not_matter(provider, activation) -> None:
     """Transposed, expanded and sliced tensors give what contiguous ones give."""
-    x, fc1, bias, fc2 = (tensor.detach() for tensor in mlp_inputs((6,), 24, 96, 24))
+    x, fc1, bias, fc2 = (tensor.detach() for tensor in mlp_inputs((6,), 24, 96, 24, activation=activation))
     strided = (
         x[:1].expand(6, 24), fc1.t().contiguous().t(), torch.stack([bias, bias], 1)[:, 0],
         torch.cat([fc2, fc2], 1)[:, :96],
@@ -244,44 +288,57 @@ def test_layout_does_not_matter(provider) -> None:
     leaves = [[tensor.requires_grad_() for tensor in group] for group in (
         [tensor.detach() for tensor in strided], [tensor.detach().contiguous() for tensor in strided],
     )]  # fmt: skip
-    one, other = (with_gradients(mlp, group, epilogue=provider, kernels="triton") for group in leaves)
+    one, other = (
+        with_gradients(mlp, group, activation=activation, epilogue=provider, kernels="triton")
+        for group in leaves
+    )
     # PyTorch's own products may sum transposed operands in another order.
     assert_close(one, other)
 
 
-def test_autocast_dtypes() -> None:
+@WAYS
+def test_autocast_dtypes(provider, activation) -> None:
     """Weights in float32 are cast to the dtype of x; their gradients come back in float32."""
-    x, fc1, bias, fc2 = mlp_inputs((3,), 16, 64, 16, torch.float32)
+    x, fc1, bias, fc2 = mlp_inputs((3,), 16, 64, 16, torch.float32, activation)
     low = x.detach().bfloat16().requires_grad_()
-    out, dx, *weights = with_gradients(mlp, [low, fc1, bias, fc2], kernels="triton")
+    out, dx, *weights = with_gradients(
+        mlp, [low, fc1, bias, fc2], activation=activation, epilogue=provider, kernels="triton"
+    )
     assert out.dtype == dx.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in weights} == {torch.float32}
 
 
-@pytest.mark.parametrize(("provider", "keep"), list(itertools.product(PROVIDERS, (False, True))))
-def test_gradcheck_and_opcheck(provider, keep) -> None:
-    inputs = mlp_inputs((4,), 12, 48, 12)
+@WAYS
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradcheck_and_opcheck(provider, activation, keep) -> None:
+    inputs = mlp_inputs((4,), 12, 48, 12, activation=activation)
     assert torch.autograd.gradcheck(
-        lambda *args: mlp(*args, keep_activation=keep, epilogue=provider, kernels="triton"),
+        lambda *args: mlp(
+            *args, activation=activation, keep_activation=keep, epilogue=provider, kernels="triton"
+        ),
         inputs,
         fast_mode=True,
     )
-    results = torch.library.opcheck(torch.ops.dit_fast.mlp.default, (*inputs, keep, True, provider))
+    results = torch.library.opcheck(
+        torch.ops.dit_fast.mlp.default, (*inputs, keep, True, provider, activation)
+    )
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_compiles_without_graph_breaks(provider) -> None:
+@WAYS
+def test_compiles_without_graph_breaks(provider, activation) -> None:
     """The same numbers through torch.compile(fullgraph=True), with rows of any number."""
     function = torch.compile(
-        lambda *args: mlp(*args, epilogue=provider, kernels="triton"), fullgraph=True, backend="aot_eager"
+        lambda *args: mlp(*args, activation=activation, epilogue=provider, kernels="triton"),
+        fullgraph=True,
+        backend="aot_eager",
     )
     for rows in (5, 9):
-        inputs = mlp_inputs((rows,), 12, 48, 12)
+        inputs = mlp_inputs((rows,), 12, 48, 12, activation=activation)
         torch._dynamo.mark_dynamic(inputs[0], 0)
         assert_close(
             with_gradients(function, inputs),
-            with_gradients(mlp, inputs, epilogue=provider, kernels="triton"),
+            with_gradients(mlp, inputs, activation=activation, epilogue=provider, kernels="triton"),
         )
 
 
@@ -315,6 +372,21 @@ def test_misshaped_argument_is_named(index, shape, message) -> None:
         mlp(*inputs, kernels="triton")
 
 
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (1, (95, 12), "mlp: fc1_weight is (95, 12), expected (2 * outputs, 12)"),
+        (2, (48,), "mlp: fc1_bias is (48,), expected (96,)"),
+        (3, (12, 96), "mlp: fc2_weight is (12, 96), expected (outputs, 48)"),
+    ],
+)
+def test_misshaped_argument_of_swiglu_is_named(index, shape, message) -> None:
+    inputs = mlp_inputs((4,), 12, 48, 12, activation="swiglu")
+    inputs[index] = draw(*shape)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mlp(*inputs, activation="swiglu", kernels="triton")
+
+
 def test_other_refusals() -> None:
     inputs = mlp_inputs((4,), 12, 48, 12)
     with pytest.raises(ValueError, match="epilogue='fused', choose one of 'auto', 'separate'"):
@@ -323,3 +395,15 @@ def test_other_refusals() -> None:
         gelu(draw(2, 4), draw(3), kernels="triton")
     with pytest.raises(ValueError, match=r"gelu: pre is \(2, 0\)"):
         gelu(draw(2, 0), kernels="triton")
+    with pytest.raises(ValueError, match="activation='relu', choose one of 'gelu', 'swiglu'"):
+        mlp(*inputs, activation="relu")
+    for epilogue in ("triton", "cublaslt"):
+        with pytest.raises(
+            ValueError, match=f"epilogue='{epilogue}' applies a GELU, give 'auto' or 'separate'"
+        ):
+            mlp(*inputs, activation="swiglu", epilogue=epilogue)
+    for width in (0, 5):
+        with pytest.raises(
+            ValueError, match=rf"swiglu: pre is \(2, {width}\), expected \(\.\.\., 2 \* features\)"
+        ):
+            swiglu(draw(2, width), kernels="triton")

@@ -1,4 +1,4 @@
-"""Offsets beyond 2^31 elements in kernels whose programs walk: the products of `mlp`, and the backward of `gelu`."""
+"""Offsets beyond 2^31 elements in kernels whose programs walk: products of `mlp`, backward passes of activations."""
 
 import importlib
 from dataclasses import replace
@@ -13,6 +13,7 @@ from dit_fast.kernels.launch import Launch, record_launches
 
 gelu = importlib.import_module("dit_fast.kernels.gelu")
 gemm = importlib.import_module("dit_fast.kernels.gemm")
+swiglu = importlib.import_module("dit_fast.kernels.swiglu")
 pytestmark = interpreter_only
 WIDTH, DEPTH, ROWS = 1040, 24, 2**21 + 2**16
 
@@ -30,20 +31,27 @@ def backward(rows: int) -> None:
     gemm.gemm_gelu_backward(meta(rows, DEPTH), meta(DEPTH, WIDTH), pre, True, True, descriptors=False)
 
 
-def pass_backward(rows: int) -> None:
+def gelu_backward(rows: int) -> None:
     gelu.gelu_backward(meta(rows, WIDTH), meta(rows, WIDTH), None, True, True)
 
 
-@pytest.mark.parametrize("run", [forward, backward, pass_backward])
+def swiglu_backward(rows: int) -> None:
+    swiglu.swiglu_backward(meta(rows, WIDTH), meta(rows, 2 * WIDTH), None, True, True)
+
+
+@pytest.mark.parametrize("run", [forward, backward, gelu_backward, swiglu_backward])
 def test_beyond_32_bit_offsets(run, monkeypatch, tmp_path) -> None:
     """The last program computes at the end of a large tensor what it does at the end of a small one."""
-    chosen = gelu.gelu_launch
+    chosen = gelu.elementwise_launch
     # One tile for each program: else the last one would walk over a thousandth of the large tensor. With 8 rows of
     # tiles, a whole group, the last programs have the same tiles of both tensors.
     monkeypatch.setattr(gemm, "_programs", lambda on, arch: 2**30)
-    monkeypatch.setattr(
-        gelu, "gelu_launch", lambda rows, *args: replace(chosen(rows, *args), splits=rows // 4)
-    )
+    for module in (gelu, swiglu):
+        monkeypatch.setattr(
+            module,
+            "elementwise_launch",
+            lambda rows, width, tile: replace(chosen(rows, width, tile), splits=rows // tile),
+        )
     small, large = (recorded(run, rows) for rows in (1024, ROWS))
     assert large.arguments["pre_ptr"].numel() > 2**31
     assert last_programs_agree(large, small, tmp_path) == []

@@ -1,0 +1,221 @@
+"""SwiGLU: act = SiLU(g) * v, [g; v] = pre + bias, SiLU(g) = g * sigmoid(g).      (Shazeer 2020, equation 5)
+
+Shapes    pre (..., 2 F), its rows the gate g and then the value v; bias (2 F,) or None; act (..., F).
+Backward  with s = sigmoid(g): d_g = d_act * v * (s + g s (1 - s)), d_v = d_act * g s; d_pre = [d_g; d_v];
+          d_bias = sum of d_pre over all rows. Only pre is saved: act can be computed again in the same pass.
+Traffic   in U = one (B, T, D) token tensor, F = 8/3 D: forward reads pre and writes act, 8 U; backward reads pre and
+          d_act and writes d_pre, 13.3 U, and act on demand, 16 U.
+Numerics  float32 (float64 for float64), one rounding at each store; the sum over rows is of unrounded values, in a
+          fixed order that depends on the shape alone, without atomics.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_fast.kernels import reference
+from dit_fast.kernels.launch import accumulator, as_bias, elementwise_launch, launch
+from dit_fast.kernels.op import check_tensors, define_op, uses_triton
+
+
+@triton.jit
+def _swiglu_fwd_kernel(
+    # pointers
+    pre_ptr, bias_ptr, act_ptr,
+    # sizes
+    N, F,
+    # meta
+    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(F, BLOCK_F)
+    pid = tl.program_id(0)
+    o_f = (pid % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    m_f = o_f < F
+    row = (pid // blocks).to(tl.int64) * ROWS
+    o_row = tl.arange(0, ROWS)[:, None]
+    mask = (row + o_row < N) & m_f
+    pre_ptr += row * 2 * F
+    offsets = o_row * 2 * F + o_f
+    g = tl.load(pre_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    v = tl.load(pre_ptr + F + offsets, mask=mask, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        g += tl.load(bias_ptr + o_f, mask=m_f, other=0.0).to(ACC)
+        v += tl.load(bias_ptr + F + o_f, mask=m_f, other=0.0).to(ACC)
+    act = g * tl.sigmoid(g) * v
+    tl.store(act_ptr + row * F + o_row * F + o_f, act.to(act_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_bwd_kernel(
+    # pointers
+    dact_ptr, pre_ptr, bias_ptr, dpre_ptr, act_ptr, partial_ptr,
+    # sizes
+    N, F,
+    # meta
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(F, BLOCK_F)
+    pid = tl.program_id(0)
+    o_f = (pid % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    m_f = o_f < F
+    split = (pid // blocks).to(tl.int64)
+    share = tl.cdiv(tl.cdiv(N, ROWS), SPLITS) * ROWS
+    if bias_ptr is not None:
+        bias_g = tl.load(bias_ptr + o_f, mask=m_f, other=0.0).to(ACC)
+        bias_v = tl.load(bias_ptr + F + o_f, mask=m_f, other=0.0).to(ACC)
+    # One running sum for each value of the tile: rows meet once, after the loop.
+    total_g = tl.zeros([ROWS, BLOCK_F], ACC)
+    total_v = tl.zeros([ROWS, BLOCK_F], ACC)
+    o_row = tl.arange(0, ROWS)[:, None]
+    narrow, wide = o_row * F + o_f, o_row * 2 * F + o_f
+    for start in range(0, share, ROWS):
+        row = split * share + start
+        mask = (row + o_row < N) & m_f
+        dact = tl.load(dact_ptr + row * F + narrow, mask=mask, other=0.0).to(ACC)
+        g = tl.load(pre_ptr + row * 2 * F + wide, mask=mask, other=0.0).to(ACC)
+        v = tl.load(pre_ptr + row * 2 * F + F + wide, mask=mask, other=0.0).to(ACC)
+        if bias_ptr is not None:
+            g += bias_g
+            v += bias_v
+        s = tl.sigmoid(g)
+        silu = g * s
+        dg = dact * v * (s + silu * (1.0 - s))
+        dv = dact * silu
+        total_g += dg
+        total_v += dv
+        tl.store(dpre_ptr + row * 2 * F + wide, dg.to(dpre_ptr.dtype.element_ty), mask=mask)
+        tl.store(dpre_ptr + row * 2 * F + F + wide, dv.to(dpre_ptr.dtype.element_ty), mask=mask)
+        if act_ptr is not None:
+            tl.store(act_ptr + row * F + narrow, (silu * v).to(act_ptr.dtype.element_ty), mask=mask)
+    if partial_ptr is not None:
+        partial_ptr += split * 2 * F
+        tl.store(partial_ptr + o_f, tl.sum(total_g, axis=0)[None, :], mask=m_f)
+        tl.store(partial_ptr + F + o_f, tl.sum(total_v, axis=0)[None, :], mask=m_f)
+
+
+def swiglu_forward(pre: Tensor, bias: Tensor | None) -> Tensor:
+    """Launch the forward pass; act."""
+    pre = pre.contiguous()
+    F = pre.shape[-1] // 2
+    N = pre.numel() // (2 * F)
+    act = pre.new_empty(*pre.shape[:-1], F)
+    cfg = elementwise_launch(N, F, 8)
+    launch(
+        _swiglu_fwd_kernel, (triton.cdiv(N, cfg.rows) * triton.cdiv(F, cfg.columns),), on=pre,
+        num_warps=cfg.num_warps,
+        pre_ptr=pre, bias_ptr=as_bias(bias), act_ptr=act, N=N, F=F, **cfg.meta, ACC=accumulator(pre),
+    )  # fmt: skip
+    return act
+
+
+def swiglu_backward(
+    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward pass; (d_pre, act, d_bias), the last two empty where not asked for."""
+    dact, pre = dact.contiguous(), pre.contiguous()
+    dpre = torch.empty_like(pre)
+    F = dact.shape[-1]
+    N = pre.numel() // (2 * F)
+    # Five tiles: 8 rows of them are more than a thread's registers hold.
+    cfg = elementwise_launch(N, F, 4)
+    act = torch.empty_like(dact) if activation else pre.new_empty(0)
+    like = pre if bias is None else bias
+    partial = None
+    if bias_gradient:
+        partial = pre.new_empty(cfg.splits, 2 * F, dtype=reference.accumulator(pre))
+    launch(
+        _swiglu_bwd_kernel, (cfg.splits * triton.cdiv(F, cfg.columns),), on=pre, num_warps=cfg.num_warps,
+        dact_ptr=dact, pre_ptr=pre, bias_ptr=as_bias(bias), dpre_ptr=dpre,
+        act_ptr=act if activation else None, partial_ptr=partial,
+        N=N, F=F, SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(pre),
+    )  # fmt: skip
+    return dpre, act, like.new_empty(0) if partial is None else partial.sum(0).to(like.dtype)
+
+
+def _swiglu(pre: Tensor, bias: Tensor | None = None) -> Tensor:
+    return swiglu_forward(pre, bias)
+
+
+def _swiglu_reference(pre: Tensor, bias: Tensor | None = None) -> Tensor:
+    return reference.swiglu(pre, bias).contiguous()
+
+
+def _swiglu_fake(pre: Tensor, bias: Tensor | None = None) -> Tensor:
+    return pre.new_empty(*pre.shape[:-1], pre.shape[-1] // 2)
+
+
+def _swiglu_backward(
+    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return swiglu_backward(dact, pre, bias, activation, bias_gradient)
+
+
+def _swiglu_backward_reference(
+    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dpre, act, dbias = reference.swiglu_backward(dact, pre, bias)
+    return (
+        dpre.contiguous(),
+        act.contiguous() if activation else act.new_empty(0),
+        dbias if bias_gradient else dbias.new_empty(0),
+    )
+
+
+def _swiglu_backward_fake(
+    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = pre if bias is None else bias
+    return (
+        pre.new_empty(pre.shape),
+        pre.new_empty(dact.shape if activation else 0),
+        like.new_empty(pre.shape[-1] if bias_gradient else 0),
+    )
+
+
+_swiglu_backward_op = define_op(
+    "swiglu_backward",
+    triton_impl=_swiglu_backward,
+    reference_impl=_swiglu_backward_reference,
+    fake=_swiglu_backward_fake,
+)
+
+
+def _swiglu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_autograd(ctx: Any, dact: Tensor) -> tuple[Tensor | None, ...]:
+    pre, bias = ctx.saved_tensors
+    dpre, _, dbias = _swiglu_backward_op(dact, pre, bias, False, bias is not None)
+    return dpre, None if bias is None else dbias
+
+
+_swiglu_op = define_op(
+    "swiglu",
+    triton_impl=_swiglu,
+    reference_impl=_swiglu_reference,
+    fake=_swiglu_fake,
+    backward=_swiglu_autograd,
+    setup_context=_swiglu_context,
+)
+
+
+def swiglu(pre: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
+    """SiLU(g) * v of [g; v] = pre + bias (Shazeer 2020, equation 5).
+
+    pre (..., 2 F); bias (2 F,) or None; returns (..., F) in the dtype of `pre`. Saves `pre` for the backward pass,
+    not the activation. `kernels`: "auto", "triton" or "reference". Raises ValueError for shapes that do not fit.
+    """
+    if not uses_triton(kernels, pre):
+        return reference.swiglu(pre, bias)
+    check_tensors("swiglu", pre=pre, bias=bias)
+    if pre.ndim == 0 or pre.shape[-1] == 0 or pre.shape[-1] % 2:
+        raise ValueError(
+            f"swiglu: pre is {tuple(pre.shape)}, expected (..., 2 * features) with at least one feature"
+        )
+    if bias is not None and tuple(bias.shape) != (pre.shape[-1],):
+        raise ValueError(f"swiglu: bias is {tuple(bias.shape)}, expected ({pre.shape[-1]},)")
+    return _swiglu_op(pre, bias)
