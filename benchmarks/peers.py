@@ -84,6 +84,17 @@ def _liger(spec: OpSpec) -> Function:
     return _modulated(run)
 
 
+def _liger_swiglu(spec: OpSpec) -> Function:
+    """Liger's SwiGLU, which takes gate and value as tensors of their own."""
+    _needs_cuda("liger")
+    multiply = _load("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+
+    def run(pre: Tensor, bias: Tensor) -> Tensor:
+        return multiply.apply(*(pre + bias).to(pre.dtype).chunk(2, dim=-1))
+
+    return run
+
+
 def _torch_norm(spec: OpSpec) -> Function:
     """PyTorch's fused layer norm and two elementwise passes, what the reference DiT runs in eager mode."""
     return _modulated(lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6))
@@ -126,6 +137,7 @@ PEERS: dict[str, dict[str, Callable[[OpSpec], Function]]] = {
         "flash-attn-4": partial(_flash, "flash_attn.cute"),
     },
     "mlp": {"apex": _apex_mlp, "quack": _quack_mlp},
+    "swiglu": {"liger": _liger_swiglu},
 }
 
 

@@ -26,7 +26,8 @@ from dit_fast.kernels import AdamWSettings, AdamWTensors, adamw_ema, grad_square
 from dit_fast.kernels.aot import MAX_SHARED, Compiled, compile_launch
 from dit_fast.kernels.launch import Launch, record_launches, tensor_arguments
 from dit_fast.kernels.recompute import adaln_from_moments
-from dit_fast.kernels.registry import REGISTRY, OpSpec
+from dit_fast.kernels.registry import REGISTRY, Make, OpSpec, Shape
+from dit_fast.layers import swiglu_width
 
 BATCH = 256
 WIDTHS = (384, 768, 1024, 1152)
@@ -40,19 +41,20 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """How an operation is called: `tokens`, `factor` times the model's width, and keywords.
+    """How an operation is called: `tokens`, its `width` given the model's, and keywords.
 
     `whole` is False where PyTorch carries out a part, so that the kernels' bytes are not the operation's. `head_dim`
     is that of attention, with as many heads as the width holds, in place of the model's; such a case is examined for
-    one width, in bfloat16.
+    one width, in bfloat16. `make_inputs` stands in place of the `OpSpec`'s.
     """
 
     label: str = ""
     tokens: int = 256
-    factor: int = 1
+    width: Callable[[int], int] = lambda D: D
     keywords: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
     head_dim: int = 0
+    make_inputs: Callable[..., tuple[Any, ...]] | None = None
 
 
 HEAD_CASES = tuple(
@@ -63,12 +65,23 @@ HEAD_CASES = tuple(
 )
 """Other heads than DiT's and fewer tokens; 4096 tokens are the machine code of 1024."""
 
+
+def swiglu_mlp_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Tensor, ...]:
+    """What `mlp` takes for a SwiGLU as wide as a model's."""
+    B, T, D = shape
+    F = swiglu_width(4 * D)
+    weights = make(2 * F, D, dtype=stream), make(2 * F, dtype=stream), make(D, F, dtype=stream)
+    return make(B, T, D, dtype=low), *weights
+
+
 CASES = {
     "attention": (Case(), Case("T = 1024", tokens=1024), *HEAD_CASES),
-    "gelu": (Case(factor=4),),
+    "gelu": (Case(width=lambda D: 4 * D),),
+    "swiglu": (Case(width=lambda D: swiglu_width(4 * D)),),
     "mlp": (
         Case("separate", keywords={"epilogue": "separate"}, whole=False),
         Case("triton", keywords={"epilogue": "triton"}, whole=False),
+        Case("swiglu", keywords={"activation": "swiglu"}, whole=False, make_inputs=swiglu_mlp_inputs),
     ),
 }
 """Operations that are called otherwise than once with 256 tokens."""
@@ -117,11 +130,11 @@ def record(case: Case, setting: Setting) -> dict[str, list[Launch]]:
             STEPS[setting.op](setting)
         return {"step": launches}
     spec = REGISTRY[setting.op]
-    shape = (BATCH, case.tokens, setting.width * case.factor)
+    shape = (BATCH, case.tokens, case.width(setting.width))
     inputs = (
         attention_inputs(case, setting)
         if case.head_dim
-        else spec.make_inputs(shape, *DTYPES[setting.dtypes], meta)
+        else (case.make_inputs or spec.make_inputs)(shape, *DTYPES[setting.dtypes], meta)
     )
     inputs = tuple(
         value.requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -251,7 +264,7 @@ def measure_traffic(
     """Bytes moved against `OpSpec`'s least elements, at the mean element size of the token tensors that were moved."""
     tensors = [x for launch in launches for x in tensor_arguments(launch.arguments).values()]
     tokens = [x for launch in launches for x in token_tensors(launch).values()]
-    shape = (BATCH, case.tokens, setting.width * case.factor)
+    shape = (BATCH, case.tokens, case.width(setting.width))
     elements = spec.backward_elements if direction == "backward" else spec.forward_elements
     itemsize = sum(x.numel() * x.itemsize for x in tokens) / sum(x.numel() for x in tokens)
     return Traffic(

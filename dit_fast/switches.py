@@ -54,7 +54,8 @@ class Switches(nn.Module):
                 module.epilogue = epilogue
             elif epilogue not in ("auto", "separate"):
                 raise ConfigError(
-                    f"mlp_epilogue={epilogue!r} applies a GELU, which mlp='swiglu' has not: give 'auto'"
+                    f"mlp_epilogue={epilogue!r} applies a GELU, which mlp='swiglu' has not: "
+                    "give 'auto' or 'separate'"
                 )
 
     @property

@@ -209,6 +209,17 @@ def test_products_of_peers(
     assert Bench(REGISTRY[operation], SHAPE, "fp32", "cpu").disagreement(built) is None
 
 
+def test_swiglu_of_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = SimpleNamespace(apply=lambda gate, value: F.silu(gate) * value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(
+        sys.modules, "liger_kernel.ops.swiglu", SimpleNamespace(LigerSiLUMulFunction=stand_in)
+    )
+    built = peers.providers_of("swiglu")["liger"](REGISTRY["swiglu"])
+    monkeypatch.undo()
+    assert Bench(REGISTRY["swiglu"], SHAPE, "fp32", "cpu").disagreement(built) is None
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(peers.Missing, match="flash_attn_interface is not installed"):

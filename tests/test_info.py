@@ -87,13 +87,17 @@ def test_macs_are_those_that_pytorch_counts_without_memory(conditioning, options
     assert counter.get_total_flops() == count(model).forward_flops
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONING)
+@pytest.mark.parametrize(
+    "options",
+    [*({"conditioning": c} for c in CONDITIONING), {"mlp": "swiglu"}],
+    ids=lambda o: next(iter(o.values())),
+)
 @pytest.mark.parametrize(("recompute", "precision"), [("none", "fp32"), ("cheap", "fp32"), ("cheap", "bf16")])
-def test_kept_bytes_are_what_a_real_forward_pass_holds(conditioning, recompute, precision):
+def test_kept_bytes_are_what_a_real_forward_pass_holds(options, recompute, precision):
     """To the byte in float32. Under autocast the CPU's attention keeps bfloat16 where CUDA's keeps float32: a row's
     log-sum-exp.
     """
-    model = DiT(**SMALL, conditioning=conditioning, kernels="triton", recompute=recompute).eval()
+    model = DiT(**SMALL, **options, kernels="triton", recompute=recompute).eval()
     held: dict[int, torch.Tensor] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -1,4 +1,4 @@
-"""The kernels of `gelu` and `mlp` compiled for GPUs this machine does not have, at the widths of DiT-S, B, L and XL."""
+"""Kernels of `gelu`, `swiglu` and `mlp` compiled for GPUs that this machine does not have, at the models' widths."""
 
 import importlib
 from dataclasses import replace
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 gelu = importlib.import_module("dit_fast.kernels.gelu")
 gemm = importlib.import_module("dit_fast.kernels.gemm")
+swiglu = importlib.import_module("dit_fast.kernels.swiglu")
 CAPABILITIES = (80, 90, 100)
 ROWS = 65536
 
@@ -31,6 +32,17 @@ def gelu_kernels(width: int, dtype: torch.dtype, capability: int) -> list[Compil
     def run() -> None:
         gelu.gelu_forward(pre, meta(width, dtype=dtype))
         gelu.gelu_backward(pre, pre, None, True, True)
+
+    return ahead_of_time(run, capability)
+
+
+def swiglu_kernels(width: int, dtype: torch.dtype, capability: int) -> list[Compiled]:
+    """As `gelu_kernels`, of so many gates and values."""
+    act, pre = meta(ROWS, width, dtype=dtype), meta(ROWS, 2 * width, dtype=dtype)
+
+    def run() -> None:
+        swiglu.swiglu_forward(pre, meta(2 * width, dtype=dtype))
+        swiglu.swiglu_backward(act, pre, None, True, True)
 
     return ahead_of_time(run, capability)
 
@@ -69,6 +81,35 @@ def test_gelu_moves_128_bits_an_access(width, dtype, capability) -> None:
             assert accesses[name] == {"ld128": tile}
         for name in stores:
             assert accesses[name] == {"st128": tile}
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "capability"),
+    [(2736, torch.bfloat16, 90)]
+    + [(3072, dtype, capability) for dtype in (torch.bfloat16, torch.float32) for capability in CAPABILITIES],
+)
+def test_swiglu_moves_128_bits_an_access(width, dtype, capability) -> None:
+    """As for `gelu`; gate and value are two tiles of one tensor."""
+    forward, backward = swiglu_kernels(width, dtype, capability)
+    for kernel, rows, tiles in (
+        (forward, 8, {"pre_ptr": ("ld128", 2), "act_ptr": ("st128", 1)}),
+        (
+            backward,
+            4,
+            {
+                "pre_ptr": ("ld128", 2),
+                "dact_ptr": ("ld128", 1),
+                "dpre_ptr": ("st128", 2),
+                "act_ptr": ("st128", 1),
+            },
+        ),
+    ):
+        assert kernel.spills == 0
+        assert not kernel.float64()
+        accesses = kernel.accesses_by_tensor()
+        tile = rows * 512 * dtype.itemsize // 16 // (32 * kernel.num_warps)
+        for name, (access, count) in tiles.items():
+            assert accesses[name] == {access: count * tile}
 
 
 @pytest.mark.parametrize(

@@ -461,7 +461,7 @@ def test_positions_refuse_what_they_have_not() -> None:
         ({"qk_norm": "yes"}, "qk_norm='yes': choose one of False, True"),
         ({"positions": "rope", "hidden_size": 60, "num_heads": 4}, "a head of 15 is not a multiple of 4"),
         ({"positions": "rope", "hidden_size": 72, "num_heads": 12}, "a head of 6 is not a multiple of 4"),
-        ({"mlp": "swiglu", "mlp_epilogue": "triton"}, "applies a GELU, which mlp='swiglu' has not: give 'auto'"),
+        ({"mlp": "swiglu", "mlp_epilogue": "triton"}, "applies a GELU, which mlp='swiglu' has not: give 'auto' or"),
         ({"input_size": (8, 11)}, "input_size 8x11 is not a positive multiple of patch_size 2"),
     ],
 )  # fmt: skip

@@ -15,12 +15,14 @@ from dit_fast.models import DiT
 STEPS = 32
 
 
-def losses(kernels: str, dtype: torch.dtype = torch.float32, steps: int = STEPS) -> list[float]:
+def losses(
+    kernels: str, dtype: torch.dtype = torch.float32, steps: int = STEPS, **options: str
+) -> list[float]:
     """The losses of a run from a fixed start, noise and times included; autocast to `dtype` unless it is float32."""
     torch.manual_seed(0)
     model = DiT(
-        input_size=4, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=4, kernels=kernels
-    )
+        input_size=4, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=4, kernels=kernels, **options
+    )  # fmt: skip
     for parameter in model.parameters():  # adaLN-Zero starts as the identity, which would hide the blocks
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
@@ -54,6 +56,13 @@ def reference() -> list[float]:
 def test_float32_losses_agree(reference: list[float]) -> None:
     assert len(set(reference)) == STEPS
     assert largest_difference(losses("triton"), reference) <= 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+def test_losses_with_swiglu_agree(recompute: str) -> None:
+    theirs = losses("reference", steps=4, mlp="swiglu")
+    ours = losses("triton", steps=4, mlp="swiglu", recompute=recompute)
+    assert largest_difference(ours, theirs) <= 1e-5
 
 
 @pytest.mark.gpu
