@@ -5,7 +5,7 @@ layers, the patch projection and attention's two products, elementwise work is n
 pass, since the backward pass has two products for each of its own; recomputation is not credited.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,15 +60,28 @@ class Counts:
         }
 
 
-def count(model: DiT, caption_tokens: int = 1) -> Counts:
-    """The counts of a model on any device, "meta" among them; of captions, with so many tokens each."""
+def count(model: DiT, caption_tokens: int = 1, shapes: Mapping[tuple[int, int], int] | None = None) -> Counts:
+    """The counts of a model on any device, "meta" among them; of captions, with so many tokens each.
+
+    shapes: of `mean_macs`; the tokens are those of the model's own size.
+    """
     parameters = list(model.parameters())
     return Counts(
         parameters=sum(p.numel() for p in parameters),
         fixed=sum(p.numel() for p in parameters if not p.requires_grad),
         tokens=model.x_embedder.num_patches,
-        macs=model.macs(caption_tokens=caption_tokens),
+        macs=mean_macs(model, caption_tokens, shapes),
     )
+
+
+def mean_macs(
+    model: DiT, caption_tokens: int = 1, shapes: Mapping[tuple[int, int], int] | None = None
+) -> int:
+    """`DiT.macs`, on average over so many images of each of `shapes` (height, width) where there are several."""
+    if not shapes:
+        return model.macs(caption_tokens=caption_tokens)
+    every = sum(number * model.macs(size, caption_tokens) for size, number in shapes.items())
+    return round(every / sum(shapes.values()))
 
 
 def table(input_size: int = 32) -> Iterator[tuple[str, str, Counts]]:

@@ -1,6 +1,7 @@
 """Scores and pictures of models of many aspect ratios: samples in the proportion of the training images' shapes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from test_cli_evaluate import SmallNetwork, write_npz
 from test_data_buckets import BUCKETS, SHAPES, TALL, WIDE
 from test_training_evaluate import OneOfTwo
 
+from dit_fast import keyed
 from dit_fast.cli import main
 from dit_fast.data import apportion, open_images
+from dit_fast.diffusion import GaussianDiffusion
+from dit_fast.diffusion.likelihood import GREY_LEVEL
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.evaluation import collect, features, open_source, score
 from dit_fast.interop import load_model
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig
-from dit_fast.training import TrainConfig, Trainer, train
+from dit_fast.training import TrainConfig, Trainer, scaling, train
 from dit_fast.training.config import open_set
 from dit_fast.training.evaluate import Evaluation
 from dit_fast.training.progress import read_scores
@@ -165,6 +169,19 @@ def test_a_grid_shows_all_shapes(run: Path) -> None:
     assert picture.height == 2 * 12 + 2 * (72 + 4) - 4
 
 
+def test_pictures_of_any_weights_in_any_shape(run: Path, tmp_path: Path) -> None:
+    """`dit-fast explain` of the averages and of the model itself, on images that are not square."""
+    films = []
+    for weights in ("ema", "model"):
+        out = tmp_path / weights
+        words = ["--ckpt", run, "--weights", weights, "--image-size", "8x24", "--steps", 3, "--cfg-scale", 1]
+        assert main(["explain", *map(str, words), "--out", str(out), "--frames", "3"]) == 0
+        assert sorted(path.name for path in out.iterdir()) == ["attention.png", "film.png", "steps.png"]
+        films.append(np.asarray(Image.open(out / "film.png")))
+    assert films[0].shape == films[1].shape
+    assert (films[0] != films[1]).any()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -201,3 +218,67 @@ def test_the_mixture_matters(folder: Path) -> None:
     squares = collect(open_source(folder, 16), network)
     assert score(whole, whole.statistics, None, False, ["fid"]).fid == pytest.approx(0, abs=1e-6)
     assert score(squares, whole.statistics, None, False, ["fid"]).fid > 1e-3
+
+
+def test_likelihood_is_of_each_image_in_its_own_shape(folder: Path, tmp_path: Path) -> None:
+    """A flow that stands still has the bits of the prior, image by image; batches are of one shape."""
+    options = {
+        "objective": "flow",
+        "lr": 1e-12,
+        "steps": 1,
+        "ema_decay": 0.0,
+        "holdout": 0.4,
+        "positions": "rope",
+    }
+    train(config(folder, **options), tmp_path / "run")
+    words = ["--ckpt", tmp_path / "run", "--steps", 2, "--batch-size", 3, "--out", tmp_path / "bits.json"]
+    assert main(["likelihood", *map(str, words)]) == 0
+    found = json.loads((tmp_path / "bits.json").read_text())
+    split = open_images(folder, buckets=BUCKETS, holdout=0.4, num_workers=1).heldout
+    bits = []
+    for number in range(len(split)):
+        x = split.batch(torch.tensor([number]))
+        place = keyed.uniform(keyed.key(0, "dequantise"), torch.tensor([number]), tuple(x.shape[1:]))
+        nats = 0.5 * ((x + (place - 0.5) * GREY_LEVEL).double() ** 2 + math.log(2 * math.pi)).mean()
+        bits.append(float(nats) / math.log(2) - math.log2(GREY_LEVEL))
+    assert len(set(split.buckets.tolist())) == 3
+    assert (found["images"], found["split"]) == (len(split), "held-out")
+    assert found["bits_per_dimension"] == pytest.approx(np.mean(bits), rel=1e-6)
+    assert found["standard_error"] == pytest.approx(np.std(bits, ddof=1) / len(bits) ** 0.5, rel=1e-5)
+
+
+def test_a_scaling_study_counts_and_measures_all_shapes(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """FLOPs of the mean over the training images' shapes; the loss of the averaged weights on held-out ones of each."""
+    monkeypatch.setattr(scaling, "DRAWS", 40)
+    drawn: list[tuple[int, ...]] = []
+    losses = GaussianDiffusion.training_losses
+
+    def listen(self: Any, model: Any, x: torch.Tensor, *others: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            drawn.append(tuple(x.shape[2:]))
+        return losses(self, model, x, *others, **named)
+
+    monkeypatch.setattr(GaussianDiffusion, "training_losses", listen)
+    words = [
+        "--data",
+        folder,
+        "--buckets",
+        "16x16,8x24,24x16",
+        "--holdout",
+        0.4,
+        "--patch-size",
+        4,
+        "--batch-size",
+        4,
+    ]
+    words += ["--sizes", "32x1", "64x1", "--steps", 6, "--threads", 1, "--num-workers", 1, "--device", "cpu"]
+    assert main(["scaling", *map(str, words), "--out", str(tmp_path)]) == 0
+    assert set(drawn) == {(16, 16), (8, 24), (24, 16)}
+    shapes = open_set(config(folder, buckets="16x16,8x24,24x16", holdout=0.4)).shapes
+    assert sum(shapes.values()) == 28 - 2 * round(0.4 * 14)
+    for measured in json.loads((tmp_path / "scaling.json").read_text())["models"]:
+        model, _ = load_model(tmp_path / measured["name"])
+        mean = sum(number * model.macs(size) for size, number in shapes.items()) / sum(shapes.values())
+        assert measured["counts"]["macs"] == round(mean) != model.macs()
+        assert measured["losses"][-1][1] == 6 * 4 * 6 * round(mean)
+        assert np.isfinite(measured["metric"])

@@ -2,15 +2,17 @@
 
 import json
 import math
+from argparse import ArgumentParser
 
 import pytest
 import torch
 
 from dit_fast import keyed
-from dit_fast.cli import main
+from dit_fast.cli import likelihood, main
 from dit_fast.data import open_data
 from dit_fast.diffusion import FlowMatching
 from dit_fast.diffusion.likelihood import GREY_LEVEL, log_likelihood
+from dit_fast.interop import load_model
 from dit_fast.models import DiT
 from dit_fast.training import TrainConfig, train
 
@@ -58,6 +60,16 @@ def test_the_bound_of_a_diffusion_is_repeatable_and_by_seed(diffusion, tmp_path)
     assert first["measured"] == "variational bound"
     assert first["bits_per_dimension"] != other["bits_per_dimension"]
     assert first["bits_per_dimension"] == pytest.approx(other["bits_per_dimension"], rel=0.2)
+
+
+def test_images_are_cropped_to_a_model_that_is_not_square(tmp_path):
+    DiT((8, 4), 4, 1, 16, 1, 2, num_classes=10).save_pretrained(tmp_path / "model")
+    words = ["--ckpt", str(tmp_path / "model"), "--data", "digits"]
+    parser = ArgumentParser()
+    likelihood.add_arguments(parser)
+    data = likelihood._images(parser.parse_args(words), *load_model(tmp_path / "model"))
+    whole = open_data("digits").heldout.batch(torch.arange(5))
+    assert torch.equal(data.heldout.batch(torch.arange(5)), whole[..., 2:6])
 
 
 def test_a_sample_s_probes_do_not_depend_on_its_batch():

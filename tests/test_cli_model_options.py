@@ -1,5 +1,6 @@
 """Models with options of their own, from `dit-fast train` to `dit-fast sample`."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 from dit_fast.cli import main
+from dit_fast.data import open_images
 from dit_fast.interop import load_model
 from dit_fast.training import read_manifest
 
@@ -97,8 +99,13 @@ def test_info_counts_the_options(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sampling_at_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     assert call("train", *TINY, "--positions", "rope", "--out", run) == 0
-    wide = ["--image-size", "4x12", "--save-images", "--cfg-scale", "1"]
+    wide = ["--image-size", "4x12", "--save-images", "--cfg-scale", "1", "--compare-to"]
     assert call("sample", "--ckpt", run, "--out", out, *SAMPLE, *wide) == 0
+    scores = json.loads((out / "scores.json").read_text())
+    assert (scores["data"], scores["labels"]["num_samples"]) == ("digits", 3)
+    real = open_images("digits", (4, 12))
+    assert real.train.sample_shape == (1, 4, 12)
+    assert scores["nearest"]["samples_median"] > scores["nearest"]["heldout_median"] > 0
     with Image.open(next((out / "images").glob("*.png"))) as image:
         assert (image.height, image.width) == (4, 12)
     capsys.readouterr()

@@ -7,7 +7,6 @@ import torch
 
 from benchmarks.scaling import Machine, Model, best, estimate, paper_models, tables
 from dit_fast.models import DiT, DiT_models
-from dit_fast.training.metrics import forward_macs
 
 
 @pytest.mark.parametrize("name", ["DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2", "7B"])
@@ -21,7 +20,7 @@ def test_counts_are_those_of_the_model(name) -> None:
     assert counted.step.parameters == trained
     flops = counted.depth * (counted.gemm_flops + counted.attention_flops)
     # The embedders and the final layer are left out of the time, not of the bytes.
-    assert flops == pytest.approx(2 * forward_macs(real), rel=2e-3)
+    assert flops == pytest.approx(2 * real.macs(), rel=2e-3)
 
 
 def test_collectives_of_nothing_and_of_one() -> None:

@@ -17,7 +17,7 @@ from benchmarks.plain_dit import random_model
 from benchmarks.roofline import Rates, Step, sampling_limit, training_limit
 from benchmarks.rows import Row
 from dit_fast.models import DiT, DiT_models
-from dit_fast.training.metrics import forward_macs, peak_flops
+from dit_fast.training.metrics import peak_flops
 
 WHOLE_SAMPLING = 250
 """Steps of the sampling that images a second are given for."""
@@ -194,7 +194,7 @@ def row_of(
         "of the roofline": limit(case, model, device) / median,
     }
     if (peak := peak_flops(device)) is not None:
-        metrics["MFU"] = passes * 2 * forward_macs(model) / median / peak
+        metrics["MFU"] = passes * 2 * model.macs() / median / peak
     if found.memory is not None:
         metrics["peak GB"] = found.memory / 1e9
     if found.launches is not None:

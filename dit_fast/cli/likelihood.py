@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from dit_fast import keyed
 from dit_fast.cli.sample_options import add_objective_options, asked_objective
 from dit_fast.cli.sample_plan import images_as_trained
-from dit_fast.data import ImageSet
+from dit_fast.data import ImageSet, Split
 from dit_fast.diffusion import FlowMatching, GaussianDiffusion
 from dit_fast.diffusion.likelihood import GREY_LEVEL, bits_per_dim, log_likelihood
 from dit_fast.diffusion.objectives import create_objective
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{info.summary()}: {kind} of {num} {which} images of {data.name}", flush=True)
     parts = []
     with tqdm(total=num, desc="likelihood", unit="image", disable=None) as bar:
-        for numbers in torch.arange(num).split(args.batch_size):
+        for numbers in _batches(split, num, args.batch_size):
             images, labels = split.batch(numbers).to(device), split.labels[numbers].to(device)
             parts.append(_bits(args, objective, model, images, labels, numbers))
             bar.update(len(numbers))
@@ -93,17 +94,21 @@ def _images(args: argparse.Namespace, model: DiT, info: ModelInfo) -> ImageSet:
     source = args.data or info.data.get("name")
     if source is None:
         raise ConfigError(f"{info.path} does not say what it was trained on: give --data SOURCE")
-    height, width = model.x_embedder.img_size
-    if height != width:
-        raise ConfigError(
-            f"--ckpt {args.ckpt}: its images are {height}x{width}, and those of --data are square"
-        )
-    data = images_as_trained(source, info, height, model.in_channels)
+    buckets = tuple((height, width) for height, width in info.data.get("buckets", ()))
+    size = None if buckets else model.x_embedder.img_size
+    data = images_as_trained(source, info, model.in_channels, image_size=size, buckets=buckets)
     if model.num_classes not in (0, data.num_classes):
         raise ConfigError(
             f"--data {source} has {data.num_classes} classes, the model {model.num_classes}: give images of its classes"
         )
     return data
+
+
+def _batches(split: Split, num: int, batch_size: int) -> Iterator[Tensor]:
+    """The first `num` images of a split, those of one shape together."""
+    buckets = torch.zeros(num) if split.buckets is None else split.buckets[:num]
+    for bucket in buckets.unique():
+        yield from (buckets == bucket).nonzero().flatten().split(batch_size)
 
 
 def _bits(

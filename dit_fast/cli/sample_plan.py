@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_fast import keyed
 from dit_fast.cli.prompts import encode_prompts
 from dit_fast.cli.sample_options import ALL_CLASSES, OWN_DATA, PER_CLASS, SHOWN_CLASSES, asked_objective
-from dit_fast.data import ImageSet, open_images
+from dit_fast.data import ImageSet, Size, open_images
 from dit_fast.data.caches import read_statistics
 from dit_fast.download import fetch_model, pretrained_models
 from dit_fast.errors import CheckpointError, ConfigError, OutputError
@@ -320,11 +320,11 @@ def _scorer(args: argparse.Namespace, model: DiT, info: ModelInfo, shape: tuple[
         source = info.data.get("name")
         if source is None:
             raise ConfigError(f"{info.path} does not say what it was trained on: give --compare-to DATA")
-    if shape[0] not in (1, 3) or shape[1] != shape[2]:
+    if shape[0] not in (1, 3):
         raise ConfigError(
-            f"--compare-to scores square grey or RGB images, not {shape}; leave it out or decode with --vae"
+            f"--compare-to scores grey or RGB images, not {shape}; leave it out or decode with --vae"
         )
-    images = images_as_trained(source, info, shape[1], shape[0])
+    images = images_as_trained(source, info, shape[0], image_size=shape[1:])
     if images.num_classes != model.num_classes:
         raise ConfigError(
             f"--compare-to {source} has {images.num_classes} classes, the model {model.num_classes}"
@@ -332,11 +332,20 @@ def _scorer(args: argparse.Namespace, model: DiT, info: ModelInfo, shape: tuple[
     return Scorer(images)
 
 
-def images_as_trained(source: str, info: ModelInfo, size: int, channels: int) -> ImageSet:
-    """The images of `source`; those that the model was trained on are split as they were then, or a line says not."""
+def images_as_trained(
+    source: str,
+    info: ModelInfo,
+    channels: int,
+    *,
+    image_size: Size | None = None,
+    buckets: tuple[Size, ...] = (),
+) -> ImageSet:
+    """The images of `source` in one size, or in the nearest of several; those that the model was trained on are split
+    as they were then, or a line says not.
+    """
     own = source == info.data.get("name")
     flip, holdout = (info.data.get("flip"), info.data.get("holdout")) if own else (None, None)
-    images = open_images(source, size, channels=channels, flip=flip, holdout=holdout)
+    images = open_images(source, image_size, channels=channels, flip=flip, holdout=holdout, buckets=buckets)
     if own and images.fingerprint != info.data.get("fingerprint"):
         print(f"{source} has changed since this checkpoint was trained on it", flush=True)
     return images

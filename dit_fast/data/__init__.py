@@ -14,6 +14,7 @@ from dit_fast.data.latents import LatentSet, LatentStream, open_latents
 from dit_fast.data.posterior import Posterior
 from dit_fast.data.shards import MANIFEST, SETTINGS
 from dit_fast.data.stream import BatchStream
+from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError, DataError
 
 __all__ = [
@@ -42,7 +43,7 @@ __all__ = [
 
 def open_images(
     source: str | Path,
-    image_size: int | None = None,
+    image_size: int | Size | None = None,
     *,
     channels: int | None = None,
     num_classes: int | None = None,
@@ -54,7 +55,7 @@ def open_images(
 ) -> ImageSet:
     """Open `source`: a built-in name ("mnist", "digits") or a folder of class sub-folders.
 
-    image_size    side of the square images; None keeps the images' own (a folder's must then agree)
+    image_size    side of square images, or (height, width); None keeps the images' own (a folder's must then agree)
     channels      1 (grey) or 3 (RGB); None decides from the files: grey if all of them are
     num_classes   checked against the set when given
     flip          whether a mirror image keeps its class; None: True for folders, False for digits
@@ -65,7 +66,7 @@ def open_images(
 
     Raises DataError for data that is missing or unreadable, ConfigError for options that contradict it.
     """
-    if image_size is not None and image_size < 1:
+    if image_size is not None and min(as_pair(image_size)) < 1:
         raise ConfigError(f"--image-size {image_size} is not a positive number of pixels")
     if channels not in (None, 1, 3):
         raise ConfigError(f"--channels {channels}: give 1 for grey or 3 for RGB")

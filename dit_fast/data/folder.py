@@ -53,7 +53,7 @@ def centre_crop(image: Image.Image, size: int | Size) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def centre_crop_array(image: np.ndarray, size: int) -> np.ndarray:
+def centre_crop_array(image: np.ndarray, size: int | Size) -> np.ndarray:
     """`centre_crop` of a uint8 array (H, W) or (H, W, 3)."""
     return np.asarray(centre_crop(Image.fromarray(image), size))
 
@@ -196,7 +196,7 @@ def _agreed_size(root: Path, headers: Sequence[_Header]) -> int:
 def open_folder(
     root: Path,
     *,
-    image_size: int | None,
+    image_size: int | Size | None,
     channels: int | None,
     flip: bool,
     holdout: float,
@@ -206,7 +206,8 @@ def open_folder(
 ) -> ImageSet:
     """The images under `root`, one class for each sub-folder, labels in the sorted order of their names.
 
-    All are cropped to squares of `image_size`, or each to the one of `buckets` that is nearest to its aspect ratio.
+    All are cropped to `image_size`, a side or (height, width), or each to the one of `buckets` that is nearest to its
+    aspect ratio.
     A set that fits in `memory_limit` bytes is decoded at once, so that every damaged file is found before
     training begins; of a larger one only the headers are read, and files are decoded as batches need them.
     """

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError, DataError
 
 
@@ -77,8 +78,8 @@ class Split:
 class ImageSet:
     """A labelled image set with its train and held-out split.
 
-    `image_size` is the side of the square images, `channels` 1 (grey) or 3 (RGB), `flip` whether a left-right
-    mirror image is still a member of its class, `holdout` the held-out fraction of each class, and
+    `image_size` is the side of square images, else their height, `channels` 1 (grey) or 3 (RGB), `flip` whether
+    a left-right mirror image is still a member of its class, `holdout` the held-out fraction of each class, and
     `fingerprint` a SHA-256 of what the set was made of. `buckets`: the (height, width) that images have, where there
     are several; `image_size` is then the first one's height.
     """
@@ -100,6 +101,11 @@ class ImageSet:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def shapes(self) -> dict[tuple[int, int], int]:
+        """How many training images have each of `buckets`; empty where there is one shape."""
+        return count_shapes(self.buckets, self.train.buckets)
+
     def describe(self) -> dict[str, Any]:
         """JSON-ready facts for a checkpoint's manifest; equal exactly if the training images are equal."""
         return {
@@ -111,16 +117,21 @@ class ImageSet:
             "num_heldout": len(self.heldout),
             "holdout": self.holdout,
             "fingerprint": self.fingerprint,
-            **describe_buckets(self.buckets, self.train.buckets),
+            **describe_shapes(self.shapes),
         }
 
 
-def describe_buckets(buckets: Sequence[tuple[int, int]], bucket_of: Tensor | None) -> dict[str, list[Any]]:
-    """JSON-ready: the shapes of a set, and how many training samples have each; nothing where there is one shape."""
-    if bucket_of is None:
+def count_shapes(buckets: Sequence[tuple[int, int]], bucket_of: Tensor | None) -> dict[tuple[int, int], int]:
+    """How many of the samples with these buckets, int64 (N,), have each shape."""
+    counts = [] if bucket_of is None else bucket_of.bincount(minlength=len(buckets)).tolist()
+    return dict(zip(buckets, counts, strict=True))
+
+
+def describe_shapes(shapes: dict[tuple[int, int], int]) -> dict[str, list[Any]]:
+    """What a manifest says of several shapes; nothing of one."""
+    if not shapes:
         return {}
-    counts = bucket_of.bincount(minlength=len(buckets)).tolist()
-    return {"buckets": [list(size) for size in buckets], "bucket_images": counts}
+    return {"buckets": [list(size) for size in shapes], "bucket_images": list(shapes.values())}
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -209,16 +220,16 @@ def from_arrays(
     labels: np.ndarray,
     class_names: Sequence[str],
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     flip: bool = True,
     holdout: float = 0.0,
-    resize: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None = None,
 ) -> ImageSet:
     """A set from arrays: `images` uint8 (N, H, W) grey or (N, H, W, 3) RGB, `labels` integers (N,).
 
-    `resize(image, size)` makes one image square with side `size`; it is needed where `image_size` is not the
-    images' own. Raises DataError for shapes, types or labels that do not fit.
+    `resize(image, size)` gives one image the (height, width) `size`; it is needed where `image_size`, a side or both,
+    is not the images' own. Raises DataError for shapes, types or labels that do not fit.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise DataError(
@@ -229,22 +240,24 @@ def from_arrays(
             f"{name}: labels are {labels.dtype} {labels.shape}; expected {len(images)} integers, one an image"
         )
     fingerprint = hashlib.sha256(images.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
-    size = image_size or images.shape[1]
-    if images.shape[1:3] != (size, size):
+    size = as_pair(image_size or images.shape[1])
+    if images.shape[1:3] != size:
         if resize is None:
-            raise DataError(f"{name}: images are {images.shape[1]} x {images.shape[2]}, not {size} x {size}")
+            raise DataError(
+                f"{name}: images are {images.shape[1]} x {images.shape[2]}, not {size[0]} x {size[1]}"
+            )
         images = np.stack([resize(image, size) for image in images])
     own_channels = 1 if images.ndim == 3 else 3
     if channels not in (None, own_channels):
         raise ConfigError(f"--channels {channels} contradicts {name}, whose images have {own_channels}")
-    stored = torch.from_numpy(np.ascontiguousarray(images.reshape(len(images), size, size, own_channels)))
+    stored = torch.from_numpy(np.ascontiguousarray(images.reshape(len(images), *size, own_channels)))
     return make_set(
         name,
         ArraySource(stored.permute(0, 3, 1, 2).contiguous()),
         torch.from_numpy(labels.astype(np.int64)),
         [str(position) for position in range(len(images))],
         class_names,
-        (own_channels, size, size),
+        (own_channels, *size),
         flip=flip,
         holdout=holdout,
         fingerprint=fingerprint,

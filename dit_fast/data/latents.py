@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_fast import keyed
 from dit_fast.data.captions import CaptionShards, caption_name, open_captions
-from dit_fast.data.images import describe_buckets, heldout_mask
+from dit_fast.data.images import count_shapes, describe_shapes, heldout_mask
 from dit_fast.data.posterior import Posterior
 from dit_fast.data.shards import LABELS, MANIFEST, NAMES, digest_file, map_npy, read_json, shard_name
 from dit_fast.data.stream import BatchStream
@@ -128,6 +128,11 @@ class LatentSet:
         return len(self.class_names)
 
     @property
+    def shapes(self) -> dict[tuple[int, int], int]:
+        """How many training latents have each of `buckets`; empty where there is one shape."""
+        return count_shapes(self.buckets, self.train.buckets)
+
+    @property
     def caption_tokens(self) -> int:
         """Tokens S of a caption, 0 in a set of classes."""
         return 0 if self.train.captions is None else self.train.captions.shape[0]
@@ -153,7 +158,7 @@ class LatentSet:
             "shift": list(self.posterior.shift),
             "scale": list(self.posterior.scale),
             "vae": self.vae,
-            **describe_buckets(self.buckets, self.train.buckets),
+            **describe_shapes(self.shapes),
             **({} if self.train.captions is None else {"captions": self.train.captions.encoder}),
         }
 

@@ -65,7 +65,7 @@ class Evaluation:
         )
         self.sampler = AverageSampler(trainer, guidance=1.0)
         self.reference: SavedStatistics = world.first(lambda: self._reference(against, size))
-        shares = apportion(config.evaluate_samples, trainer.data.describe().get("bucket_images", [1]))
+        shares = apportion(config.evaluate_samples, list(trainer.data.shapes.values()) or [1])
         # In the order of the buckets; samples of one are numbered from 0.
         self.bucket_of = torch.arange(len(shares)).repeat_interleave(torch.tensor(shares))[
             world.rank :: world.size

@@ -7,9 +7,11 @@ the patch projection and attention's two products; elementwise work and recomput
 
 import resource
 from collections import deque
+from collections.abc import Mapping
 
 import torch
 
+from dit_fast.counting import mean_macs
 from dit_fast.models import DiT
 
 # Dense bf16 tensor-core peaks in FLOP/s of NVIDIA's data sheets; the first name that is part of the device's counts.
@@ -19,14 +21,11 @@ PEAKS = (
 )  # fmt: skip
 
 
-def forward_macs(model: DiT, caption_tokens: int = 1) -> int:
-    """Multiply-adds of one image's forward pass."""
-    return model.macs(caption_tokens=caption_tokens)
-
-
-def training_flops(model: DiT, caption_tokens: int = 1) -> int:
-    """Model FLOPs of training on one image."""
-    return 3 * 2 * forward_macs(model, caption_tokens)
+def training_flops(
+    model: DiT, caption_tokens: int = 1, shapes: Mapping[tuple[int, int], int] | None = None
+) -> int:
+    """Model FLOPs of training on one image, of several shapes on average (`mean_macs`)."""
+    return 3 * 2 * mean_macs(model, caption_tokens, shapes)
 
 
 def peak_flops(device: torch.device) -> float | None:

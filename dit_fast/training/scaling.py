@@ -185,7 +185,8 @@ class Ladder:
         self.counts = []
         for config in configs:
             with torch.device("meta"):
-                self.counts.append(count(build_model(config, self.data), self.data.caption_tokens))
+                model = build_model(config, self.data)
+            self.counts.append(count(model, self.data.caption_tokens, self.data.shapes))
         self.batch_size = configs[0].batch_size
         step = sum(counts.training_flops for counts in self.counts) * self.batch_size
         if budget is None:

@@ -37,7 +37,7 @@ class Watch:
         self.progress = Progress(trainer.total_steps, trainer.step) if self.writes else None
         self.trackers: list[Tracker] = open_trackers(trainer.config, run) if self.writes else []
         self.spikes = metrics.SpikeDetector()
-        self.flops = metrics.training_flops(trainer.model, trainer.data.caption_tokens)
+        self.flops = metrics.training_flops(trainer.model, trainer.data.caption_tokens, trainer.data.shapes)
         self.peak = metrics.peak_flops(trainer.device)
         self.grids = SampleGrids(trainer) if trainer.config.sample_every else None
         self.evaluation = Evaluation(trainer) if trainer.config.evaluate_every else None
