@@ -1,5 +1,6 @@
 """Objectives in the training step, in checkpoints and on the command line."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,6 +211,19 @@ def test_published_recipes_train(name, tmp_path, monkeypatch):
     assert info.diffusion["objective"] == ("diffusion" if name == "dit" else "flow")
     assert model.learn_sigma is (name == "dit")
     assert model.options["positions"] == ("sincos_rope" if name == "lightningdit" else "sincos")
+
+
+def test_the_documented_table_of_recipes_is_what_they_are():
+    lines = (Path(__file__).parents[1] / "docs" / "sit.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in lines if line.startswith("| `--")]
+    said = {flag.strip("`").removeprefix("--").replace("-", "_"): values for flag, *values in rows}
+    words = {True: "on", False: "off"}
+    for place, name in enumerate(("dit", "sit", "lightningdit")):
+        written = {field: values[place] for field, values in said.items() if values[place]}
+        assert written == {
+            field: words[value] if isinstance(value, bool) else str(value)
+            for field, value in PRESETS[name].items()
+        }
 
 
 def test_a_flow_model_is_trained_and_sampled_by_the_command_line(tmp_path, capsys, monkeypatch):
