@@ -277,6 +277,26 @@ def test_sampling_refuses_what_the_checkpoint_contradicts(
         assert error.count("\n") == 1
 
 
+def test_samples_of_two_objectives_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sit(tmp_path / "SiT.pt")
+
+    def killed(*_: object) -> None:
+        raise ConfigError("killed")
+
+    monkeypatch.setattr(sample, "_draw", killed)
+    common = ("sample", "--ckpt", tmp_path / "SiT.pt", "--num-heads", 4, "--objective", "flow", "--steps", 2)
+    common = (*common, "--vae", "none", "--device", "cpu", "--out", tmp_path / "out")
+    for other, differs in [
+        ((), "killed"),
+        (("--path", "gvp"), "objective {"),
+        (("--shift", 2), "shift 1.0 there"),
+    ]:
+        assert command(*common, *other) == 1
+        assert differs in capsys.readouterr().err
+
+
 def test_latents_are_decoded_by_lightningdit_s_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

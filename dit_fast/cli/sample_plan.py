@@ -141,7 +141,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "checkpoint": str(info.path),
         "weights": _digest(model),
         "steps": args.steps or str(len(nodes)),
-        **({} if args.shift == 1 else {"shift": args.shift}),
+        "objective": info.diffusion,
+        "shift": args.shift,
         "solver": [solver, args.last_step if solver.startswith("sde") else args.eta],
         "guidance": [guidance.scale, guidance.channels, *guidance.interval, guidance.schedule],
         "clip_denoised": clip,
@@ -151,6 +152,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
         **({} if captions is None else {"prompts": hashlib.sha256(captions.numpy().tobytes()).hexdigest()}),
         "vae": vae,
+        "latent_stats": args.latent_stats and str(args.latent_stats),
     }
     kept = (height, width, shape[0]) if pixels else shape
     parts = Parts(args.out, request, num, args.batch_size, kept, "uint8" if pixels else "float32")
