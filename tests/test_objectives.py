@@ -11,7 +11,7 @@ from dit_fast.diffusion import FlowMatching, create_diffusion
 from dit_fast.diffusion.likelihood import bits_per_dim, log_likelihood
 from dit_fast.diffusion.paths import PATHS, PREDICTIONS, Point, convert, target
 from dit_fast.errors import ConfigError
-from dit_fast.sampling import flow_nodes, solvers
+from dit_fast.sampling import flow_nodes, sampling_nodes, solvers
 from dit_fast.sampling.solvers import Denoised
 
 SHAPE = (1, 2, 1)
@@ -382,6 +382,22 @@ def test_steps_of_the_sde_are_by_its_equation(path, form):
                 }[last_step]
         *_, found = solvers.sde(denoise, start, nodes, draws.__getitem__, form=form, last_step=last_step)
         torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
+def test_sampling_begins_and_ends_as_sit_s():
+    def ends(solver: str, path: str = "linear", prediction: str = "velocity") -> list[float]:
+        objective = {"objective": "flow", "path": path, "prediction": prediction}
+        times = sampling_nodes(objective, 10, solver, learn_sigma=False).times
+        return [times[0], times[-1]]
+
+    assert ends("euler") == pytest.approx([0.0, 0.9])
+    assert ends("sde-sigma") == pytest.approx([0.0, 0.96])
+    assert ends("sde-sbdm") == pytest.approx([0.001, 0.96])
+    for prediction in ("epsilon", "score"):
+        assert ends("heun", "gvp", prediction)[0] == pytest.approx(0.001)
+        assert ends("heun", "vp", prediction)[0] == 0
+    # Esser et al. 2024, equation 23, of noise levels 1, 3/4, 1/2 and 1/4.
+    assert flow_nodes(4, shift=3.0).levels.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5])
 
 
 def test_what_cannot_be_is_refused():

@@ -173,10 +173,12 @@ def test_a_variance_learned_by_its_logarithm_is_that_of_all_steps():
         sampling_nodes(options, 20, "ddpm", learn_sigma=True)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-def test_ddim_is_the_reference_s_loop(eta):
-    diffusion = create_diffusion("ddim10", learn_sigma=False)
-    nodes = diffusion_nodes(diffusion)
+@pytest.mark.parametrize(
+    ("eta", "prediction"), [(0.0, "epsilon"), (0.4, "epsilon"), (1.0, "epsilon"), (0.4, "x0"), (0.4, "v")]
+)
+def test_ddim_is_the_reference_s_loop(eta, prediction):
+    diffusion = create_diffusion("ddim10", learn_sigma=False, prediction=prediction)
+    nodes = sampling_nodes({"prediction": prediction}, "ddim10", "ddim", learn_sigma=False)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
 
     def model(x, t):
