@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import text_models
 import torch
+from caption_sets import CAPTIONS, MODEL, embeddings, write_captioned
 from latent_sets import write_vae
-from PIL import Image
 from safetensors.torch import save_file
 
 from dit_fast import keyed
@@ -26,9 +26,6 @@ from dit_fast.sampling import Guidance, Sampler, SamplerConfig, sampling_nodes
 from dit_fast.training.config import TrainConfig
 from dit_fast.training.trainer import Trainer
 
-CAPTIONS = ["a red cat", "the blue dog", "cat on the dog", "b", "", "red red red", "a b a b a b a b a b"]
-MODEL = ["--hidden-size", "32", "--depth", "1", "--num-heads", "2", "--patch-size", "2", "--device", "cpu"]
-
 
 @pytest.fixture
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -36,23 +33,8 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     latent_sets.install(monkeypatch)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for number, caption in enumerate(CAPTIONS):
-        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
-            folder / f"{number}.png"
-        )
-        (folder / f"{number}.txt").write_text(caption + "\n")
     write_vae(tmp_path / "vae")
-    return folder
-
-
-def embeddings(tokens: int = 4, width: int = 6) -> dict[str, torch.Tensor]:
-    """Of the seven images, one to `tokens` tokens each."""
-    generator = torch.Generator().manual_seed(3)
-    lengths = [tokens, *(1 + number % tokens for number in range(1, 7))]
-    return {f"{i}.png": torch.randn(lengths[i], width, generator=generator) for i in range(7)}
+    return write_captioned(tmp_path / "images")
 
 
 def settings(images: Path, text_encoder: Path, **options: object) -> EncodeConfig:
@@ -254,22 +236,6 @@ def test_a_run_is_resumed_bit_for_bit(encoded, tmp_path, capsys):
     assert whole == parts
     lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
-    error = main(
-        [
-            "train",
-            "--data",
-            str(encoded),
-            "--out",
-            str(tmp_path / "c"),
-            "--steps",
-            "2",
-            "--sample-every",
-            "1",
-            *options,
-        ]
-    )
-    assert error == 1
-    assert "the model is told captions" in capsys.readouterr().err
 
 
 # Sampling

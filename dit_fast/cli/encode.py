@@ -1,10 +1,11 @@
-"""`dit-fast encode`: a folder of images into a set of latents that `dit-fast train` maps into memory."""
+"""`dit-fast encode`: a folder of images into a set of latents, or its captions into embeddings, to train on."""
 
 import argparse
 import sys
 
 import torch
 
+from dit_fast.data.embed import embed
 from dit_fast.data.encode import PRECISIONS, EncodeConfig, encode
 from dit_fast.data.shards import DTYPES
 from dit_fast.training.world import choose_device, local_rank, ranks
@@ -24,11 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder of class sub-folders, or of images with captions (NAME.txt beside each, or metadata.jsonl)",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the latent set")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder of the latent set; with --vae none a .safetensors file",
+    )
     parser.add_argument(
         "--vae",
         default="ema",
-        help="ema, mse (published), or a folder with a diffusers AutoencoderKL (default: ema)",
+        help="ema, mse (published), or a folder with a diffusers AutoencoderKL (default: ema); none: embeddings of "
+        "captions alone, FOLDER/embeddings.safetensors of training on the images themselves",
     )
     parser.add_argument(
         "--size", "--image-size", dest="image_size", type=int, default=256, metavar="S",
@@ -77,6 +84,9 @@ def run(args: argparse.Namespace) -> int:
     # Stated both ways: torch allows TF32 in convolutions by default and forbids it in matrix products.
     torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    if config.vae == "none":
+        print(f"wrote {config.out}: embeddings of {embed(config, world_size)} captions", flush=True)
+        return 0
     try:
         result = encode(config, rank, world_size)
     except KeyboardInterrupt:

@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "samples of a checkpoint", "For more options, dit-fast sample --npz first."
     )
     group.add_argument("--ckpt", help="draw the samples from this checkpoint, as dit-fast sample does")
-    group.add_argument("--num", type=int, help="number of samples, of random classes")
+    group.add_argument("--num", type=int, help="number of samples, of random classes or captions")
     group.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale (default: 1, none)")
     group.add_argument("--steps", help="sampling steps (default: 250, or all if fewer)")
     group.add_argument(

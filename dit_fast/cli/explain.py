@@ -20,6 +20,7 @@ from dit_fast.sampling.explain import (
     steps_sweep,
     thinned,
 )
+from dit_fast.sampling.grid import short_label
 from dit_fast.sampling.output import prepare_folder, write_atomically
 from dit_fast.training.world import ranks
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     group = parser.add_argument_group(
-        "pictures", f"Of one image a class, of the first {_MOST_LABELS} classes."
+        "pictures", f"Of one image a class or prompt, of the first {_MOST_LABELS}."
     )
     group.add_argument("--frames", type=int, default=10, help="points of a trajectory (default: 10)")
     group.add_argument(
@@ -66,13 +67,10 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="dit-fast-") as folder:
         # The plan keeps parts of many samples in its folder; here there are none, and those in OUT are another's.
         plan = make_plan(argparse.Namespace(**{**vars(args), "out": Path(folder)}))
-    if plan.captions is not None:
-        raise ConfigError(
-            "dit-fast explain shows classes, and the model is told captions: use dit-fast sample --gif"
-        )
     sampler, names = plan.sampler, plan.names
-    labels = torch.tensor(list(dict.fromkeys(plan.labels.tolist()))[:_MOST_LABELS])
-    titles = [names[label] if names else f"class {label}" for label in labels.tolist()]
+    shown = list(dict.fromkeys(plan.labels.tolist()))[:_MOST_LABELS]
+    titles = [short_label(names[label]) if names else f"class {label}" for label in shown]
+    labels = plan.told(torch.tensor(shown))
     steps = len(sampler.nodes)
     counts = args.step_counts or sorted({max(1, steps // part) for part in (1, 2, 5, 10)})
     if steps < 2:

@@ -103,17 +103,20 @@ def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
         sampling_nodes(objective, config.steps, solver, learn_sigma=bool(config.learn_sigma)),
         SamplerConfig(
             solver=solver,
-            guidance=Guidance(4.0 if model.num_classes and config.class_dropout_prob else 1.0),
+            guidance=Guidance(4.0 if model.has_null else 1.0),
             clip=not isinstance(data, LatentSet),
             precision=precision if precision in ("fp16", "bf16") else None,
             graph="auto" if config.cuda_graph else "never",
             compile=config.compile,
         ),
     )
-    labels = torch.arange(config.batch_size) % max(model.num_classes, 1)
+    numbers = torch.arange(config.batch_size)
+    told = numbers % max(model.num_classes, 1)
+    if model.caption_dim:
+        told = data.train.told(numbers % len(data.train))
 
     def steps(after: Callable[[], None]) -> None:
-        sampler(labels, batch_size=len(labels), on_step=lambda step: after())
+        sampler(told, batch_size=len(told), on_step=lambda step: after())
 
     return steps
 

@@ -1,11 +1,17 @@
-"""The prompts of `dit-fast sample`, as the captions that a model was trained on."""
+"""The captions that `dit-fast sample` draws: prompts, encoded as in training, or those of the training's set."""
 
 import argparse
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dit_fast import keyed
+from dit_fast.cli.sample_options import PER_CLASS
+from dit_fast.data import captions_of
 from dit_fast.data.captions import EMBEDDINGS
 from dit_fast.data.listing import open_encoder
 from dit_fast.errors import ConfigError
@@ -13,13 +19,26 @@ from dit_fast.interop import ModelInfo
 from dit_fast.models import DiT
 
 
-def encode_prompts(
-    args: argparse.Namespace, model: DiT, info: ModelInfo, device: torch.device
-) -> Tensor | None:
-    """Embeddings (P, S, E) of --prompt, by the text encoder that the model was trained with; None without captions.
+@dataclass(frozen=True)
+class Prompts:
+    """names: captions in words; labels: the place among them of each sample's, int64 (num,); read: the embeddings
+    (M, S, E) of places (M,); sha256: of what they are.
+    """
 
-    Raises ConfigError for prompts that a model of classes is given and for another encoder than the training's, and
-    what the encoder raises.
+    names: Sequence[str]
+    labels: Tensor
+    read: Callable[[Tensor], Tensor]
+    sha256: str
+
+
+def open_prompts(
+    args: argparse.Namespace, model: DiT, info: ModelInfo, device: torch.device
+) -> Prompts | None:
+    """--prompt; with --npz and without it, --num random captions of the set that the model was trained on; None for a
+    model without captions.
+
+    Raises ConfigError for prompts that a model of classes is given, for another encoder than the training's and for a
+    set that has other captions now, and what the encoder or `captions_of` raises.
     """
     if not model.caption_dim:
         if args.prompt or args.text_encoder:
@@ -27,8 +46,12 @@ def encode_prompts(
                 "--prompt and --text-encoder are of models trained on captions, this one is not"
             )
         return None
-    if not args.prompt or args.classes:
+    if args.classes or not (args.prompt or args.npz):
         raise ConfigError('the model was trained on captions: give --prompt "..." and no --classes')
+    return _given(args, model, info, device) if args.prompt else _of_training(args, info)
+
+
+def _given(args: argparse.Namespace, model: DiT, info: ModelInfo, device: torch.device) -> Prompts:
     trained = info.data.get("captions", {})
     name = args.text_encoder or trained.get("name")
     if name is None:
@@ -43,4 +66,26 @@ def encode_prompts(
             f"of {info.path} (width {model.caption_dim}, {trained.get('name')}, "
             f"SHA-256 {str(trained.get('sha256'))[:12]}): give that one"
         )
-    return encoder(args.prompt, args.prompt)
+    made = encoder(args.prompt, args.prompt)
+    labels = torch.arange(PER_CLASS * len(made) if args.num is None else args.num) % len(made)
+    return Prompts(args.prompt, labels, made.__getitem__, hashlib.sha256(made.numpy().tobytes()).hexdigest())
+
+
+def _of_training(args: argparse.Namespace, info: ModelInfo) -> Prompts:
+    if args.num is None:
+        raise ConfigError("--npz of random captions of the training: say how many images with --num")
+    source, trained = str(info.data.get("name")), info.data.get("captions")
+    captions = captions_of(source)
+    if captions is None or captions.encoder != trained:
+        raise ConfigError(
+            f"{source} does not have the captions (any more) that {info.path} was trained on: give --prompt"
+        )
+    labels = keyed.integers(
+        keyed.key(args.seed, "sampling labels"), torch.arange(args.num), len(captions.texts)
+    )
+    return Prompts(
+        captions.texts,
+        labels,
+        lambda places: captions.read(places.tolist()).float(),
+        captions.encoder["sha256"],
+    )

@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from dit_fast.cli.sample_options import add_arguments
 from dit_fast.cli.sample_plan import Plan, make_plan
 from dit_fast.data import to_pixels
 from dit_fast.evaluation import Scorer
-from dit_fast.sampling import Step, draw_grid, to_pil, to_uint8
+from dit_fast.sampling import Step, draw_grid, short_label, to_pil, to_uint8
 from dit_fast.sampling.output import write_atomically
 from dit_fast.sampling.progress import Progress
 
@@ -90,7 +91,7 @@ def _draw(args: argparse.Namespace, plan: Plan) -> None:
     for part in missing:
         numbers = torch.tensor(list(parts.numbers(part)))
         samples = sampler(
-            plan.told(numbers),
+            plan.told(plan.labels[numbers]),
             seed=args.seed,
             numbers=numbers,
             batch_size=parts.batch_size,
@@ -128,7 +129,7 @@ def _write_grid(args: argparse.Namespace, plan: Plan, images: np.ndarray) -> Non
     rows: list[tuple[str, np.ndarray]] = []
     classes = list(dict.fromkeys(labels.tolist()))[:_MOST_ROWS]
     for number in classes:
-        name = names[number] if names else f"class {number}"
+        name = short_label(names[number]) if names else f"class {number}"
         drawn = images[(labels == number).numpy()]
         if len(classes) > 1:
             rows.append((name, drawn[: args.columns]))
@@ -161,7 +162,7 @@ def _write_images(args: argparse.Namespace, plan: Plan) -> None:
     print(f"wrote {number} images to {folder}", flush=True)
 
 
-def _tag(label: int, names: tuple[str, ...] | None) -> str:
+def _tag(label: int, names: Sequence[str] | None) -> str:
     """A class in a file's name: its number, and its name where that says more, "class207-golden_retriever"."""
     name = re.sub(r"\W+", "_", names[label].partition(",")[0]).strip("_")[:40] if names else ""
     return f"class{label}-{name}" if name and name != str(label) else f"class{label}"
@@ -181,7 +182,7 @@ def _write_film(args: argparse.Namespace, plan: Plan) -> None:
 
     every = max(1, len(plan.sampler.nodes) // _FRAMES)
     plan.sampler(
-        plan.told(numbers),
+        plan.told(plan.labels[numbers]),
         seed=args.seed,
         numbers=numbers,
         batch_size=len(numbers),

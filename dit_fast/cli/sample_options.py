@@ -98,7 +98,10 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
         f"{ALL_CLASSES} classes {SHOWN_CLASSES} evenly spaced ones; with --npz random)",
     )
     group.add_argument(
-        "--prompt", nargs="+", metavar="TEXT", help="captions, of a model that was trained on them, in turn"
+        "--prompt",
+        nargs="+",
+        metavar="TEXT",
+        help="captions, of a model that was trained on them, in turn (with --npz default: random ones of its training)",
     )
     group.add_argument(
         "--text-encoder",

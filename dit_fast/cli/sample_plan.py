@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import keyed
-from dit_fast.cli.prompts import encode_prompts
+from dit_fast.cli.prompts import Prompts, open_prompts
 from dit_fast.cli.sample_options import ALL_CLASSES, OWN_DATA, PER_CLASS, SHOWN_CLASSES, asked_objective
 from dit_fast.data import ImageSet, Size, open_images
 from dit_fast.data.caches import read_statistics
@@ -33,26 +33,25 @@ from dit_fast.training.world import local_rank, ranks
 class Plan:
     """A request that is known to be possible.
 
-    labels: the class of each sample, int64 (num,), or the place of its prompt in `captions` (P, S, E); names: of the
-    classes, where they are known, or the prompts.
+    labels: the class of each sample, int64 (num,), or the place of its caption among `prompts`; names: of the classes,
+    where they are known, or the captions.
     """
 
     model: DiT
     info: ModelInfo
     sampler: Sampler
     labels: Tensor
-    captions: Tensor | None
-    names: tuple[str, ...] | None
+    prompts: Prompts | None
+    names: Sequence[str] | None
     decoder: LatentDecoder | None
     scorer: Scorer | None
     parts: Parts
     rank: int
     world: int
 
-    def told(self, numbers: Tensor) -> Tensor:
-        """What the model is told of these samples: labels, or captions."""
-        labels = self.labels[numbers]
-        return labels if self.captions is None else self.captions[labels]
+    def told(self, labels: Tensor) -> Tensor:
+        """What the model is told of `labels` (M,): themselves, or captions (M, S, E)."""
+        return labels if self.prompts is None else self.prompts.read(labels)
 
     def decode(self, samples: Tensor) -> Tensor:
         """Images float32 (M, 3, H, W) of latents (M, C, h, w), as scaled by the set that the model was trained on."""
@@ -113,14 +112,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         compile=args.compile,
     )
     sampler = Sampler(model, nodes, config)
-    captions = encode_prompts(args, model, info, device)
-    names = info.class_names if captions is None else tuple(args.prompt)
-    if captions is None:
-        labels = _labels(args, model.num_classes, names)
-    else:
-        labels = torch.arange(PER_CLASS * len(captions) if args.num is None else args.num) % len(captions)
+    prompts = open_prompts(args, model, info, device)
+    names: Sequence[str] | None = info.class_names if prompts is None else prompts.names
+    labels = _labels(args, model.num_classes, info.class_names) if prompts is None else prompts.labels
     num = len(labels)
-    sampler.check(labels if captions is None else captions, args.seed, args.batch_size)
+    sampler.check(labels if prompts is None else prompts.read(labels[:1]), args.seed, args.batch_size)
 
     decoder = LatentDecoder(vae, model.in_channels, device) if vae != "none" else None
     factor = 1 if decoder is None else decoder.factor
@@ -150,14 +146,14 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "precision": args.precision,
         "seed": args.seed,
         "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
-        **({} if captions is None else {"prompts": hashlib.sha256(captions.numpy().tobytes()).hexdigest()}),
+        **({} if prompts is None else {"prompts": prompts.sha256}),
         "vae": vae,
         "latent_stats": args.latent_stats and str(args.latent_stats),
     }
     kept = (height, width, shape[0]) if pixels else shape
     parts = Parts(args.out, request, num, args.batch_size, kept, "uint8" if pixels else "float32")
     parts.open()
-    return Plan(model, info, sampler, labels, captions, names, decoder, scorer, parts, rank, world)
+    return Plan(model, info, sampler, labels, prompts, names, decoder, scorer, parts, rank, world)
 
 
 def _digest(model: DiT) -> str:
@@ -317,6 +313,11 @@ def _class_number(text: str, num_classes: int, by_name: dict[str, list[int]]) ->
 
 def _scorer(args: argparse.Namespace, model: DiT, info: ModelInfo, shape: tuple[int, int, int]) -> Scorer:
     """A scorer against real images of the samples' `shape` (C, H, W)."""
+    if model.caption_dim:
+        raise ConfigError(
+            "--compare-to asks whether samples show their class, and the model is told captions: score it with "
+            "dit-fast evaluate --ckpt"
+        )
     source = args.compare_to
     if source == OWN_DATA:
         source = info.data.get("name")

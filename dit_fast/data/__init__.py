@@ -6,6 +6,7 @@ from pathlib import Path
 from dit_fast.data.buckets import Size, apportion, nearest_bucket, parse_buckets
 from dit_fast.data.builtin import BUILTIN, DIGIT_NAMES
 from dit_fast.data.caches import open_cache, recognise
+from dit_fast.data.captions import EMBEDDED, captions_of, find_captions
 from dit_fast.data.folder import centre_crop, centre_crop_array, open_folder
 from dit_fast.data.images import ImageSet, Split, from_arrays, to_pixels
 from dit_fast.data.in_loop import Encoder, encode_in_loop
@@ -26,6 +27,7 @@ __all__ = [
     "Size",
     "Split",
     "apportion",
+    "captions_of",
     "centre_crop",
     "encode_in_loop",
     "from_arrays",
@@ -53,7 +55,8 @@ def open_images(
     memory_limit: int = 2 << 30,
     buckets: tuple[Size, ...] = (),
 ) -> ImageSet:
-    """Open `source`: a built-in name ("mnist", "digits") or a folder of class sub-folders.
+    """Open `source`: a built-in name ("mnist", "digits"), a folder of class sub-folders, or one of images with captions
+    and their embeddings in embeddings.safetensors or embeddings.npz (`dit_fast.data.captions`).
 
     image_size    side of square images, or (height, width); None keeps the images' own (a folder's must then agree)
     channels      1 (grey) or 3 (RGB); None decides from the files: grey if all of them are
@@ -102,6 +105,7 @@ def open_images(
             num_workers=(os.cpu_count() or 1) if num_workers is None else num_workers,
             memory_limit=memory_limit,
             buckets=buckets,
+            captions=find_captions(root),
         )
     if num_classes not in (None, opened.num_classes):
         raise ConfigError(
@@ -129,8 +133,10 @@ def open_data(
     of images as they are read. Raises DataError and ConfigError.
     """
     folder = Path(source)
-    encoded = any((folder / name).is_file() for name in (MANIFEST, SETTINGS))
-    if str(source) in BUILTIN or not folder.is_dir() or not (encoded or recognise(folder)):
+    encoded, embedded = (
+        any((folder / name).is_file() for name in names) for names in ((MANIFEST, SETTINGS), EMBEDDED)
+    )
+    if str(source) in BUILTIN or not folder.is_dir() or not (encoded or (recognise(folder) and not embedded)):
         images = open_images(
             source,
             image_size,

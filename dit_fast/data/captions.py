@@ -2,9 +2,11 @@
 
 A folder of captions has images (PNG and JPEG, at any depth) and for each a text: in a `.txt` of its name beside it, or
 in `metadata.jsonl` at the top, lines {"file_name": ..., "text": ...} (the convention of datasets' imagefolder).
-Embeddings are (S, E) for each image: S tokens of a text encoder of width E; a token of zeros is padding.
+Embeddings are (S, E) for each image: S tokens of a text encoder of width E; a token of zeros is padding. They lie in a
+file at the folder's top (`EMBEDDED`), for training on the images themselves, or beside latents.
 """
 
+import functools
 import hashlib
 import json
 import zipfile
@@ -19,12 +21,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dit_fast.data.folder import image_files
-from dit_fast.data.shards import map_npy
+from dit_fast.data.shards import MANIFEST, NAMES, TEXTS, map_npy, read_json
+from dit_fast.data.told import Captions
 from dit_fast.errors import ConfigError, DataError
 
 METADATA = "metadata.jsonl"
 EMBEDDINGS = (".safetensors", ".npz")
 """Files of embeddings, an array (S, E) for each image under its name."""
+EMBEDDED = ("embeddings.safetensors", "embeddings.npz")
+"""At the top of a folder of captions."""
+_ENCODER = {"name": str, "sha256": str, "tokens": int, "width": int}
 
 
 class CaptionEncoder(Protocol):
@@ -59,24 +65,35 @@ def list_captioned(root: Path, reads_texts: bool) -> tuple[list[Path], list[str]
         raise DataError(f"{root} has no PNG or JPEG image")
     if not reads_texts:
         return paths, []
-    listed = _metadata(root / METADATA)
-    texts, without = [], []
-    for path in paths:
-        name = path.relative_to(root).as_posix()
-        text = listed.get(name)
-        try:
-            text = path.with_suffix(".txt").read_text(encoding="utf-8") if text is None else text
-        except FileNotFoundError:
-            without.append(name)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path.with_suffix('.txt')} is no text in UTF-8: {error}") from None
-        texts.append((text or "").strip())
-    if without:
+    names = relative_names(root, paths)
+    found = _texts(root, names)
+    if without := [name for name, text in zip(names, found, strict=True) if text is None]:
         raise DataError(
             f"{root}: {len(without)} of {len(paths)} images have no caption: {', '.join(without[:5])}; put a .txt of "
             f"the same name beside each, or name it in {METADATA}"
         )
-    return paths, texts
+    return paths, [text or "" for text in found]
+
+
+def relative_names(root: Path, paths: Sequence[Path]) -> tuple[str, ...]:
+    """What images are called: their paths from `root` on."""
+    return tuple(path.relative_to(root).as_posix() for path in paths)
+
+
+def _texts(root: Path, names: Sequence[str]) -> list[str | None]:
+    """The caption of each image, None of one without."""
+    listed = _metadata(root / METADATA)
+    texts: list[str | None] = []
+    for name in names:
+        path = (root / name).with_suffix(".txt")
+        try:
+            text = listed[name] if name in listed else path.read_text(encoding="utf-8")
+            texts.append(text.strip())
+        except FileNotFoundError:
+            texts.append(None)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is no text in UTF-8: {error}") from None
+    return texts
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -99,10 +116,11 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 class EmbeddingFile:
-    """Embeddings that were made elsewhere: a .safetensors or .npz with an array (S, E) for each image.
+    """Embeddings in a file: a .safetensors or .npz with an array (S, E) for each image.
 
     Arrays are named as the images are, relative to their folder; each may have tokens of its own number. tokens: S that
-    shorter ones are padded to; None: the longest's. Nothing is unpickled. Raises DataError.
+    shorter ones are padded to; None: their encoder's where the file says what made it (`dit_fast.data.embed`), else the
+    longest's. Nothing is unpickled. Raises DataError.
     """
 
     reads_texts = False
@@ -110,6 +128,7 @@ class EmbeddingFile:
     def __init__(self, path: Path, tokens: int | None = None) -> None:
         self.path = path
         self._read: Callable[[str], np.ndarray]
+        said = None
         try:
             with path.open("rb") as file:
                 self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -120,16 +139,25 @@ class EmbeddingFile:
                 tensors = safe_open(path, framework="pt")
                 self.names = frozenset(tensors.keys())
                 self._read = lambda name: tensors.get_tensor(name).float().numpy()
+                said = json.loads((tensors.metadata() or {}).get("encoder", "null"))
             shapes = {name: self._array(name).shape for name in self.names}
         except DataError:
             raise
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+        except (OSError, ValueError, EOFError, RecursionError, zipfile.BadZipFile, SafetensorError) as error:
             raise DataError(f"{path} is no readable file of embeddings: {error}") from None
         widths = {shape[1] for shape in shapes.values()}
         if len(widths) != 1:
             raise DataError(f"{path}: embeddings of one width are needed, found {sorted(widths)}")
         self.width, longest = widths.pop(), max(shape[0] for shape in shapes.values())
-        self.tokens = tokens or longest
+        if said is not None and (
+            not isinstance(said, dict)
+            or {key: type(value) for key, value in said.items()} != _ENCODER
+            or said["width"] != self.width
+            or said["tokens"] < longest
+        ):
+            raise DataError(f"{path}: its metadata does not fit what it holds; make it again")
+        self._encoder = said
+        self.tokens = tokens or (longest if said is None else said["tokens"])
         if longest > self.tokens:
             raise ConfigError(
                 f"--caption-tokens {tokens}: {path} has captions of {longest} tokens; give that many"
@@ -141,7 +169,19 @@ class EmbeddingFile:
             raise DataError(
                 f"{self.path}: {name} is {array.dtype} {array.shape}, expected floats (tokens, width)"
             )
+        if not np.isfinite(array).all():
+            raise DataError(f"{self.path}: {name} holds NaN or infinity")
         return array
+
+    def match(self, names: Sequence[str]) -> None:
+        """Raise DataError unless there is one embedding for each of the images `names`, and no other."""
+        missing, others = [name for name in names if name not in self.names], self.names.difference(names)
+        if missing or others:
+            wrong = "no embedding of " + ", ".join(missing[:5]) if missing else f"{min(others)} of no image"
+            raise DataError(
+                f"{self.path} has {wrong} ({len(self.names)} embeddings, {len(names)} images): name arrays as the "
+                "images"
+            )
 
     def __call__(self, names: Sequence[str], texts: Sequence[str]) -> Tensor:
         if missing := [name for name in names if name not in self.names]:
@@ -155,26 +195,78 @@ class EmbeddingFile:
         return made
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.path.name, "sha256": self.sha256, "tokens": self.tokens, "width": self.width}
+        """Of the encoder that the file says made it, else of the file."""
+        known = self._encoder or {"name": self.path.name, "sha256": self.sha256, "width": self.width}
+        return {**known, "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
+class FileCaptions:
+    """The embeddings `file` of the images `names`, relative to the folder `root`, as `dit_fast.data.told.Captions`."""
+
+    root: Path
+    names: tuple[str, ...]
+    file: EmbeddingFile
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.file.tokens, self.file.width
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        return self.file.identity()
+
+    @functools.cached_property
+    def texts(self) -> Sequence[str]:
+        return [
+            name if text is None else text
+            for name, text in zip(self.names, _texts(self.root, self.names), strict=True)
+        ]
+
+    def read(self, members: Sequence[int]) -> Tensor:
+        return self.file([self.names[member] for member in members], [])
+
+
+def find_captions(root: Path) -> FileCaptions | None:
+    """The captions of a folder with a file of embeddings at its top, None of any other.
+
+    Raises DataError where they are not of the images, and what `EmbeddingFile` and `list_captioned` raise.
+    """
+    files = [root / name for name in EMBEDDED if (root / name).is_file()]
+    if not files:
+        return None
+    if len(files) > 1:
+        raise DataError(f"{root} has {' and '.join(EMBEDDED)}: leave the one to train with")
+    names, file = relative_names(root, list_captioned(root, False)[0]), EmbeddingFile(files[0])
+    file.match(names)
+    return FileCaptions(root, names, file)
 
 
 @dataclass(frozen=True)
 class CaptionShards:
-    """The memory-mapped embeddings of a set: `arrays` (M, S, E), all but the last equally long.
-
-    encoder: what made them, see `CaptionEncoder.identity`.
+    """The memory-mapped embeddings of a latent set: `arrays` (M, S, E), all but the last equally long; words: the file
+    of their texts, or of the images' names. As `dit_fast.data.told.Captions`.
     """
 
     arrays: tuple[np.ndarray, ...]
     encoder: dict[str, Any]
+    words: Path
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(S, E)."""
         return self.arrays[0].shape[1:]
 
+    @functools.cached_property
+    def texts(self) -> Sequence[str]:
+        try:
+            texts = json.loads(self.words.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{self.words} is missing or damaged: {error}") from None
+        if not isinstance(texts, list) or len(texts) != sum(map(len, self.arrays)):
+            raise DataError(f"{self.words} does not have one line for each caption; encode the set again")
+        return [str(text) for text in texts]
+
     def read(self, members: Sequence[int]) -> Tensor:
-        """Embeddings (B, S, E) of samples `members`, as stored."""
         made = np.empty((len(members), *self.shape), self.arrays[0].dtype)
         for row, member in enumerate(members):
             shard, place = divmod(member, len(self.arrays[0]))
@@ -186,7 +278,7 @@ def caption_name(shard: int) -> str:
     return f"captions-{shard:05d}.npy"
 
 
-def open_captions(folder: Path, manifest: dict[str, Any]) -> CaptionShards | None:
+def open_captions(folder: Path, manifest: dict[str, Any]) -> Captions | None:
     """The captions of a latent set, None where it has none. Raises DataError for damaged ones."""
     if "captions" not in manifest:
         return None
@@ -199,4 +291,12 @@ def open_captions(folder: Path, manifest: dict[str, Any]) -> CaptionShards | Non
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder}: the manifest says nothing usable of its captions: {error!r}") from None
-    return CaptionShards(arrays, encoder)
+    return CaptionShards(arrays, encoder, folder / (TEXTS if "texts" in manifest else NAMES))
+
+
+def captions_of(source: str | Path) -> Captions | None:
+    """The captions of a latent set or a folder, None of one without. Raises DataError."""
+    folder = Path(source)
+    if (folder / MANIFEST).is_file():
+        return open_captions(folder, read_json(folder / MANIFEST))
+    return find_captions(folder)

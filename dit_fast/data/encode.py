@@ -30,6 +30,7 @@ from dit_fast.data.shards import (
     MANIFEST,
     NAMES,
     SETTINGS,
+    TEXTS,
     HashingFile,
     digest_file,
     digest_json,
@@ -141,7 +142,7 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
     run = _Run(config, listing, encoder, captions, out)
     run.agree()
     # What all ranks write takes a moment; a file older than a minute is of a rank that was killed.
-    remove_leftovers(out, (SETTINGS, LABELS, NAMES, MANIFEST), 0 if world_size == 1 else 60)
+    remove_leftovers(out, (SETTINGS, LABELS, NAMES, TEXTS, MANIFEST), 0 if world_size == 1 else 60)
     own = range(rank, listing.shards(), world_size)
     remove_leftovers(out, [name for shard in own for name in _shard_files(shard)])
     done = [shard for shard in own if run.is_whole(shard)]
@@ -281,8 +282,11 @@ class _Run:
             if record is not None
         ]
         label_file = publish(self.out / LABELS, lambda file: _write_array(file, labels))
-        names = json.dumps(self.listing.names).encode()
+        names, texts = (json.dumps(lines).encode() for lines in (self.listing.names, self.listing.texts))
         name_file = publish(self.out / NAMES, lambda file: file.write(names))
+        words = {}
+        if self.listing.texts:
+            words["texts"] = publish(self.out / TEXTS, lambda file: file.write(texts))
         write_json(
             self.out / MANIFEST,
             {
@@ -298,6 +302,7 @@ class _Run:
                 "shards": shards,
                 "labels": label_file,
                 "names": name_file,
+                **words,
                 "listing_sha256": self._listing_digest(),
             },
         )
@@ -330,16 +335,8 @@ class _Run:
     def _write_captions(self, file: HashingFile, shard: int) -> None:
         assert self.captions is not None
         write_npy_header(file, self.caption_shape(shard), self.config.dtype)
-        rows, step = self.listing.rows(shard), self.config.batch_size
-        for start in range(rows.start, rows.stop, step):
-            part = slice(start, min(start + step, rows.stop))
-            made = self.captions(self.listing.names[part], self.listing.texts[part])
-            stored = made.to(getattr(torch, self.config.dtype))
-            if not stored.isfinite().all():
-                raise DataError(
-                    f"{self.listing.paths[start]} or the {step - 1} after it: a caption's embedding is not finite in "
-                    f"{self.config.dtype}; give --dtype float32"
-                )
+        rows, config = self.listing.rows(shard), self.config
+        for stored in self.listing.embeddings(self.captions, rows, config.batch_size, config.dtype):
             file.write(stored.numpy().data.cast("B"))
 
     def _write_shard(self, file: HashingFile, shard: int, reader: ThreadPoolExecutor, bar: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from dit_fast.data.buckets import BucketSource, Size, nearest_bucket
 from dit_fast.data.images import ArraySource, ImageSet, PixelSource, make_set
 from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from dit_fast.data.captions import FileCaptions
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
@@ -152,13 +155,13 @@ def list_classes(root: Path) -> tuple[list[str], list[Path], list[int]]:
     if not root.is_dir():
         raise DataError(f"{root} is a file; give a folder with one sub-folder of images for each class")
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    loose = sum(entry.suffix.lower() in SUFFIXES for entry in root.iterdir())
+    if loose and ((root / "metadata.jsonl").exists() or any(root.glob("*.txt"))):
+        raise DataError(
+            f"{root} has captions and no embeddings of them: make them with dit-fast encode --text-encoder NAME, "
+            f"for its latents or with --vae none --out {root / 'embeddings.safetensors'}"
+        )
     if not classes:
-        loose = sum(entry.suffix.lower() in SUFFIXES for entry in root.iterdir())
-        if loose and ((root / "metadata.jsonl").exists() or any(root.glob("*.txt"))):
-            raise DataError(
-                f"{root} has captions and no embeddings of them: make them with dit-fast encode --text-encoder NAME "
-                "and train on what that writes"
-            )
         found = f"{loose} images but no sub-folders" if loose else "no sub-folders"
         raise DataError(f"{root} has {found}; put the images of each class into a sub-folder of its own")
     paths, labels, empty = [], [], []
@@ -203,15 +206,21 @@ def open_folder(
     num_workers: int,
     memory_limit: int,
     buckets: tuple[Size, ...] = (),
+    captions: "FileCaptions | None" = None,
 ) -> ImageSet:
-    """The images under `root`, one class for each sub-folder, labels in the sorted order of their names.
+    """The images under `root`, one class for each sub-folder, labels in the sorted order of their names; or those that
+    have `captions`.
 
     All are cropped to `image_size`, a side or (height, width), or each to the one of `buckets` that is nearest to its
     aspect ratio.
     A set that fits in `memory_limit` bytes is decoded at once, so that every damaged file is found before
     training begins; of a larger one only the headers are read, and files are decoded as batches need them.
     """
-    class_names, paths, labels = list_classes(root)
+    if captions is None:
+        class_names, paths, labels = list_classes(root)
+    else:
+        paths = [root / name for name in captions.names]
+        class_names, labels = ["captions"], [0] * len(paths)
     bar = f"reading {root.name}"
     headers, failures = read_each(paths, _header, num_workers)
     if failures:
@@ -250,6 +259,7 @@ def open_folder(
         )
     names = [path.relative_to(root).as_posix() for path in paths]
     listing = "\n".join(f"{name}\t{path.stat().st_size}" for name, path in zip(names, paths, strict=True))
+    listing += "" if captions is None else f"\n{captions.file.sha256}"
     return make_set(
         str(root),
         source,
@@ -262,4 +272,5 @@ def open_folder(
         fingerprint=hashlib.sha256(listing.encode()).hexdigest(),
         buckets=buckets,
         bucket_of=torch.tensor(nearest) if buckets else None,
+        captions=captions,
     )

@@ -7,12 +7,13 @@ split for `labels`, `sample_shape` and `batch(indices, flip)`, so that a set of 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dit_fast.data.told import Captions, ToldSet, ToldSplit
 from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError, DataError
 
@@ -42,7 +43,7 @@ class ArraySource:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(ToldSplit):
     """Part of a set: `labels` is int64 (N,), `members` are the positions in the source.
 
     `buckets`: int64 (N,), which of the set's shapes each sample has; None: all have `sample_shape`, else it is the
@@ -54,6 +55,7 @@ class Split:
     labels: Tensor
     sample_shape: tuple[int, int, int]
     buckets: Tensor | None = None
+    captions: Captions | None = None
 
     def __len__(self) -> int:
         return len(self.members)
@@ -61,7 +63,7 @@ class Split:
     @property
     def lazy(self) -> bool:
         """Whether a batch is read from files, so that reading ahead pays."""
-        return self.source.lazy
+        return self.source.lazy or self.captions is not None
 
     def batch(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
         """Samples `indices` (int64 (B,), positions in this split) of one shape as float32 (B, C, H, W) in [-1, 1].
@@ -75,7 +77,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class ImageSet(ToldSet):
     """A labelled image set with its train and held-out split.
 
     `image_size` is the side of square images, else their height, `channels` 1 (grey) or 3 (RGB), `flip` whether
@@ -94,12 +96,6 @@ class ImageSet:
     train: Split
     heldout: Split
     buckets: tuple[tuple[int, int], ...] = ()
-    caption_dim: ClassVar[int] = 0
-    caption_tokens: ClassVar[int] = 0
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
 
     @property
     def shapes(self) -> dict[tuple[int, int], int]:
@@ -118,6 +114,7 @@ class ImageSet:
             "holdout": self.holdout,
             "fingerprint": self.fingerprint,
             **describe_shapes(self.shapes),
+            **self.describe_captions(),
         }
 
 
@@ -167,18 +164,20 @@ def make_set(
     fingerprint: str,
     buckets: tuple[tuple[int, int], ...] = (),
     bucket_of: Tensor | None = None,
+    captions: Captions | None = None,
 ) -> ImageSet:
     """Check the labels, divide the samples into the two splits and return the set.
 
     buckets, bucket_of: the shapes of a set that has several, and the shape of each sample, int64 (N,).
-    Raises DataError for fewer than two classes, a label outside 0..num_classes-1 or a class without
-    samples, ConfigError for a held-out fraction outside [0, 1).
+    captions: told in place of the classes.
+    Raises DataError for fewer than two classes without captions, a label outside 0..num_classes-1 or a class
+    without samples, ConfigError for a held-out fraction outside [0, 1).
     """
     if not 0.0 <= holdout < 1.0:
         raise ConfigError(
             f"--holdout {holdout} is not a fraction: give a number from 0 up to, not including, 1"
         )
-    if len(class_names) < 2:
+    if len(class_names) < 2 and captions is None:
         raise DataError(
             f"{name}: {len(class_names)} class found; class-conditional training needs at least 2"
         )
@@ -198,7 +197,7 @@ def make_set(
     def split(mask: Tensor) -> Split:
         members = mask.nonzero().flatten()
         own = None if bucket_of is None else bucket_of[members]
-        return Split(source, members, labels[members], sample_shape, own)
+        return Split(source, members, labels[members], sample_shape, own, captions)
 
     return ImageSet(
         name=name,

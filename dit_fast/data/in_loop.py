@@ -71,6 +71,7 @@ def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
             (encoder.latent_channels, height, width),
             posterior,
             buckets=part.buckets,
+            captions=part.captions,
         )
 
     identity = encoder.identity()

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from dit_fast import keyed
-from dit_fast.data.captions import CaptionShards, caption_name, open_captions
+from dit_fast.data.captions import caption_name, open_captions
 from dit_fast.data.images import count_shapes, describe_shapes, heldout_mask
 from dit_fast.data.posterior import Posterior
-from dit_fast.data.shards import LABELS, MANIFEST, NAMES, digest_file, map_npy, read_json, shard_name
+from dit_fast.data.shards import LABELS, MANIFEST, NAMES, TEXTS, digest_file, map_npy, read_json, shard_name
 from dit_fast.data.stream import BatchStream
+from dit_fast.data.told import Captions, ToldSet, ToldSplit
 from dit_fast.errors import ConfigError, DataError
 
 
@@ -58,7 +59,7 @@ class ShardSource:
 
 
 @dataclass(frozen=True)
-class LatentSplit:
+class LatentSplit(ToldSplit):
     """Part of a set: `members` are the positions in the source, `labels` is int64 (N,); `buckets` as of `Split`."""
 
     source: LatentSource
@@ -68,16 +69,10 @@ class LatentSplit:
     posterior: Posterior
     lazy: bool = True
     buckets: Tensor | None = None
-    captions: CaptionShards | None = None
+    captions: Captions | None = None
 
     def __len__(self) -> int:
         return len(self.members)
-
-    def told(self, indices: Tensor) -> Tensor:
-        """What a model is told of samples `indices`: labels int64 (B,), or captions (B, S, E) as stored."""
-        if self.captions is None:
-            return self.labels[indices]
-        return self.captions.read(self.members[indices].tolist())
 
     def moments(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
         """Moments (B, K, C, H, W) of samples `indices` (int64 (B,), positions in this split), as stored.
@@ -101,7 +96,7 @@ class LatentSplit:
 
 
 @dataclass(frozen=True)
-class LatentSet:
+class LatentSet(ToldSet):
     """A labelled set of latents with its train and held-out split; stands where an `ImageSet` stands.
 
     `image_size` is the side of a latent, which is the model's input size, and `pixel_size` that of the images,
@@ -124,23 +119,9 @@ class LatentSet:
     buckets: tuple[tuple[int, int], ...] = ()
 
     @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
     def shapes(self) -> dict[tuple[int, int], int]:
         """How many training latents have each of `buckets`; empty where there is one shape."""
         return count_shapes(self.buckets, self.train.buckets)
-
-    @property
-    def caption_tokens(self) -> int:
-        """Tokens S of a caption, 0 in a set of classes."""
-        return 0 if self.train.captions is None else self.train.captions.shape[0]
-
-    @property
-    def caption_dim(self) -> int:
-        """Width E of a caption's tokens, 0 in a set of classes."""
-        return 0 if self.train.captions is None else self.train.captions.shape[1]
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready facts for a checkpoint's manifest. `image_size` is that of the images."""
@@ -159,7 +140,7 @@ class LatentSet:
             "scale": list(self.posterior.scale),
             "vae": self.vae,
             **describe_shapes(self.shapes),
-            **({} if self.train.captions is None else {"captions": self.train.captions.encoder}),
+            **self.describe_captions(),
         }
 
 
@@ -239,6 +220,7 @@ def open_latents(
         checked += [
             (folder / caption_name(i), s["captions"]) for i, s in enumerate(shards) if captions is not None
         ]
+        checked += [(folder / TEXTS, manifest["texts"])] if "texts" in manifest else []
     for path, expected in checked:
         if digest_file(path)["sha256"] != expected["sha256"]:
             raise DataError(
@@ -280,7 +262,7 @@ def make_latent_set(
     pixel_size: int | None,
     vae: dict[str, Any],
     fingerprint: str,
-    captions: CaptionShards | None = None,
+    captions: Captions | None = None,
 ) -> LatentSet:
     """Check what every kind of set must hold, divide the samples into the two splits and return the set.
 

@@ -1,12 +1,22 @@
 """The images that are encoded, in their order, with what is told of each: a class, or a caption."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dit_fast.data.captions import EMBEDDINGS, CaptionEncoder, EmbeddingFile, list_captioned
+import torch
+from torch import Tensor
+
+from dit_fast.data.captions import (
+    EMBEDDINGS,
+    CaptionEncoder,
+    EmbeddingFile,
+    list_captioned,
+    relative_names,
+)
 from dit_fast.data.folder import list_classes
 from dit_fast.data.shards import digest_json
-from dit_fast.errors import ConfigError
+from dit_fast.errors import ConfigError, DataError
 from dit_fast.interop.text_encoder import TextEncoder
 
 
@@ -34,6 +44,20 @@ class Listing:
         texts = [self.texts[part]] if self.texts else []
         return digest_json([self.names[part], self.sizes[part], self.labels[part], *texts])
 
+    def embeddings(
+        self, captions: CaptionEncoder, rows: range, batch_size: int, dtype: str
+    ) -> Iterator[Tensor]:
+        """Of the captions of these images, up to `batch_size` at a time, in `dtype`. Raises DataError for overflow."""
+        for start in range(rows.start, rows.stop, batch_size):
+            part = slice(start, min(start + batch_size, rows.stop))
+            stored = captions(self.names[part], self.texts[part]).to(getattr(torch, dtype))
+            if not stored.isfinite().all():
+                raise DataError(
+                    f"{self.paths[start]} or the {batch_size - 1} after it: a caption's embedding is not finite in "
+                    f"{dtype}; give --dtype float32"
+                )
+            yield stored
+
 
 def open_encoder(name: str | None, tokens: int | None, device: str) -> CaptionEncoder | None:
     """A text encoder by name or folder, or a file of embeddings; None where `name` is. `tokens`: of a caption.
@@ -58,6 +82,8 @@ def list_images(root: Path, shard_size: int, captions: CaptionEncoder | None) ->
     else:
         paths, texts = list_captioned(root, captions.reads_texts)
         class_names, labels = ["captions"], [0] * len(paths)
-    names = tuple(path.relative_to(root).as_posix() for path in paths)
+    names = relative_names(root, paths)
+    if isinstance(captions, EmbeddingFile):
+        captions.match(names)
     sizes = tuple(path.stat().st_size for path in paths)
     return Listing(tuple(class_names), tuple(paths), names, tuple(labels), sizes, tuple(texts), shard_size)

@@ -6,6 +6,7 @@
     shard-00000.json   the shard's record: which images it is of, size and SHA-256
     labels.npy         int64 (N,)
     names.json         the file of each image, relative to its folder
+    captions-00000.npy, texts.json   of a set of captions: embeddings (M, S, E), and the words where they are known
     manifest.json      written last: class names, shapes, scaling, size and SHA-256 of every file
 
 Plain .npy, because it maps into memory with one call and nothing to parse beyond a short header, a batch is
@@ -38,6 +39,7 @@ MANIFEST = "manifest.json"
 SETTINGS = "encoding.json"
 LABELS = "labels.npy"
 NAMES = "names.json"
+TEXTS = "texts.json"
 DTYPES = ("float16", "float32")
 _TEMPORARY = ".tmp-"
 

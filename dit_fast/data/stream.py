@@ -24,7 +24,7 @@ READ_AHEAD = 2
 
 
 class BatchStream:
-    """Batches of `split`: (images float32 (B, C, H, W), labels int64 (B,)), mirrored at random if `flip`.
+    """Batches of `split`: (images float32 (B, C, H, W), labels int64 (B,) or captions), mirrored at random if `flip`.
 
     Raises DataError for a split that is smaller than a batch.
     """
@@ -57,9 +57,9 @@ class BatchStream:
         return keyed.uniform(keyed.key(self.seed, "flip"), self.numbers(step, rows)) < 0.5
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Images and labels of `rows` of a step."""
+        """Images, and labels or captions, of `rows` of a step."""
         indices = self.indices(step)[rows]
-        return self.split.batch(indices, self.mirrored(step, rows)), self.split.labels[indices]
+        return self.split.batch(indices, self.mirrored(step, rows)), self.split.told(indices)
 
     def stored(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """What `dit_fast.training.step.TrainStep` makes the batch of, on its device, and the labels."""

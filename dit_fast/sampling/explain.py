@@ -28,7 +28,9 @@ _HEAT = 0.6
 def film_strip(
     sampler: Sampler, labels: Tensor, names: Sequence[str], decode: Decode, seed: int = 0, frames: int = 10
 ) -> Image.Image:
-    """A row for each of `labels` (M,), named: its state at about `frames` points on the way to the sample."""
+    """A row for each of `labels` (M,) or captions (M, S, E), named: its state at about `frames` points on the way to
+    the sample.
+    """
     every = max(1, len(sampler.nodes) // max(frames - 1, 1))
     states: list[np.ndarray] = []
 
@@ -102,13 +104,15 @@ def attention_film(
     seed: int = 0,
     frames: int = 10,
 ) -> Image.Image:
-    """Two rows for each of `labels` (M,): its state on the way from noise, and over it the attention that each place
-    gets in `block` from all places, of one `head` or the mean of all (None), scaled to its greatest.
+    """Two rows for each of `labels` (M,) or captions (M, S, E): its state on the way from noise, and over it the
+    attention that each place gets in `block` from all places, of one `head` or the mean of all (None), scaled to its
+    greatest.
 
     The conditional branch is looked at, at the state that the next step starts from.
     """
     model, times = sampler.model, sampler.nodes.times
-    every = max(1, len(times) // max(frames - 1, 1))
+    # At least one of the states before the last is looked at.
+    every = max(1, min(len(times) - 1, len(times) // max(frames - 1, 1)))
     plain: list[np.ndarray] = []
     heated: list[np.ndarray] = []
     check_attention(model, block, head)
@@ -151,8 +155,9 @@ def _attention(model: DiT, block: int) -> Attention:
 def attention_maps(model: DiT, x: Tensor, t: Tensor, y: Tensor, block: int) -> Tensor:
     """softmax(q k^T / sqrt(K)) of `block`: float32 (N, H, T, h, w), the attention of each of T tokens to each patch.
 
-    x (N, C, H, W); t (N,) timesteps; y (N,) labels. Tokens that are no patches (in-context conditioning) come after
-    the patches among the T, and their share of the attention is not shown.
+    x (N, C, H, W); t (N,) timesteps; y (N,) labels or captions (N, S, E). Tokens that are no patches (in-context
+    conditioning) come after the patches among the T, and their share of the attention is not shown; padding gets none
+    and gives none.
     """
     check_attention(model, block, None)
     kept: list[Tensor] = []
@@ -161,7 +166,14 @@ def attention_maps(model: DiT, x: Tensor, t: Tensor, y: Tensor, block: int) -> T
         assert isinstance(module, Attention)
         packed = module.project(*inputs).float()
         q, k = packed[:, :, 0].transpose(1, 2), packed[:, :, 1].transpose(1, 2)
-        kept.append((q @ k.transpose(2, 3) * module.scale).softmax(dim=3))
+        scores = q @ k.transpose(2, 3) * module.scale
+        layout = inputs[1] if len(inputs) > 1 else None
+        if layout is None or layout.present is None:
+            kept.append(scores.softmax(dim=3))
+        else:
+            present = layout.present[:, None, None]
+            maps = scores.masked_fill(~present, -torch.inf).softmax(dim=3)
+            kept.append(maps * present.transpose(2, 3))
 
     # A block that finds a hook calls its attention as a module instead of using its parts.
     handle = _attention(model, block).register_forward_pre_hook(keep)

@@ -54,6 +54,12 @@ def upscale_factor(height: int, width: int, target: int = 56) -> int:
     return max(1, -(-target // max(height, width)))
 
 
+def short_label(text: str, most: int = 40) -> str:
+    """A caption in one line, cut to `most` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3].rstrip() + "..."
+
+
 def grid_layout(rows: Sequence[tuple[str, np.ndarray]]) -> GridLayout:
     """The layout that `draw_grid` gives these rows."""
     height, width = rows[0][1].shape[1:3]

@@ -30,14 +30,15 @@ _BATCH = 64
 
 
 class Evaluation:
-    """Scores `evaluate_samples` unguided samples of random classes with the trainer's averaged weights.
+    """Scores `evaluate_samples` unguided samples of random classes, or of random captions of training samples, with the
+    trainer's averaged weights.
 
     Of a run with buckets they have the buckets' shapes, in the proportion of the training images, and are compared with
     all real images in theirs.
-    Labels and noise are functions of seed and sample number, the same each time and for any number of ranks, which
-    share the samples. Nothing that training draws is touched. Every rank has one; the first has the reference. Raises
-    the errors of `open_reference`, `open_extractor` and `LatentDecoder`, and ConfigError for latents without images to
-    compare them with.
+    What is drawn and its noise are functions of seed and sample number, the same each time and for any number of ranks,
+    which share the samples. Nothing that training draws is touched. Every rank has one; the first has the reference.
+    Raises the errors of `open_reference`, `open_extractor` and `LatentDecoder`, and ConfigError for latents without
+    images to compare them with.
     """
 
     def __init__(self, trainer: Trainer):
@@ -108,10 +109,10 @@ class Evaluation:
 
     def _draw(self, numbers: Tensor, bucket: int) -> np.ndarray:
         """Samples of a bucket as uint8 (m, H, W, C)."""
-        trainer, data = self.trainer, self.trainer.data
-        key = keyed.key(trainer.config.seed + bucket, "sampling labels")
-        labels = keyed.integers(key, numbers, max(trainer.model.num_classes, 1))
-        drawn = self.sampler.draw(labels, numbers, bucket)
+        data = self.trainer.data
+        key = keyed.key(self.trainer.config.seed + bucket, "sampling labels")
+        choices = keyed.integers(key, numbers, self.sampler.choices)
+        drawn = self.sampler.draw(choices, numbers, bucket)
         if self.decoder is not None and isinstance(data, LatentSet):
             drawn = self.decoder(drawn, data.posterior.shift, data.posterior.scale)
         return to_uint8(drawn)

@@ -10,17 +10,19 @@ from torch import Tensor
 from dit_fast.data import LatentSet
 from dit_fast.errors import DitFastError
 from dit_fast.interop.vae import LatentDecoder
-from dit_fast.sampling import draw_grid, to_uint8
+from dit_fast.sampling import draw_grid, short_label, to_uint8
 from dit_fast.sampling.grid import on_paper
+from dit_fast.sampling.output import write_atomically
 from dit_fast.training.samples import AverageSampler, open_decoder
 from dit_fast.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-MOST_CLASSES, PER_CLASS, GUIDANCE = 8, 8, 4.0
+MOST_ROWS, PER_ROW, GUIDANCE = 8, 8, 4.0
 
 
 class SampleGrids:
-    """Draws `PER_CLASS` samples of up to `MOST_CLASSES` classes, or of none, with the trainer's averaged weights.
+    """Draws `PER_ROW` samples of up to `MOST_ROWS` classes or training captions, or of nothing, with the trainer's
+    averaged weights.
 
     Of a run with buckets they are of all its shapes, at least one each, side by side.
     Latents are decoded by the autoencoder that made them, where it can be loaded; else their first three channels
@@ -29,10 +31,10 @@ class SampleGrids:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.names = trainer.data.class_names if trainer.model.num_classes else ("samples",)
-        count = min(MOST_CLASSES, len(self.names))
-        self.classes = [index * len(self.names) // count for index in range(count)]
         self.sampler = AverageSampler(trainer, GUIDANCE)
+        count = min(MOST_ROWS, self.sampler.choices)
+        self.choices = [row * self.sampler.choices // count for row in range(count)]
+        self.names = self.sampler.names(self.choices)
         self.decoder: LatentDecoder | None = None
         try:
             self.decoder = open_decoder(trainer)
@@ -40,23 +42,29 @@ class SampleGrids:
             logger.warning("--sample-every: latents are shown without decoding them: %s", error)
 
     def draw(self, path: Path) -> None:
-        """Write a labelled grid to the PNG `path`. Each rank must call it, since it holds a part; the first draws."""
+        """Write a labelled grid to the PNG `path`, and captions in full to captions.txt beside it.
+
+        Each rank must call it, since it holds a part; the first draws.
+        """
         first = self.trainer.world.is_first
         with self.sampler.averages(first):
             if not first:
                 return
-            count = max(1, PER_CLASS // len(self.sampler.sizes))
-            labels = torch.tensor(self.classes).repeat_interleave(count)
-            drawn = [self.sampler.draw(labels, bucket=bucket) for bucket in range(len(self.sampler.sizes))]
+            count = max(1, PER_ROW // len(self.sampler.sizes))
+            choices = torch.tensor(self.choices).repeat_interleave(count)
+            drawn = [self.sampler.draw(choices, bucket=bucket) for bucket in range(len(self.sampler.sizes))]
         shapes = [to_uint8(self._decode(samples)) for samples in drawn]
         height, width = (max(images.shape[axis] for images in shapes) for axis in (1, 2))
         tiles = [on_paper(images, height, width) for images in shapes]
         rows = [
-            (self.names[label], np.concatenate([images[row * count : (row + 1) * count] for images in tiles]))
-            for row, label in enumerate(self.classes)
+            (short_label(name), np.concatenate([images[row * count : (row + 1) * count] for images in tiles]))
+            for row, name in enumerate(self.names)
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_grid(rows).save(path)
+        if self.trainer.model.caption_dim:
+            lines = "".join(" ".join(name.split()) + "\n" for name in self.names)
+            write_atomically(path.parent / "captions.txt", lambda file: file.write_text(lines, "utf-8"))
 
     def _decode(self, drawn: Tensor) -> Tensor:
         data = self.trainer.data

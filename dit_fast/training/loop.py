@@ -60,7 +60,7 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
     def refuse_a_run() -> None:
         # What a killed first attempt left before its first checkpoint is nothing to keep.
         begun_by_us = everyone.attempt > 0 and not step_folders(run)
-        if not begun_by_us and (checkpoints_folder(run).exists() or (run / "log.jsonl").exists()):
+        if not begun_by_us and (step_folders(run) or (run / "log.jsonl").exists()):
             raise OutputError(
                 f"{run} already holds a run; continue it with --resume {run} or give another --out"
             )

@@ -33,14 +33,15 @@ class Watch:
         self.trainer = trainer
         self.run = run
         self.writes = trainer.world.is_first
+        # What may be refused comes before the first file of the run.
+        self.grids = SampleGrids(trainer) if trainer.config.sample_every else None
+        self.evaluation = Evaluation(trainer) if trainer.config.evaluate_every else None
         self.log = RunLog(run / "log.jsonl", trainer.step) if self.writes else None
         self.progress = Progress(trainer.total_steps, trainer.step) if self.writes else None
         self.trackers: list[Tracker] = open_trackers(trainer.config, run) if self.writes else []
         self.spikes = metrics.SpikeDetector()
         self.flops = metrics.training_flops(trainer.model, trainer.data.caption_tokens, trainer.data.shapes)
         self.peak = metrics.peak_flops(trainer.device)
-        self.grids = SampleGrids(trainer) if trainer.config.sample_every else None
-        self.evaluation = Evaluation(trainer) if trainer.config.evaluate_every else None
         self.waited = 0.0
         self.skipped = int(trainer.state.skipped)
         self.logged_step, self.logged_at = trainer.step, time.perf_counter()
