@@ -343,7 +343,10 @@ def test_compiles_without_graph_breaks(provider, activation) -> None:
 
 
 def test_auto_follows_the_table(monkeypatch) -> None:
-    """epilogue="auto" is what `mlp_epilogue` says, which is the separate pass until a GPU has measured another."""
+    """epilogue="auto" is what `mlp_epilogue` says, which is the separate pass until a GPU has measured another.
+
+    SwiGLU's pass is separate whatever the table says of GELU.
+    """
     inputs = mlp_inputs((4,), 12, 48, 12)
     assert module.mlp_epilogue((4, 12, 48), torch.float64, inputs[0].device) == "separate"
     used, original = [], gemm.gemm_gelu
@@ -353,6 +356,9 @@ def test_auto_follows_the_table(monkeypatch) -> None:
     monkeypatch.setattr(module, "mlp_epilogue", lambda *_: "triton")
     mlp(*inputs, kernels="triton")
     assert used
+    used.clear()
+    mlp(*mlp_inputs((4,), 12, 48, 12, activation="swiglu"), activation="swiglu", kernels="triton")
+    assert not used
 
 
 @pytest.mark.parametrize(
