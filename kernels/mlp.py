@@ -32,7 +32,7 @@ from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments
 from dit_fast.kernels.swiglu import swiglu_backward, swiglu_forward
 
-ACTIVATIONS = ("gelu", "swiglu")
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 EPILOGUES = ("auto", "separate", "triton", "cublaslt")
 
 
