@@ -60,6 +60,9 @@ def test_the_bound_of_a_diffusion_is_repeatable_and_by_seed(diffusion, tmp_path)
     assert first["measured"] == "variational bound"
     assert first["bits_per_dimension"] != other["bits_per_dimension"]
     assert first["bits_per_dimension"] == pytest.approx(other["bits_per_dimension"], rel=0.2)
+    # Noise is an image's own, whatever the batch.
+    apart = bits(diffusion, tmp_path, "--num", "6", "--seed", "0", "--batch-size", "4")
+    assert apart["bits_per_dimension"] == pytest.approx(first["bits_per_dimension"], rel=1e-6)
 
 
 def test_images_are_cropped_to_a_model_that_is_not_square(tmp_path):

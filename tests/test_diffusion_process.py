@@ -269,6 +269,10 @@ def test_whole_bound_is_the_sum_of_its_terms():
                 ((0.9 * arrays[1] - noise[row].double().numpy()) ** 2).mean(), rel=1e-3
             )
     torch.testing.assert_close(out["total_bpd"], out["vb"].sum(dim=1) + out["prior_bpd"])
+    torch.manual_seed(3)
+    draws = {t: torch.randn_like(x_start) for t in reversed(range(6))}
+    again = diffusion.calc_bpd_loop(model, x_start, clip_denoised=False, noise=draws.__getitem__)
+    assert torch.equal(again["total_bpd"], out["total_bpd"])
 
 
 def test_prior_term_is_the_divergence_from_the_standard_normal():

@@ -45,6 +45,15 @@ def test_the_largest_model_of_the_paper(capsys):
     assert list(found["training_step"]["state_bytes"].values()) == [n * trained for n in (4, 4, 8, 4)]
 
 
+def test_tokens_of_the_condition_are_told_apart(capsys):
+    size = ("DiT-S/8", "--batch-size", 2)
+    assert "16 tokens\n" in info(capsys, *size)
+    assert "16 tokens, and 2 of the condition\n" in info(capsys, *size, "--conditioning", "in_context")
+    captions = ("--conditioning", "cross_attention", "--caption-dim", 64, "--caption-tokens", 5)
+    found = json.loads(info(capsys, *size, *captions, "--json"))
+    assert (found["tokens"], found["condition_tokens"]) == (16, 1 + 5)
+
+
 def test_the_row_of_table_4_at_512_pixels():
     """Its others, at 256 pixels, are in test_conditioning.py."""
     with torch.device("meta"):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dit_fast.cli.train import add_model_options
+from dit_fast.conditioning import ADAPTIVE
 from dit_fast.counting import PRECISIONS, Counts, count, kept_bytes, table
 from dit_fast.errors import ConfigError
 from dit_fast.interop import load_model
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         residual=step["residual"],
         caption_tokens=tokens,
     )
-    print(_as_json(name, model, counts, kept, step) if as_json else _as_text(name, model, counts, kept, step))
+    told = 0 if model.conditioning in ADAPTIVE else model.condition_tokens(tokens)
+    print((_as_json if as_json else _as_text)(name, model, counts, told, kept, step))
     return 0
 
 
@@ -124,15 +126,25 @@ def _flags(options: dict[str, Any]) -> str:
     return ", ".join(named)
 
 
-def _as_json(name: str, model: DiT, counts: Counts, kept: dict[str, int], step: dict[str, Any]) -> str:
+def _as_json(
+    name: str, model: DiT, counts: Counts, told: int, kept: dict[str, int], step: dict[str, Any]
+) -> str:
     memory = {"state_bytes": counts.state_bytes, "kept_for_backward_bytes": kept}
     return json.dumps(
-        {"model": name, "config": model.config, **counts.as_json(), "training_step": {**step, **memory}},
+        {
+            "model": name,
+            "config": model.config,
+            **counts.as_json(),
+            "condition_tokens": told,
+            "training_step": {**step, **memory},
+        },
         indent=2,
     )
 
 
-def _as_text(name: str, model: DiT, counts: Counts, kept: dict[str, int], step: dict[str, Any]) -> str:
+def _as_text(
+    name: str, model: DiT, counts: Counts, told: int, kept: dict[str, int], step: dict[str, Any]
+) -> str:
     config = model.config
     height, width = config["input_size"]
     state = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in counts.state_bytes.items())
@@ -150,7 +162,8 @@ def _as_text(name: str, model: DiT, counts: Counts, kept: dict[str, int], step: 
         ),
         (
             "input",
-            f"{config['in_channels']} x {height} x {width}, patch {config['patch_size']}: {counts.tokens} tokens",
+            f"{config['in_channels']} x {height} x {width}, patch {config['patch_size']}: {counts.tokens} tokens"
+            + (f", and {told} of the condition" if told else ""),
         ),
         ("parameters", f"{counts.parameters:,} ({counts.fixed:,} of them fixed)"),
         ("forward", f"{counts.macs / 1e9:.4g} GMAC an image = {counts.forward_flops / 1e9:.4g} GFLOP"),

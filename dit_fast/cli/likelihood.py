@@ -120,12 +120,16 @@ def _bits(
     numbers: Tensor,
 ) -> Tensor:
     """Bits per dimension of images (N, C, H, W), float64 (N,) on the CPU; `numbers`: theirs, which key the draws."""
-    told = {"y": labels}
+    told, shape = {"y": labels}, tuple(images.shape[1:])
     if not isinstance(objective, FlowMatching):
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(args.seed + int(numbers[0]))
-            return objective.calc_bpd_loop(model, images, model_kwargs=told)["total_bpd"].double().cpu()
-    place = keyed.uniform(keyed.key(args.seed, "dequantise"), numbers, tuple(images.shape[1:]))
+
+        def noise(timestep: int) -> Tensor:
+            key = keyed.key(args.seed, f"bound at timestep {timestep}")
+            return keyed.normal(key, numbers.to(images.device), shape)
+
+        bound = objective.calc_bpd_loop(model, images, model_kwargs=told, noise=noise)
+        return bound["total_bpd"].double().cpu()
+    place = keyed.uniform(keyed.key(args.seed, "dequantise"), numbers, shape)
     spread = images + (place.to(images) - 0.5) * GREY_LEVEL
     nats = log_likelihood(
         objective,

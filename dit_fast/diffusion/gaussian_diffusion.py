@@ -2,6 +2,7 @@
 
 import enum
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -145,7 +146,12 @@ class GaussianDiffusion(SamplingLoops):
 
     @torch.no_grad()
     def calc_bpd_loop(
-        self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: ModelKwargs = None
+        self,
+        model: Model,
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: ModelKwargs = None,
+        noise: Callable[[int], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The whole variational bound of the data, term by term, in bits per dimension (DDPM, eq. 5).
 
@@ -154,6 +160,7 @@ class GaussianDiffusion(SamplingLoops):
             x_start: clean data (N, C, ...).
             clip_denoised: clip predicted x_0 to [-1, 1].
             model_kwargs: further arguments of the model.
+            noise: standard normal noise of a timestep, shaped like `x_start`; drawn when None.
 
         Returns:
             "total_bpd" (N,) and "prior_bpd" (N,); "vb", "xstart_mse" and "mse", each (N, steps), the last
@@ -163,13 +170,13 @@ class GaussianDiffusion(SamplingLoops):
         vb, xstart_mse, mse = [], [], []
         for i in reversed(range(self.num_timesteps)):
             t = timesteps[i]
-            noise = torch.randn_like(x_start)
-            x_t = self.q_sample(x_start, t, noise=noise)
+            added = self._noise_for(x_start, None if noise is None else noise(i))
+            x_t = self.q_sample(x_start, t, noise=added)
             out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             vb.append(out["output"])
             xstart_mse.append(mean_flat((out["pred_xstart"] - x_start) ** 2))
-            mse.append(mean_flat((eps - noise) ** 2))
+            mse.append(mean_flat((eps - added) ** 2))
         terms = {
             "vb": torch.stack(vb, dim=1),
             "xstart_mse": torch.stack(xstart_mse, dim=1),
