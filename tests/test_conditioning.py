@@ -208,15 +208,18 @@ def test_context_tokens_run_through_every_block_and_are_removed() -> None:
         block.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.x.shape)))
     assert model(x(), T, Y).shape == (3, 8, 8, 8)
     assert shapes == [(3, 16 + 2, 64)] * 2
+    entered: list[Tensor] = []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0].x))
     ends: list[Tensor] = []
     model.final_layer.register_forward_hook(lambda module, args, out: ends.append(out))
     out = model(x(), T, Y)
     # Image tokens come first, in the order of the grid.
     assert torch.equal(out, model.unpatchify(ends[0][:, :16]))
-    # The tokens are the embedded timestep and class, without a position.
+    # The tokens after them are the embedded timestep and class, without a position.
     c = model.condition(model.t_embedder(T), model.y_embedder(Y, False))
     assert torch.equal(c[:, 0], model.t_embedder(T))
     assert torch.equal(c[:, 1], model.y_embedder(Y, False))
+    assert torch.equal(entered[0], torch.cat([model.x_embedder(x(), model.pos_embed), c], dim=1))
 
 
 def test_adaln_zero_is_what_it_was() -> None:
