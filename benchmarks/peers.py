@@ -100,6 +100,10 @@ def _torch_norm(spec: OpSpec) -> Function:
     return _modulated(lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6))
 
 
+def _torch_rms_norm(spec: OpSpec) -> Function:
+    return _modulated(lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6))
+
+
 def _apex_mlp(spec: OpSpec) -> Function:
     """NVIDIA apex's two products with GELU in cuBLASLt's epilogues."""
     _needs_cuda("apex")
@@ -128,6 +132,7 @@ PROVIDERS: dict[str, Callable[[OpSpec], Function]] = {"ours": ours, "eager": eag
 
 PEERS: dict[str, dict[str, Callable[[OpSpec], Function]]] = {
     "adaln_modulate": {"layer_norm": _torch_norm, "apex": _apex, "liger": _liger},
+    "adaln_modulate-rmsnorm": {"rms_norm": _torch_rms_norm},
     "attention": {
         "sdpa-flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
         "sdpa-cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),

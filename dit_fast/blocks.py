@@ -5,7 +5,7 @@ added yet, so that the addition and the next norm are one pass over memory. Bias
 the kernel that adds one also sums its gradient.
 """
 
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from dit_fast.layers import (
     is_plain,
     make_norm,
     matrix_size,
-    rms_norm,
     without_bias,
 )
 
@@ -57,31 +56,33 @@ class Stream(NamedTuple):
             return self.x
         return gated_residual(self.x, self.branch, self.gate, self.bias, kernels=kernels)
 
-    def norm_modulate(self, shift: Tensor, scale: Tensor, eps: float, kernels: str) -> Normed:
-        """Add what is pending, then norm(stream) * (1 + scale) + shift."""
+    def norm_modulate(
+        self, shift: Tensor, scale: Tensor, eps: float, kernels: str, norm: str = "layernorm"
+    ) -> Normed:
+        """Add what is pending, then norm(stream) * (1 + scale) + shift; `norm`: of NORMS."""
         fused = uses_triton(kernels, self.x)
         if self.branch is None or self.gate is None:
             if not fused:
-                return Normed(self.x, adaln_modulate(self.x, shift, scale, eps, kernels=kernels), None)
-            x, (y, mean, rstd) = self.x, adaln_with_moments(self.x, shift, scale, eps)
+                y = adaln_modulate(self.x, shift, scale, eps, norm=norm, kernels=kernels)
+                return Normed(self.x, y, None)
+            x, (y, mean, rstd) = self.x, adaln_with_moments(self.x, shift, scale, eps, norm)
         else:
             inputs = (self.x, self.branch, self.gate, shift, scale, self.bias, eps)
             if not fused:
-                return Normed(*gated_residual_adaln(*inputs, kernels=kernels), None)
-            x, y, mean, rstd = gated_residual_adaln_with_moments(*inputs)
+                return Normed(*gated_residual_adaln(*inputs, norm=norm, kernels=kernels), None)
+            x, y, mean, rstd = gated_residual_adaln_with_moments(*inputs, norm)
         return Normed(x, y, NormRecipe(x, mean, rstd, shift, scale))
 
 
-def normed(stream: Stream, norm: nn.Module, shift: Tensor, scale: Tensor, kernels: str) -> Normed:
-    """Add what is pending, then norm(stream) * (1 + scale) + shift: fused for a layer norm, else PyTorch's operations.
+def normed(
+    stream: Stream, norm: nn.LayerNorm | RMSNorm, shift: Tensor, scale: Tensor, kernels: str
+) -> Normed:
+    """Add what is pending, then norm(stream) * (1 + scale) + shift.
 
     Of `norm` its kind and eps count; `affine_modulation` has its weight and bias.
     """
-    if not isinstance(norm, RMSNorm):
-        return stream.norm_modulate(shift, scale, cast(nn.LayerNorm, norm).eps, kernels)
-    x = stream.add(kernels)
-    y = rms_norm(x, norm.eps)
-    return Normed(x, torch.addcmul(shift[:, None], y, 1 + scale[:, None]).to(scale.dtype), None)
+    kind = "rmsnorm" if isinstance(norm, RMSNorm) else "layernorm"
+    return stream.norm_modulate(shift, scale, norm.eps, kernels, kind)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

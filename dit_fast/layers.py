@@ -10,8 +10,6 @@ from dit_fast.kernels.attention import attention_backend
 from dit_fast.kernels.recompute import NormRecipe, linear
 from dit_fast.positions import rotate
 
-NORMS = ("layernorm", "rmsnorm")
-
 
 def matrix_size(module: nn.Module) -> int:
     """Numbers in a module's matrices: the multiply-adds of one token that goes through each of them once."""
@@ -63,14 +61,12 @@ class Layout(NamedTuple):
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight (Zhang & Sennrich 2019, equation 4), in float32 at least; returns the dtype of x."""
 
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
-        y = rms_norm(x, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = nn.functional.rms_norm(wide, x.shape[-1:], eps=self.eps)
         return (y if self.weight is None else y * self.weight).to(x.dtype)
-
-
-def rms_norm(x: Tensor, eps: float | None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, float32 (float64 for float64 x)."""
-    return nn.functional.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=eps)
 
 
 def make_norm(kind: str, width: int, affine: bool) -> nn.LayerNorm | RMSNorm:

@@ -5,8 +5,7 @@ from typing import Any
 
 from dit_fast.conditioning import CONDITIONING
 from dit_fast.errors import ConfigError
-from dit_fast.kernels import ACTIVATIONS
-from dit_fast.layers import NORMS
+from dit_fast.kernels import ACTIVATIONS, NORMS
 from dit_fast.positions import POSITIONS
 
 OPTIONS: dict[str, tuple[Any, ...]] = {

@@ -14,7 +14,7 @@ if __name__ == "dit_fast.kernels":
     from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
     from dit_fast.kernels.gelu import gelu
     from dit_fast.kernels.mlp import ACTIVATIONS, EPILOGUES, mlp
-    from dit_fast.kernels.op import KERNEL_MODES, uses_triton
+    from dit_fast.kernels.op import KERNEL_MODES, NORMS, uses_triton
     from dit_fast.kernels.patchify import patch_embed, unpatchify
     from dit_fast.kernels.swiglu import swiglu
 else:
@@ -33,6 +33,7 @@ __all__ = [
     "BACKENDS",
     "EPILOGUES",
     "KERNEL_MODES",
+    "NORMS",
     "AdamWSettings",
     "AdamWTensors",
     "Choice",

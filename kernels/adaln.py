@@ -1,5 +1,7 @@
 """Adaptive layer norm: y = norm(x) * (1 + scale) + shift.          (Peebles & Xie 2023, figure 3, adaLN)
 
+Norm      a layer norm or, not CENTRED, an RMSNorm (Zhang & Sennrich 2019, equation 4): 0 for the mean, mean_D(x^2)
+          for the variance and no mean_D(g) in the gradient; all else is the same.
 Shapes    x (B, T, D); shift, scale (B, D), also strided views of one modulation tensor; y (B, T, D).
 Backward  with h = (x - mean) * rstd and g = dy * (1 + scale):
           d_x = rstd * (g - mean_D(g) - h * mean_D(g * h)), d_shift = sum_T(dy), d_scale = sum_T(dy * h).
@@ -32,7 +34,7 @@ from dit_fast.kernels.device import (
     token_rows,
 )  # fmt: skip
 from dit_fast.kernels.launch import accumulator, as_vectors, launch, tuned_rows
-from dit_fast.kernels.op import check_shapes, define_op, uses_triton
+from dit_fast.kernels.op import check_shapes, define_op, is_centred, uses_triton
 
 
 @triton.jit
@@ -64,12 +66,12 @@ def norm_backward_sums(
 @triton.jit
 def norm_backward_means(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, left, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr, ACC: tl.constexpr,
+    TAIL: tl.constexpr, ACC: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     """First pass over a tile: d_shift and d_scale of both parts, and mean_D(g), mean_D(g * h) (ROWS,).
 
     The main part goes by even and odd rows, which halves the registers of a tile; the tail needs all rows at
-    once for 128-bit accesses. `left` is the number of tokens from the tile's first on.
+    once for 128-bit accesses. `left` is the number of tokens from the tile's first on. Not CENTRED: 0 for mean_D(g).
     """
     dshift, dscale = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
     even_g, even_gh = tl.zeros([ROWS // 2], ACC), tl.zeros([ROWS // 2], ACC)
@@ -92,7 +94,8 @@ def norm_backward_means(
         sum_gh += tail_gh
     else:
         tail_shift, tail_scale = tl.zeros([1, 1], ACC), tl.zeros([1, 1], ACC)
-    return dshift, dscale, tail_shift, tail_scale, sum_g / D, sum_gh / D
+    mean_g = sum_g / D if CENTRED else tl.zeros_like(sum_g)
+    return dshift, dscale, tail_shift, tail_scale, mean_g, sum_gh / D
 
 
 @triton.jit
@@ -134,8 +137,8 @@ def _adaln_fwd_kernel(
     # sizes, strides
     T, stride_shift, stride_scale,
     # meta
-    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    ACC: tl.constexpr,
+    EPS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
+    TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
     shift_ptr += b * stride_shift
@@ -152,7 +155,7 @@ def _adaln_fwd_kernel(
         o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
         x_tail = tl.load(x_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
         mean += row_sum(x_tail)
-    mean /= D
+    mean = mean / D if CENTRED else tl.zeros_like(mean)
     variance = squared_deviation(x_main, mean, 0, MAIN, D)
     if TAIL > 0:
         variance += squared_deviation(x_tail, mean, MAIN, TAIL, D)
@@ -174,8 +177,8 @@ def _adaln_bwd_kernel(
     # sizes, strides
     B, T, stride_scale,
     # meta
-    SPLITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    ACC: tl.constexpr,
+    SPLITS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
+    TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
@@ -192,7 +195,7 @@ def _adaln_bwd_kernel(
 
     for start in range(split * share, (split + 1) * share, ROWS):
         main_shift, main_scale, tail_shift, tail_scale, mean_g, mean_gh = norm_backward_means(
-            dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, T - start, D, ROWS, MAIN, TAIL, ACC
+            dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, T - start, D, ROWS, MAIN, TAIL, ACC, CENTRED
         )
         dshift_main += main_shift
         dscale_main += main_scale
@@ -226,7 +229,9 @@ def _adaln_bwd_kernel(
         store_vector(partial_ptr + stride_sum, dscale_tail, MAIN, TAIL, D)
 
 
-def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, D = x.shape
     x, shift, scale = x.contiguous(), as_vectors(shift), as_vectors(scale)
     y = torch.empty_like(x, dtype=scale.dtype)
@@ -237,21 +242,28 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
         _adaln_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, shift_ptr=shift, scale_ptr=scale, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         T=T, stride_shift=shift.stride(0), stride_scale=scale.stride(0),
-        EPS=eps, D=D, **cfg.meta, ACC=accumulator(x),
+        EPS=eps, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
     return y, mean, rstd
 
 
-def _forward_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return (reference.adaln_modulate(x, shift, scale, eps).contiguous(), *reference.moments(x, eps))
+def _forward_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = reference.adaln_modulate(x, shift, scale, eps, centred)
+    return y.contiguous(), *reference.moments(x, eps, centred)
 
 
-def _forward_fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     moments = x.new_empty(x.shape[:2], dtype=reference.accumulator(x))
     return x.new_empty(x.shape, dtype=scale.dtype), moments, torch.empty_like(moments)
 
 
-def _backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool
+) -> tuple[Tensor, Tensor]:
     """d_x and (2, B, D) = [d_shift, d_scale] in the dtype of `scale`."""
     B, T, D = x.shape
     dy, x, scale = dy.contiguous(), x.contiguous(), as_vectors(scale)
@@ -262,19 +274,21 @@ def _backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) 
         _adaln_bwd_kernel, (B * cfg.splits,), on=x, num_warps=cfg.num_warps,
         dy_ptr=dy, x_ptr=x, scale_ptr=scale, mean_ptr=mean, rstd_ptr=rstd, dx_ptr=dx, partial_ptr=partial,
         B=B, T=T, stride_scale=scale.stride(0),
-        SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(x),
+        SPLITS=cfg.splits, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
     return dx, partial.sum(2).to(scale.dtype)
 
 
 def _backward_reference(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool
 ) -> tuple[Tensor, Tensor]:
-    dx, dshift, dscale = reference.adaln_modulate_backward(dy, x, scale, mean, rstd)
+    dx, dshift, dscale = reference.adaln_modulate_backward(dy, x, scale, mean, rstd, centred)
     return dx.contiguous(), torch.stack([dshift, dscale])
 
 
-def _backward_fake(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_fake(
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), scale.new_empty(2, *scale.shape)
 
 
@@ -287,7 +301,7 @@ _backward_op = define_op(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, _ = inputs
+    x, shift, scale, _, ctx.centred = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, scale, mean, rstd)
     ctx.shift_dtype = shift.dtype
@@ -295,8 +309,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    dx, dmod = _backward_op(dy, *ctx.saved_tensors)
-    return dx, dmod[0].to(ctx.shift_dtype), dmod[1], None
+    dx, dmod = _backward_op(dy, *ctx.saved_tensors, ctx.centred)
+    return dx, dmod[0].to(ctx.shift_dtype), dmod[1], None, None
 
 
 _forward_op = define_op(
@@ -310,22 +324,32 @@ _forward_op = define_op(
 
 
 def adaln_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, kernels: str = "auto"
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    norm: str = "layernorm",
+    kernels: str = "auto",
 ) -> Tensor:
-    """norm(x) * (1 + scale) + shift, norm a layer norm without affine parameters.
+    """norm(x) * (1 + scale) + shift, norm a layer norm or an RMSNorm without affine parameters.
 
     x (B, T, D); shift, scale (B, D), rows contiguous or strided; returns (B, T, D) in the dtype of `scale`.
-    `kernels`: "auto", "triton" or "reference". Raises ValueError for shapes that do not fit.
+    `norm`: "layernorm" or "rmsnorm"; `kernels`: "auto", "triton" or "reference". Raises ValueError for another word
+    and for shapes that do not fit.
     """
     if not uses_triton(kernels, x):
-        return reference.adaln_modulate(x, shift, scale, eps)
-    return adaln_with_moments(x, shift, scale, eps)[0]
+        return reference.adaln_modulate(x, shift, scale, eps, is_centred(norm))
+    return adaln_with_moments(x, shift, scale, eps, norm)[0]
 
 
 def adaln_with_moments(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, norm: str = "layernorm"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`adaln_modulate` by the registered operation, and mean and 1 / deviation (B, T) of the rows of x."""
+    """`adaln_modulate` by the registered operation, and mean and 1 / deviation (B, T) of the rows of x.
+
+    Of an RMSNorm the mean is 0 and the deviation that from 0: `adaln_from_moments` takes either.
+    """
     B, _, D = check_shapes("adaln_modulate", x)
     check_shapes("adaln_modulate", x, shift=(shift, (B, D)), scale=(scale, (B, D)))
-    return _forward_op(x, shift, scale, eps)
+    return _forward_op(x, shift, scale, eps, is_centred(norm))

@@ -2,7 +2,8 @@
 
 Shapes    x, branch (B, T, D); gate, shift, scale (B, D), also strided views; bias (D,) or None. Returns the new
           residual stream out = x + gate * (branch + bias) and y = norm(out) * (1 + scale) + shift.
-Backward  with d_norm the layer norm's d_x (adaln.py) at `out`: d_x = d_out + d_norm, and from it d_branch, d_gate
+Norm      as in adaln.py.
+Backward  with d_norm the norm's d_x (adaln.py) at `out`: d_x = d_out + d_norm, and from it d_branch, d_gate
           and d_bias as in gated_residual.py; d_shift and d_scale as in adaln.py.
 Traffic   forward reads x and branch and writes out and y; backward reads d_out, d_y, out and branch and writes d_x
           and d_branch: all vectors and the branch's bias gradient come out of that one pass.
@@ -37,7 +38,7 @@ from dit_fast.kernels.gated_residual import (
     store_gate_sums,
 )  # fmt: skip
 from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, launch, tuned_rows
-from dit_fast.kernels.op import define_op, uses_triton
+from dit_fast.kernels.op import define_op, is_centred, uses_triton
 
 
 @triton.jit
@@ -47,8 +48,8 @@ def _gated_residual_adaln_fwd_kernel(
     # sizes, strides
     T, stride_gate, stride_shift, stride_scale,
     # meta
-    EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    ACC: tl.constexpr,
+    EPS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
+    TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
     gate_ptr += b * stride_gate
@@ -74,7 +75,7 @@ def _gated_residual_adaln_fwd_kernel(
         tl.store(out_ptr + o_tail, out_tail, mask=m_tail)
         out_tail = out_tail.to(ACC)
         mean += row_sum(out_tail)
-    mean /= D
+    mean = mean / D if CENTRED else tl.zeros_like(mean)
     variance = squared_deviation(out_main, mean, 0, MAIN, D)
     if TAIL > 0:
         variance += squared_deviation(out_tail, mean, MAIN, TAIL, D)
@@ -112,8 +113,8 @@ def _gated_residual_adaln_bwd_kernel(
     # sizes, strides
     B, T, stride_gate, stride_scale,
     # meta
-    SPLITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    ACC: tl.constexpr,
+    SPLITS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
+    TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
@@ -136,7 +137,7 @@ def _gated_residual_adaln_bwd_kernel(
 
     for start in range(split * share, (split + 1) * share, ROWS):
         main_shift, main_scale, tail_shift, tail_scale, mean_g, mean_gh = norm_backward_means(
-            dy_ptr, out_ptr, mean_ptr, rstd_ptr, scale_ptr, T - start, D, ROWS, MAIN, TAIL, ACC
+            dy_ptr, out_ptr, mean_ptr, rstd_ptr, scale_ptr, T - start, D, ROWS, MAIN, TAIL, ACC, CENTRED
         )
         dshift_main += main_shift
         dscale_main += main_scale
@@ -183,8 +184,9 @@ def _gated_residual_adaln_bwd_kernel(
 
 
 def _forward(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, y, and the mean and 1 / deviation (B, T) of each row of out."""
     B, T, D = x.shape
     x, branch = x.contiguous(), branch.contiguous()
@@ -198,28 +200,30 @@ def _forward(
         x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=as_bias(bias),
         out_ptr=out, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         T=T, stride_gate=gate.stride(0), stride_shift=shift.stride(0), stride_scale=scale.stride(0),
-        EPS=eps, D=D, **cfg.meta, ACC=accumulator(x),
+        EPS=eps, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
     return out, y, mean, rstd
 
 
 def _reference(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, y = reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps)
-    return out.contiguous(), y.contiguous(), *reference.moments(out, eps)
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out, y = reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps, centred)
+    return out.contiguous(), y.contiguous(), *reference.moments(out, eps, centred)
 
 
 def _fake(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     moments = x.new_empty(x.shape[:2], dtype=reference.accumulator(x))
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=scale.dtype), moments, torch.empty_like(moments)
 
 
 def _backward(
     dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None, centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """d_x, d_branch, (3, B, D) = [d_shift, d_scale, d_gate] in the dtype of `scale`, and d_bias (D,) or empty."""
     B, T, D = out.shape
@@ -233,24 +237,24 @@ def _backward(
         dout_ptr=dout, dy_ptr=dy, out_ptr=out, branch_ptr=branch, gate_ptr=gate, scale_ptr=scale,
         mean_ptr=mean, rstd_ptr=rstd, bias_ptr=as_bias(bias), dx_ptr=dx, dbranch_ptr=dbranch, partial_ptr=partial,
         B=B, T=T, stride_gate=gate.stride(0), stride_scale=scale.stride(0),
-        SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(out),
+        SPLITS=cfg.splits, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(out),
     )  # fmt: skip
     return dx, dbranch, partial[:3].sum(2).to(scale.dtype), bias_gradient(partial[3:], bias, gate)
 
 
 def _backward_reference(
     dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None, centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dbranch, dgate, dshift, dscale, dbias = reference.gated_residual_adaln_backward(
-        dout, dy, out, branch, gate, scale, mean, rstd, bias
+        dout, dy, out, branch, gate, scale, mean, rstd, bias, centred
     )
     return dx.contiguous(), dbranch.contiguous(), torch.stack([dshift, dscale, dgate.to(scale.dtype)]), dbias
 
 
 def _backward_fake(
     dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None, centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dbias = gate.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return out.new_empty(out.shape), branch.new_empty(branch.shape), scale.new_empty(3, *scale.shape), dbias
@@ -265,7 +269,7 @@ _backward_op = define_op(
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, shift, scale, bias, _ = inputs
+    _, branch, gate, shift, scale, bias, _, ctx.centred = inputs
     out, _, mean, rstd = output
     ctx.save_for_backward(out, branch, gate, scale, mean, rstd, bias)
     ctx.shift_dtype = shift.dtype
@@ -274,9 +278,9 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 def _autograd(ctx: Any, dout: Tensor, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     out, branch, gate, scale, mean, rstd, bias = ctx.saved_tensors
-    dx, dbranch, dmod, dbias = _backward_op(dout, dy, out, branch, gate, scale, mean, rstd, bias)
+    dx, dbranch, dmod, dbias = _backward_op(dout, dy, out, branch, gate, scale, mean, rstd, bias, ctx.centred)
     dshift, dscale, dgate = dmod[0].to(ctx.shift_dtype), dmod[1], dmod[2].to(gate.dtype)
-    return dx, dbranch, dgate, dshift, dscale, None if bias is None else dbias, None
+    return dx, dbranch, dgate, dshift, dscale, None if bias is None else dbias, None, None
 
 
 _forward_op = define_op(
@@ -298,16 +302,17 @@ def gated_residual_adaln(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    norm: str = "layernorm",
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The residual stream out = x + gate * (branch + bias) and its norm(out) * (1 + scale) + shift, in one pass.
 
     x, branch (B, T, D); gate, shift, scale (B, D); bias (D,) or None. Returns out in the dtype of `x` and the
-    modulated norm in that of `scale`. `kernels` and errors as in `gated_residual`.
+    modulated norm in that of `scale`. `norm`, `kernels` and errors as in `adaln_modulate`.
     """
     if not uses_triton(kernels, x):
-        return reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps)
-    out, y, _, _ = gated_residual_adaln_with_moments(x, branch, gate, shift, scale, bias, eps)
+        return reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps, is_centred(norm))
+    out, y, _, _ = gated_residual_adaln_with_moments(x, branch, gate, shift, scale, bias, eps, norm)
     return out, y
 
 
@@ -319,7 +324,8 @@ def gated_residual_adaln_with_moments(
     scale: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    norm: str = "layernorm",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`gated_residual_adaln` by the registered operation, and mean and 1 / deviation (B, T) of the rows of out."""
+    """`gated_residual_adaln` by the registered operation, and the moments (B, T) of out as in `adaln_with_moments`."""
     check_residual("gated_residual_adaln", x, branch, bias, gate=gate, shift=shift, scale=scale)
-    return _forward_op(x, branch, gate, shift, scale, bias, eps)
+    return _forward_op(x, branch, gate, shift, scale, bias, eps, is_centred(norm))

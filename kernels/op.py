@@ -11,6 +11,9 @@ from dit_fast.kernels.launch import recording
 
 KERNEL_MODES = ("auto", "triton", "reference")
 
+NORMS = ("layernorm", "rmsnorm")
+"""What `norm` of the modulated norms may be."""
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What the kernels compute on."""
 
@@ -28,6 +31,13 @@ def uses_triton(kernels: str, x: Tensor) -> bool:
     if kernels not in KERNEL_MODES:
         raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(map(repr, KERNEL_MODES))}")
     return kernels == "triton" or (kernels == "auto" and x.is_cuda)
+
+
+def is_centred(norm: str) -> bool:
+    """Whether a norm of NORMS subtracts the mean. Raises ValueError for another word."""
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r}: choose one of {', '.join(map(repr, NORMS))}")
+    return norm == "layernorm"
 
 
 def define_op(

@@ -18,9 +18,18 @@ if TYPE_CHECKING:
     from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors
 
 
-def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """norm(x) * (1 + scale) + shift, norm a layer norm without affine parameters; in the dtype of `scale`."""
-    y = F.layer_norm(x, x.shape[-1:], eps=eps)
+def adaln_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, centred: bool = True
+) -> Tensor:
+    """norm(x) * (1 + scale) + shift, in the dtype of `scale`.
+
+    norm without affine parameters: a layer norm or, not `centred`, an RMSNorm (Zhang & Sennrich 2019, equation 4).
+    """
+    y = (
+        F.layer_norm(x, x.shape[-1:], eps=eps)
+        if centred
+        else F.rms_norm(x.to(accumulator(x)), x.shape[-1:], eps=eps)
+    )
     return torch.addcmul(shift[:, None], y, 1 + scale[:, None]).to(scale.dtype)
 
 
@@ -39,10 +48,11 @@ def gated_residual_adaln(
     scale: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    centred: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The new residual stream x + gate * (branch + bias) and its modulated norm."""
     x = gated_residual(x, branch, gate, bias)
-    return x, adaln_modulate(x, shift, scale, eps)
+    return x, adaln_modulate(x, shift, scale, eps, centred)
 
 
 def gelu(pre: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -108,10 +118,16 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each row of `x`, (B, T), in the accumulator's dtype."""
+def moments(x: Tensor, eps: float, centred: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each row of `x`, (B, T), in the accumulator's dtype.
+
+    Not `centred`: zero in place of the mean, and mean(x^2) in that of the variance.
+    """
     x = x.to(accumulator(x))
-    var, mean = torch.var_mean(x, dim=-1, correction=0)
+    if centred:
+        var, mean = torch.var_mean(x, dim=-1, correction=0)
+    else:
+        var, mean = x.square().mean(-1), x.new_zeros(x.shape[:-1])
     return mean, torch.rsqrt(var + eps)
 
 
@@ -123,18 +139,19 @@ def adaln_from_moments(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, sca
 
 
 def adaln_modulate_backward(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_x, d_shift, d_scale of `adaln_modulate`.
 
-    With h = (x - mean) * rstd and g = dy * (1 + scale): d_x = rstd * (g - mean_D(g) - h * mean_D(g * h)),
-    d_shift = sum_T(dy), d_scale = sum_T(dy * h).
+    With h = (x - mean) * rstd and g = dy * (1 + scale): d_x = rstd * (g - mean_D(g) - h * mean_D(g * h)), without
+    mean_D(g) where the norm is not `centred`, d_shift = sum_T(dy), d_scale = sum_T(dy * h).
     """
     acc = accumulator(x)
     dy = dy.to(acc)
     h = (x.to(acc) - mean[..., None]) * rstd[..., None]
     g = dy * (1 + scale.to(acc)[:, None])
-    dx = rstd[..., None] * (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True))
+    from_mean = g.mean(-1, keepdim=True) if centred else 0
+    dx = rstd[..., None] * (g - from_mean - h * (g * h).mean(-1, keepdim=True))
     return dx.to(x.dtype), dy.sum(1).to(scale.dtype), (dy * h).sum(1).to(scale.dtype)
 
 
@@ -160,10 +177,11 @@ def gated_residual_adaln_backward(
     mean: Tensor,
     rstd: Tensor,
     bias: Tensor | None,
+    centred: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """d_x, d_branch, d_gate, d_shift, d_scale, d_bias from the gradients of both outputs (`out` is the new stream)."""
     acc = accumulator(out)
-    dnorm, dshift, dscale = adaln_modulate_backward(dy.to(acc), out.to(acc), scale, mean, rstd)
+    dnorm, dshift, dscale = adaln_modulate_backward(dy.to(acc), out.to(acc), scale, mean, rstd, centred)
     dx = dout.to(acc) + dnorm
     dbranch, dgate, dbias = gated_residual_backward(dx, branch, gate, bias)
     return dx.to(out.dtype), dbranch, dgate, dshift, dscale, dbias

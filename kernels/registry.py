@@ -1,11 +1,12 @@
-"""One OpSpec for each public operation: what tests, benchmarks and the roofline need to know of it.
+"""An OpSpec for each public operation and variant of one: what tests, benchmarks and the roofline need to know of it.
 
 A shape is (B, T, D) for token operations; `patch_embed` and `unpatchify` read it as batch, tokens (a square) and
 width, with four latent channels and patches of two.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class OpSpec:
     modulation (autocast mixes them), `make(*size, dtype=...)` a factory of tensors. `forward_elements(B, T, D)`,
     `backward_elements`: what has to be read and written, vectors of one row a sample left out. `products(B, T, D)`:
     multiplications and additions of the forward pass's matrix products, `backward_products` times as many backward.
+    variant: "" for the operation as it is called without keywords, else the word that tells which other one it is.
     """
 
     name: str
@@ -43,6 +45,12 @@ class OpSpec:
     backward_elements: Callable[[int, int, int], int]
     products: Callable[[int, int, int], int] = lambda B, T, D: 0
     backward_products: float = 2.0
+    variant: str = ""
+
+    @property
+    def key(self) -> str:
+        """The entry's name in REGISTRY, in test ids and in results."""
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
     def bytes_moved(self, shape: Shape, itemsize: int, backward: bool = False) -> int:
         """Unavoidable bytes to and from memory, forward or backward."""
@@ -122,7 +130,7 @@ def _patches(B: int, T: int, D: int) -> int:
 
 
 REGISTRY: dict[str, OpSpec] = {
-    spec.name: spec
+    spec.key: spec
     for spec in (
         OpSpec(
             "adaln_modulate", adaln_modulate, reference.adaln_modulate, _adaln_inputs, _tokens(2), _tokens(3)
@@ -178,3 +186,13 @@ REGISTRY: dict[str, OpSpec] = {
         OpSpec("unpatchify", unpatchify, reference.unpatchify, _unpatchify_inputs, _patches, _patches),
     )
 }
+
+
+def _with_rmsnorm(spec: OpSpec) -> OpSpec:
+    """The operation with an RMSNorm in place of the layer norm."""
+    op, text = partial(spec.op, norm="rmsnorm"), partial(spec.reference, centred=False)
+    return replace(spec, variant="rmsnorm", op=op, reference=text)
+
+
+_NORMED = (REGISTRY["adaln_modulate"], REGISTRY["gated_residual_adaln"])
+REGISTRY |= {spec.key: spec for spec in map(_with_rmsnorm, _NORMED)}

@@ -30,10 +30,17 @@ def test_every_operation_has_every_pass_and_provider() -> None:
     assert found == {(n, d, p) for n in REGISTRY for d in directions for p in peers.providers_of(n)}
 
 
-@pytest.mark.parametrize("provider", ["ours", "eager", "compiled", "layer_norm"])
-def test_providers_agree(provider: str) -> None:
-    spec = REGISTRY["adaln_modulate"]
-    function = peers.providers_of("adaln_modulate")[provider](spec)
+@pytest.mark.parametrize(
+    ("name", "provider"),
+    [
+        *(("adaln_modulate", provider) for provider in ("ours", "eager", "compiled", "layer_norm")),
+        ("adaln_modulate-rmsnorm", "compiled"),
+        ("adaln_modulate-rmsnorm", "rms_norm"),
+    ],
+)
+def test_providers_agree(name: str, provider: str) -> None:
+    spec = REGISTRY[name]
+    function = peers.providers_of(name)[provider](spec)
     assert Bench(spec, SHAPE, "fp32", "cpu").disagreement(function) is None
 
 

@@ -30,7 +30,7 @@ def test_every_operation_is_timed() -> None:
     names = [stage.name for stage in stages(dry=False)]
     assert names[:3] == ["environment", "correctness", "ladder: training"]
     asked = " ".join(stage.command[-1] for stage in stages(dry=False) if stage.name.startswith("kernels: "))
-    cases = re.findall(r"[a-z_]+-32x256x1152-bf16", asked)
+    cases = re.findall(r"[a-z_-]+-32x256x1152-bf16", asked)
     assert sorted(cases) == sorted(f"{name}-32x256x1152-bf16" for name in REGISTRY)
     assert len(names) == len(set(names))
     assert [stage.name for stage in stages(dry=True)] == [n for n in names if not n.startswith("sanitizer")]

@@ -74,9 +74,12 @@ def test_exceptions_have_their_proof() -> None:
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_an_entry_is_named_as_its_operation(name: str) -> None:
+    """A variant is its operation, and its reference, with a keyword."""
     spec = REGISTRY[name]
-    assert spec.name == spec.op.__name__ == spec.reference.__name__ == name
-    assert name in registered()
+    op, text = (getattr(function, "func", function) for function in (spec.op, spec.reference))
+    assert spec.name == op.__name__ == text.__name__ == name.split("-")[0]
+    assert spec.name in registered()
+    assert bool(spec.variant) == (op is not spec.op) == (text is not spec.reference)
 
 
 def test_triton_is_required() -> None:

@@ -15,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_fast.blocks import Stream, normed
 from dit_fast.cli import main
 from dit_fast.conditioning import CONDITIONING
+from dit_fast.counting import kept_bytes
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
 from dit_fast.interop import DIFFUSERS, load_model, save_diffusers
 from dit_fast.interop.configuration import infer_config
+from dit_fast.kernels.recompute import adaln_from_moments
 from dit_fast.layers import Attention, Layout, RMSNorm, SwiGLU, make_norm
 from dit_fast.models import DiT, DiT_models
 from dit_fast.positions import rotary_angles, rotate
@@ -175,14 +177,21 @@ def test_swiglu_is_its_formula_with_two_thirds_of_the_width() -> None:
 
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 def test_rms_norm_is_its_formula(mode: str) -> None:
-    """Modulated, on a stream with a branch pending."""
+    """Modulated, on a stream with a branch pending; the kernels can make it again from what they keep."""
     tokens, branch = seeded("tokens", 2, 5, 24), seeded("branch", 2, 5, 24)
     gate, shift, scale = (seeded(name, 2, 24) for name in ("gate", "shift", "scale"))
     h = normed(Stream(tokens, branch, None, gate), make_norm("rmsnorm", 24, False), shift, scale, mode)
     added = tokens + gate[:, None] * branch
     rms = added.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
     assert (h.x - added).abs().max() < 1e-6
-    assert (h.y - (added / rms * (1 + scale[:, None]) + shift[:, None])).abs().max() < 1e-5
+    expected = added / rms * (1 + scale[:, None]) + shift[:, None]
+    assert (h.y - expected).abs().max() < 1e-5
+    assert (h.recipe is None) == (mode == "reference")
+    assert h.recipe is None or (adaln_from_moments(*h.recipe) - expected).abs().max() < 1e-5
+
+
+def test_rms_norm_keeps_no_more_for_the_backward_pass_than_a_layer_norm() -> None:
+    assert kept_bytes({**CONFIG, "norm": "rmsnorm"}, 4) == kept_bytes(CONFIG, 4)
 
 
 def test_rms_norm_rounds_once() -> None:

@@ -25,7 +25,13 @@ from dit_fast.kernels.op import MAX_WIDTH
 from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY.keys())
+OPS = pytest.mark.parametrize(
+    "spec",
+    [pytest.param(s, id=s.key, marks=pytest.mark.nightly if s.variant else ()) for s in REGISTRY.values()],
+)
+"""Every operation and, nightly, every variant of one."""
+VARIANTS_TOO = pytest.mark.parametrize("spec", REGISTRY.values(), ids=REGISTRY.keys())
+"""For what a variant has of its own: its formula and its gradient."""
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "fp16": (torch.float16, torch.float16),

@@ -59,10 +59,12 @@ def test_float32_losses_agree(reference: list[float]) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap"])
-def test_losses_with_swiglu_agree(recompute: str) -> None:
-    theirs = losses("reference", steps=4, mlp="swiglu")
-    ours = losses("triton", steps=4, mlp="swiglu", recompute=recompute)
+@pytest.mark.parametrize("options", [{"mlp": "swiglu"}, {"norm": "rmsnorm"}], ids=["swiglu", "rmsnorm"])
+def test_losses_with_options_agree(options: dict[str, str], recompute: str, reference: list[float]) -> None:
+    theirs = losses("reference", steps=4, **options)
+    ours = losses("triton", steps=4, recompute=recompute, **options)
     assert largest_difference(ours, theirs) <= 1e-5
+    assert largest_difference(theirs, reference[:4]) > 1e-4
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from proofs import (
     DTYPES,
     HARD_ROWS,
     OPS,
+    VARIANTS_TOO,
     agrees_in_float64,
     draw,
     evaluate,
@@ -58,7 +59,7 @@ def test_float64_agrees(spec: OpSpec, shape: Shape) -> None:
     agrees_in_float64(spec, shape)
 
 
-@OPS
+@VARIANTS_TOO
 def test_programs_that_walk_several_tiles(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large batches leave each program more than one tile of a sample; here small ones do."""
     for name, module in list(sys.modules.items()):
@@ -74,7 +75,7 @@ def test_programs_that_walk_several_tiles(spec: OpSpec, monkeypatch: pytest.Monk
     agrees_in_float64(spec, (2, 33, 72))
 
 
-@OPS
+@VARIANTS_TOO
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 4, 1152), (2, 9, 72)], ids=["D1152", "D72"])
 def test_as_accurate_as_torch(spec: OpSpec, shape: Shape, dtypes: str) -> None:
@@ -95,13 +96,13 @@ def test_layout_does_not_matter(spec: OpSpec) -> None:
     is_the_same_in_any_layout(spec, (2, 9, 72))
 
 
-@OPS
+@VARIANTS_TOO
 @pytest.mark.parametrize("kind", HARD_ROWS)
 def test_hard_rows(spec: OpSpec, kind: str) -> None:
     survives_hard_rows(spec, kind)
 
 
-@OPS
+@VARIANTS_TOO
 def test_gradcheck(spec: OpSpec) -> None:
     passes_gradcheck(spec)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dit_fast.kernels import NORMS
 from dit_fast.kernels.adaln import adaln_with_moments
 from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments, linear
 
@@ -17,10 +18,12 @@ def inputs(dtype: torch.dtype, shape=(2, 9, 72), outputs: int = 40):
     return [make(B, T, D), shift, scale, make(outputs, D), make(outputs)]
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(2, 9, 72), (1, 5, 1000), (3, 16, 1152), (0, 4, 72), (2, 0, 72)])
-def test_norm_from_its_moments_is_the_norm(shape) -> None:
+def test_norm_from_its_moments_is_the_norm(shape, norm) -> None:
     x, shift, scale, _, _ = inputs(torch.float64, shape)
-    y, mean, rstd = adaln_with_moments(x, shift, scale)
+    y, mean, rstd = adaln_with_moments(x, shift, scale, norm=norm)
+    assert mean.any() == (norm == "layernorm" and x.numel() > 0)
     assert torch.allclose(adaln_from_moments(x, mean, rstd, shift, scale), y, rtol=0, atol=1e-12)
 
 

@@ -30,6 +30,14 @@ def test_unknown_switch_is_refused(spec: OpSpec) -> None:
         spec.op(*inputs, kernels="cuda")
 
 
+@pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual_adaln"])
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_unknown_norm_is_refused(name: str, kernels: str) -> None:
+    inputs = REGISTRY[name].make_inputs((1, 4, 72), torch.float32, torch.float32, draw)
+    with pytest.raises(ValueError, match=r"norm='batchnorm': choose one of 'layernorm', 'rmsnorm'"):
+        REGISTRY[name].op(*inputs, norm="batchnorm", kernels=kernels)
+
+
 @OPS
 def test_width_limit(spec: OpSpec) -> None:
     """Operations whose programs hold a whole row refuse one too wide; the others walk any width."""
