@@ -216,7 +216,11 @@ class DiT(Gridded):
         """Embedded labels (N, D) or captions (N, S, D), some dropped where `train`; None for an unconditional model."""
         if self.y_embedder is None:
             return None
-        if y is None or (y.ndim == 3 and y.shape[2] == self.caption_dim) != bool(self.caption_dim):
+        if (
+            y is None
+            or y.ndim != (3 if self.caption_dim else 1)
+            or (y.ndim == 3 and y.shape[2] != self.caption_dim)
+        ):
             wanted = (
                 f"was trained on captions, give their tokens (N, S, {self.caption_dim})"
                 if self.caption_dim

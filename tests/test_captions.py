@@ -204,3 +204,13 @@ def test_compiled(conditioning):
     model = build(conditioning)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x(), T, captions()), model(x(), T, captions()), atol=1e-6)
+
+
+def test_a_model_of_classes_refuses_captions():
+    model = DiT(input_size=8, hidden_size=32, depth=1, num_heads=2, num_classes=3).eval()
+    with pytest.raises(
+        ValueError, match=r"y is \(3, 5, 12\): the model has 3 classes, give a label for each image"
+    ):
+        model(x(), T, captions())
+    with pytest.raises(ConfigError, match=r"labels are torch.float32 \(3, 5, 12\), expected one integer"):
+        Sampler(model, create_diffusion("4"))(captions())

@@ -37,6 +37,7 @@ from dit_fast.sampling import (
 from dit_fast.sampling.explain import attention_maps
 from dit_fast.training import TrainConfig, Trainer
 from dit_fast.training.checkpoint import latest_checkpoint, load_checkpoint
+from dit_fast.training.config import open_set
 from dit_fast.training.evaluate import Evaluation
 from dit_fast.training.grids import SampleGrids
 from dit_fast.training.progress import read_scores
@@ -59,7 +60,7 @@ def new_trainer(photos: Path, **options: Any) -> Trainer:
     config = TrainConfig(
         str(photos), **{"conditioning": "in_context", "steps": 2, "sample_steps": 3, **SMALL, **options}
     )
-    return Trainer(config, open_data(photos))
+    return Trainer(config, open_set(config))
 
 
 def run(*words: object) -> int:
@@ -201,14 +202,15 @@ def test_captions_are_encoded_into_the_folder_and_prompts_as_they_were(photos, t
 
 
 def test_grids_are_of_the_captions_of_training_samples(photos, tmp_path):
-    trainer = new_trainer(photos, class_dropout_prob=0.5)
+    trainer = new_trainer(photos, class_dropout_prob=0.5, holdout=0.3)
     for parameter in trainer.model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     grids = SampleGrids(trainer)
     grids.draw(tmp_path / "samples" / "step.png")
+    assert len(trainer.data.train) == 5
     names = [CAPTIONS[member] for member in trainer.data.train.members.tolist()]
     assert (tmp_path / "samples" / "captions.txt").read_text() == "".join(f"{name}\n" for name in names)
-    told = trainer.data.train.told(torch.arange(7)).repeat_interleave(8, dim=0)
+    told = padded()[trainer.data.train.members].repeat_interleave(8, dim=0)
     images = to_uint8(Sampler(trainer.model, grids.sampler.nodes, grids.sampler.config)(told, seed=0))
     rows = [(short_label(name), images[8 * row : 8 * row + 8]) for row, name in enumerate(names)]
     drawn = np.asarray(Image.open(tmp_path / "samples" / "step.png"))
@@ -254,8 +256,9 @@ def test_what_an_evaluation_draws_is_what_the_command_draws(photos, tmp_path, mo
     monkeypatch.setattr(features, "InceptionFeatures", SmallNetwork)
     options = {"evaluate_every": 1, "evaluate_samples": 9, "evaluate_weights": "unused.pth"}
     trainer = new_trainer(photos, conditioning="cross_attention", ema_decay=0.0, **options)
-    for step in range(2):
-        trainer.train_step(*trainer.stream.stored(step))
+    for parameter in trainer.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    trainer.train_step(*trainer.stream.stored(0))
     evaluation = Evaluation(trainer)
     score = evaluation.score()
     with trainer.writer(tmp_path / "run") as writer:
