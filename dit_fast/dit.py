@@ -18,9 +18,10 @@ from dit_fast.conditioning import ADAPTIVE, BLOCKS
 from dit_fast.embedders import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, as_pair
 from dit_fast.errors import ConfigError
 from dit_fast.grid import Gridded
+from dit_fast.kernels import KERNEL_MODES
 from dit_fast.layers import Layout, matrix_size
 from dit_fast.model_files import load_weights, read_model, write_model
-from dit_fast.options import OPTIONS, PAPER, one_of
+from dit_fast.options import OPTIONS, PAPER, check_sizes, one_of
 from dit_fast.positions import ROTARY, SINES, check_rotary
 
 
@@ -69,6 +70,11 @@ class DiT(Gridded):
         recompute: str = "none",
     ):
         super().__init__()
+        check_sizes(
+            mlp_ratio, class_dropout_prob, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size,
+            depth=depth, num_heads=num_heads, num_classes=num_classes, caption_dim=caption_dim,
+        )  # fmt: skip
+        one_of("kernels", kernels, KERNEL_MODES)
         self.learn_sigma = learn_sigma
         self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels

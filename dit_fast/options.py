@@ -17,6 +17,9 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 """The first is the paper's: what a configuration that does not name the option means."""
 
+MOST_MLP = 1 << 10
+"""What nobody's MLP is wider than, over the model's width: a mistyped ratio is refused before memory is asked for."""
+
 PAPER: dict[str, Any] = {name: words[0] for name, words in OPTIONS.items()}
 
 
@@ -28,6 +31,18 @@ def beyond_the_paper(config: Mapping[str, Any]) -> str:
     elif not config["num_classes"]:
         others["num_classes"] = 0
     return ", ".join(f"{name}={value!r}" for name, value in others.items())
+
+
+def check_sizes(mlp_ratio: float, class_dropout_prob: float, **counts: int) -> None:
+    """ConfigError for sizes of a `DiT` that no model has, as the constructor's arguments by name."""
+    for name, value in counts.items():
+        least = 0 if name in ("depth", "num_classes", "caption_dim") else 1
+        if value < least:
+            raise ConfigError(f"{name} {value}: give at least {least}")
+    if not 0 < mlp_ratio <= MOST_MLP:
+        raise ConfigError(f"mlp_ratio {mlp_ratio}: give a number above 0, up to {MOST_MLP}")
+    if not 0 <= class_dropout_prob <= 1:
+        raise ConfigError(f"class_dropout_prob {class_dropout_prob}: give a number from 0 to 1")
 
 
 def one_of(name: str, value: Any, words: tuple[Any, ...]) -> Any:

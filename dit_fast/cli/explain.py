@@ -63,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("dit-fast explain runs in one process, not under torchrun")
     if args.frames < 2:
         raise ConfigError(f"--frames {args.frames}: choose at least 2")
-    prepare_folder(args.out)
     with tempfile.TemporaryDirectory(prefix="dit-fast-") as folder:
         # The plan keeps parts of many samples in its folder; here there are none, and those in OUT are another's.
         plan = make_plan(argparse.Namespace(**{**vars(args), "out": Path(folder)}))
@@ -81,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         replace(sampler.config.guidance, scale=scale)
     block = len(plan.model.blocks) // 2 if args.block is None else args.block
     check_attention(plan.model, block, args.head)
+    prepare_folder(args.out)
 
     def decode(states: Tensor) -> Tensor:
         return _shown(plan, states)

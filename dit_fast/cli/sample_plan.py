@@ -74,7 +74,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     device = _device(args.device, world)
     if args.save_images and (args.out / "images").exists():
         raise OutputError(f"{args.out / 'images'} is there already; remove it or choose another --out")
-    prepare_folder(args.out)
 
     model, info = load_model(
         _checkpoint(args),
@@ -122,15 +121,15 @@ def make_plan(args: argparse.Namespace) -> Plan:
     factor = 1 if decoder is None else decoder.factor
     _settle_image_size(args, model, info, LATENT_FACTOR if decoder is None and info.latent else factor)
     height, width = (side * factor for side in model.x_embedder.img_size)
-    # Uncompressed pixels of the parts, the archive and the single files, and of the grid (small images are enlarged).
-    copies = 2 + args.npz + args.save_images
-    prepare_folder(args.out, needed_bytes=3 * (num * height * width * copies + min(num, 4096) * 56 * 56))
     shape = (model.in_channels if vae == "none" else 3, height, width)
     scorer = _scorer(args, model, info, shape) if args.compare_to is not None else None
     if args.npz and shape[0] not in (1, 3):
         raise ConfigError(
             f"--npz holds images, these are {shape[0]} channels of latents: decode them with --vae"
         )
+    # Uncompressed pixels of the parts, the archive and the single files, and of the grid (small images are enlarged).
+    copies = 2 + args.npz + args.save_images
+    prepare_folder(args.out, needed_bytes=3 * (num * height * width * copies + min(num, 4096) * 56 * 56))
 
     pixels = shape[0] in (1, 3)
     request = {

@@ -96,7 +96,8 @@ class Sampler:
 
     process: a diffusion process, or nodes such as `flow_nodes(50)` for a model of flow matching. cond_fn: classifier
     guidance, see `classifier_cond_fn`. `model`, `nodes` and `config` may be assigned anew between calls; what depends
-    on them is captured again. After a call, `eager_reason` says why no graph was used (None: one was).
+    on them is captured again. Raises ConfigError, when built or called, where they do not go together. After a call,
+    `eager_reason` says why no graph was used (None: one was).
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Sampler:
         self._cast: tuple[object, DiT] | None = None
         self._compiled: Evaluate | None = None
         self._failed: dict[ProgramKey, str] = {}
+        self.check_config()
 
     def check(self, labels: Tensor, seed: int = 0, batch_size: int = 64) -> None:
         """ConfigError when the model cannot draw these labels (M,) or captions (M, S, E) with the present `config`."""
@@ -140,6 +142,15 @@ class Sampler:
                 f"label {low if low < 0 else high} is out of range: "
                 + (known if classes else "the model is unconditional, give 0 for each image")
             )
+        self.check_config()
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"seed {seed}: choose a number from 0 to 2**63 - 1")
+        if batch_size < 1:
+            raise ConfigError(f"batch size {batch_size}: choose at least 1")
+
+    def check_config(self) -> None:
+        """ConfigError when the present model, nodes and `config` do not go together."""
+        classes, width = self.model.num_classes, self.model.caption_dim
         if self.config.guidance.active and not self.model.has_null:
             raise ConfigError(
                 f"guidance scale {self.config.guidance.scale} needs a model trained with label dropout, this one was "
@@ -162,10 +173,6 @@ class Sampler:
             )
         if self.config.precision == "fp8":
             require_float8(self.model)
-        if not 0 <= seed < 2**63:
-            raise ConfigError(f"seed {seed}: choose a number from 0 to 2**63 - 1")
-        if batch_size < 1:
-            raise ConfigError(f"batch size {batch_size}: choose at least 1")
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ from dit_fast.evaluation import FEATURES
 from dit_fast.interop.vae import LatentEncoder
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
 from dit_fast.models import DiT, DiT_models
-from dit_fast.options import OPTIONS
+from dit_fast.options import MOST_MLP, OPTIONS
 from dit_fast.training.objective import OBJECTIVE_CHOICES, ObjectiveConfig
 from dit_fast.training.parallel import PARALLEL
 from dit_fast.training.precision import PRECISIONS, RESIDUALS
@@ -180,9 +180,11 @@ class TrainConfig(ObjectiveConfig):
             self, "max_grad_norm", norm is None or (math.isfinite(norm) and norm > 0), "a positive number"
         )
         _require(self, "timeout", math.isfinite(self.timeout) and self.timeout > 0, "a positive number")
-        for field in ("weight_decay", "warmup_steps", "skip_nonfinite", "milestone_every"):
+        ratio = self.mlp_ratio
+        _require(self, "mlp_ratio", ratio is None or 0 < ratio <= MOST_MLP, f"above 0, up to {MOST_MLP}")
+        for field in ("weight_decay", "warmup_steps", "skip_nonfinite", "milestone_every", "num_workers"):
             value = getattr(self, field)
-            _require(self, field, math.isfinite(value) and value >= 0, "a number from 0")
+            _require(self, field, value is None or (math.isfinite(value) and value >= 0), "a number from 0")
         for field in ("beta1", "beta2", "ema_decay", "class_dropout_prob"):
             _require(self, field, 0 <= getattr(self, field) < 1, "from 0 up to, not including, 1")
         _require(self, "seed", 0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1")
@@ -215,6 +217,11 @@ class TrainConfig(ObjectiveConfig):
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(
                 f"--steps {self.steps} and --epochs {self.epochs} both set the length: give one"
+            )
+        if self.num_classes == 0 and self.class_dropout_prob not in (0, TrainConfig.class_dropout_prob):
+            raise ConfigError(
+                f"--class-dropout-prob {self.class_dropout_prob}: with --num-classes 0 there is no label to drop; "
+                "leave it out"
             )
         self.check_objective()
         if self.model not in DiT_models:

@@ -67,8 +67,9 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
 
     everyone.first(refuse_a_run)
     trainer = Trainer(config, open_set(config), world=world)
+    watch = Watch(trainer, run)
     everyone.first(lambda: prepare_folder(checkpoints_folder(run)))
-    return _run(trainer, run)
+    return _run(trainer, run, watch)
 
 
 def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -> TrainResult:
@@ -91,8 +92,9 @@ def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -
         raise ConfigError(
             f"{run} is already at step {trainer.step} of {trainer.total_steps}; give more --steps"
         )
+    watch = Watch(trainer, run)
     trainer.world.first(lambda: prepare_folder(checkpoints_folder(run)))
-    return _run(trainer, run)
+    return _run(trainer, run, watch)
 
 
 def train_or_resume(config: TrainConfig, run: str | Path, world: World) -> TrainResult:
@@ -112,7 +114,7 @@ def device_of(run: str | Path) -> str:
     return "auto"
 
 
-def _run(trainer: Trainer, run: Path) -> TrainResult:
+def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
     config = trainer.config
     apply_to_process(config)
     world = trainer.world
@@ -133,7 +135,7 @@ def _run(trainer: Trainer, run: Path) -> TrainResult:
         trainer.ranges("run"),
         mark_launches(trainer.ranges),
         world.watch(lambda: f"step {trainer.step + 1}"),
-        Watch(trainer, run) as watch,
+        watch,
         StopRequest(alone=world.size == 1) as stop,
         trainer.writer(run) as writer,
     ):

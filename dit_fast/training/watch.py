@@ -26,27 +26,33 @@ Item = TypeVar("Item")
 class Watch:
     """Follows a `Trainer` and writes to the run folder: log.jsonl, spikes.jsonl, samples/step-N.png, trackers.
 
-    Every rank has one, since numbers are put together of all; rank 0 writes.
+    Every rank has one, since numbers are put together of all; rank 0 writes, and nothing before it is entered: what
+    cannot be drawn or scored is refused when it is built.
     """
 
     def __init__(self, trainer: Trainer, run: Path):
         self.trainer = trainer
         self.run = run
         self.writes = trainer.world.is_first
-        # What may be refused comes before the first file of the run.
-        self.grids = SampleGrids(trainer) if trainer.config.sample_every else None
-        self.evaluation = Evaluation(trainer) if trainer.config.evaluate_every else None
-        self.log = RunLog(run / "log.jsonl", trainer.step) if self.writes else None
-        self.progress = Progress(trainer.total_steps, trainer.step) if self.writes else None
-        self.trackers: list[Tracker] = open_trackers(trainer.config, run) if self.writes else []
+        self.log: RunLog | None = None
+        self.progress: Progress | None = None
+        self.trackers: list[Tracker] = []
         self.spikes = metrics.SpikeDetector()
         self.flops = metrics.training_flops(trainer.model, trainer.data.caption_tokens, trainer.data.shapes)
         self.peak = metrics.peak_flops(trainer.device)
+        self.grids = SampleGrids(trainer) if trainer.config.sample_every else None
+        self.evaluation = Evaluation(trainer) if trainer.config.evaluate_every else None
         self.waited = 0.0
         self.skipped = int(trainer.state.skipped)
         self.logged_step, self.logged_at = trainer.step, time.perf_counter()
 
     def __enter__(self) -> "Watch":
+        trainer = self.trainer
+        if self.writes:
+            self.trackers = open_trackers(trainer.config, self.run)
+            self.log = RunLog(self.run / "log.jsonl", trainer.step)
+            self.progress = Progress(trainer.total_steps, trainer.step)
+        self.logged_at = time.perf_counter()
         return self
 
     def __exit__(
