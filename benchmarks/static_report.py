@@ -87,7 +87,10 @@ CASES = {
 """Operations that are called otherwise than once with 256 tokens."""
 
 TABLED = "finds tensors by a table of addresses; tails and unaligned ones go by single elements"
+HEAD_TAIL = "a head of 72 columns is 64 + 8: in 16 bits the last 16 bytes of a row go by two threads"
 NARROW = {
+    "_qk_norm_rope_fwd_kernel": HEAD_TAIL,
+    "_qk_norm_rope_bwd_kernel": HEAD_TAIL,
     "_permute_kernel": "gathers single pixels: the neighbours of one are P * P * C values apart",
     "_square_sum_kernel": TABLED,
     "_adamw_ema_kernel": TABLED,

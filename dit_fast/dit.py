@@ -40,9 +40,8 @@ class DiT(Gridded):
     kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "triton" or "reference"; attention: "auto", "triton", "sdpa"
     or "flash"; mlp_epilogue, who applies the GELU: "auto" (as the device's tuned table says), "separate", "triton" or
     "cublaslt"; recompute, in the backward pass: "none", "cheap" (norm outputs and activations, where the kernels run: a
-    third less memory for no matrix product) or "blocks" (every block from its input). No kernel is made for
-    rotation and qk_norm: with any `kernels` they are PyTorch's operations (for Inductor to fuse) between those that
-    have one, and "cheap" keeps their outputs. Raises ConfigError for what does not fit together.
+    third less memory for no matrix product) or "blocks" (every block from its input). Raises ConfigError for what does
+    not fit together.
     """
 
     def __init__(

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dit_fast.kernels import attention
-from dit_fast.kernels.attention import attention_backend
+from dit_fast.kernels import attention, qk_norm_rope, uses_triton
+from dit_fast.kernels.attention import MAX_HEAD_DIM, attention_backend
 from dit_fast.kernels.recompute import NormRecipe, linear
-from dit_fast.positions import rotate
+from dit_fast.kernels.reference import rotate
 
 
 def matrix_size(module: nn.Module) -> int:
@@ -80,8 +80,9 @@ class Attention(nn.Module):
     """Multi-head self-attention on one packed projection; rows of `qkv` are [q; k; v], each (heads, head_dim).
 
     `backend`: "auto" | "triton" | "sdpa" | "flash", see `dit_fast.kernels.attention`. `qk_norm`: an RMSNorm for the
-    queries and one for the keys of each head (Dehghani et al. 2023, section 2). It and a layout's rotation are
-    PyTorch operations in front of the same attention; a layout with padding is attended to by PyTorch's alone.
+    queries and one for the keys of each head (Dehghani et al. 2023, section 2). It, a layout's rotation and the bias
+    before them are one operation where the kernels run, `dit_fast.kernels.qk_norm_rope`, unless a norm was replaced
+    or hooked; a layout with padding is attended to by PyTorch's attention alone.
     """
 
     def __init__(
@@ -105,21 +106,53 @@ class Attention(nn.Module):
         self.k_norm: nn.Module = RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x: Tensor, layout: Layout | None = None, recipe: NormRecipe | None = None) -> Tensor:
+    def project(
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        recipe: NormRecipe | None = None,
+        kernels: str = "reference",
+    ) -> Tensor:
         """Queries, keys and values (N, T, 3, H, K) of tokens x (N, T, D), normalised and rotated where they are."""
-        packed = with_bias(self.qkv, x, recipe).unflatten(2, (3, self.num_heads, self.head_dim))
+        heads = (3, self.num_heads, self.head_dim)
+        rotation = None if layout is None else layout.rotation
+        norm = self.fused_norm() if uses_triton(kernels, x) and self.is_prepared(layout) else None
+        if norm is not None:
+            qkv, bias = without_bias(self.qkv, x, recipe)
+            weight, eps = norm
+            qkv = qk_norm_rope(qkv, self.num_heads, bias, weight, rotation, eps, kernels=kernels)
+            return qkv.unflatten(2, heads)
+        packed = with_bias(self.qkv, x, recipe).unflatten(2, heads)
         if not self.is_prepared(layout):
             return packed
         q, k, v = packed.unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
-        if layout is not None and layout.rotation is not None:
-            q, k = rotate(q, layout.rotation), rotate(k, layout.rotation)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         return torch.stack([q, k, v], dim=2)
 
     def is_prepared(self, layout: Layout | None) -> bool:
         """Whether something is done to queries and keys between projection and attention."""
         rotated = layout is not None and layout.rotation is not None
         return rotated or type(self.q_norm) is not nn.Identity or type(self.k_norm) is not nn.Identity
+
+    def fused_norm(self) -> tuple[Tensor | None, float] | None:
+        """Weight (2, K) of both norms (None without) and eps; None where `qk_norm_rope` cannot stand for them."""
+        q, k = self.q_norm, self.k_norm
+        if self.head_dim > MAX_HEAD_DIM:
+            return None
+        if is_plain(q, nn.Identity) and is_plain(k, nn.Identity):
+            return None, 1e-6
+        if not (
+            isinstance(q, RMSNorm)
+            and is_plain(q, RMSNorm)
+            and isinstance(k, RMSNorm)
+            and is_plain(k, RMSNorm)
+        ):
+            return None
+        if q.weight is None or k.weight is None or q.eps is None or q.eps != k.eps:
+            return None
+        return torch.stack([q.weight, k.weight]), q.eps
 
     def attend(
         self,
@@ -129,19 +162,23 @@ class Attention(nn.Module):
         kernels: str = "auto",
     ) -> Tensor:
         """Attention before the output projection, (N, T, D); `recipe`: of x, kept in its place."""
-        if layout is not None and layout.present is not None:
-            q, k, v = self.project(x, layout, recipe).permute(2, 0, 3, 1, 4).unbind(0)
-            mask = layout.present[:, None, None]
-            return nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        masked = layout is not None and layout.present is not None
         fused = attention_backend(x, self.head_dim, self.backend, kernels) == "triton"
-        if fused and not self.is_prepared(layout):
-            qkv, bias = without_bias(self.qkv, x, recipe)
-        else:
-            qkv, bias = self.project(x, layout, recipe).flatten(2), None
-        return attention(qkv, self.num_heads, bias, backend=self.backend, kernels=kernels)
+        if fused and not masked and not self.is_prepared(layout):
+            return self._mix(*without_bias(self.qkv, x, recipe), layout, kernels)
+        return self._mix(self.project(x, layout, recipe, kernels).flatten(2), None, layout, kernels)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        return self.proj(self.attend(x, layout))
+        return self.proj(self._mix(self.project(x, layout).flatten(2), None, layout))
+
+    def _mix(self, qkv: Tensor, bias: Tensor | None, layout: Layout | None, kernels: str = "auto") -> Tensor:
+        """Attention of qkv + bias, (N, T, 3 * H * K), among the tokens that are there: (N, T, D)."""
+        if layout is None or layout.present is None:
+            return attention(qkv, self.num_heads, bias, backend=self.backend, kernels=kernels)
+        packed = qkv.unflatten(2, (3, self.num_heads, self.head_dim))
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        mask = layout.present[:, None, None]
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):

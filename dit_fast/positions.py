@@ -73,17 +73,6 @@ def rotary_angles(grid: tuple[int, int], head_dim: int, device: torch.device | N
     return torch.cat([angles(row, head_dim // 4), angles(column, head_dim // 4)], dim=1).float()
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Neighbouring pairs of x (N, T, H, K) turned (Su et al. 2021, equation 34), in the dtype of x.
-
-    rotation (N or 1, T, K / 2, 2): cosine and sine of each pair's angle.
-    """
-    cos, sin = rotation[:, :, None].unbind(-1)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
-
-
 def get_2d_sincos_pos_embed(
     embed_dim: int, grid_size: int | tuple[int, int], cls_token: bool = False, extra_tokens: int = 0
 ) -> np.ndarray:

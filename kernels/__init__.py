@@ -16,6 +16,7 @@ if __name__ == "dit_fast.kernels":
     from dit_fast.kernels.mlp import ACTIVATIONS, EPILOGUES, mlp
     from dit_fast.kernels.op import KERNEL_MODES, NORMS, uses_triton
     from dit_fast.kernels.patchify import patch_embed, unpatchify
+    from dit_fast.kernels.qk_norm_rope import qk_norm_rope
     from dit_fast.kernels.swiglu import swiglu
 else:
     # In a checkout the bare name hides Hugging Face's package, whose version transformers asks for: too old to use.
@@ -47,6 +48,7 @@ __all__ = [
     "grad_square_sum",
     "mlp",
     "patch_embed",
+    "qk_norm_rope",
     "swiglu",
     "unpatchify",
     "uses_triton",

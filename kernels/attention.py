@@ -113,7 +113,7 @@ def attention(
     `choose_backend`. kernels: "triton" makes "auto" these kernels, "reference" is PyTorch whatever the backend.
     Raises ValueError for arguments that do not fit or another word, ImportError where a package is missing.
     """
-    K = _check(qkv, num_heads, bias)
+    K = check_packed("attention", qkv, num_heads, bias)
     chosen = attention_backend(qkv, K, backend, kernels)
     if chosen == "triton":
         if not takes_head_dim(K):
@@ -140,23 +140,21 @@ def attention_backend(x: Tensor, K: int, backend: str = "auto", kernels: str = "
     return "sdpa" if kernels == "reference" else choice.name
 
 
-def _check(qkv: Tensor, num_heads: int, bias: Tensor | None) -> int:
+def check_packed(op: str, qkv: Tensor, num_heads: int, bias: Tensor | None) -> int:
     """The head width K; ValueError naming the first argument that does not fit."""
-    check_tensors("attention", qkv=qkv, bias=bias)
+    check_tensors(op, qkv=qkv, bias=bias)
     if qkv.ndim != 3:
-        raise ValueError(
-            f"attention: qkv is {tuple(qkv.shape)}, expected (batch, tokens, 3 * heads * head_dim)"
-        )
+        raise ValueError(f"{op}: qkv is {tuple(qkv.shape)}, expected (batch, tokens, 3 * heads * head_dim)")
     packed = qkv.shape[2]
     if num_heads < 1 or packed == 0 or packed % (3 * num_heads):
         raise ValueError(
-            f"attention: num_heads {num_heads} does not divide qkv's {packed} columns into q, k and v"
+            f"{op}: num_heads {num_heads} does not divide qkv's {packed} columns into q, k and v"
         )
     K = packed // (3 * num_heads)
     if qkv.shape[1] * packed >= 2**31:
         raise ValueError(
-            f"attention: a sample of {qkv.shape[1]} x {packed} elements of qkv is beyond 32-bit offsets"
+            f"{op}: a sample of {qkv.shape[1]} x {packed} elements of qkv is beyond 32-bit offsets"
         )
     if bias is not None and tuple(bias.shape) != (packed,):
-        raise ValueError(f"attention: bias is {tuple(bias.shape)}, expected {(packed,)}")
+        raise ValueError(f"{op}: bias is {tuple(bias.shape)}, expected {(packed,)}")
     return K

@@ -114,16 +114,20 @@ def elementwise_launch(rows: int, width: int, tile_rows: int) -> ElementwiseLaun
     return ElementwiseLaunch(tile_rows, columns, 4, splits)
 
 
+def row_parts(width: int) -> tuple[int, int]:
+    """A row of `width` columns as a main and a tail part, two powers of two, the tail 0 where one suffices."""
+    main = 1 << (width.bit_length() - 1)
+    tail = triton.next_power_of_2(width - main) if width > main else 0
+    return (2 * main, 0) if tail == main else (main, tail)
+
+
 def row_launch(batch: int, tokens: int, width: int, itemsize: int) -> RowLaunch:
     """The launch for (batch, tokens, width) token tensors whose narrowest dtype has `itemsize` bytes.
 
     A function of the shape alone, so that the order of every sum, hence every bit, is the same on any device. sm_80,
     sm_90 and sm_100 agree in what it rests on: 64 Ki registers and 64 warps a multiprocessor, 128-bit accesses.
     """
-    main = 1 << (width.bit_length() - 1)
-    tail = triton.next_power_of_2(width - main) if width > main else 0
-    if tail == main:
-        main, tail = 2 * main, 0
+    main, tail = row_parts(width)
     # A warp covers 256 columns with 8 elements a thread: a column then lives in one thread for every row of the
     # tile, and sums over rows stay in registers.
     num_warps = min(max(main // 256, 1), 8)

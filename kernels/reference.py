@@ -80,6 +80,41 @@ def mlp(
 ACTIVATIONS = {"gelu": gelu, "swiglu": swiglu}
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 at least; in the dtype of `x`."""
+    return (F.rms_norm(x.to(accumulator(x)), x.shape[-1:], eps=eps) * weight).to(x.dtype)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Neighbouring pairs of x (B, T, H, K) turned (Su et al. 2021, equation 34), in the dtype of x.
+
+    rotation (B or 1, T, K / 2, 2): cosine and sine of each pair's angle.
+    """
+    cos, sin = rotation[:, :, None].unbind(-1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    num_heads: int,
+    bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    rotation: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """qkv + bias, (B, T, 3 * H * K) read as (3, H, K), queries and keys normalised and turned where told."""
+    if bias is not None:
+        qkv = qkv + bias.to(qkv.dtype)
+    qk, v = qkv.unflatten(2, (3 * num_heads, -1)).split((2 * num_heads, num_heads), dim=2)
+    if weight is not None:
+        qk = rms_norm(qk, weight.repeat_interleave(num_heads, 0), eps)
+    if rotation is not None:
+        qk = rotate(qk, rotation.detach())
+    return torch.cat([qk, v], dim=2).flatten(2)
+
+
 def attention(qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v of packed qkv + bias, (B, T, 3 * H * K) read as (3, H, K); returns (B, T, H * K).
 
@@ -250,6 +285,38 @@ def attention_backward(
     dqkv = dqkv.permute(1, 3, 0, 2, 4).reshape(qkv.shape)
     dbias = qkv.new_empty(0) if bias is None else dqkv.sum((0, 1)).to(bias.dtype)
     return dqkv.to(qkv.dtype), dbias
+
+
+def qk_norm_rope_backward(
+    dout: Tensor,
+    qkv: Tensor | None,
+    num_heads: int,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    rotation: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_qkv, d_bias, d_weight of `qk_norm_rope`, empty for what is None; qkv is read with a weight.
+
+    With h = x * rstd and d = R^T d_out, pairs turned back: d_weight = sum_BTH(d * h), g = d * weight,
+    d_x = rstd * (g - h * mean_K(g * h)), d_bias = sum_BT(d_x).
+    """
+    acc, dweight = accumulator(dout), dout.new_empty(0)
+    sizes = (2 * num_heads, num_heads)
+    dqk, dv = dout.to(acc).unflatten(2, (3 * num_heads, -1)).split(sizes, dim=2)
+    if rotation is not None:
+        cos, sin = rotation.to(acc).unbind(-1)
+        dqk = rotate(dqk, torch.stack([cos, -sin], dim=-1))
+    if weight is not None and qkv is not None:
+        x = qkv.to(acc) if bias is None else qkv.to(acc) + bias.to(acc)
+        x = x.unflatten(2, (3 * num_heads, -1))[:, :, : sizes[0]]
+        rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        h, g = x * rstd, dqk * weight.to(acc).repeat_interleave(num_heads, 0)
+        dweight = (dqk * h).sum((0, 1)).unflatten(0, (2, num_heads)).sum(1).to(weight.dtype)
+        dqk = rstd * (g - h * (g * h).mean(-1, keepdim=True))
+    dqkv = torch.cat([dqk, dv], dim=2).flatten(2)
+    dbias = dout.new_empty(0) if bias is None else dqkv.sum((0, 1)).to(bias.dtype)
+    return dqkv.to(dout.dtype), dbias, dweight
 
 
 def patch_embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
 from dit_fast.kernels.gelu import gelu
 from dit_fast.kernels.mlp import mlp
 from dit_fast.kernels.patchify import patch_embed, unpatchify
+from dit_fast.kernels.qk_norm_rope import qk_norm_rope
 from dit_fast.kernels.swiglu import swiglu
 
 Shape = tuple[int, int, int]
@@ -34,6 +35,7 @@ class OpSpec:
     modulation (autocast mixes them), `make(*size, dtype=...)` a factory of tensors. `forward_elements(B, T, D)`,
     `backward_elements`: what has to be read and written, vectors of one row a sample left out. `products(B, T, D)`:
     multiplications and additions of the forward pass's matrix products, `backward_products` times as many backward.
+    `constants`: inputs that get no gradient.
     variant: "" for the operation as it is called without keywords, else the word that tells which other one it is.
     """
 
@@ -45,6 +47,7 @@ class OpSpec:
     backward_elements: Callable[[int, int, int], int]
     products: Callable[[int, int, int], int] = lambda B, T, D: 0
     backward_products: float = 2.0
+    constants: tuple[str, ...] = ()
     variant: str = ""
 
     @property
@@ -117,6 +120,16 @@ def _attention_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make:
     return make(B, T, 3 * heads * K, dtype=low), heads, make(3 * heads * K, dtype=stream)
 
 
+def _qk_norm_rope_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+    """Heads of 72 or 64 columns, else one head of up to 128; one rotation for all samples, float32 as in a model."""
+    B, T, D = shape
+    K = next((K for K in (72, 64) if D % K == 0), min(max(D // 4 * 4, 4), 128))
+    heads = D // K if D % K == 0 else 1
+    qkv, bias = make(B, T, 3 * heads * K, dtype=low), make(3 * heads * K, dtype=stream)
+    rotation = make(1, T, K // 2, 2, dtype=torch.float32)
+    return qkv, heads, bias, make(2, K, dtype=stream), rotation
+
+
 def _tokens_and_weights(tokens: int, weights: int) -> Callable[[int, int, int], int]:
     return lambda B, T, D: tokens * B * T * D + weights * D * D
 
@@ -181,6 +194,15 @@ REGISTRY: dict[str, OpSpec] = {
             _tokens(1),
             _tokens(1),
             lambda B, T, D: 32 * B * T * D,
+        ),
+        OpSpec(
+            "qk_norm_rope",
+            qk_norm_rope,
+            reference.qk_norm_rope,
+            _qk_norm_rope_inputs,
+            _tokens(6),
+            _tokens(8),
+            constants=("rotation",),
         ),
         OpSpec("swiglu", swiglu, reference.swiglu, _swiglu_inputs, _tokens(3), _tokens(5)),
         OpSpec("unpatchify", unpatchify, reference.unpatchify, _unpatchify_inputs, _patches, _patches),

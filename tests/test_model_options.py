@@ -21,9 +21,10 @@ from dit_fast.errors import ConfigError
 from dit_fast.interop import DIFFUSERS, load_model, save_diffusers
 from dit_fast.interop.configuration import infer_config
 from dit_fast.kernels.recompute import adaln_from_moments
+from dit_fast.kernels.reference import rotate
 from dit_fast.layers import Attention, Layout, RMSNorm, SwiGLU, make_norm
 from dit_fast.models import DiT, DiT_models
-from dit_fast.positions import rotary_angles, rotate
+from dit_fast.positions import rotary_angles
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig
 from dit_fast.sampling.explain import attention_maps
 
