@@ -97,9 +97,12 @@ def test_importance_sampling_is_the_same_in_micro_batches_and_on_two_ranks():
         ).draw(*whole.stream.stored(12, rows))  # fmt: skip
         assert all(torch.equal(a, b[rows]) for a, b in zip(share, drawn, strict=True))
     x, t, noise, y, importance = drawn
-    with torch.no_grad():
-        losses = whole.objective.training_losses(whole._denoise, x, t, {"y": y}, noise=noise)["loss"]
+    losses = whole.objective.training_losses(whole._denoise, x, t, {"y": y}, noise=noise)["loss"]
+    weight = whole.model.final_layer.linear.weight
+    (gradient,) = torch.autograd.grad((importance * losses).mean(), weight)
+    losses = losses.detach()
     run(whole, 1)
+    assert relative(weight.grad, gradient) < 1e-4
     assert whole.values()[-1].loss == pytest.approx(float((importance * losses).mean()), rel=1e-4)
     # What it learns from is the loss itself; one of each timestep is its newest.
     newest = one.losses[t] - losses[:, None]
