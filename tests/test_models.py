@@ -154,11 +154,11 @@ def test_labels_are_dropped_in_training_only() -> None:
     model = golden_model(class_dropout_prob=0.5)
     null = torch.full_like(Y, 10)
     model.train()
-    torch.manual_seed(5)
+    torch.manual_seed(2)
     dropped = torch.rand(4) < 0.5
     assert dropped.any()
     assert not dropped.all()
-    torch.manual_seed(5)
+    torch.manual_seed(2)
     trained = model(images(), T, Y)
     model.eval()
     assert_close(trained, model(images(), T, torch.where(dropped, null, Y)), 0)
