@@ -29,12 +29,28 @@ TINY: dict[str, Any] = {
 # Options of each objective, and what share of its first loss its last may be.
 OBJECTIVES: dict[str, tuple[dict[str, Any], float]] = {
     "diffusion, epsilon": ({"diffusion_steps": 100}, 0.3),
+    "diffusion, epsilon, variance by its logarithm": ({"diffusion_steps": 100, "learned_range": False}, 0.3),
+    "diffusion, epsilon, fixed variance": ({"diffusion_steps": 100, "learn_sigma": False}, 0.3),
+    "diffusion, epsilon, fixed small variance, cosine": (
+        {"diffusion_steps": 100, "learn_sigma": False, "sigma_small": True, "noise_schedule": "squaredcos_cap_v2"}, 0.4,
+    ),
+    "diffusion, epsilon, the bound alone": ({"diffusion_steps": 100, "use_kl": True}, 0.6),
     "diffusion, x0, importance": (
         {"diffusion_steps": 25, "prediction": "x0", "timestep_sampling": "importance"}, 0.45,
     ),
     "diffusion, v, min-SNR": ({"diffusion_steps": 100, "prediction": "v", "loss_weighting": "min-snr"}, 0.7),
     "flow, velocity": ({"objective": "flow"}, 0.6),
+    "flow, velocity and its direction, logit-normal": (
+        {"objective": "flow", "direction_loss": True, "timestep_sampling": "logit-normal"}, 0.75,
+    ),
+    "flow, velocity, GVP": ({"objective": "flow", "path": "gvp"}, 0.7),
+    "flow, x0, weighted as the velocity": (
+        {"objective": "flow", "prediction": "x0", "loss_weighting": "velocity"}, 0.15,
+    ),
     "flow, score, VP": ({"objective": "flow", "path": "vp", "prediction": "score"}, 0.3),
+    "flow, score, weighted by the likelihood": (
+        {"objective": "flow", "prediction": "score", "loss_weighting": "likelihood"}, 0.65,
+    ),
     "flow, epsilon, GVP, logit-normal": (
         {"objective": "flow", "path": "gvp", "prediction": "epsilon", "timestep_sampling": "logit-normal"}, 0.4,
     ),

@@ -281,7 +281,7 @@ def test_a_flow_model_is_trained_and_sampled_by_the_command_line(tmp_path, capsy
 
 @pytest.mark.nightly
 def test_each_block_trains_with_each_objective(tmp_path):
-    """The loss falls below its bound, and samples are finite: benchmarks/objectives.py, 24 runs."""
+    """The loss falls below its bound, and samples are finite: benchmarks/objectives.py, 56 runs."""
     from benchmarks.objectives import table
 
     unsound = [outcome for outcome in table(120, tmp_path) if not outcome.sound]
