@@ -96,7 +96,7 @@ def test_a_sample_s_probes_do_not_depend_on_its_batch():
     [
         (["--num", "0"], "--num 0: choose at least 1"),
         (["--probes", "0"], "--probes 0: choose at least 1"),
-        (["--data", "nowhere"], "--data nowhere is neither a folder nor a built-in set"),
+        (["--data", "nowhere"], "nowhere is neither a folder nor a built-in set"),
     ],
 )
 def test_refusals(flow, words, message, capsys):

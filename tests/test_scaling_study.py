@@ -200,7 +200,7 @@ def test_a_signal_ends_the_study(tmp_path, capsys, monkeypatch):
             "--sizes 33x1: give WIDTHxDEPTH with a width that 32 divides",
         ),
         (["--steps", "5", "--depth", "2"], "trains one model of each of --sizes: leave out --depth"),
-        (["--steps", "5", "--data", "nowhere"], "--data nowhere is neither a folder nor a built-in set"),
+        (["--steps", "5", "--data", "nowhere"], "nowhere is neither a folder nor a built-in set"),
         (["--steps", "5", "--patch-size", "3"], "image size 8 is not a multiple of the patch size 3"),
         (["--steps", "5", "--lr", "-1"], "--lr -1.0: give a positive number"),
     ],

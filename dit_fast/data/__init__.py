@@ -93,9 +93,7 @@ def open_images(
     else:
         root = Path(source)
         if not root.exists():
-            raise DataError(
-                f"--data {source} is neither a folder nor a built-in set ({', '.join(sorted(BUILTIN))})"
-            )
+            raise DataError(f"{source} is neither a folder nor a built-in set ({', '.join(sorted(BUILTIN))})")
         opened = open_folder(
             root,
             image_size=image_size,
