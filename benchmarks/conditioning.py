@@ -16,7 +16,7 @@ import torch
 
 from dit_fast.conditioning import CONDITIONING
 from dit_fast.training.presets import PRESETS
-from dit_fast.training.progress import read_log
+from dit_fast.training.progress import read_scores
 from dit_fast.training.scaling import Ladder, Rung
 from dit_fast.training.world import join_world
 
@@ -47,8 +47,8 @@ def compare(steps: int, seeds: int, folder: Path) -> list[dict[str, Any]]:
         study = ladder.study(torch.device("cpu"))
     runs = []
     for rung, measured in zip(ladder.rungs, study.models, strict=True):
-        log = read_log(folder / rung.folder / "log.jsonl")
-        distances = [(line["step"], line["proxy_fid"]) for line in log if "proxy_fid" in line]
+        scores = read_scores(folder / rung.folder / "log.jsonl")
+        distances = [(line["step"], line["proxy_fid"]) for line in scores]
         losses = [(step, loss) for step, _, loss in measured.losses]
         runs.append(
             {**rung.fields, "heldout_loss": measured.metric, "losses": losses, "distances": distances}

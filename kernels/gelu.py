@@ -11,16 +11,15 @@ Numerics  float32 (float64 for float64), one rounding at each store; the sum ove
           fixed order that depends on the shape alone, without atomics.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
+from dit_fast.kernels.activation import define_activation
 from dit_fast.kernels.launch import accumulator, as_bias, elementwise_launch, launch
-from dit_fast.kernels.op import check_tensors, define_op, uses_triton
+from dit_fast.kernels.op import uses_triton
 
 
 @triton.jit
@@ -150,72 +149,7 @@ def gelu_backward(
     return dpre, act, like.new_empty(0) if partial is None else partial.sum(0).to(like.dtype)
 
 
-def _gelu(pre: Tensor, bias: Tensor | None = None) -> Tensor:
-    return gelu_forward(pre, bias)
-
-
-def _gelu_reference(pre: Tensor, bias: Tensor | None = None) -> Tensor:
-    return reference.gelu(pre, bias).contiguous()
-
-
-def _gelu_fake(pre: Tensor, bias: Tensor | None = None) -> Tensor:
-    return pre.new_empty(pre.shape)
-
-
-def _gelu_backward(
-    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return gelu_backward(dact, pre, bias, activation, bias_gradient)
-
-
-def _gelu_backward_reference(
-    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dpre, act, dbias = reference.gelu_backward(dact, pre, bias)
-    return (
-        dpre.contiguous(),
-        act.contiguous() if activation else act.new_empty(0),
-        dbias if bias_gradient else dbias.new_empty(0),
-    )
-
-
-def _gelu_backward_fake(
-    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    like = pre if bias is None else bias
-    return (
-        pre.new_empty(pre.shape),
-        pre.new_empty(pre.shape if activation else 0),
-        like.new_empty(pre.shape[-1] if bias_gradient else 0),
-    )
-
-
-_gelu_backward_op = define_op(
-    "gelu_backward",
-    triton_impl=_gelu_backward,
-    reference_impl=_gelu_backward_reference,
-    fake=_gelu_backward_fake,
-)
-
-
-def _gelu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gelu_autograd(ctx: Any, dact: Tensor) -> tuple[Tensor | None, ...]:
-    pre, bias = ctx.saved_tensors
-    dpre, _, dbias = _gelu_backward_op(dact, pre, bias, False, bias is not None)
-    return dpre, None if bias is None else dbias
-
-
-_gelu_op = define_op(
-    "gelu",
-    triton_impl=_gelu,
-    reference_impl=_gelu_reference,
-    fake=_gelu_fake,
-    backward=_gelu_autograd,
-    setup_context=_gelu_context,
-)
+_gelu = define_activation("gelu", gelu_forward, gelu_backward)
 
 
 def gelu(pre: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
@@ -226,11 +160,4 @@ def gelu(pre: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> T
     """
     if not uses_triton(kernels, pre):
         return reference.gelu(pre, bias)
-    check_tensors("gelu", pre=pre, bias=bias)
-    if pre.ndim == 0 or pre.shape[-1] == 0:
-        raise ValueError(
-            f"gelu: pre is {tuple(pre.shape)}, expected (..., features) with at least one feature"
-        )
-    if bias is not None and tuple(bias.shape) != (pre.shape[-1],):
-        raise ValueError(f"gelu: bias is {tuple(bias.shape)}, expected ({pre.shape[-1]},)")
-    return _gelu_op(pre, bias)
+    return _gelu(pre, bias)

@@ -9,16 +9,15 @@ Numerics  float32 (float64 for float64), one rounding at each store; the sum ove
           fixed order that depends on the shape alone, without atomics.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
+from dit_fast.kernels.activation import define_activation
 from dit_fast.kernels.launch import accumulator, as_bias, elementwise_launch, launch
-from dit_fast.kernels.op import check_tensors, define_op, uses_triton
+from dit_fast.kernels.op import uses_triton
 
 
 @triton.jit
@@ -135,72 +134,7 @@ def swiglu_backward(
     return dpre, act, like.new_empty(0) if partial is None else partial.sum(0).to(like.dtype)
 
 
-def _swiglu(pre: Tensor, bias: Tensor | None = None) -> Tensor:
-    return swiglu_forward(pre, bias)
-
-
-def _swiglu_reference(pre: Tensor, bias: Tensor | None = None) -> Tensor:
-    return reference.swiglu(pre, bias).contiguous()
-
-
-def _swiglu_fake(pre: Tensor, bias: Tensor | None = None) -> Tensor:
-    return pre.new_empty(*pre.shape[:-1], pre.shape[-1] // 2)
-
-
-def _swiglu_backward(
-    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return swiglu_backward(dact, pre, bias, activation, bias_gradient)
-
-
-def _swiglu_backward_reference(
-    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dpre, act, dbias = reference.swiglu_backward(dact, pre, bias)
-    return (
-        dpre.contiguous(),
-        act.contiguous() if activation else act.new_empty(0),
-        dbias if bias_gradient else dbias.new_empty(0),
-    )
-
-
-def _swiglu_backward_fake(
-    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    like = pre if bias is None else bias
-    return (
-        pre.new_empty(pre.shape),
-        pre.new_empty(dact.shape if activation else 0),
-        like.new_empty(pre.shape[-1] if bias_gradient else 0),
-    )
-
-
-_swiglu_backward_op = define_op(
-    "swiglu_backward",
-    triton_impl=_swiglu_backward,
-    reference_impl=_swiglu_backward_reference,
-    fake=_swiglu_backward_fake,
-)
-
-
-def _swiglu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _swiglu_autograd(ctx: Any, dact: Tensor) -> tuple[Tensor | None, ...]:
-    pre, bias = ctx.saved_tensors
-    dpre, _, dbias = _swiglu_backward_op(dact, pre, bias, False, bias is not None)
-    return dpre, None if bias is None else dbias
-
-
-_swiglu_op = define_op(
-    "swiglu",
-    triton_impl=_swiglu,
-    reference_impl=_swiglu_reference,
-    fake=_swiglu_fake,
-    backward=_swiglu_autograd,
-    setup_context=_swiglu_context,
-)
+_swiglu = define_activation("swiglu", swiglu_forward, swiglu_backward, parts=2)
 
 
 def swiglu(pre: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
@@ -211,11 +145,4 @@ def swiglu(pre: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") ->
     """
     if not uses_triton(kernels, pre):
         return reference.swiglu(pre, bias)
-    check_tensors("swiglu", pre=pre, bias=bias)
-    if pre.ndim == 0 or pre.shape[-1] == 0 or pre.shape[-1] % 2:
-        raise ValueError(
-            f"swiglu: pre is {tuple(pre.shape)}, expected (..., 2 * features) with at least one feature"
-        )
-    if bias is not None and tuple(bias.shape) != (pre.shape[-1],):
-        raise ValueError(f"swiglu: bias is {tuple(bias.shape)}, expected ({pre.shape[-1]},)")
-    return _swiglu_op(pre, bias)
+    return _swiglu(pre, bias)
