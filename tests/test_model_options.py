@@ -375,11 +375,10 @@ def test_an_unconditional_model_has_no_labels() -> None:
     assert model.config["class_dropout_prob"] == 0
     with pytest.raises(ConfigError, match="guidance needs a null class"):
         model.forward_with_cfg(x(), T, Y, 2.0)
-    sampler = Sampler(model, create_diffusion("2"), SamplerConfig(guidance=Guidance(2.0)))
     with pytest.raises(ConfigError, match="trained without classes: use scale 1"):
-        sampler([0, 0])
+        Sampler(model, create_diffusion("2"), SamplerConfig(guidance=Guidance(2.0)))
     with pytest.raises(ConfigError, match="label 1 is out of range: the model is unconditional"):
-        sampler([0, 1])
+        Sampler(model, create_diffusion("2"))([0, 1])
 
 
 def test_a_model_with_classes_wants_labels() -> None:
