@@ -378,7 +378,7 @@ def test_an_unconditional_model_has_no_labels() -> None:
     with pytest.raises(ConfigError, match="trained without classes: use scale 1"):
         Sampler(model, create_diffusion("2"), SamplerConfig(guidance=Guidance(2.0)))
     with pytest.raises(ConfigError, match="label 1 is out of range: the model is unconditional"):
-        Sampler(model, create_diffusion("2"))([0, 1])
+        Sampler(model, create_diffusion("2"), SamplerConfig(guidance=Guidance(1.0)))([0, 1])
 
 
 def test_a_model_with_classes_wants_labels() -> None:
