@@ -65,6 +65,73 @@ class PlainBlock(nn.Module):
         return x
 
 
+class PlainRMSNorm(nn.Module):
+    """x / rms(x) in float32, with a weight or without."""
+
+    def __init__(self, width: int, affine: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return y if self.weight is None else y * self.weight
+
+
+class PlainRotaryAttention(nn.Module):
+    """Attention of normed queries and keys that are turned by neighbouring pairs."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm, self.k_norm = (PlainRMSNorm(width // heads, affine=True) for _ in range(2))
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        N, T, D = x.shape
+        q, k, v = self.qkv(x).reshape(N, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = turned(self.q_norm(q), rotation), turned(self.k_norm(k), rotation)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(N, T, D))
+
+
+def turned(x: Tensor, rotation: Tensor) -> Tensor:
+    """x (N, H, T, K) with neighbouring pairs turned; rotation (1, T, K / 2, 2)."""
+    (first, second), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation.unbind(-1)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2).to(x.dtype)
+
+
+class PlainSwiGLU(nn.Module):
+    """Linear - SiLU of one half times the other - Linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class PlainLightningBlock(nn.Module):
+    """The adaLN-Zero block with RMSNorm, SwiGLU, normed queries and keys, and rotary positions."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = PlainRMSNorm(width, affine=False), PlainRMSNorm(width, affine=False)
+        self.attn = PlainRotaryAttention(width, heads)
+        self.mlp = PlainSwiGLU(width, 8 * width // 3)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor, rotation: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rotation)
+        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x
+
+
 class PlainFinalLayer(nn.Module):
     """Modulated norm and projection to the patches."""
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dit_fast.kernels  # noqa: F401  (registers the operations)
-from benchmarks.plain_dit import PlainAttention, PlainBlock
+from benchmarks.plain_dit import PlainAttention, PlainBlock, PlainLightningBlock
 from benchmarks.traffic import (
     SUPPORTED_TORCH,
     Pass,
@@ -27,6 +27,9 @@ from benchmarks.traffic import (
     report,
 )
 from benchmarks.traffic.__main__ import PLAIN, SETTINGS, main, parse_settings
+from dit_fast.blocks import DiTBlock, Stream
+from dit_fast.layers import Layout
+from dit_fast.positions import rotary_angles
 
 SMALL = {
     "batch": 256,
@@ -246,13 +249,37 @@ def test_committed_figures_are_within_the_targets(block: str, moved: float, kept
     assert sums == [61.1, 79.4]
 
 
-def test_committed_tables_are_those_of_the_committed_counts() -> None:
-    """Every row of traffic.md is made again from traffic.json, and the settings are those of the command."""
-    results, table = committed("traffic"), (RESULTS / "traffic.md").read_text()
-    assert len(results["blocks"]) == 2 * (1 + len(SETTINGS))
+def test_committed_figures_of_lightningdit_s_block() -> None:
+    """Its trunk in fused operations moves less than two thirds of what the compiler makes of it."""
+    results = committed("traffic_lightningdit")
+    moved = {name: Traffic.from_json(value).moved() for name, value in results["blocks"].items()}
+    for mode in ("bf16", "autocast"):
+        assert moved[f"{mode}: least traffic"] < 0.62 * moved[f"{mode}: Inductor"]
+        assert moved[f"{mode}: dit_fast, defaults"] < 0.67 * moved[f"{mode}: Inductor"]
+
+
+def test_the_plain_block_of_lightningdit_is_ours() -> None:
+    """What is counted as the compiler's answers as our block does: of the same weights, within 1e-5."""
+    torch.manual_seed(0)
+    plain, block = PlainLightningBlock(24, 2), DiTBlock(24, 2, norm="rmsnorm", mlp="swiglu", qk_norm=True)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    plain.load_state_dict(block.state_dict())
+    angles = rotary_angles((2, 3), 12)[None]
+    rotation = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    x, c = torch.randn(2, 6, 24), torch.randn(2, 24)
+    ours = block(Stream(x, layout=Layout(rotation)), c).add("reference")
+    torch.testing.assert_close(plain(x, c, rotation), ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("block", "file"), [("dit", "traffic"), ("lightningdit", "traffic_lightningdit")])
+def test_committed_tables_are_those_of_the_committed_counts(block: str, file: str) -> None:
+    """Every row of the table is made again from its counts, and the settings are those of the command."""
+    results, table = committed(file), (RESULTS / f"{file}.md").read_text()
+    assert len(results["blocks"]) == 2 * (1 + len(SETTINGS[block]))
     for label, value in results["blocks"].items():
         mode, _, name = label.partition(": ")
-        assert name in ("Inductor", *(words[0] for words in SETTINGS))
+        assert name in ("Inductor", *(words[0] for words in SETTINGS[block]))
         assert report.row(mode, name, Traffic.from_json(value), results["unit"]) in table
 
 
@@ -288,7 +315,7 @@ def test_memory_adds_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
         return [one(program) for program in programs]
 
     monkeypatch.setattr(memory, "count", counts)
-    plain = Program(PLAIN, **SMALL)
+    plain = Program(PLAIN["dit"], **SMALL)
     rows = memory.measure(plain, [("ours", Program("", {"recompute": "cheap"}, **SMALL))], ["bf16"], depth=3)
     held = 22 * memory.parameters(plain, 3)
     assert [(mode, name, found) for mode, name, _, found in rows] == [
@@ -298,12 +325,12 @@ def test_memory_adds_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     document, _ = memory.document(plain, rows, 3, "torch")
     assert f"| bf16 | ours | {1000 / U:.1f} | 0.0 |" in document
     with pytest.raises(TrafficError, match="--tokens 250: the memory of a model needs a square number"):
-        memory.measure(Program(PLAIN, tokens=250), [], ["bf16"], 3)
+        memory.measure(Program(PLAIN["dit"], tokens=250), [], ["bf16"], 3)
 
 
 def test_parameters_are_the_papers() -> None:
     """DiT-XL/2 without its frozen positions."""
-    assert memory.parameters(Program(PLAIN), 28) == 675_129_632 - 256 * 1152
+    assert memory.parameters(Program(PLAIN["dit"]), 28) == 675_129_632 - 256 * 1152
 
 
 @pytest.mark.parametrize(

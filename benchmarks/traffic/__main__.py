@@ -2,6 +2,7 @@
 
     python -m benchmarks.traffic --out benchmarks/results/traffic.md
     python -m benchmarks.traffic --mode bf16 --ours "least traffic" attention=triton mlp_epilogue=triton
+    python -m benchmarks.traffic --block lightningdit --out benchmarks/results/traffic_lightningdit.md
     python -m benchmarks.traffic --chains
     python -m benchmarks.traffic --memory
 
@@ -20,17 +21,27 @@ from typing import Any
 
 from benchmarks.traffic import MODES, Program, TrafficError, count, memory, prices, report, steady_state
 
-PLAIN = "benchmarks.traffic.blocks:plain"
-OURS = "benchmarks.traffic.blocks:dit_fast"
+PLAIN = {
+    "dit": "benchmarks.traffic.blocks:plain",
+    "lightningdit": "benchmarks.traffic.blocks:plain_lightning",
+}
+OURS = {"dit": "benchmarks.traffic.blocks:dit_fast", "lightningdit": "benchmarks.traffic.blocks:lightning"}
 
-SETTINGS = (
-    ["dit_fast, defaults"],
-    ["least traffic", "attention=triton", "mlp_epilogue=triton"],
-    ["least traffic, standalone GELU", "attention=triton", "mlp_epilogue=separate"],
-    ["least memory", "attention=triton", "mlp_epilogue=triton", "recompute=cheap"],
-    ["least memory, standalone GELU", "attention=triton", "mlp_epilogue=separate", "recompute=cheap"],
-)
-"""Our block as it is counted for benchmarks/results."""
+SETTINGS = {
+    "dit": (
+        ["dit_fast, defaults"],
+        ["least traffic", "attention=triton", "mlp_epilogue=triton"],
+        ["least traffic, standalone GELU", "attention=triton", "mlp_epilogue=separate"],
+        ["least memory", "attention=triton", "mlp_epilogue=triton", "recompute=cheap"],
+        ["least memory, standalone GELU", "attention=triton", "mlp_epilogue=separate", "recompute=cheap"],
+    ),
+    "lightningdit": (
+        ["dit_fast, defaults"],
+        ["least traffic", "attention=triton"],
+        ["least memory", "attention=triton", "recompute=cheap"],
+    ),
+}
+"""Our blocks as they are counted for benchmarks/results."""
 
 
 def parse_settings(words: list[str]) -> tuple[str, dict[str, Any], dict[str, str]]:
@@ -60,7 +71,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=1152)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=2, help="a block is the difference to one block more")
-    parser.add_argument("--factory", default=OURS, help="module:function that makes our chain of blocks")
+    parser.add_argument("--block", choices=PLAIN, default="dit", help="the paper's, or LightningDiT's trunk")
+    parser.add_argument("--factory", help="module:function that makes our chain of blocks")
     parser.add_argument("--ours", nargs="+", action="append", metavar=("NAME", "key=value"))
     parser.add_argument(
         "--chains", action="store_true", help="price what is not a block, against the least possible"
@@ -79,9 +91,9 @@ def versions() -> str:
 
 def our_programs(args: argparse.Namespace, shape: Program) -> list[tuple[str, Program]]:
     """(name, program) of each `--ours`."""
-    ours = [parse_settings(words) for words in args.ours or SETTINGS]
+    ours = [parse_settings(words) for words in args.ours or SETTINGS[args.block]]
     return [
-        (name, replace(shape, factory=args.factory, settings=settings, choices=choices))
+        (name, replace(shape, factory=args.factory or OURS[args.block], settings=settings, choices=choices))
         for name, settings, choices in ours
     ]
 
@@ -97,15 +109,15 @@ def blocks(args: argparse.Namespace, shape: Program) -> tuple[str, dict[str, Any
     steady = [longer - shorter for longer, shorter in zip(counted[::2], counted[1::2], strict=True)]
     rows = [(mode, name, traffic) for (mode, name), traffic in zip(labels, steady, strict=True)]
     found = {f"{mode}: {name}": traffic.as_json() for mode, name, traffic in rows}
-    return report.comparison(shape, rows, versions()), {"unit": shape.unit, "blocks": found}
+    title = report.TITLES[args.block]
+    return report.comparison(title, shape, rows, versions()), {"unit": shape.unit, "blocks": found}
 
 
 def main(arguments: list[str] | None = None) -> None:
     try:
         args = parse_arguments(arguments)
-        shape = Program(
-            PLAIN, batch=args.batch, tokens=args.tokens, width=args.dim, heads=args.heads, blocks=args.blocks
-        )
+        sizes = {"batch": args.batch, "tokens": args.tokens, "width": args.dim, "heads": args.heads}
+        shape = Program(PLAIN[args.block], blocks=args.blocks, **sizes)
         if args.chains:
             document, values = prices.document(args.batch, versions())
         elif args.memory:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plain_dit import PlainBlock
+from benchmarks.plain_dit import PlainBlock, PlainLightningBlock
 from benchmarks.traffic import Program
 from benchmarks.traffic.inductor import Workload
 from dit_fast.blocks import DiTBlock, Stream
+from dit_fast.layers import Layout
 
 
 class Chain(nn.Module):
@@ -27,10 +28,11 @@ class Chain(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.lazy = lazy
 
-    def forward(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
-        stream: Any = Stream(x) if self.lazy else x
+    def forward(self, x: Tensor, modulations: list[Tensor], *rotation: Tensor) -> Tensor:
+        stream: Any = Stream(x, layout=Layout(*rotation)) if self.lazy else x
+        told = () if self.lazy else rotation
         for block, modulation in zip(self.blocks, modulations, strict=True):
-            stream = block(stream, modulation)
+            stream = block(stream, modulation, *told)
         return stream.add("auto") if self.lazy else stream
 
 
@@ -67,3 +69,21 @@ def plain(program: Program) -> Workload:
 def dit_fast(program: Program, **settings: Any) -> Workload:
     """Our block; `settings` are further arguments of `DiTBlock`."""
     return chain(program, lambda: DiTBlock(program.width, program.heads, **settings), lazy=True)
+
+
+def plain_lightning(program: Program) -> Workload:
+    """What Inductor makes of LightningDiT's block in plain PyTorch."""
+    return rotated(
+        program, chain(program, lambda: PlainLightningBlock(program.width, program.heads), lazy=False)
+    )
+
+
+def lightning(program: Program, **settings: Any) -> Workload:
+    """Our block with the same trunk: RMSNorm, SwiGLU, normed queries and keys, rotary positions."""
+    return rotated(program, dit_fast(program, norm="rmsnorm", mlp="swiglu", qk_norm=True, **settings))
+
+
+def rotated(program: Program, workload: Workload) -> Workload:
+    """The workload with the cosines and sines of rotary positions."""
+    rotation = torch.empty(1, program.tokens, program.width // program.heads // 2, 2, dtype=torch.float32)
+    return Workload(workload.function, (*workload.arguments, rotation))

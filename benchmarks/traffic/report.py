@@ -10,6 +10,12 @@ HEADER = (
 )
 
 
+TITLES = {
+    "dit": "DiT block",
+    "lightningdit": "block of LightningDiT (RMSNorm, SwiGLU, QK-norm, rotary positions)",
+}
+
+
 def launches(traffic: Traffic, phase: str) -> str:
     """ "memory-bound + library" launches of a phase."""
     bound = traffic.launches(phase, MEMORY_BOUND)
@@ -38,12 +44,16 @@ def details(traffic: Traffic, unit: int) -> list[str]:
 
 
 def comparison(
-    shape: Program, blocks: Iterable[tuple[str, str, Traffic]], versions: str, verbose: bool = True
+    block: str,
+    shape: Program,
+    blocks: Iterable[tuple[str, str, Traffic]],
+    versions: str,
+    verbose: bool = True,
 ) -> str:
-    """The document for (mode, name, steady-state traffic) triples."""
+    """The document for (mode, name, steady-state traffic) triples of a block, said in words."""
     blocks = list(blocks)
     lines = [
-        "# Memory traffic of one DiT block in the middle of a network, forward and backward",
+        f"# Memory traffic of one {block} in the middle of a network, forward and backward",
         "",
         f"Counted without a GPU by `python -m benchmarks.traffic`: B = {shape.batch}, T = {shape.tokens}, "
         f"D = {shape.width}, H = {shape.heads}; U = B * T * D * 2 bytes = {shape.unit / 1e6:.1f} MB. {versions}.",
