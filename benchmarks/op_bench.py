@@ -35,8 +35,8 @@ class Bench:
     ) -> list[Tensor]:
         """Outputs and the gradients of all floating-point inputs, computed in `dtype` if one is given."""
         inputs = [
-            value.detach().to(dtype or value.dtype).requires_grad_() if _wants_gradient(value) else value
-            for value in self.inputs
+            value.detach().to(dtype or value.dtype).requires_grad_() if wanted else value
+            for value, wanted in zip(self.inputs, self.spec.differentiable(self.inputs), strict=True)
         ]
         result = function(*inputs, **keywords)
         outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if out.requires_grad]
@@ -52,10 +52,10 @@ class Bench:
     def passes(self, function: Callable[..., Any]) -> dict[str, Timed]:
         """What to time: "forward" as training runs it, "backward" alone, and "both"."""
         inputs = [
-            value.detach().clone().requires_grad_() if _wants_gradient(value) else value
-            for value in self.inputs
+            value.detach().clone().requires_grad_() if wanted else value
+            for value, wanted in zip(self.inputs, self.spec.differentiable(self.inputs), strict=True)
         ]
-        leaves = [value for value in inputs if _wants_gradient(value)]
+        leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
 
         def forward() -> tuple[Tensor, ...]:
             result = function(*inputs)
@@ -64,7 +64,7 @@ class Bench:
         cotangents = [torch.full_like(output, 0.5) for output in forward()]
 
         def backward(*outputs: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
+            return torch.autograd.grad(outputs, leaves, cotangents)
 
         return {
             "forward": Timed(forward),
@@ -161,7 +161,3 @@ class OptimizerBench:
             if not error <= 3 * limit + torch.finfo(torch.float32).eps:
                 return f"result {index} has a relative error of {error:.2e}, PyTorch {limit:.2e}"
         return None
-
-
-def _wants_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,6 +1,6 @@
 """Norms, self-attention and MLP of a block, and how linear layers run: whole, or with the bias to be added yet."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,15 @@ from dit_fast.kernels.attention import MAX_HEAD_DIM, attention_backend
 from dit_fast.kernels.recompute import NormRecipe, linear
 from dit_fast.kernels.reference import rotate
 
+Kind = TypeVar("Kind", bound=nn.Module)
+
 
 def matrix_size(module: nn.Module) -> int:
     """Numbers in a module's matrices: the multiply-adds of one token that goes through each of them once."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether the module is exactly a `kind`, so that its parts may be used instead of calling it.
 
     Not so for a subclass or another module in its place (LoRA, float8), hooks, or a forward that was replaced.
@@ -33,14 +35,14 @@ def without_bias(
     `recipe`: of x, kept in its place. A layer that is not a plain nn.Linear (LoRA, float8) or has hooks is called as
     it is: (its output, None).
     """
-    if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
+    if is_plain(layer, nn.Linear):
         return linear(x, layer.weight, recipe=recipe), layer.bias
     return layer(x), None
 
 
 def with_bias(layer: nn.Module, x: Tensor, recipe: NormRecipe | None = None) -> Tensor:
     """`layer(x)`, keeping `recipe` in place of x where the layer is a plain nn.Linear."""
-    if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
+    if is_plain(layer, nn.Linear):
         return linear(x, layer.weight, layer.bias, recipe)
     return layer(x)
 
@@ -143,14 +145,9 @@ class Attention(nn.Module):
             return None
         if is_plain(q, nn.Identity) and is_plain(k, nn.Identity):
             return None, 1e-6
-        if not (
-            isinstance(q, RMSNorm)
-            and is_plain(q, RMSNorm)
-            and isinstance(k, RMSNorm)
-            and is_plain(k, RMSNorm)
-        ):
+        if not (is_plain(q, RMSNorm) and is_plain(k, RMSNorm)):
             return None
-        if q.weight is None or k.weight is None or q.eps is None or q.eps != k.eps:
+        if q.weight is None or k.weight is None or q.eps != k.eps:
             return None
         return torch.stack([q.weight, k.weight]), q.eps
 

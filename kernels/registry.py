@@ -4,7 +4,8 @@ A shape is (B, T, D) for token operations; `patch_embed` and `unpatchify` read i
 width, with four latent channels and patches of two.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -54,6 +55,14 @@ class OpSpec:
     def key(self) -> str:
         """The entry's name in REGISTRY, in test ids and in results."""
         return f"{self.name}-{self.variant}" if self.variant else self.name
+
+    def differentiable(self, inputs: Sequence[Any]) -> list[bool]:
+        """Which of `inputs` get a gradient: the tensors of floating point, but not `constants`."""
+        names = inspect.signature(self.op).parameters
+        return [
+            isinstance(value, Tensor) and value.is_floating_point() and name not in self.constants
+            for name, value in zip(names, inputs, strict=False)
+        ]
 
     def bytes_moved(self, shape: Shape, itemsize: int, backward: bool = False) -> int:
         """Unavoidable bytes to and from memory, forward or backward."""

@@ -224,20 +224,15 @@ def test_a_long_caption_is_cut_to_a_label():
     assert short_label("word " * 20) == "word word word word word word word wo..."
 
 
+def training(photos: Path, steps: int) -> list[object]:
+    """The words of a short run on captions."""
+    options = ["--conditioning", "in_context", "--batch-size", 4, "--steps", steps]
+    return ["train", "--data", photos, *MODEL, *options]
+
+
 def test_a_run_with_grids_and_scores_is_the_run_without(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "InceptionFeatures", SmallNetwork)
-    usual = [
-        "train",
-        "--data",
-        photos,
-        *MODEL,
-        "--conditioning",
-        "in_context",
-        "--batch-size",
-        4,
-        "--steps",
-        2,
-    ]
+    usual = training(photos, steps=2)
     assert run(*usual, "--out", tmp_path / "plain") == 0
     watched = ["--sample-every", 1, "--sample-steps", 2, "--evaluate-every", 1, "--evaluate-samples", 5]
     assert run(*usual, "--out", tmp_path / "run", *watched, "--evaluate-weights", "unused.pth") == 0
@@ -270,18 +265,7 @@ def test_what_an_evaluation_draws_is_what_the_command_draws(photos, tmp_path, mo
 
 
 def test_captions_of_the_training_are_only_drawn_where_they_still_are(photos, tmp_path, capsys):
-    usual = [
-        "train",
-        "--data",
-        photos,
-        *MODEL,
-        "--conditioning",
-        "in_context",
-        "--batch-size",
-        4,
-        "--steps",
-        1,
-    ]
+    usual = training(photos, steps=1)
     assert run(*usual, "--out", tmp_path / "run") == 0
     sample = [
         "sample",

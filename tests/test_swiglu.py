@@ -3,7 +3,8 @@
 import pytest
 import torch
 from golden import CONFIG, golden_model, seeded
-from torch import Tensor, nn
+from test_models import Doubled
+from torch import Tensor
 
 from dit_fast.counting import kept_bytes
 from dit_fast.kernels.launch import record_launches
@@ -80,19 +81,12 @@ def test_hooks_inside_take_effect(path: str, pre: bool) -> None:
     assert (model(images(), T, Y) - out).abs().max() < 1e-5
 
 
-class Scaled(nn.Linear):
-    """A layer of another class in a linear's place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
 @pytest.mark.parametrize("name", ["w12", "w3"])
 def test_another_layer_in_its_place_is_called(name: str) -> None:
     model = swiglu_model(kernels="triton")
     plain = model(images(), T, Y)
     for block in model.blocks:
-        block.mlp.get_submodule(name).__class__ = Scaled
+        block.mlp.get_submodule(name).__class__ = Doubled
     fused = model(images(), T, Y)
     model.kernels = "reference"
     assert (fused - plain).abs().max() > 1e-3

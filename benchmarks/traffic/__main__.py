@@ -109,8 +109,7 @@ def blocks(args: argparse.Namespace, shape: Program) -> tuple[str, dict[str, Any
     steady = [longer - shorter for longer, shorter in zip(counted[::2], counted[1::2], strict=True)]
     rows = [(mode, name, traffic) for (mode, name), traffic in zip(labels, steady, strict=True)]
     found = {f"{mode}: {name}": traffic.as_json() for mode, name, traffic in rows}
-    title = report.TITLES[args.block]
-    return report.comparison(title, shape, rows, versions()), {"unit": shape.unit, "blocks": found}
+    return report.comparison(args.block, shape, rows, versions()), {"unit": shape.unit, "blocks": found}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -50,12 +50,13 @@ def comparison(
     versions: str,
     verbose: bool = True,
 ) -> str:
-    """The document for (mode, name, steady-state traffic) triples of a block, said in words."""
+    """The document for (mode, name, steady-state traffic) triples of a block of TITLES."""
+    option = "" if block == "dit" else f" --block {block}"
     blocks = list(blocks)
     lines = [
-        f"# Memory traffic of one {block} in the middle of a network, forward and backward",
+        f"# Memory traffic of one {TITLES[block]} in the middle of a network, forward and backward",
         "",
-        f"Counted without a GPU by `python -m benchmarks.traffic`: B = {shape.batch}, T = {shape.tokens}, "
+        f"Counted without a GPU by `python -m benchmarks.traffic{option}`: B = {shape.batch}, T = {shape.tokens}, "
         f"D = {shape.width}, H = {shape.heads}; U = B * T * D * 2 bytes = {shape.unit / 1e6:.1f} MB. {versions}.",
         "Each kernel moves each element of a buffer once; matrix products and attention count as launches without "
         "bytes, on both sides. A row is",
