@@ -30,8 +30,6 @@ ENVIRONMENT = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID",
     "CXX", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
 }  # fmt: skip
-MOST_LINES = 400
-MOST_TEST_LINES = 500
 
 
 def module_files() -> list[Path]:
@@ -40,10 +38,6 @@ def module_files() -> list[Path]:
         path for path in (ROOT / "dit_fast").rglob("*.py") if path.parts[len(ROOT.parts) + 1] != "kernels"
     ]
     return sorted([*inside, *(ROOT / "kernels").rglob("*.py")])
-
-
-def python_files() -> list[Path]:
-    return sorted([*module_files(), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
 
 
 def module_name(path: Path) -> str:
@@ -106,13 +100,6 @@ def test_optional_packages_are_imported_where_used(path: Path) -> None:
         f"{where(path, node)}: {name}" for node, name in imports(path, True) if name.split(".")[0] in HEAVY
     ]
     assert not heavy
-
-
-@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_is_read_in_one_sitting(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    most = MOST_TEST_LINES if path.is_relative_to(ROOT / "tests") else MOST_LINES
-    assert lines <= most, f"{path.relative_to(ROOT)} has {lines} lines: it is two ideas"
 
 
 @pytest.mark.parametrize("path", module_files(), ids=module_name)
