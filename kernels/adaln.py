@@ -221,7 +221,7 @@ def _adaln_bwd_kernel(
 
     # partial is (2, B, SPLITS, D): d_shift, then d_scale.
     partial_ptr += (b * SPLITS + split) * D
-    stride_sum = B.to(tl.int64) * SPLITS * D
+    stride_sum = tl.cast(B, tl.int64) * SPLITS * D
     store_vector(partial_ptr, dshift_main, 0, MAIN, D)
     store_vector(partial_ptr + stride_sum, dscale_main, 0, MAIN, D)
     if TAIL > 0:

@@ -126,7 +126,7 @@ def _gated_residual_bwd_kernel(
 
     # partial is (2, B, SPLITS, D): d_gate, then the bias gradient's shares.
     partial_ptr += (b * SPLITS + split) * D
-    stride_sum = B.to(tl.int64) * SPLITS * D
+    stride_sum = tl.cast(B, tl.int64) * SPLITS * D
     store_gate_sums(partial_ptr, stride_sum, branch_main, dx_main, gate_ptr, bias_ptr, 0, MAIN, D)
     if TAIL > 0:
         store_gate_sums(partial_ptr, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, MAIN, TAIL, D)

@@ -172,7 +172,7 @@ def _gated_residual_adaln_bwd_kernel(
 
     # partial is (4, B, SPLITS, D): d_shift, d_scale, d_gate, then the bias gradient's shares.
     partial_ptr += (b * SPLITS + split) * D
-    stride_sum = B.to(tl.int64) * SPLITS * D
+    stride_sum = tl.cast(B, tl.int64) * SPLITS * D
     store_vector(partial_ptr, dshift_main, 0, MAIN, D)
     store_vector(partial_ptr + stride_sum, dscale_main, 0, MAIN, D)
     gate_ptr_sums = partial_ptr + 2 * stride_sum
