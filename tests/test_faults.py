@@ -120,12 +120,16 @@ def test_a_rank_that_hangs_is_named_at_the_timeout(tmp_path) -> None:
     assert 3.0 < said - began < 15
 
 
-def test_what_one_rank_cannot_read_ends_all_with_its_reason(tmp_path) -> None:
-    ended = start(tmp_path, "fail:1:3")
+@pytest.mark.parametrize("step", [1, 2, 6])
+def test_what_one_rank_cannot_read_ends_all_saved_with_its_reason(tmp_path, clean, step) -> None:
+    """Every rank stops before the step whose batch one of them cannot read; mended, the run is the undisturbed one."""
+    ended = start(tmp_path, f"fail:1:{step}")
     assert ended.codes == [1, 1], ended.text
-    said = errors(ended)
-    assert "step 3: rank 1 failed: shard 7, image 3: cannot be read" in said[0]
-    assert said[1] == "dit-fast: error: shard 7, image 3: cannot be read"
+    reason = f"step {step}: rank 1: shard 7, image 3: cannot be read; step {step - 1} is saved"
+    assert all(said.startswith(f"dit-fast: error: {reason}") for said in errors(ended)), ended.text
+    assert latest_checkpoint(tmp_path / "run").name == f"step-{step - 1:07d}"
+    go_on(tmp_path)
+    assert_same(tmp_path / "run", clean)
 
 
 def test_a_rank_without_its_data_ends_all_before_the_first_step(tmp_path) -> None:

@@ -91,7 +91,7 @@ class FileSource:
             paths, lambda path: read_image(path, self.size, self.channels), self.num_workers
         )
         if failures:
-            raise DataError(f"{list_failures(failures)}: readable when training began, not any more")
+            raise DataError(f"{list_failures(failures)}: cannot be read")
         return torch.stack(images)
 
 

@@ -9,9 +9,16 @@ import logging
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError, OutputError
+from dit_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DitFastError,
+    MissingExtraError,
+    OutputError,
+)
 from dit_fast.sampling.output import prepare_folder
 from dit_fast.training.checkpoint import (
     checkpoint_bytes,
@@ -25,7 +32,7 @@ from dit_fast.training.checkpoint import (
 from dit_fast.training.checkpoint_writer import CheckpointWriter
 from dit_fast.training.config import TrainConfig, apply_to_process, open_set, resumed_config
 from dit_fast.training.ema import SNAPSHOTS
-from dit_fast.training.prefetch import prefetch
+from dit_fast.training.prefetch import Readable, prefetch
 from dit_fast.training.progress import plot_loss
 from dit_fast.training.ranges import mark_launches
 from dit_fast.training.signals import StopRequest
@@ -139,8 +146,9 @@ def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
         StopRequest(alone=world.size == 1) as stop,
         trainer.writer(run) as writer,
     ):
-        trainer.says = lambda: (stop.signal, writer.failed)
-        checkpoint = _steps(trainer, watch, writer)
+        batches = Readable(trainer.stream.read(trainer.step, trainer.total_steps, trainer.rows))
+        trainer.says = lambda: (stop.signal, writer.failed, batches.at_end)
+        checkpoint = _steps(trainer, watch, writer, batches)
     try:
         if world.is_first:
             plot_loss(run / "log.jsonl", run / "loss.png")
@@ -149,13 +157,20 @@ def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
     return TrainResult(run, trainer.step, trainer.total_steps, checkpoint, trainer.stop)
 
 
-def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter) -> Path:
-    """Train to the end or to a stop request; returns the checkpoint written last."""
+def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Readable) -> Path:
+    """Train to the end or to a stop request; returns the checkpoint written last.
+
+    Where a batch cannot be read, the run ends, saved, with the step before, and DataError says why on every rank.
+    """
     config, total = trainer.config, trainer.total_steps
-    batches = prefetch(trainer.stream.read(trainer.step, total, trainer.rows), trainer.device)
-    for samples, labels in watch.waiting(batches):
+    end = _readable_steps(trainer, batches)
+    for samples, labels in watch.waiting(prefetch(iter(batches), trainer.device)):
+        if trainer.step == end:
+            break
         trainer.train_step(samples, labels)
-        last = trainer.step == total or trainer.stop is not None
+        if trainer.data_ends:
+            end = trainer.step
+        last = trainer.step == end or trainer.stop is not None
         watch.after_step(last)
         if trainer.save_failed:
             _report(trainer, writer)
@@ -173,7 +188,33 @@ def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter) -> Path:
     trainer.save(writer)
     path = writer.wait()
     assert path is not None
+    if end < total:
+        _raise_data_error(trainer, batches, writer.run)
     return path
+
+
+def _readable_steps(trainer: Trainer, batches: Readable) -> int:
+    """The step that the run can reach as far as is known now, the same on all ranks.
+
+    What a rank says in a step is heard in the next one on CUDA, so that two batches are spoken of before the first.
+    """
+    count = batches.count(2)
+    known = trainer.total_steps if batches.error is None else trainer.step + count
+    return min(trainer.world.gather(known))
+
+
+def _raise_data_error(trainer: Trainer, batches: Readable, run: Path) -> NoReturn:
+    """Raise why the next batch could not be read, on every rank; a fault that is none of the data as it was."""
+    error = batches.error
+    if error is not None and not isinstance(error, DitFastError):
+        raise error
+    reasons = trainer.world.gather(None if error is None else str(error))
+    rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
+    who = "" if trainer.world.size == 1 else f"rank {rank}: "
+    raise DataError(
+        f"step {trainer.step + 1}: {who}{reason}; step {trainer.step} is saved: mend it and continue with "
+        f"--resume {run}"
+    ) from error
 
 
 def _report(trainer: Trainer, writer: CheckpointWriter) -> None:

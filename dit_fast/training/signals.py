@@ -53,10 +53,10 @@ class StopRequest:
 class StepAgreement:
     """One reduction a step in which the ranks tell each other what all of them must act on.
 
-    Within a step, `exchange(bad_loss, bad_norm, stop, save_failed)`: the first two are () tensors on the device,
-    whether this rank's loss or gradient norm is not finite; it returns whether any rank's are, on the device, without
-    waiting for it. After `read`, `stop` and `save_failed` are what any rank said, and `bad_rank` is a rank whose loss
-    was not finite in this step or an earlier one. On CUDA,
+    Within a step, `exchange(bad_loss, bad_norm, stop, save_failed, data_ends)`: the first two are () tensors on the
+    device, whether this rank's loss or gradient norm is not finite; it returns whether any rank's are, on the device,
+    without waiting for it. After `read`, `stop`, `save_failed` and `data_ends` are what any rank said, and `bad_rank` is
+    a rank whose loss was not finite in this step or an earlier one. On CUDA,
     `read` gives the values of the step before, so that the host can run ahead by one step: all ranks still act at the
     same one.
     """
@@ -65,23 +65,30 @@ class StepAgreement:
         self.world = world
         self.stop: signal.Signals | None = None
         self.save_failed = False
+        self.data_ends = False
         self.bad_rank: int | None = None
         on_device = world.device.type == "cuda"
         # Two of each in turn: on CUDA the copies of a step are under way while the next one is prepared.
-        self._said = [torch.zeros(4, pin_memory=on_device) for _ in range(2)]
-        self._heard = [torch.zeros(4, pin_memory=on_device) for _ in range(2)]
+        self._said = [torch.zeros(5, pin_memory=on_device) for _ in range(2)]
+        self._heard = [torch.zeros(5, pin_memory=on_device) for _ in range(2)]
         self._events: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
-        self._flags = torch.zeros(4, device=world.device)
+        self._flags = torch.zeros(5, device=world.device)
 
     @torch.no_grad()
     def exchange(
-        self, bad_loss: Tensor, bad_norm: Tensor, stop: signal.Signals | None, save_failed: bool
+        self,
+        bad_loss: Tensor,
+        bad_norm: Tensor,
+        stop: signal.Signals | None,
+        save_failed: bool,
+        data_ends: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Whether `bad_loss` and `bad_norm` are true on any rank, () bool each on the device."""
         said = self._said[self._turn]
         said[2] = float(stop or 0)
         said[3] = float(save_failed)
+        said[4] = float(data_ends)
         flags = self._flags.copy_(said, non_blocking=True)
         # The largest of rank + 1 names one of the ranks where it is true.
         flags[0] = bad_loss.to(flags.dtype) * (self.world.rank + 1)
@@ -107,7 +114,8 @@ class StepAgreement:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"NCCL: a collective is not over after {timeout:g} s: timed out")
             time.sleep(_POLL)
-        bad, _, stop, save_failed = self._heard[self._turn].tolist()
+        bad, _, stop, save_failed, data_ends = self._heard[self._turn].tolist()
         self.bad_rank = int(bad) - 1 if bad else self.bad_rank
         self.stop = signal.Signals(int(stop)) if stop else None
         self.save_failed = bool(save_failed)
+        self.data_ends = bool(data_ends)

@@ -128,8 +128,9 @@ class Trainer:
         if self.compiles:
             compile_step(self.work, self.model.out_channels)
         self.agreement = StepAgreement(self.world)
-        # What this rank tells the others in each step: a signal to stop for, and whether a checkpoint failed.
-        self.says: Callable[[], tuple[Signals | None, bool]] = lambda: (None, False)
+        # What this rank tells the others in each step: a signal to stop for, whether a checkpoint failed, and whether
+        # the batch after the next one to be asked for cannot be read.
+        self.says: Callable[[], tuple[Signals | None, bool, bool]] = lambda: (None, False, False)
         self.run_step: Callable[[Tensor, Tensor], None] = self.work
         if config.cuda_graph and self.world.size > 1:
             raise ConfigError("--cuda-graph: a step of several ranks is no CUDA graph; leave it out")
@@ -222,6 +223,11 @@ class Trainer:
     def save_failed(self) -> bool:
         """Whether a checkpoint could not be written, the same on all ranks after a step."""
         return self.says()[1] if self.world.size == 1 else self.agreement.save_failed
+
+    @property
+    def data_ends(self) -> bool:
+        """Whether a rank cannot read its next batch, the same on all ranks after a step."""
+        return self.says()[2] if self.world.size == 1 else self.agreement.data_ends
 
     def check_finite(self) -> None:
         """Raise NonFiniteError if a step so far had a loss or gradient norm that is NaN or infinite."""

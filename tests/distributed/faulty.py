@@ -39,6 +39,7 @@ def die() -> None:
 def install(fault: Fault, rank: int) -> None:
     """Make this process behave as the fault says."""
     # Imported here: the fork server has them already, and the parent needs none.
+    from dit_fast.data.stream import BatchStream
     from dit_fast.errors import DataError
     from dit_fast.training import checkpoint, checkpoint_writer, loop
     from dit_fast.training.step import TrainStep
@@ -62,8 +63,6 @@ def install(fault: Fault, rank: int) -> None:
                 die()
             elif fault.kind == "hang":
                 time.sleep(1000)
-            elif fault.kind == "fail":
-                raise DataError("shard 7, image 3: cannot be read")
             elif fault.kind == "nan":
                 samples = samples * float("nan")
             elif fault.kind == "term":
@@ -71,6 +70,15 @@ def install(fault: Fault, rank: int) -> None:
         train_step(self, samples, labels)
 
     Trainer.train_step = faulty_step
+    if fault.kind == "fail":
+        batch = BatchStream.batch
+
+        def faulty_batch(self, step, rows=slice(None)):
+            if step + 1 == fault.step:
+                raise DataError("shard 7, image 3: cannot be read")
+            return batch(self, step, rows)
+
+        BatchStream.batch = faulty_batch
     if fault.kind in ("save", "fsize", "slow"):
         faulty_save(checkpoint, checkpoint_writer, fault)
 
