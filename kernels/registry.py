@@ -58,7 +58,7 @@ class OpSpec:
 
     def differentiable(self, inputs: Sequence[Any]) -> list[bool]:
         """Which of `inputs` get a gradient: the tensors of floating point, but not `constants`."""
-        names = inspect.signature(self.op).parameters
+        names = inspect.signature(self.reference).parameters
         return [
             isinstance(value, Tensor) and value.is_floating_point() and name not in self.constants
             for name, value in zip(names, inputs, strict=False)

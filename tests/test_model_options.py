@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden import CONFIG, golden_model, seeded
+from tolerance import assert_close
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,8 +86,8 @@ def test_rotation_is_multiplication_by_complex_numbers() -> None:
             angle = place * 10000 ** -((pair % 2) / 2)
             before = torch.complex(q[:, token, :, 2 * pair], q[:, token, :, 2 * pair + 1])
             after = before * complex(math.cos(angle), math.sin(angle))
-            assert (turned[:, token, :, 2 * pair] - after.real).abs().max() < 1e-6
-            assert (turned[:, token, :, 2 * pair + 1] - after.imag).abs().max() < 1e-6
+            assert_close(turned[:, token, :, 2 * pair], after.real, dtype=torch.float32)
+            assert_close(turned[:, token, :, 2 * pair + 1], after.imag, dtype=torch.float32)
 
 
 def test_rotary_attention_depends_on_offsets_only() -> None:
@@ -96,8 +97,8 @@ def test_rotary_attention_depends_on_offsets_only() -> None:
     rotation = torch.stack([angles.cos(), angles.sin()], -1)[None]
     q, k = (rotate(seeded(n, 1, 1, 1, 16).expand(1, 35, 1, 16), rotation)[0, :, 0] for n in "qk")
     logits = (q @ k.T).view(rows, columns, rows, columns)
-    assert (logits[:-1, :, :-1] - logits[1:, :, 1:]).abs().max() < 1e-5
-    assert (logits[:, :-1, :, :-1] - logits[:, 1:, :, 1:]).abs().max() < 1e-5
+    assert_close(logits[:-1, :, :-1], logits[1:, :, 1:])
+    assert_close(logits[:, :-1, :, :-1], logits[:, 1:, :, 1:])
     # And it does depend on them, along each axis.
     assert (logits[0, 0, 1, 0] - logits[0, 0, 0, 0]).abs() > 1e-2
     assert (logits[0, 0, 0, 1] - logits[0, 0, 0, 0]).abs() > 1e-2
@@ -157,7 +158,7 @@ def test_attention_with_qk_norm_and_rotation_is_the_plain_formula(mode: str) -> 
     v = (tokens @ attention.qkv.weight[64:].T + attention.qkv.bias[64:]).view(2, 6, 4, 8).transpose(1, 2)
     expected = ((q @ k.transpose(2, 3)) / math.sqrt(8)).softmax(-1) @ v
     out = attention.attend(tokens, layout, kernels=mode)
-    assert (out - expected.transpose(1, 2).reshape(2, 6, 32)).abs().max() < 1e-5
+    assert_close(out, expected.transpose(1, 2).reshape(2, 6, 32))
 
 
 def test_swiglu_is_its_formula_with_two_thirds_of_the_width() -> None:
@@ -168,7 +169,7 @@ def test_swiglu_is_its_formula_with_two_thirds_of_the_width() -> None:
     gate = tokens @ module.w12.weight[:64].T + module.w12.bias[:64]
     value = tokens @ module.w12.weight[64:].T + module.w12.bias[64:]
     expected = (gate * gate.sigmoid() * value) @ module.w3.weight.T + module.w3.bias
-    assert (module(tokens) - expected).abs().max() < 1e-6
+    assert_close(module(tokens), expected)
     gelu, swiglu = (
         sum(p.numel() for p in DiT_models["DiT-S/2"](mlp=mlp, depth=1).blocks[0].mlp.parameters())
         for mlp in ("gelu", "swiglu")
@@ -184,9 +185,9 @@ def test_rms_norm_is_its_formula(mode: str) -> None:
     h = normed(Stream(tokens, branch, None, gate), make_norm("rmsnorm", 24, False), shift, scale, mode)
     added = tokens + gate[:, None] * branch
     rms = added.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
-    assert (h.x - added).abs().max() < 1e-6
+    assert_close(h.x, added)
     expected = added / rms * (1 + scale[:, None]) + shift[:, None]
-    assert (h.y - expected).abs().max() < 1e-5
+    assert_close(h.y, expected)
     assert (h.recipe is None) == (mode == "reference")
     assert h.recipe is None or (adaln_from_moments(*h.recipe) - expected).abs().max() < 1e-5
 
@@ -227,10 +228,10 @@ def test_fused_operations_around_the_options_change_nothing(conditioning: str, r
     options = {**EVERY, "conditioning": conditioning}
     plain = model_of(**options, kernels="reference")
     fused = model_of(**options, kernels="triton", recompute=recompute)
-    assert (fused(x(), T, Y) - plain(x(), T, Y)).abs().max() < 1e-5
+    assert_close(fused(x(), T, Y), plain(x(), T, Y))
     expected = gradients(plain)
     for name, gradient in gradients(fused).items():
-        assert (gradient - expected[name]).abs().max() <= 3e-5 * expected[name].abs().max(), name
+        assert_close(gradient, expected[name], what=name)
 
 
 # All but two are slow: one more operation in a block breaks no graph that these do not.
@@ -242,7 +243,7 @@ def test_one_graph(options: dict[str, object]) -> None:
     torch._dynamo.reset()
     model = model_of(**options, depth=1, kernels="triton")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert (compiled(x(), T, Y) - model(x(), T, Y)).abs().max() < 1e-5
+    assert_close(compiled(x(), T, Y), model(x(), T, Y))
 
 
 @pytest.mark.slow
@@ -253,11 +254,11 @@ def test_one_graph_forward_and_backward_of_every_size(mode: str) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for size in RECTANGLES:
         out, expected = compiled(x(*size), T, Y), model(x(*size), T, Y)
-        assert (out - expected).abs().max() < 1e-5
+        assert_close(out, expected)
         parameters = [p for p in model.parameters() if p.requires_grad]
         found = torch.autograd.grad(out.square().mean(), parameters)
         for one, other in zip(found, torch.autograd.grad(expected.square().mean(), parameters), strict=True):
-            assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+            assert_close(one, other)
 
 
 @each_option
@@ -348,7 +349,7 @@ def test_sampling(options: dict[str, object]) -> None:
     expected = process.p_sample_loop(
         model, (2, 4, 8, 8), noise, clip_denoised=False, model_kwargs={"y": labels}, device="cpu"
     )
-    assert (drawn - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert_close(drawn, expected, terms=4096)
 
 
 def test_attention_maps_are_of_normalised_and_rotated_queries() -> None:
@@ -360,7 +361,7 @@ def test_attention_maps_are_of_normalised_and_rotated_queries() -> None:
     handle.remove()
     q, k, _ = kept[0].permute(2, 0, 3, 1, 4)
     expected = (q @ k.transpose(2, 3) / math.sqrt(16)).softmax(-1).view(3, 4, 16, 4, 4)
-    assert (attention_maps(model, x(), T, Y, 1) - expected).abs().max() < 1e-6
+    assert_close(attention_maps(model, x(), T, Y, 1), expected)
 
 
 # Classes and channels
@@ -417,7 +418,7 @@ def test_a_mixed_batch_gives_what_separate_batches_give(options: dict[str, objec
             for i, image in enumerate(images):
                 alone = model(image[None], T[i : i + 1], Y[i : i + 1])[0]
                 assert mixed[i].shape == (8, *image.shape[1:])
-                assert (mixed[i] - alone).abs().max() < 1e-6, (conditioning, image.shape)
+                assert_close(mixed[i], alone, what=(conditioning, image.shape))
 
 
 @pytest.mark.parametrize("mode", ["reference", "triton"])
@@ -433,13 +434,13 @@ def test_gradients_of_a_mixed_batch_are_those_of_separate_ones(mode: str) -> Non
     )
     separate = torch.autograd.grad(apart, [p for p in model.parameters() if p.requires_grad])
     for one, other in zip(mixed, separate, strict=True):
-        assert (one - other).abs().max() <= 1e-9 * (1 + other.abs().max())
+        assert_close(one, other)
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rope", "sincos_rope"])
 def test_another_size_is_answered_as_by_a_model_of_that_size(positions: str) -> None:
     model, fresh = model_of(positions=positions), model_of(positions=positions, input_size=(4, 12))
-    assert (model(x(4, 12), T, Y) - fresh(x(4, 12), T, Y)).abs().max() < 1e-6
+    assert_close(model(x(4, 12), T, Y), fresh(x(4, 12), T, Y))
     assert torch.equal(model.regrid((4, 12))(x(4, 12), T, Y), fresh(x(4, 12), T, Y))
 
 
@@ -450,8 +451,8 @@ def test_learned_positions_are_resized() -> None:
     before = model(x(16, 12), T, Y)
     model.regrid((16, 12))
     assert model.pos_embed.requires_grad
-    assert (model.pos_embed - expected).abs().max() < 1e-6
-    assert (model(x(16, 12), T, Y) - before).abs().max() < 1e-6
+    assert_close(model.pos_embed, expected)
+    assert_close(model(x(16, 12), T, Y), before)
 
 
 def test_positions_refuse_what_they_have_not() -> None:

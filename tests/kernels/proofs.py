@@ -15,6 +15,7 @@ import pytest
 import torch
 from guarded import Side, fenced_run, last_programs_agree, reaches
 from interpreter import INTERPRETED
+from tolerance import assert_as_accurate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,18 +95,6 @@ def names_of(spec: OpSpec, inputs: Any) -> dict[str, Any]:
 
 def same_bits(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def assert_as_accurate(ours: Tensor, torchs: Tensor, exact: Tensor, factor: float, floor: float) -> None:
-    """|ours - exact| <= factor * |torch's - exact| + floor, the maxima over all elements."""
-    assert ours.dtype == torchs.dtype
-    assert ours.shape == torchs.shape
-    if not exact.numel():
-        return
-    error, allowed = (ours.double() - exact).abs().max(), (torchs.double() - exact).abs().max()
-    scale = max(1.0, exact.abs().max().item())
-    assert ours.isfinite().all()
-    assert error <= factor * allowed + floor * scale, f"error {error:.3e}, PyTorch's {allowed:.3e}"
 
 
 def agrees_in_float64(spec: OpSpec, shape: Shape) -> None:

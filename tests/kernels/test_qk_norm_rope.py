@@ -5,7 +5,8 @@ import importlib
 
 import pytest
 import torch
-from proofs import DEVICE, assert_as_accurate, draw, evaluate, fused, leaves_of, same_bits, upcast
+from proofs import DEVICE, draw, evaluate, fused, leaves_of, same_bits, upcast
+from tolerance import assert_as_accurate
 from torch import Tensor, nn
 
 from dit_fast.conditioning import CONDITIONING
