@@ -29,8 +29,9 @@ from benchmarks.environment import ROOT, commit, environment
 from benchmarks.report import draw, full, load, plots
 from benchmarks.rows import device_of, slug
 from dit_fast.errors import DitFastError
+from dit_fast.files import write_atomically
 from dit_fast.kernels.registry import REGISTRY
-from dit_fast.sampling.output import prepare_folder, write_atomically
+from dit_fast.sampling.output import prepare_folder
 
 FORMAT = "dit_fast gpu suite 2"
 LAST_LINES = 40

@@ -10,6 +10,7 @@ from PIL import Image
 from benchmarks.plain_dit import PlainDiT
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError, NonFiniteError, OutputError
+from dit_fast.files import write_atomically
 from dit_fast.models import DiT
 from dit_fast.sampling import (
     SOLVERS,
@@ -22,7 +23,7 @@ from dit_fast.sampling import (
 )
 from dit_fast.sampling.grid import grid_layout
 from dit_fast.sampling.noise import KeyedNoise
-from dit_fast.sampling.output import prepare_folder, write_atomically
+from dit_fast.sampling.output import prepare_folder
 from dit_fast.sampling.progress import Progress
 from tests.golden import GOLDEN, golden_model, seeded
 

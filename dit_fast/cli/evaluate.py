@@ -30,8 +30,8 @@ from dit_fast.evaluation import (
 )
 from dit_fast.evaluation.archives import Archive
 from dit_fast.evaluation.image_sources import JoinedImages, archive_images
+from dit_fast.files import check_output, write_atomically
 from dit_fast.sampling import PRECISIONS, SOLVERS
-from dit_fast.sampling.output import prepare_folder, write_atomically
 from dit_fast.training.checkpoint import find_checkpoint, step_folders
 from dit_fast.training.manifest import MANIFEST, read_manifest
 from dit_fast.training.world import choose_device, ranks
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     )
     for path in (args.out, args.save_statistics):
         if path is not None:
-            prepare_folder(path.parent)
+            check_output(path)
     with contextlib.ExitStack() as stack:
         source = given or stack.enter_context(_drawn(args, mixture))
         if given is None and reference is not None and not buckets:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dit_fast.cli import sample
 from dit_fast.cli.sample_plan import Plan, make_plan
 from dit_fast.errors import ConfigError
+from dit_fast.files import write_atomically
 from dit_fast.sampling.explain import (
     attention_film,
     check_attention,
@@ -21,7 +22,7 @@ from dit_fast.sampling.explain import (
     thinned,
 )
 from dit_fast.sampling.grid import short_label
-from dit_fast.sampling.output import prepare_folder, write_atomically
+from dit_fast.sampling.output import prepare_folder
 from dit_fast.training.world import ranks
 
 _MOST_LABELS = 8

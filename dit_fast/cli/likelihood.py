@@ -17,9 +17,9 @@ from dit_fast.diffusion import FlowMatching, GaussianDiffusion
 from dit_fast.diffusion.likelihood import GREY_LEVEL, bits_per_dim, log_likelihood
 from dit_fast.diffusion.objectives import create_objective
 from dit_fast.errors import ConfigError, NonFiniteError
+from dit_fast.files import check_output, write_atomically
 from dit_fast.interop import ModelInfo, load_model
 from dit_fast.models import DiT
-from dit_fast.sampling.output import prepare_folder, write_atomically
 from dit_fast.training.world import choose_device
 
 _EPILOG = """A model of flow matching: the likelihood by its ODE (Heun's method; Hutchinson's estimate of the
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     model, info = load_model(args.ckpt, weights=args.weights, device=device, objective=asked_objective(args))
     data = _images(args, model, info)
     if args.out is not None:
-        prepare_folder(args.out.parent)
+        check_output(args.out)
     split, which = (data.heldout, "held-out") if len(data.heldout) else (data.train, "training")
     num = min(args.num, len(split))
     objective = create_objective(**info.diffusion)

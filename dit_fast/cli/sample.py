@@ -5,13 +5,12 @@ Under torchrun every rank draws its share of the batches; the first rank waits f
 
 import argparse
 import json
+import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,9 +19,10 @@ from torch import Tensor
 from dit_fast.cli.sample_options import add_arguments
 from dit_fast.cli.sample_plan import Plan, make_plan
 from dit_fast.data import to_pixels
+from dit_fast.errors import DitFastError, OutputError
 from dit_fast.evaluation import Scorer
+from dit_fast.files import TEMPORARY, write_atomically
 from dit_fast.sampling import Step, draw_grid, short_label, to_pil, to_uint8
-from dit_fast.sampling.output import write_atomically
 from dit_fast.sampling.progress import Progress
 
 __all__ = ["add_arguments", "run"]
@@ -146,17 +146,21 @@ def _write_grid(args: argparse.Namespace, plan: Plan, images: np.ndarray) -> Non
 def _write_images(args: argparse.Namespace, plan: Plan) -> None:
     """OUT/images/NNNNNN-classC-NAME.png, all of them or none."""
     folder = args.out / "images"
-    partial = Path(tempfile.mkdtemp(prefix=".tmp-images-", dir=args.out))
+    partial = args.out / f"{TEMPORARY}images-{os.getpid()}"
     try:
+        partial.mkdir()
         number = 0
         for array in plan.parts:
             images = array if array.dtype == np.uint8 else to_uint8(torch.from_numpy(array[:, :3].copy()))
             for image in images:
                 path = partial / f"{number:06d}-{_tag(int(plan.labels[number]), plan.names)}.png"
-                write_atomically(path, to_pil(np.asarray(image)).save)
+                to_pil(np.asarray(image)).save(path)
                 number += 1
-        partial.chmod(0o755)
         partial.rename(folder)
+    except OSError as error:
+        if isinstance(error, DitFastError):
+            raise
+        raise OutputError(f"cannot write {folder} ({error.strerror or error}); free space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"wrote {number} images to {folder}", flush=True)

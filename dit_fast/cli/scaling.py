@@ -10,7 +10,7 @@ from typing import Any
 
 from dit_fast.cli import train
 from dit_fast.errors import ConfigError, MissingExtraError, OutputError
-from dit_fast.sampling.output import write_atomically
+from dit_fast.files import write_atomically
 from dit_fast.training.presets import PRESETS
 from dit_fast.training.scaling import LADDER, Ladder, Rung, Study
 from dit_fast.training.world import join_world

@@ -10,7 +10,8 @@ from tqdm import tqdm
 from dit_fast.data.encode import EncodeConfig
 from dit_fast.data.listing import list_images, open_encoder
 from dit_fast.errors import ConfigError
-from dit_fast.sampling.output import prepare_folder, write_atomically
+from dit_fast.files import check_output, write_atomically
+from dit_fast.sampling.output import prepare_folder
 
 
 def embed(config: EncodeConfig, world_size: int = 1) -> int:
@@ -29,7 +30,7 @@ def embed(config: EncodeConfig, world_size: int = 1) -> int:
     captions = open_encoder(config.text_encoder, config.caption_tokens, config.device)
     if captions is None:
         raise ConfigError("--vae none writes embeddings of captions alone: give --text-encoder")
-    prepare_folder(out.parent)
+    check_output(out)
     listing = list_images(Path(config.data), config.shard_size, captions)
     every: dict[str, Tensor] = {}
     with tqdm(total=len(listing.names), desc="encoding captions", disable=None) as bar:

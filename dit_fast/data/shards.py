@@ -22,17 +22,15 @@ import hashlib
 import io
 import json
 import math
-import os
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from dit_fast.errors import DataError, OutputError
-from dit_fast.sampling.output import sync
+from dit_fast.errors import DataError
+from dit_fast.files import TEMPORARY, write_atomically
 
 FORMAT = "dit_fast latents 1"
 MANIFEST = "manifest.json"
@@ -41,7 +39,6 @@ LABELS = "labels.npy"
 NAMES = "names.json"
 TEXTS = "texts.json"
 DTYPES = ("float16", "float32")
-_TEMPORARY = ".tmp-"
 
 
 def shard_name(index: int) -> str:
@@ -71,34 +68,27 @@ class HashingFile:
 
 
 def publish(path: Path, write: Callable[[HashingFile], object]) -> dict[str, Any]:
-    """Have `write` fill a temporary sibling of `path`, sync it, rename it; its bytes and SHA-256.
+    """Have `write` fill the file `path` by `write_atomically`; its bytes and SHA-256.
 
     Raises OutputError when the disk does not take it. Nothing partial stays behind an exception.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:12]}")
-    try:
+    facts: dict[str, Any] = {}
+
+    def fill(temporary: Path) -> None:
         with temporary.open("wb") as file:
             hashing = HashingFile(file)
             write(hashing)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path} ({error.strerror or error}); free space or choose another --out"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return hashing.facts()
+        facts.update(hashing.facts())
+
+    write_atomically(path, fill)
+    return facts
 
 
 def remove_leftovers(folder: Path, names: Sequence[str], seconds: float = 0.0) -> None:
     """Delete what killed writers of the files `names` left in `folder` and nobody touched for `seconds`."""
     wanted, latest = set(names), time.time() - seconds
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        if path.name.removeprefix(_TEMPORARY).rpartition("-")[0] in wanted:
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path.name.removeprefix(TEMPORARY).partition("-")[2] in wanted:
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime <= latest:
                     path.unlink()

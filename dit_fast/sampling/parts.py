@@ -6,7 +6,6 @@ resumed run needs to know, whatever the number of ranks. Ranks share the folder 
 
 import contextlib
 import json
-import os
 import shutil
 import time
 import zipfile
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dit_fast.errors import OutputError
-from dit_fast.sampling.output import write_atomically
+from dit_fast.files import write_atomically
 
 # Of every member of an archive, so that equal samples give equal bytes: the first date that zip can hold.
 _DATE = (1980, 1, 1, 0, 0, 0)
@@ -103,8 +102,6 @@ class Parts:
         def save(temporary: Path) -> None:
             with temporary.open("wb") as file:
                 np.save(file, samples)
-                file.flush()
-                os.fsync(file.fileno())
 
         write_atomically(self.path(part), save)
         # Or `wait` would wait for it for ever.

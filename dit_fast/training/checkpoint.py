@@ -28,8 +28,8 @@ from torch import Tensor
 
 from dit_fast import __version__
 from dit_fast.errors import CheckpointError, OutputError
+from dit_fast.files import sync
 from dit_fast.models import DiT
-from dit_fast.sampling.output import sync
 from dit_fast.training.manifest import (
     FORMAT,
     MANIFEST,

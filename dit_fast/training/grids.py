@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dit_fast.data import LatentSet
 from dit_fast.errors import DitFastError
+from dit_fast.files import write_atomically
 from dit_fast.interop.vae import LatentDecoder
 from dit_fast.sampling import draw_grid, short_label, to_uint8
 from dit_fast.sampling.grid import on_paper
-from dit_fast.sampling.output import write_atomically
 from dit_fast.training.samples import AverageSampler, open_decoder
 from dit_fast.training.trainer import Trainer
 
