@@ -9,16 +9,22 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.distributed.run import parse_args as torchrun
 
-from dit_fast.cli import main
+from dit_fast.cli import main, sample, sample_plan
+from dit_fast.cli.sample_plan import make_plan
 from dit_fast.errors import OutputError
+from dit_fast.interop import ModelInfo
 from dit_fast.models import DiT
+from dit_fast.sampling import Sampler
 from dit_fast.sampling.parts import Parts
+from dit_fast.training.world import World
 
 
 def parts_of(folder, num=10, batch_size=4, **request) -> Parts:
@@ -29,15 +35,6 @@ def images(parts: Parts, part: int) -> np.ndarray:
     return np.stack([np.full((2, 2, 3), number, dtype=np.uint8) for number in parts.numbers(part)])
 
 
-def test_parts_share_every_sample_once_among_any_ranks(tmp_path):
-    parts = parts_of(tmp_path, 50, 4)
-    parts.open()
-    for world in (1, 2, 3, 7, 20):
-        shares = [parts.missing(rank, world) for rank in range(world)]
-        numbers = sorted(n for share in shares for part in share for n in parts.numbers(part))
-        assert numbers == list(range(50))
-
-
 def test_only_whole_parts_count_and_what_is_there_is_not_asked_for_again(tmp_path):
     parts = parts_of(tmp_path)
     parts.open()
@@ -45,18 +42,28 @@ def test_only_whole_parts_count_and_what_is_there_is_not_asked_for_again(tmp_pat
     assert parts.missing() == [0, 2]
     assert parts.finished() == 4
     parts.write(0, images(parts, 0))
+    assert np.array_equal(np.load(parts.path(0)), images(parts, 0)), "an ordinary .npy file to others"
     whole = parts.path(0).read_bytes()
-    for damaged in (b"", whole[:50], whole[:-1], b"x" * len(whole)):
+    flipped = [bytearray(whole) for _ in range(4)]
+    for copy, place in zip(flipped, (3, 60, len(whole) - 40, len(whole) - 1), strict=True):
+        copy[place] ^= 1
+    for damaged in (b"", whole[:50], whole[:-1], whole + b"x", b"x" * len(whole), *map(bytes, flipped)):
         parts.path(0).write_bytes(damaged)
-        assert parts.missing() == [0, 2]
-    np.save(parts.path(0), images(parts, 0).astype(np.int64))
-    assert parts.missing() == [0, 2]
+        assert parts_of(tmp_path).missing() == [0, 2]
+    for foreign in (images(parts, 0), images(parts, 0).astype(np.int64)):
+        np.save(parts.path(0), foreign)
+        assert parts_of(tmp_path).missing() == [0, 2]
+    parts.path(0).unlink()
+    os.mkfifo(parts.path(0))
+    assert parts_of(tmp_path).missing() == [0, 2], "not waited for"
+    parts.path(0).unlink()
     np.save(parts.path(0), np.array([{}], dtype=object), allow_pickle=True)
+    parts = parts_of(tmp_path)
     assert parts.missing() == [0, 2]
-    parts_of(tmp_path).open()
+    parts.open()
     with pytest.raises(OutputError, match=r"000000\.npy is missing or damaged; run the command again"):
         list(parts)
-    with pytest.raises(ValueError, match=r"part 2 is uint8 \(4, 2, 2, 3\), expected uint8 \(2, 2, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"shard 2 is uint8 \(4, 2, 2, 3\), expected uint8 \(2, 2, 2, 3\)"):
         parts.write(2, images(parts, 1))
 
 
@@ -64,24 +71,41 @@ def test_a_part_that_does_not_read_back_is_an_error(tmp_path, monkeypatch):
     """Waited for, it would be for ever."""
     parts = parts_of(tmp_path)
     parts.open()
-    monkeypatch.setattr(np, "save", lambda file, array: file.write(b"cut"))
+    monkeypatch.setattr(Parts, "_checksum", lambda self, array: os.urandom(32))
     with pytest.raises(OutputError, match=r"000000\.npy does not read back as it was written"):
         parts.write(0, images(parts, 0))
 
 
 def test_another_request_is_not_mixed_in(tmp_path):
-    parts_of(tmp_path).open()
+    parts = parts_of(tmp_path)
+    parts.open()
+    parts.write(0, images(parts, 0))
     with pytest.raises(
-        OutputError, match="holds samples of another request: seed 0 there, 1 asked for; remove it"
+        OutputError, match="holds samples of another request: seed 0 there, 1 requested; remove it"
     ):
         parts_of(tmp_path, seed=1).open()
-    with pytest.raises(OutputError, match="num 10 there, 11 asked for"):
+    with pytest.raises(OutputError, match="num 10 there, 11 requested"):
         parts_of(tmp_path, num=11).open()
-    (tmp_path / "parts" / "request.json").write_text("{")
-    with pytest.raises(
-        OutputError, match=r"request\.json cannot be read .*; remove .*parts or choose another --out"
-    ):
-        parts_of(tmp_path).open()
+    # Not even where somebody changes the request: the shard's checksum covers its own.
+    assert parts_of(tmp_path, seed=1).read(0) is None
+    for damaged in ("{", "[1]", "[" * 10**5, "\0"):
+        (tmp_path / "parts" / "request.json").write_text(damaged)
+        with pytest.raises(
+            OutputError, match=r"request\.json: (damaged or not JSON|holds a JSON array)"
+        ):
+            parts_of(tmp_path).open()
+
+
+def test_a_folder_without_a_shard_blocks_nobody(tmp_path):
+    parts_of(tmp_path).open()
+    parts = parts_of(tmp_path, seed=1)
+    parts.open()
+    parts.write(0, images(parts, 0))
+    parts.remove_if_empty()
+    assert parts.missing() == [1, 2]
+    (tmp_path / "parts" / "000000.npy").unlink()
+    parts.remove_if_empty()
+    assert not (tmp_path / "parts").exists()
 
 
 def test_archive_is_adm_s_and_equal_samples_are_equal_bytes(tmp_path):
@@ -166,22 +190,15 @@ def test_two_ranks_killed_and_resumed_make_every_sample_once(checkpoint, tmp_pat
     assert wanted <= len(left) < 15, "killed in the middle"
     assert not (out / "samples.npz").exists()
 
-    # What was there is marked: it must come through the resumed run untouched.
-    marked = np.load(left[0])
-    original = marked.copy()
-    marked[0, 0, 0] = 255 - marked[0, 0, 0]
-    np.save(left[0], marked)
+    damaged = bytearray(left[0].read_bytes())
+    damaged[200] ^= 1
+    left[0].write_bytes(damaged)
     ranks = start_ranks(command, 2)
     outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert f"{4 * len(left)} of 60 images are there already: going on" in outputs[0]
-    first = 4 * int(left[0].stem)
-    with np.load(out / "samples.npz") as archive:
-        array = archive["arr_0"].copy()
-    assert np.array_equal(array[first : first + 4], marked)
-    with np.load(tmp_path / "long" / "samples.npz") as archive:
-        array[first : first + 4] = original
-        assert np.array_equal(array, archive["arr_0"])
+    if len(left) > 1:
+        assert f"{4 * (len(left) - 1)} of 60 images are there already: resuming" in outputs[0]
+    assert (out / "samples.npz").read_bytes() == expected_long
     assert sorted(path.name for path in out.iterdir()) == ["sample.png", "samples.npz"]
 
     # Unmarked, two ranks from the beginning: the bytes of one process.
@@ -189,6 +206,104 @@ def test_two_ranks_killed_and_resumed_make_every_sample_once(checkpoint, tmp_pat
     outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert (tmp_path / "two" / "samples.npz").read_bytes() == expected, outputs
     assert expected != expected_long
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_other_at_once_and_is_named(checkpoint, tmp_path):
+    command = arguments(checkpoint, tmp_path, "--steps", "100")
+    first, second = start_ranks(command, 2)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "parts").glob("[0-9]*.npy")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    second.kill()
+    second.communicate()
+    output = first.communicate(timeout=240)[0]
+    assert first.returncode == 1, output
+    error = output.strip().splitlines()[-1]
+    assert error.startswith("dit-fast: error: sampling: rank 1 does not answer"), output
+    assert "run the command again" in error
+    assert list((tmp_path / "parts").glob("[0-9]*.npy")), "what was drawn is kept"
+
+
+def test_a_shard_damaged_by_the_time_all_are_drawn_is_drawn_again(checkpoint, tmp_path, monkeypatch, capsys):
+    """Waiting for it would last for ever."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    assert main(arguments(checkpoint, tmp_path / "whole")) == 0
+    wait, drawn = World.wait, []
+
+    def damage(self, meanwhile):
+        wait(self, meanwhile)
+        shard = tmp_path / "out" / "parts" / "000003.npy"
+        shard.write_bytes(shard.read_bytes()[:-1])
+        drawn.extend(path.name for path in shard.parent.glob("[0-9]*.npy"))
+
+    monkeypatch.setattr(World, "wait", damage)
+    monkeypatch.setattr(Parts, "is_whole", lambda self, part: self.read(part) is not None)
+    assert main(arguments(checkpoint, tmp_path / "out")) == 0
+    assert len(drawn) == 15
+    assert (tmp_path / "out" / "samples.npz").read_bytes() == (
+        tmp_path / "whole" / "samples.npz"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("change", ["weights", "heads", "vae scale", "precision", "schedule"])
+def test_everything_that_determines_a_pixel_is_part_of_the_request(checkpoint, tmp_path, monkeypatch, change):
+    """Plans of two settings that differ in one thing differ in that entry of the request alone."""
+
+    def request(model: DiT, *more, **info) -> dict:
+        info = ModelInfo(Path("model"), "only", latent=False, **info)
+        monkeypatch.setattr(sample_plan, "load_model", lambda *args, **keywords: (model, info))
+        parser = argparse.ArgumentParser()
+        sample.add_arguments(parser)
+        words = [*arguments(checkpoint, tmp_path / str(len(list(tmp_path.iterdir()))))[1:], *more]
+        return make_plan(parser.parse_args(words)).parts.request
+
+    def model(heads: int = 2, channels: int = 3) -> DiT:
+        torch.manual_seed(0)
+        return DiT(8, 4, channels, 32, 1, heads, num_classes=10).eval()
+
+    if change == "vae scale":
+        decoder = SimpleNamespace(sha256="", shift=(0.0,), scale=(1.0,), factor=8)
+        monkeypatch.setattr(sample_plan, "LatentDecoder", lambda *args: decoder)
+        usual, other = (request(model(), "--vae", "x", data={"scale": [s]}) for s in (1.0, 2.0))
+    else:
+        other_model = model(4) if change == "heads" else model()
+        if change == "weights":
+            with torch.no_grad():
+                other_model.x_embedder.proj.bias[0] += 1e-3
+        more = {"precision": ("--precision", "bf16"), "schedule": ("--steps", "5")}.get(change, ())
+        usual, other = request(model()), request(other_model, *more)
+    entry = {"heads": "model", "vae scale": "vae", "schedule": "noise_schedule"}.get(change, change)
+    assert [key for key in usual if usual[key] != other[key]] == [entry]
+
+
+def test_images_of_the_same_command_do_not_block_its_second_try(checkpoint, tmp_path, monkeypatch, capsys):
+    """The archive did not fit after the images were written: the command runs again."""
+    command = [*arguments(checkpoint, tmp_path), "--save-images"]
+    write_npz = Parts.write_npz
+
+    def full(self, path):
+        raise OutputError("no space")
+
+    monkeypatch.setattr(Parts, "write_npz", full)
+    assert main(command) == 1
+    assert len(list((tmp_path / "images").iterdir())) == 60
+    (tmp_path / ".tmp-images-killed").mkdir()
+    monkeypatch.setattr(Parts, "write_npz", write_npz)
+    assert main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "sample.png", "samples.npz"]
+    assert main(command) == 1
+    assert "images is there already" in capsys.readouterr().err
+
+
+def test_a_failure_before_the_first_shard_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):
+    def no_memory(self, *args, **keywords):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Sampler, "__call__", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        main(arguments(checkpoint, tmp_path))
+    assert not (tmp_path / "parts").exists()
 
 
 def test_resumed_in_process_after_an_interruption(checkpoint, tmp_path, monkeypatch, capsys):
@@ -213,7 +328,7 @@ def test_resumed_in_process_after_an_interruption(checkpoint, tmp_path, monkeypa
         Parts, "write", lambda self, part, samples: (written.append(part), write(self, part, samples))
     )
     assert main(arguments(checkpoint, tmp_path)) == 0
-    assert "12 of 60 images are there already: going on" in capsys.readouterr().out
+    assert "12 of 60 images are there already: resuming" in capsys.readouterr().out
     assert sorted(written) == list(range(15)), "every part once"
     request = {"classes": np.load(tmp_path / "samples.npz")["arr_0"].shape}
     assert request == {"classes": (60, 8, 8, 3)}

@@ -1,6 +1,6 @@
 """`dit-fast sample`: draw images from a checkpoint, lay them out in a labelled grid, and score them.
 
-Under torchrun every rank draws its share of the batches; the first rank waits for all of them and writes the results.
+Under torchrun the ranks divide the batches among them; the first rank waits for all of them and writes the results.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from datetime import timedelta
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from dit_fast.evaluation import Scorer
 from dit_fast.files import TEMPORARY, write_atomically
 from dit_fast.sampling import Step, draw_grid, short_label, to_pil, to_uint8
 from dit_fast.sampling.progress import Progress
+from dit_fast.training.world import join_world
 
 __all__ = ["add_arguments", "run"]
 
@@ -31,6 +32,8 @@ _MOST_ROWS = 20
 # A grid is of the first images; no one looks at more of them at once.
 _MOST_SHOWN = 4096
 _MOST_FILMED = 16
+# Ranks that are done wait this long for a slower one. A rank that ended is noticed at once.
+_SLOWEST_RANK_SECONDS = 24 * 3600
 _FRAMES = 40
 
 
@@ -47,7 +50,12 @@ def run(args: argparse.Namespace) -> int:
             f"guidance {args.cfg_scale:g}, seed {args.seed}, on {plan.model.pos_embed.device}{ranks}",
             flush=True,
         )
-    _draw(args, plan)
+    try:
+        _draw(args, plan)
+    except BaseException:
+        if plan.rank == 0:
+            parts.remove_if_empty()
+        raise
     if plan.rank > 0:
         return 0
 
@@ -76,44 +84,44 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draw(args: argparse.Namespace, plan: Plan) -> None:
-    """Draw this rank's missing parts; the first rank then waits for those of the others."""
+    """Draw this rank's part of the missing shards, and return when all ranks have drawn theirs."""
     parts, sampler = plan.parts, plan.sampler
-    there = parts.finished()
+    there = parts.num - sum(len(parts.numbers(part)) for part in parts.missing())
     if there and plan.rank == 0:
-        print(f"{there} of {parts.num} images are there already: going on", flush=True)
+        print(f"{there} of {parts.num} images are there already: resuming", flush=True)
     progress = Progress(parts.num, len(sampler.nodes), there, show=plan.rank == 0)
-    started, drawn = time.perf_counter(), 0
+    started = time.perf_counter()
     # Under a graph the trajectory is replayed in pieces between two reports.
     every = 1 if plan.model.pos_embed.device.type == "cpu" else max(1, len(sampler.nodes) // 10)
-    missing = parts.missing(plan.rank, plan.world)
-    if plan.world > 1:
-        _meet()
-    for part in missing:
-        numbers = torch.tensor(list(parts.numbers(part)))
-        samples = sampler(
-            plan.told(plan.labels[numbers]),
-            seed=args.seed,
-            numbers=numbers,
-            batch_size=parts.batch_size,
-            on_step=progress.step,
-            every=every,
-        )
-        parts.write(part, _as_kept(plan, samples))
-        drawn += len(numbers)
-        progress.finish(parts.finished())
+
+    def draw(shards: Sequence[int]) -> None:
+        for part in shards:
+            numbers = torch.tensor(list(parts.numbers(part)))
+            samples = sampler(
+                plan.told(plan.labels[numbers]),
+                seed=args.seed,
+                numbers=numbers,
+                batch_size=parts.batch_size,
+                on_step=progress.step,
+                every=every,
+            )
+            parts.write(part, _as_kept(plan, samples))
+            progress.finish(parts.finished())
+
+    again = "run the command again, which keeps the finished images"
+    with closing(progress), join_world("cpu", work="sampling", remedy=again) as world:
+        # Each rank must have seen the same missing shards before any rank draws one.
+        missing = world.gather(parts.missing())[0]
+        world.set_timeout(_SLOWEST_RANK_SECONDS)
+        draw(missing[plan.rank :: plan.world])
+        world.wait(lambda: progress.finish(parts.finished()))
+        # A shard of another rank that a file system lost or damaged since.
+        if plan.rank == 0:
+            draw(parts.missing())
     if plan.rank == 0:
-        parts.wait(progress.finish)
         seconds = time.perf_counter() - started
-        drawn = parts.num - there if plan.world > 1 else drawn
+        drawn = parts.num - there
         print(f"drew {drawn} images in {seconds:.1f} s ({drawn / seconds:.2f} images/s)", flush=True)
-    progress.close()
-
-
-def _meet() -> None:
-    """Return when every rank has seen which parts are missing: the first one may then take them away at its end."""
-    torch.distributed.init_process_group("gloo", timeout=timedelta(hours=1))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def _as_kept(plan: Plan, samples: Tensor) -> np.ndarray:
@@ -146,6 +154,8 @@ def _write_grid(args: argparse.Namespace, plan: Plan, images: np.ndarray) -> Non
 def _write_images(args: argparse.Namespace, plan: Plan) -> None:
     """OUT/images/NNNNNN-classC-NAME.png, all of them or none."""
     folder = args.out / "images"
+    for killed in args.out.glob(f"{TEMPORARY}images-*"):
+        shutil.rmtree(killed, ignore_errors=True)
     partial = args.out / f"{TEMPORARY}images-{os.getpid()}"
     try:
         partial.mkdir()
@@ -156,6 +166,8 @@ def _write_images(args: argparse.Namespace, plan: Plan) -> None:
                 path = partial / f"{number:06d}-{_tag(int(plan.labels[number]), plan.names)}.png"
                 to_pil(np.asarray(image)).save(path)
                 number += 1
+        if folder.exists():  # the same command's, which was stopped after it had written them
+            shutil.rmtree(folder)
         partial.rename(folder)
     except OSError as error:
         if isinstance(error, DitFastError):

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from dit_fast.errors import CheckpointError, ConfigError, OutputError
 from dit_fast.evaluation import Scorer
 from dit_fast.interop import ModelInfo, load_model, registry_size
 from dit_fast.interop.converted import conventions_of
-from dit_fast.interop.vae import LATENT_FACTOR, SD_CHANNELS, LatentDecoder
+from dit_fast.interop.vae import LATENT_FACTOR, SD_CHANNELS, LatentDecoder, weights_digest
 from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
+from dit_fast.sampling.nodes import Nodes
 from dit_fast.sampling.output import prepare_folder
 from dit_fast.sampling.parts import Parts
 from dit_fast.training.world import local_rank, ranks
@@ -72,7 +73,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         )
     mode = args.mode or ("fast" if args.npz or world > 1 else "reference")
     device = _device(args.device, world)
-    if args.save_images and (args.out / "images").exists():
+    # In the folder of a command that did not end, they may be its own; it is continued, and writes them again.
+    if args.save_images and (args.out / "images").exists() and not (args.out / "parts").exists():
         raise OutputError(f"{args.out / 'images'} is there already; remove it or choose another --out")
 
     model, info = load_model(
@@ -133,21 +135,25 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
     pixels = shape[0] in (1, 3)
     request = {
-        "checkpoint": str(info.path),
-        "weights": _digest(model),
-        "steps": args.steps or str(len(nodes)),
+        "weights": weights_digest(model.state_dict()),
+        "model": {**model.config, **asdict(conventions_of(model))},
+        "noise_schedule": _noise_schedule_digest(nodes),
         "objective": info.diffusion,
-        "shift": args.shift,
         "solver": [solver, args.last_step if solver.startswith("sde") else args.eta],
         "guidance": [guidance.scale, guidance.channels, *guidance.interval, guidance.schedule],
         "clip_denoised": clip,
         "mode": mode,
         "precision": args.precision,
+        "tf32": args.tf32,
         "seed": args.seed,
         "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
-        **({} if prompts is None else {"prompts": prompts.sha256}),
-        "vae": vae,
-        "latent_stats": args.latent_stats and str(args.latent_stats),
+        "prompts": prompts and prompts.sha256,
+        "vae": decoder
+        and {
+            "weights": decoder.sha256,
+            "shift": list(info.data.get("shift") or decoder.shift),
+            "scale": list(info.data.get("scale") or decoder.scale),
+        },
     }
     kept = (height, width, shape[0]) if pixels else shape
     parts = Parts(args.out, request, num, args.batch_size, kept, "uint8" if pixels else "float32")
@@ -155,11 +161,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return Plan(model, info, sampler, labels, prompts, names, decoder, scorer, parts, rank, world)
 
 
-def _digest(model: DiT) -> str:
-    """A fingerprint of the weights."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+def _noise_schedule_digest(nodes: Nodes) -> str:
+    """SHA-256 of everything that a solver reads of the noise schedule."""
+    digest = hashlib.sha256(f"{nodes.prediction} {nodes.variance}".encode())
+    for values in (nodes.times, nodes.levels, nodes.alphas, nodes.sigmas, *(nodes.rates or ())):
+        digest.update(values.tobytes())
     return digest.hexdigest()
 
 

@@ -24,7 +24,8 @@ _PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-
 class LatentDecoder:
     """The decoder of an AutoencoderKL: `name` is "ema", "mse" or a folder that diffusers wrote.
 
-    `factor`: side of an image over that of its latents. Weights are read from safetensors only. Raises
+    `factor`: side of an image over that of its latents; `sha256`: of all weights, as in LatentEncoder. Weights are
+    read from safetensors only. Raises
     MissingExtraError without diffusers, CheckpointError when the weights cannot be loaded and ConfigError when they
     expect other latents than `channels`.
     """
@@ -37,6 +38,7 @@ class LatentDecoder:
             )
         self.factor = _factor(vae.config)
         self.shift, self.scale = _scaling(vae.config, channels)
+        self.sha256 = weights_digest(vae.state_dict())
         self.vae = vae.to(device).eval()
         self.device = torch.device(device)
 

@@ -1,32 +1,41 @@
-"""Many samples on disk: drawn in parts by any number of ranks, resumed after a kill, joined at the end.
+"""Many samples on disk: drawn in shards by any number of ranks, resumed after a kill, joined at the end.
 
-A part is one batch, `parts/NNNNNN.npy`, and is there in full or not at all; which parts are missing is all that a
-resumed run needs to know, whatever the number of ranks. Ranks share the folder and nothing else.
+A shard is one batch, `parts/NNNNNN.npy`: an array, which `numpy.load` reads, followed by a SHA-256 of the request and
+of the array's bytes. A shard that is cut, damaged or from another request therefore counts as missing, and which shards
+are missing is all that a resumed run needs to know, whatever the number of ranks.
 """
 
 import contextlib
+import hashlib
+import io
 import json
 import shutil
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dit_fast.errors import OutputError
-from dit_fast.files import write_atomically
+from dit_fast.files import MOST_LIST_BYTES, TEMPORARY, read_bytes, read_object, write_atomically
 
 # Of every member of an archive, so that equal samples give equal bytes: the first date that zip can hold.
 _DATE = (1980, 1, 1, 0, 0, 0)
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 class Parts:
-    """The parts of `num` samples in `folder`/parts, `batch_size` in each but the last.
+    """The shards of `num` samples in `folder`/parts, with `batch_size` samples in each but the last.
 
-    `request`: JSON values that say what is drawn; parts of another request are not mixed with it, OutputError names
-    what differs. `shape`, `dtype`: of one sample.
+    Args:
+        folder: Output folder of the command.
+        request: JSON values for everything that determines a sample's value: weights, model configuration, solver,
+            precision, autoencoder. Shards of another request are never mixed in.
+        num: Number of samples.
+        batch_size: Samples per shard.
+        shape: Shape of one sample.
+        dtype: Name of the samples' NumPy dtype.
     """
 
     def __init__(
@@ -42,80 +51,106 @@ class Parts:
         self.num, self.batch_size, self.shape, self.dtype = num, batch_size, shape, np.dtype(dtype)
         self.count = -(-num // batch_size)
         self.request = {**request, "num": num, "batch_size": batch_size, "shape": list(shape), "dtype": dtype}
+        self._text = json.dumps(self.request, indent=2, sort_keys=True) + "\n"
+        # Shards that this process has read in full once: their checksums are not computed again to count them.
+        self._verified: set[int] = set()
+
+    @property
+    def _request_path(self) -> Path:
+        return self.folder / "request.json"
 
     def open(self) -> None:
-        """Make the folder, or see that the one there is of the same request."""
-        path = self.folder / "request.json"
+        """Create the folder, or check that the existing one belongs to the same request.
+
+        A folder of another request that has no shard holds nothing to lose and is taken over.
+
+        Raises:
+            OutputError: The folder holds shards of another request (names what differs), or cannot be used.
+        """
+        path = self._request_path
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                text = json.dumps(self.request, indent=2, sort_keys=True) + "\n"
-                write_atomically(path, lambda temporary: temporary.write_text(text))
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            # What a killed process had not finished writing.
+            for partial in self.folder.glob(f"{TEMPORARY}*.npy"):
+                partial.unlink(missing_ok=True)
+            if not path.exists() or not any(self.folder.glob("[0-9]*.npy")):
+                write_atomically(path, lambda temporary: temporary.write_text(self._text))
+        except OSError as error:
             if isinstance(error, OutputError):
                 raise
             raise OutputError(
-                f"{path} cannot be read ({error}); remove {self.folder} or choose another --out"
+                f"cannot write {self.folder} ({error.strerror}); choose another --out"
             ) from None
-        wanted = json.loads(json.dumps(self.request))
+        found = read_object(path, OutputError, what="the request of an unfinished dit-fast sample")
+        wanted = json.loads(self._text)
         keys = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         if keys:
-            differing = ", ".join(f"{k} {found.get(k)!r} there, {wanted.get(k)!r} asked for" for k in keys)
+            differing = ", ".join(f"{k} {found.get(k)!r} there, {wanted.get(k)!r} requested" for k in keys)
             raise OutputError(
                 f"{self.folder} holds samples of another request: {differing}; remove it or choose another --out"
             )
 
     def numbers(self, part: int) -> range:
-        """The samples of a part."""
+        """The samples of a shard."""
         return range(part * self.batch_size, min((part + 1) * self.batch_size, self.num))
 
     def path(self, part: int) -> Path:
         return self.folder / f"{part:06d}.npy"
 
+    def _checksum(self, array_bytes: bytes | memoryview) -> bytes:
+        digest = hashlib.sha256(self._text.encode())
+        digest.update(array_bytes)
+        return digest.digest()
+
     def read(self, part: int) -> np.ndarray | None:
-        """A part as it lies on disk, (n, *shape); None where it is not there in full."""
+        """A shard (n, *shape); None where it is missing, incomplete, damaged or from another request."""
         try:
-            array = np.load(self.path(part), mmap_mode="r", allow_pickle=False)
+            stored = read_bytes(self.path(part), OutputError, MOST_LIST_BYTES)
+            body, checksum = memoryview(stored)[:-_CHECKSUM_BYTES], stored[-_CHECKSUM_BYTES:]
+            if self._checksum(body) != checksum:
+                return None
+            array = np.load(io.BytesIO(body), allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
         whole = array.shape == (len(self.numbers(part)), *self.shape) and array.dtype == self.dtype
         return array if whole else None
 
-    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Parts that `rank` of `world` has still to draw; shares of different ranks do not meet."""
-        return [part for part in range(rank, self.count, world) if self.read(part) is None]
+    def is_whole(self, part: int) -> bool:
+        """Whether a shard is there and its checksum holds; read once per process."""
+        if part not in self._verified and self.read(part) is not None:
+            self._verified.add(part)
+        return part in self._verified
+
+    def missing(self) -> list[int]:
+        """Shards that have yet to be drawn."""
+        return [part for part in range(self.count) if not self.is_whole(part)]
 
     def finished(self) -> int:
-        """Number of samples that are there, of all ranks."""
+        """Number of samples whose shards are there, of all ranks; checksums are not verified."""
         there = {path.name for path in self.folder.glob("*.npy")}
         return sum(len(self.numbers(part)) for part in range(self.count) if f"{part:06d}.npy" in there)
 
     def write(self, part: int, samples: np.ndarray) -> None:
-        """Keep a part; it survives a kill from here on."""
+        """Store a shard; it survives a kill from here on."""
         expected = (len(self.numbers(part)), *self.shape)
         if samples.shape != expected or samples.dtype != self.dtype:
             raise ValueError(
-                f"part {part} is {samples.dtype} {samples.shape}, expected {self.dtype} {expected}"
+                f"shard {part} is {samples.dtype} {samples.shape}, expected {self.dtype} {expected}"
             )
 
         def save(temporary: Path) -> None:
+            buffer = io.BytesIO()
+            np.save(buffer, samples)
             with temporary.open("wb") as file:
-                np.save(file, samples)
+                file.write(buffer.getbuffer())
+                file.write(self._checksum(buffer.getbuffer()))
 
         write_atomically(self.path(part), save)
-        # Or `wait` would wait for it for ever.
-        if self.read(part) is None:
+        if not self.is_whole(part):
             raise OutputError(f"{self.path(part)} does not read back as it was written; choose another --out")
 
-    def wait(self, notify: Callable[[int], None], seconds: float = 1.0) -> None:
-        """Return when the parts of all ranks are there; `notify` hears of the number of samples."""
-        while self.missing():
-            notify(self.finished())
-            time.sleep(seconds)
-
     def __iter__(self) -> Iterator[np.ndarray]:
-        """The parts in order, each (n, *shape)."""
+        """The shards in order, each (n, *shape)."""
         for part in range(self.count):
             array = self.read(part)
             if array is None:
@@ -123,10 +158,10 @@ class Parts:
             yield array
 
     def first(self, most: int) -> np.ndarray:
-        """The first `most` samples, or all of fewer."""
+        """The first `most` samples, or all if there are fewer."""
         taken: list[np.ndarray] = []
         for array in self:
-            taken.append(np.asarray(array[: most - sum(map(len, taken))]))
+            taken.append(array[: most - sum(map(len, taken))])
             if sum(map(len, taken)) == most:
                 break
         return np.concatenate(taken)
@@ -150,6 +185,11 @@ class Parts:
         write_atomically(path, save)
 
     def remove(self) -> None:
-        """Take the parts away, once what was asked for is made of them."""
+        """Delete the shards, once the results are made of them."""
         with contextlib.suppress(OSError):
             shutil.rmtree(self.folder)
+
+    def remove_if_empty(self) -> None:
+        """Delete the folder of a command that failed before its first shard."""
+        if not any(self.folder.glob("[0-9]*.npy")):
+            self.remove()

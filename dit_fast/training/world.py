@@ -32,7 +32,8 @@ class World:
     """One process of `size`, on `device`; `attempt` counts the restarts of `torchrun --max-restarts`.
 
     `local_rank` of `local_size` on this machine. `control` is a group of all ranks for small objects on the CPU, and
-    `background` another one for a thread of its own; both None, as `store`, for a process that is alone.
+    `background` another one for a thread of its own; both None, as `store`, for a process that is alone. `remedy`: what
+    a user should do where a rank was lost.
     """
 
     rank: int = 0
@@ -44,6 +45,7 @@ class World:
     store: Any = None
     control: Any = None
     background: Any = None
+    remedy: str = "continue with --resume from the last checkpoint"
 
     @property
     def is_first(self) -> bool:
@@ -91,6 +93,19 @@ class World:
             tensor /= self.size
         return tensor
 
+    def wait(self, meanwhile: Callable[[], object], seconds: float = 1.0) -> None:
+        """Return when every rank has called this, calling `meanwhile` about every `seconds` until then."""
+        if self.size == 1:
+            return
+        arrival = dist.barrier(group=self.control, async_op=True)
+        deadline = time.monotonic() + seconds
+        while not arrival.is_completed():
+            time.sleep(min(0.05, seconds))
+            if time.monotonic() >= deadline:
+                meanwhile()
+                deadline = time.monotonic() + seconds
+        arrival.wait()
+
     def set_timeout(self, seconds: float, groups: tuple[Any, ...] = ()) -> None:
         """From now on a rank that is waited for longer than this is lost; `groups` besides the default ones."""
         if self.size == 1:
@@ -123,29 +138,32 @@ class World:
                     missing.remove(rank)
                     reasons.append(f"rank {rank} failed: {self.store.get(f'{_FAILED}/{rank}').decode()}")
         except RuntimeError:
-            return f"{where}: the connection to the other ranks is lost; continue from the last checkpoint"
+            return f"{where}: the connection to the other ranks is lost; {self.remedy}"
         if missing:
             ranks = ", ".join(map(str, missing))
             reasons.append(f"rank {ranks} does not answer: it hangs or is gone")
-        return (
-            f"{where}: {'; '.join(reasons) or 'the ranks lost each other'}; continue with --resume from "
-            "the last checkpoint"
-        )
+        return f"{where}: {'; '.join(reasons) or 'the ranks lost each other'}; {self.remedy}"
 
 
 @contextmanager
-def join_world(device: str = "auto", start_timeout: float = START_TIMEOUT) -> Iterator[World]:
+def join_world(
+    device: str = "auto",
+    start_timeout: float = START_TIMEOUT,
+    work: str = "outside of the steps",
+    remedy: str = World.remedy,
+) -> Iterator[World]:
     """The world that torchrun describes, or this process alone; the process group ends with the block.
 
-    device: "auto", "cpu" or "cuda"; CUDA devices are taken by LOCAL_RANK. Raises ConfigError for an environment or a
-    device that is not there.
+    device: "auto", "cpu" or "cuda"; CUDA devices are taken by LOCAL_RANK. `work` and `remedy` are the first and the
+    last words of the error for a lost rank. Raises ConfigError for an environment or a device that is not there, and
+    RankError where a rank is lost.
     """
     rank, size = ranks()
     local_size = _number("LOCAL_WORLD_SIZE", 1)
     chosen = choose_device(device, local_rank())
     warn_of_slurm()
     if size == 1:
-        yield World(device=chosen)
+        yield World(device=chosen, remedy=remedy)
         return
     attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
     limit = timedelta(seconds=start_timeout)
@@ -165,10 +183,10 @@ def join_world(device: str = "auto", start_timeout: float = START_TIMEOUT) -> It
         device_id=chosen if chosen.type == "cuda" else None,
     )
     control, background = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
-    world = World(rank, local_rank(), size, local_size, chosen, attempt, store, control, background)
+    world = World(rank, local_rank(), size, local_size, chosen, attempt, store, control, background, remedy)
     lost = False
     try:
-        with world.watch(lambda: "outside of the steps"):
+        with world.watch(lambda: work):
             yield world
     except RankError:
         lost = True
