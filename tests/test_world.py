@@ -143,6 +143,20 @@ def expect_a_request(number) -> None:
     assert [signal.getsignal(each) for each in STOPPING] == before
 
 
+@pytest.mark.parametrize("number", STOPPING)
+def test_what_a_process_was_started_to_ignore_stays_ignored(number) -> None:
+    """SIGHUP under nohup."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            assert signal.getsignal(number) is signal.SIG_IGN
+            os.kill(os.getpid(), number)
+            assert stop.signal is None
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_with_other_ranks_a_second_ctrl_c_does_not_break_the_save() -> None:
     with StopRequest(alone=False) as stop:
         for _ in range(3):

@@ -160,7 +160,9 @@ def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
 def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Readable) -> Path:
     """Train to the end or to a stop request; returns the checkpoint written last.
 
-    Where a batch cannot be read, the run ends, saved, with the step before, and DataError says why on every rank.
+    A line is logged before the checkpoint of its step, which is then sure to have it; pictures and scores come after
+    the checkpoint, which is worth more than they are. Where a batch cannot be read, the run ends, saved, with the step
+    before, and DataError says why on every rank.
     """
     config, total = trainer.config, trainer.total_steps
     end = _readable_steps(trainer, batches)
@@ -184,10 +186,12 @@ def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Re
             with watch.paused():
                 _report(trainer, writer)
                 trainer.save(writer)
+        watch.draw()
     _report(trainer, writer)
     trainer.save(writer)
     path = writer.wait()
     assert path is not None
+    watch.draw(last=True)
     if end < total:
         _raise_data_error(trainer, batches, writer.run)
     return path

@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM and Slurm's SIGUSR1 as a request to stop after the current step, on all ranks at the same one."""
+"""Signals as a request to stop after the current step, on all ranks at the same one.
+
+Ctrl-C, SIGTERM, SIGHUP of a terminal or connection that closes, and Slurm's SIGUSR1.
+"""
 
 import signal
 import threading
@@ -11,12 +14,14 @@ from torch import Tensor
 from dit_fast.training.world import World
 
 _POLL = 2e-4
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Inside `with StopRequest() as stop:` SIGINT, SIGTERM and SIGUSR1 only set `stop.signal`.
+    """Inside `with StopRequest() as stop:` the signals of `STOPPING` only set `stop.signal`.
 
+    A signal that this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT in the background of a
+    script.
     A second Ctrl-C acts as it would have without us, for a user who does not want to wait for the step; not so with
     several ranks, where `alone` is False: a terminal sends it to torchrun too, which sends it on, so that each rank
     gets it twice. The other signals come from schedulers, twice as well, and never stop a save. Outside the main
@@ -31,7 +36,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
-                self._previous[number] = signal.signal(number, self._receive)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
@@ -55,8 +61,8 @@ class StepAgreement:
 
     Within a step, `exchange(bad_loss, bad_norm, stop, save_failed, data_ends)`: the first two are () tensors on the
     device, whether this rank's loss or gradient norm is not finite; it returns whether any rank's are, on the device,
-    without waiting for it. After `read`, `stop`, `save_failed` and `data_ends` are what any rank said, and `bad_rank` is
-    a rank whose loss was not finite in this step or an earlier one. On CUDA,
+    without waiting for it. After `read`, `stop`, `save_failed` and `data_ends` are what any rank said, and `bad_rank`
+    is a rank whose loss was not finite in this step or an earlier one. On CUDA,
     `read` gives the values of the step before, so that the host can run ahead by one step: all ranks still act at the
     same one.
     """

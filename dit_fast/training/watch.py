@@ -86,12 +86,16 @@ class Watch:
         self.logged_at += time.perf_counter() - started
 
     def after_step(self, last: bool) -> None:
-        """Log when a line is due, or now if the run ends; draw and score samples when they are due."""
+        """Log when a line is due, or now if the run ends."""
         config, step = self.trainer.config, self.trainer.step
         if self.progress is not None:
             self.progress.advance()
         if last or step % config.log_every == 0:
             self._log()
+
+    def draw(self, last: bool = False) -> None:
+        """Draw and score samples when they are due, or now if the run ends."""
+        config, step = self.trainer.config, self.trainer.step
         if self.grids is not None and (last or step % (config.sample_every or 1) == 0):
             with self.paused():
                 self._sample(self.grids)
