@@ -119,7 +119,7 @@ def load_model(
 def _from_path(
     path: Path, weights: str, num_heads: int | None, expected: Mapping[str, Any]
 ) -> tuple[DiT, ModelInfo]:
-    if (path / MANIFEST).is_file() or step_folders(path):
+    if (path / MANIFEST).exists() or step_folders(path):
         return _from_training(find_checkpoint(path), weights, expected)
     if weights not in WEIGHTS:
         raise ConfigError(

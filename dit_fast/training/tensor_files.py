@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_fast.errors import CheckpointError
+from dit_fast.files import check_file, parse_json, write_atomically
+from dit_fast.schema import array, fields, integer, require, table
 
 PARTS = ("model", "ema", "optimizer")
 _FILE = re.compile(r"(\w+?)(?:-(\d{5})-of-(\d{5}))?\.safetensors")
@@ -28,6 +30,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_OFFSETS = table(fields({_OFFSET_KEY: array(integer())}))
 _LISTED = 8
 
 
@@ -88,7 +91,8 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
     if "-of-" in path.name:
         offsets = {name: {_OFFSET_KEY: list(piece.offset)} for name, piece in pieces.items()}
         metadata = {_OFFSETS_KEY: json.dumps(offsets)}
-    save_file({name: piece.tensor for name, piece in pieces.items()}, path, metadata=metadata)
+    tensors = {name: piece.tensor for name, piece in pieces.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 @dataclass
@@ -127,6 +131,8 @@ class StoredPart:
     def __enter__(self) -> "StoredPart":
         if not self.files:
             raise CheckpointError(f"checkpoint {self.folder} holds no {self.part} weights")
+        for name in self.files:
+            check_file(self.folder / name, CheckpointError, what="a safetensors file")
         try:
             for name in self.files:
                 self._open(self._stack.enter_context(safe_open(self.folder / name, framework="pt")))
@@ -145,11 +151,14 @@ class StoredPart:
         self._stack.close()
 
     def _open(self, file: Any) -> None:
-        offsets = json.loads((file.metadata() or {}).get(_OFFSETS_KEY, "{}"))
+        offsets = parse_json((file.metadata() or {}).get(_OFFSETS_KEY, "{}"), _OFFSETS_KEY, CheckpointError)
+        require(offsets, _OFFSETS, _OFFSETS_KEY, CheckpointError)
         for name in file.keys():  # noqa: SIM118 (no mapping)
             box = file.get_slice(name)
             sizes = tuple(box.get_shape())
             offset = tuple(offsets[name][_OFFSET_KEY]) if offsets else (0,) * len(sizes)
+            if len(offset) != len(sizes):
+                raise ValueError(f"{_OFFSETS_KEY} of {name} has {len(offset)} dimensions, not {len(sizes)}")
             stored = self._tensors.setdefault(name, _Stored(_DTYPES[box.get_dtype()], []))
             stored.boxes.append((file, offset, sizes))
 

@@ -1,0 +1,151 @@
+"""Checks of what a JSON file from outside holds: types, ranges, lengths. A few functions that nest as the file does.
+
+require(content, fields({"step": integer(), "files": table(fields({"bytes": integer()}))}), path, CheckpointError)
+"""
+
+import math
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from dit_fast.errors import DitFastError
+
+Check = Callable[[Any, str], Iterable[str]]
+"""Yields what is wrong with a value; the second argument says where it stands."""
+
+_LISTED = 5
+_LONGEST = 1 << 16
+
+
+def require(content: Any, check: Check, source: object, raises: type[DitFastError]) -> None:
+    """Raise `raises` with the first problems that `check` finds in `content`, on one line that begins with `source`."""
+    if problems := list(islice(check(content, ""), _LISTED + 1)):
+        more = "; ..." if len(problems) > _LISTED else ""
+        raise raises(f"{source}: {'; '.join(problems[:_LISTED])}{more}")
+
+
+def integer(least: int = 0, most: int = 2**53) -> Check:
+    """A whole number; true and false are none."""
+
+    def check(value: Any, where: str) -> Iterator[str]:
+        if type(value) is not int or not least <= value <= most:
+            yield _wrong(where, value, f"a whole number from {least} to {most}")
+
+    return check
+
+
+def number(least: float = -math.inf, most: float = math.inf) -> Check:
+    """A finite number."""
+
+    def check(value: Any, where: str) -> Iterator[str]:
+        if type(value) not in (int, float) or not abs(value) <= 1e308 or not least <= value <= most:
+            bounds = "" if math.isinf(least) and math.isinf(most) else f" from {least:g} to {most:g}"
+            yield _wrong(where, value, f"a finite number{bounds}")
+
+    return check
+
+
+def text(pattern: str | None = None) -> Check:
+    """A string, of `pattern` as a whole where that is given."""
+
+    def check(value: Any, where: str) -> Iterator[str]:
+        if (
+            not isinstance(value, str)
+            or len(value) > _LONGEST
+            or (pattern and not re.fullmatch(pattern, value))
+        ):
+            yield _wrong(where, value, "a string" + (f" like {pattern}" if pattern else ""))
+
+    return check
+
+
+def flag(value: Any, where: str) -> Iterator[str]:
+    """true or false."""
+    if not isinstance(value, bool):
+        yield _wrong(where, value, "true or false")
+
+
+def anything(value: Any, where: str) -> Iterator[str]:
+    """Whatever it is, another place checks it."""
+    yield from ()
+
+
+def one_of(*values: Any) -> Check:
+    """One of `values`, of the same type."""
+
+    def check(value: Any, where: str) -> Iterator[str]:
+        if not any(type(value) is type(known) and value == known for known in values):
+            yield _wrong(where, value, f"one of {', '.join(map(repr, values))}")
+
+    return check
+
+
+def maybe(check: Check) -> Check:
+    """null, or what `check` takes."""
+    return lambda value, where: () if value is None else check(value, where)
+
+
+def array(item: Check, length: int | None = None) -> Check:
+    """A list of `item`, so many where `length` is given."""
+
+    def check(value: Any, where: str) -> Iterator[str]:
+        if not isinstance(value, list) or length not in (None, len(value)):
+            yield _wrong(where, value, "a list" + ("" if length is None else f" of {length}"))
+            return
+        for place, inner in enumerate(value):
+            yield from item(inner, f"{where}[{place}]")
+
+    return check
+
+
+def table(item: Check, key: str | None = None) -> Check:
+    """An object with any keys, or those of the pattern `key`, whose values are `item`."""
+
+    def check(value: Any, where: str) -> Iterator[str]:
+        if not isinstance(value, dict):
+            yield _wrong(where, value, "an object")
+            return
+        for name, inner in value.items():
+            if key is not None and not re.fullmatch(key, name):
+                yield f"{_place(where)}has the key {_shown(name)}, expected names like {key}"
+            yield from item(inner, _below(where, name))
+
+    return check
+
+
+def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
+    """An object that has the fields `required`, may have those of `optional`, and others that nothing reads."""
+
+    def check(value: Any, where: str) -> Iterator[str]:
+        if not isinstance(value, dict):
+            yield _wrong(where, value, "an object")
+            return
+        for name, inner in required.items():
+            if name not in value:
+                yield f"{_below(where, name)} is missing"
+            else:
+                yield from inner(value[name], _below(where, name))
+        for name, inner in (optional or {}).items():
+            if name in value:
+                yield from inner(value[name], _below(where, name))
+
+    return check
+
+
+def _below(where: str, name: str) -> str:
+    plain = name if name.isprintable() and len(name) <= 60 else _shown(name)
+    return f"{where}.{plain}" if where else plain
+
+
+def _place(where: str) -> str:
+    return f"{where} " if where else ""
+
+
+def _wrong(where: str, value: Any, expected: str) -> str:
+    return f"{_place(where)}is {_shown(value)}, expected {expected}"
+
+
+def _shown(value: Any) -> str:
+    return " ".join(reprlib.repr(value).split())[:100]
