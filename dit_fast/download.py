@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dit_fast.errors import CheckpointError, OutputError
 from dit_fast.interop.weight_file import read_weight_file
+from dit_fast.terminal import say
 
 pretrained_models = {"DiT-XL-2-512x512.pt", "DiT-XL-2-256x256.pt"}
 
@@ -85,7 +86,7 @@ def _fetch(address: str, file: BinaryIO) -> None:
         size = int(response.headers.get("Content-Length") or 0)
         terminal = sys.stderr.isatty()
         if not terminal:
-            print(f"fetching {address} ({size / 2**20:.1f} MiB)", file=sys.stderr, flush=True)
+            say(f"fetching {address} ({size / 2**20:.1f} MiB)", error=True)
         received = 0
         name = address.rpartition("/")[2]
         with tqdm(total=size or None, desc=name, unit="B", unit_scale=True, disable=not terminal) as bar:

@@ -170,7 +170,7 @@ def test_a_mistyped_option_is_answered_with_the_nearest(typed, meant, capsys):
     assert left.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     expected = f"unrecognized arguments: {typed}" + (f" (did you mean {meant}?)" if meant else "")
-    assert error == f"dit-fast: error: {expected}"
+    assert error == f"dit-fast: error: {expected}; see dit-fast train --help"
 
 
 def test_usage_errors_leave_with_status_2(capsys):

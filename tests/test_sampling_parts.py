@@ -90,9 +90,7 @@ def test_another_request_is_not_mixed_in(tmp_path):
     assert parts_of(tmp_path, seed=1).read(0) is None
     for damaged in ("{", "[1]", "[" * 10**5, "\0"):
         (tmp_path / "parts" / "request.json").write_text(damaged)
-        with pytest.raises(
-            OutputError, match=r"request\.json: (damaged or not JSON|holds a JSON array)"
-        ):
+        with pytest.raises(OutputError, match=r"request\.json: (damaged or not JSON|holds a JSON array)"):
             parts_of(tmp_path).open()
 
 

@@ -3,13 +3,19 @@
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import NoReturn
 
 from dit_fast import __version__
 from dit_fast.errors import DitFastError
+from dit_fast.terminal import printable, say
 
 # name: what it does. The module dit_fast.cli.<name> has add_arguments(parser) and run(args) -> status; it
 # is imported only when its command is called, so that `dit-fast --help` does not wait for PyTorch.
@@ -30,22 +36,58 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status is 0, 1 after an error that the user can mend, 130 if interrupted.
+    """Run one command.
 
-    Usage errors leave through argparse with status 2.
+    Args:
+        argv: the words after `dit-fast`; None: those that the process was started with.
+
+    Returns:
+        0; 1 after an error that the user can mend, printed as one line; 130 if interrupted.
+
+    Raises:
+        SystemExit: with status 2 for a usage error, printed as one line, and 0 for `--help` and `--version`.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     # Read once, when PyTorch's OpenMP is loaded. Threads that wait by spinning for long make a step ten times slower as
     # soon as another program wants a core, threads that sleep at once twice as slow where none does: spin for tens of
     # microseconds. What the user has set stays.
     if os.environ.get("OMP_WAIT_POLICY") is None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    parser = argparse.ArgumentParser(
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_OneLine())
+    with _Interrupts() as interrupts:
+        status = _run(list(sys.argv[1:] if argv is None else argv), interrupts)
+        if argv is None:
+            # The work is done: Ctrl-C while the interpreter ends would only print a traceback.
+            interrupts.ignore()
+    return status
+
+
+def _run(arguments: list[str], interrupts: "_Interrupts") -> int:
+    try:
+        options = _parse(arguments)
+        interrupts.loading = False
+        return options.run(options)
+    except KeyboardInterrupt:
+        return interrupts.conclude()
+    except Exception as error:
+        # An import or a library that is interrupted may raise another exception than the one it was given.
+        if interrupts.heard:
+            return interrupts.conclude()
+        message = _message(error)
+        if message is None:
+            raise
+        say(f"dit-fast: error: {message}", error=True)
+        return 1
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command, its module imported: `run` among them is its function."""
+    parser = Parser(
         prog="dit-fast", description="Train and sample Diffusion Transformers.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"dit-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    called = arguments[0] if arguments else ""
+    called = next((argument for argument in arguments if argument in COMMANDS), "")
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
         if name == called:
@@ -54,16 +96,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.set_defaults(run=module.run)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        near = _nearest(unknown, commands.choices[called])
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
-    try:
-        return options.run(options)
-    except DitFastError as error:
-        print(f"dit-fast: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("dit-fast: interrupted; complete checkpoints, shards and parts are kept", file=sys.stderr)
-        return 130
+        command = commands.choices[options.command]
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown, command)}")
+    return options
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and where help is, and exit with status 2."""
+        say(
+            f"dit-fast: error: {message.removeprefix('argument ')}; see {self.prog} --help",
+            error=True,
+        )
+        self.exit(2)
 
 
 def _nearest(unknown: Sequence[str], command: argparse.ArgumentParser) -> str:
@@ -72,3 +119,70 @@ def _nearest(unknown: Sequence[str], command: argparse.ArgumentParser) -> str:
     names = (argument.partition("=")[0] for argument in unknown if argument.startswith("--"))
     near = [match for name in names for match in difflib.get_close_matches(name, known, 1)]
     return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+def _message(error: Exception) -> str | None:
+    """The line for an error that the user can mend; None for one that is a fault of the program."""
+    if isinstance(error, DitFastError):
+        return str(error)
+    if isinstance(error, OSError):
+        # A path that is too long, not permitted, of a disk that is gone: the system's words, and the file.
+        where = "".join(f": {name}" for name in (error.filename, error.filename2) if name is not None)
+        return f"{error.strerror or type(error).__name__}{where}" if error.strerror or where else str(error)
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "alloc_cpu" in str(error):
+        first = str(error).partition("\n")[0]
+        return f"not enough memory{first and f' ({first})'}; give a smaller model, batch or image size"
+    return None
+
+
+class _OneLine(logging.Formatter):
+    """The message of a record alone, as a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage())
+
+
+class _Interrupts:
+    """Ctrl-C as one line and status 130, at any moment inside `with _Interrupts()`.
+
+    loading: nothing has begun yet but imports, which may swallow an exception or turn it into another one: the process
+    ends at once. After that the first Ctrl-C is a KeyboardInterrupt, a second one ends the process. Left alone where
+    the signal is ignored, as in the background of a shell, and outside the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.loading = True
+        self.heard = False
+        self._said = False
+
+    def __enter__(self) -> "_Interrupts":
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):
+            signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if signal.getsignal(signal.SIGINT) == self._receive:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def ignore(self) -> None:
+        """From now on Ctrl-C does nothing."""
+        if signal.getsignal(signal.SIGINT) == self._receive:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def conclude(self) -> int:
+        """Say so, once; the exit status."""
+        if not self._said:
+            self._said = True
+            say("dit-fast: interrupted; complete checkpoints, shards and parts are kept", error=True)
+        return 128 + signal.SIGINT
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.loading or self.heard:
+            os._exit(self.conclude())
+        self.heard = True
+        raise KeyboardInterrupt

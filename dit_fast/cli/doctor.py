@@ -13,6 +13,7 @@ import triton
 from dit_fast import __version__
 from dit_fast.kernels import BACKENDS, EPILOGUES, Choice, choose_backend, uses_triton
 from dit_fast.kernels.mlp import choose_epilogue
+from dit_fast.terminal import say
 
 # distribution: (module to import, the extra of dit-fast that brings it, what it is for).
 OPTIONAL = {
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     for name, value in report(options.attention, options.mlp_epilogue):
-        print(f"{name:<16} {value}")
+        say(f"{name:<16} {value}")
     return 0
 
 

@@ -1,13 +1,13 @@
 """`dit-fast encode`: a folder of images into a set of latents, or its captions into embeddings, to train on."""
 
 import argparse
-import sys
 
 import torch
 
 from dit_fast.data.embed import embed
 from dit_fast.data.encode import PRECISIONS, EncodeConfig, encode
 from dit_fast.data.shards import DTYPES
+from dit_fast.terminal import say
 from dit_fast.training.world import choose_device, local_rank, ranks
 
 _EPILOG = """Several GPUs: torchrun --nproc-per-node 8 -m dit_fast.cli encode --data ... --out ...
@@ -85,21 +85,19 @@ def run(args: argparse.Namespace) -> int:
     torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     if config.vae == "none":
-        print(f"wrote {config.out}: embeddings of {embed(config, world_size)} captions", flush=True)
+        say(f"wrote {config.out}: embeddings of {embed(config, world_size)} captions")
         return 0
     try:
         result = encode(config, rank, world_size)
     except KeyboardInterrupt:
-        print(
+        say(
             f"dit-fast: interrupted; the same command goes on from the whole shards in {config.out}",
-            file=sys.stderr,
+            error=True,
         )
         return 130
     done = f"shards: {result.encoded} encoded, {result.kept} kept"
     if result.complete:
-        print(f"{result.out} is complete: {result.images} images; {done}", flush=True)
+        say(f"{result.out} is complete: {result.images} images; {done}")
     else:
-        print(
-            f"rank {rank}/{world_size}: {done}, {result.missing} still to come from other ranks", flush=True
-        )
+        say(f"rank {rank}/{world_size}: {done}, {result.missing} still to come from other ranks")
     return 0

@@ -32,6 +32,7 @@ from dit_fast.evaluation.archives import Archive
 from dit_fast.evaluation.image_sources import JoinedImages, archive_images
 from dit_fast.files import check_output, write_atomically
 from dit_fast.sampling import PRECISIONS, SOLVERS
+from dit_fast.terminal import say
 from dit_fast.training.checkpoint import find_checkpoint, step_folders
 from dit_fast.training.manifest import MANIFEST, read_manifest
 from dit_fast.training.world import choose_device, ranks
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         write_atomically(
             args.save_statistics, lambda temporary: write_statistics(temporary, samples.statistics)
         )
-        print(f"wrote {args.save_statistics} (statistics of {source.num} images)", flush=True)
+        say(f"wrote {args.save_statistics} (statistics of {source.num} images)")
     if reference is not None:
         _score(args, source.name, samples, reference, extractor, device)
     return 0
@@ -228,7 +229,7 @@ def _sampled(args: argparse.Namespace, folder: Path, num: int, seed: int, *more:
 
 
 def _collect(source: ImageSource, extractor: FeatureExtractor, batch_size: int, what: str) -> Activations:
-    print(f"{extractor.name}: {source.num} {what} from {source.name}", flush=True)
+    say(f"{extractor.name}: {source.num} {what} from {source.name}")
     with tqdm(total=source.num, desc=what, unit="image", disable=None) as bar:
         return collect(source, extractor, batch_size, bar.update)
 
@@ -252,12 +253,12 @@ def _score(
         splits=args.splits, k=args.neighbours, device=device,
     )  # fmt: skip
     for line in quality.lines():
-        print(line, flush=True)
+        say(line)
     if args.out is not None:
         request = {"samples": args.ckpt or name, "against": reference.name}
         text = json.dumps({**request, **quality.as_json()}, indent=2) + "\n"
         write_atomically(args.out, lambda temporary: temporary.write_text(text))
-        print(f"wrote {args.out}", flush=True)
+        say(f"wrote {args.out}")
 
 
 def _workers(args: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from dit_fast.sampling.explain import (
 )
 from dit_fast.sampling.grid import short_label
 from dit_fast.sampling.output import prepare_folder
+from dit_fast.terminal import say
 from dit_fast.training.world import ranks
 
 _MOST_LABELS = 8
@@ -105,4 +106,4 @@ def _shown(plan: Plan, states: Tensor) -> Tensor:
 
 def _write(path: Path, picture: Image.Image) -> None:
     write_atomically(path, picture.save)
-    print(f"wrote {path}", flush=True)
+    say(f"wrote {path}")

@@ -15,6 +15,7 @@ from dit_fast.interop.lightningdit import state_to_lightningdit
 from dit_fast.interop.objective import ASKED
 from dit_fast.models import DiT
 from dit_fast.options import beyond_the_paper
+from dit_fast.terminal import say
 
 _EPILOG = """safetensors  a folder with config.json and model.safetensors, for DiT.from_pretrained
 pt           one file as the reference publishes them: torch.load gives the state dict that its DiT loads, or SiT's
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--out {args.out}: a file of --format {args.format} is named *.pt")
     model, info = load_model(args.ckpt, weights=args.weights, num_heads=args.num_heads)
     for note in info.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     if args.format == "pt" and (others := beyond_the_paper(model.config)):
         raise ConfigError(
             f"--format pt is for the reference's DiT, this model has {others}: give --format safetensors"
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise OutputError(f"cannot write {args.out}: {error}; give another --out") from error
     if args.format == "diffusers":
-        print(
+        say(
             "note: diffusers' own model has other timestep frequencies and another epsilon than the reference, with "
             "which this one was trained: its outputs differ by more than rounding. "
             "dit_fast.FastDiT is exact in DiTPipeline"
@@ -76,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if info.diffusion.get("objective") == "flow":
         told = {name: info.diffusion[name] for name in ASKED if name in info.diffusion}
         flags = " ".join(f"--{name} {value}" for name, value in told.items())
-        print(f"note: weights alone do not tell what they predict: sample them with {flags}")
-    print(f"wrote {args.out}: {info.summary()}")
+        say(f"note: weights alone do not tell what they predict: sample them with {flags}")
+    say(f"wrote {args.out}: {info.summary()}")
     return 0
 
 

@@ -14,6 +14,7 @@ from dit_fast.counting import PRECISIONS, Counts, count, kept_bytes, table
 from dit_fast.errors import ConfigError
 from dit_fast.interop import load_model
 from dit_fast.models import DiT, DiT_models
+from dit_fast.terminal import say
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.precision import RESIDUALS
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if whole_table:
         if options:
             raise ConfigError(f"--table is of the paper's models: leave out {_flags(options)}")
-        print(_table_json() if as_json else _table_text())
+        say(*(_table_json() if as_json else _table_text()).splitlines())
         return 0
     if step["batch_size"] < 1:
         raise ConfigError(f"--batch-size {step['batch_size']}: give at least 1")
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
         caption_tokens=tokens,
     )
     told = 0 if model.conditioning in ADAPTIVE else model.condition_tokens(tokens)
-    print((_as_json if as_json else _as_text)(name, model, counts, told, kept, step))
+    text = (_as_json if as_json else _as_text)(name, model, counts, told, kept, step)
+    say(*text.splitlines())
     return 0
 
 

@@ -20,6 +20,7 @@ from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.files import check_output, write_atomically
 from dit_fast.interop import ModelInfo, load_model
 from dit_fast.models import DiT
+from dit_fast.terminal import say
 from dit_fast.training.world import choose_device
 
 _EPILOG = """A model of flow matching: the likelihood by its ODE (Heun's method; Hutchinson's estimate of the
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     num = min(args.num, len(split))
     objective = create_objective(**info.diffusion)
     kind = "likelihood by the ODE" if isinstance(objective, FlowMatching) else "variational bound"
-    print(f"{info.summary()}: {kind} of {num} {which} images of {data.name}", flush=True)
+    say(f"{info.summary()}: {kind} of {num} {which} images of {data.name}")
     parts = []
     with tqdm(total=num, desc="likelihood", unit="image", disable=None) as bar:
         for numbers in _batches(split, num, args.batch_size):
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             f"{info.path}: the bits of {int((~bits.isfinite()).sum())} images are not finite"
         )
     error = float(bits.std(correction=1) / num**0.5) if num > 1 else None
-    print(f"{bits.mean():.4f} bits per dimension" + (f" +- {error:.4f} (standard error)" if error else ""))
+    say(f"{bits.mean():.4f} bits per dimension" + (f" +- {error:.4f} (standard error)" if error else ""))
     if args.out is not None:
         figures = {
             "checkpoint": str(info.path),
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             "standard_error": error,
         }
         write_atomically(args.out, lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
-        print(f"wrote {args.out}")
+        say(f"wrote {args.out}")
     return 0
 
 

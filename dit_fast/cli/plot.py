@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from dit_fast.errors import ConfigError, OutputError
+from dit_fast.terminal import say
 from dit_fast.training.progress import plot_losses, read_log
 
 
@@ -29,5 +30,5 @@ def run(args: argparse.Namespace) -> int:
         plot_losses(logs, args.out)
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {args.out}: {error}") from error
-    print(f"{args.out}: {len(logs)} run{'s' if len(logs) > 1 else ''}")
+    say(f"{args.out}: {len(logs)} run{'s' if len(logs) > 1 else ''}")
     return 0

@@ -15,6 +15,7 @@ from dit_fast.cli import train
 from dit_fast.data import LatentSet
 from dit_fast.errors import ConfigError, OutputError
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
+from dit_fast.terminal import say
 from dit_fast.training import PRESETS, TrainConfig, Trainer
 from dit_fast.training.config import apply_to_process, build_model, open_set
 from dit_fast.training.precision import choose_precision
@@ -68,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     apply_to_process(config)
     device = choose_device(config.device)
     steps = (sampling_steps if sample else training_steps)(config, device)
-    print(trace_steps(steps, device, first, count, path, top))
-    print(f"{path}: {count} {'sampling ' if sample else ''}step{'s' if count > 1 else ''} after {first}")
+    say(*trace_steps(steps, device, first, count, path, top).splitlines())
+    say(f"{path}: {count} {'sampling ' if sample else ''}step{'s' if count > 1 else ''} after {first}")
     return 0
 
 

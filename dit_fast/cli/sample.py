@@ -24,6 +24,7 @@ from dit_fast.evaluation import Scorer
 from dit_fast.files import TEMPORARY, write_atomically
 from dit_fast.sampling import Step, draw_grid, short_label, to_pil, to_uint8
 from dit_fast.sampling.progress import Progress
+from dit_fast.terminal import say
 from dit_fast.training.world import join_world
 
 __all__ = ["add_arguments", "run"]
@@ -45,10 +46,9 @@ def run(args: argparse.Namespace) -> int:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     if plan.rank == 0:
         ranks = f" and {plan.world - 1} more" if plan.world > 1 else ""
-        print(
+        say(
             f"{plan.info.summary()}; {parts.num} images, {len(sampler.nodes)} {sampler.config.solver} steps, "
             f"guidance {args.cfg_scale:g}, seed {args.seed}, on {plan.model.pos_embed.device}{ranks}",
-            flush=True,
         )
     try:
         _draw(args, plan)
@@ -64,9 +64,7 @@ def run(args: argparse.Namespace) -> int:
         latents = np.concatenate(list(parts))
         path = args.out / "latents.npy"
         write_atomically(path, lambda temporary: np.save(temporary, latents))
-        print(
-            f"wrote {path}: {latents.shape[1]} channels, not decoded; the grid shows the first three of them"
-        )
+        say(f"wrote {path}: {latents.shape[1]} channels, not decoded; the grid shows the first three of them")
         images = to_uint8(torch.from_numpy(images[:, :3]))
     _write_grid(args, plan, images)
     if args.save_images:
@@ -74,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.npz:
         path = args.out / "samples.npz"
         parts.write_npz(path)
-        print(f"wrote {path} ({parts.num} images)", flush=True)
+        say(f"wrote {path} ({parts.num} images)")
     if args.gif:
         _write_film(args, plan)
     if plan.scorer is not None:
@@ -88,7 +86,7 @@ def _draw(args: argparse.Namespace, plan: Plan) -> None:
     parts, sampler = plan.parts, plan.sampler
     there = parts.num - sum(len(parts.numbers(part)) for part in parts.missing())
     if there and plan.rank == 0:
-        print(f"{there} of {parts.num} images are there already: resuming", flush=True)
+        say(f"{there} of {parts.num} images are there already: resuming")
     progress = Progress(parts.num, len(sampler.nodes), there, show=plan.rank == 0)
     started = time.perf_counter()
     # Under a graph the trajectory is replayed in pieces between two reports.
@@ -121,7 +119,7 @@ def _draw(args: argparse.Namespace, plan: Plan) -> None:
     if plan.rank == 0:
         seconds = time.perf_counter() - started
         drawn = parts.num - there
-        print(f"drew {drawn} images in {seconds:.1f} s ({drawn / seconds:.2f} images/s)", flush=True)
+        say(f"drew {drawn} images in {seconds:.1f} s ({drawn / seconds:.2f} images/s)")
 
 
 def _as_kept(plan: Plan, samples: Tensor) -> np.ndarray:
@@ -148,7 +146,7 @@ def _write_grid(args: argparse.Namespace, plan: Plan, images: np.ndarray) -> Non
     picture = draw_grid(rows)
     write_atomically(path, picture.save)
     shown = sum(len(tiles) for _, tiles in rows)
-    print(f"wrote {path} ({shown} of {total} images)" if shown < total else f"wrote {path}", flush=True)
+    say(f"wrote {path} ({shown} of {total} images)" if shown < total else f"wrote {path}")
 
 
 def _write_images(args: argparse.Namespace, plan: Plan) -> None:
@@ -175,7 +173,7 @@ def _write_images(args: argparse.Namespace, plan: Plan) -> None:
         raise OutputError(f"cannot write {folder} ({error.strerror or error}); free space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"wrote {number} images to {folder}", flush=True)
+    say(f"wrote {number} images to {folder}")
 
 
 def _tag(label: int, names: Sequence[str] | None) -> str:
@@ -218,7 +216,7 @@ def _write_film(args: argparse.Namespace, plan: Plan) -> None:
             temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0
         ),
     )
-    print(f"wrote {path} ({len(pictures)} frames)", flush=True)
+    say(f"wrote {path} ({len(pictures)} frames)")
 
 
 def _score(args: argparse.Namespace, plan: Plan, scorer: Scorer, images: np.ndarray) -> None:
@@ -228,7 +226,7 @@ def _score(args: argparse.Namespace, plan: Plan, scorer: Scorer, images: np.ndar
     pixels = to_pixels(torch.from_numpy(images).permute(0, 3, 1, 2))
     scores = scorer(pixels, plan.labels)
     for line in scores.lines():
-        print(line, flush=True)
+        say(line)
     request = {
         "checkpoint": str(plan.info.path),
         "weights": plan.info.weights,
@@ -241,4 +239,4 @@ def _score(args: argparse.Namespace, plan: Plan, scorer: Scorer, images: np.ndar
     path = args.out / "scores.json"
     text = json.dumps({**request, **scores.as_json()}, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
-    print(f"wrote {path}", flush=True)
+    say(f"wrote {path}")

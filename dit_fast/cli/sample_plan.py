@@ -27,6 +27,7 @@ from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, 
 from dit_fast.sampling.nodes import Nodes
 from dit_fast.sampling.output import prepare_folder
 from dit_fast.sampling.parts import Parts
+from dit_fast.terminal import say
 from dit_fast.training.world import local_rank, ranks
 
 
@@ -86,7 +87,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         objective=asked_objective(args),
     )
     for note in info.notes:
-        print(note, flush=True)
+        say(note)
     guidance = Guidance(
         args.cfg_scale,
         _guided_channels(args.cfg_channels, model),
@@ -355,5 +356,5 @@ def images_as_trained(
     flip, holdout = (info.data.get("flip"), info.data.get("holdout")) if own else (None, None)
     images = open_images(source, image_size, channels=channels, flip=flip, holdout=holdout, buckets=buckets)
     if own and images.fingerprint != info.data.get("fingerprint"):
-        print(f"{source} has changed since this checkpoint was trained on it", flush=True)
+        say(f"{source} has changed since this checkpoint was trained on it")
     return images

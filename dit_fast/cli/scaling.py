@@ -11,6 +11,7 @@ from typing import Any
 from dit_fast.cli import train
 from dit_fast.errors import ConfigError, MissingExtraError, OutputError
 from dit_fast.files import write_atomically
+from dit_fast.terminal import say
 from dit_fast.training.presets import PRESETS
 from dit_fast.training.scaling import LADDER, Ladder, Rung, Study
 from dit_fast.training.world import join_world
@@ -72,15 +73,14 @@ def run(args: argparse.Namespace) -> int:
         ladder = Ladder(options, [Rung.of(name) for name in sizes], out, budget)
         for number, (rung, counts) in enumerate(zip(ladder.rungs, ladder.counts, strict=True)):
             if world.is_first:
-                print(
+                say(
                     f"== {rung.name} ({number + 1} of {len(sizes)}): {counts.trained / 1e6:.3g} M parameters, "
                     f"{counts.macs / 1e9:.3g} GMAC an image, {ladder.steps} steps of {ladder.batch_size}",
-                    flush=True,
                 )
             result = ladder.train(number, world)
             if result is not None and result.stopped_by is not None and result.step < ladder.steps:
                 if world.is_first:
-                    print(
+                    say(
                         f"{result.stopped_by.name}: stopped and saved at step {result.step} of {ladder.steps}; the "
                         f"same command goes on there, with --out {shlex.quote(str(out))}"
                     )
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(study: Study, out: Path) -> None:
-    print(table(study))
+    say(*table(study).splitlines())
     try:
         text = json.dumps(study.as_json(), indent=1) + "\n"
         write_atomically(out / "scaling.json", lambda path: path.write_text(text))
@@ -101,7 +101,7 @@ def _write(study: Study, out: Path) -> None:
         logger.warning("%s", error)
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write to {out}: {error}") from error
-    print(f"wrote {out / 'scaling.json'} and {out / 'scaling.png'}")
+    say(f"wrote {out / 'scaling.json'} and {out / 'scaling.png'}")
 
 
 def table(study: Study) -> str:

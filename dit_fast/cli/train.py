@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.errors import ConfigError
+from dit_fast.terminal import say
 from dit_fast.training.config import CHOICES, TrainConfig
 from dit_fast.training.loop import TrainResult, device_of, resume, train_or_resume
 from dit_fast.training.presets import PRESETS
@@ -304,5 +305,5 @@ def _conclude(result: TrainResult, world: World) -> int:
             f"continue with: dit-fast train --resume {shlex.quote(str(result.run))}"
         )
     if world.is_first:
-        print(*lines, sep="\n", flush=True)
+        say(*lines)
     return status

@@ -6,6 +6,7 @@ import time
 from tqdm import tqdm
 
 from dit_fast.sampling.sampler import Step
+from dit_fast.terminal import say
 
 _LOG_SECONDS = 10.0
 
@@ -41,10 +42,9 @@ class Progress:
         self.logged = now
         drawn = done - self.there * self.steps
         left = (now - self.started) * (self.images * self.steps - done) / max(drawn, 1)
-        print(
+        say(
             f"sampling: {self.finished} of {self.images} images done, {detail}{left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dit_fast.errors import MissingExtraError
+from dit_fast.terminal import say
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,9 @@ class Progress:
             self.bar.set_postfix_str(f"loss {record.loss:.4f}, {record.images_per_second:.0f} img/s")
             return
         left = (self.total - record.step) * batch_size / record.images_per_second
-        print(
+        say(
             f"step {record.step}/{self.total}  loss {record.loss:.4f}  mse {record.mse:.4f}  "
             f"vb {record.vb:.4f}  {record.images_per_second:.0f} img/s  {_clock(left)} left",
-            flush=True,
         )
 
     def say(self, text: str) -> None:
