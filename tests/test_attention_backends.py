@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import assert_close
 from torch import Tensor
 
 from dit_fast.kernels import attention, attention_backends, choose_backend, reference
@@ -172,11 +173,11 @@ def assert_is_attention(function, bias: bool) -> None:
     qkv, H, b, dout = draw(2, 9, 3, 24, bias)
     leaves = [qkv] if b is None else [qkv, b]
     got, want = function(qkv, H, b), reference.attention(qkv, H, b)
-    assert (got - want).abs().max() <= 1e-13
+    assert_close(got, want)
     for ours, exact in zip(
         torch.autograd.grad(got, leaves, dout), torch.autograd.grad(want, leaves, dout), strict=True
     ):
-        assert (ours - exact).abs().max() <= 1e-12
+        assert_close(ours, exact)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -219,7 +220,7 @@ def test_flash_attn_4_is_called_as_it_wants(monkeypatch, bias) -> None:
     def backward(q, k, v, out, dout, lse, *, softmax_scale: float, deterministic: bool):
         assert deterministic
         p, exact = probabilities(q, k, softmax_scale)
-        assert (lse - exact).abs().max() <= 1e-13
+        assert_close(lse, exact)
         dp = torch.einsum("bthk,bshk->bhts", dout, v)
         delta = (dout * out).sum(-1).transpose(1, 2)
         ds = p * (dp - delta[..., None]) * softmax_scale

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tolerance import assert_close
 
 from dit_fast.data import from_arrays
 from dit_fast.errors import DataError, MissingExtraError
@@ -23,7 +24,7 @@ def test_nearest_is_the_brute_force_answer():
     images, training = noise(7, 0), noise(50, 1)
     distance, index = nearest_training_distance(images, training)
     squares = ((images[:, None].astype(np.float64) - training[None]) ** 2).mean(axis=(2, 3, 4))
-    assert np.abs(distance - np.sqrt(squares.min(axis=1))).max() < 1e-12
+    assert_close(distance, np.sqrt(squares.min(axis=1)))
     assert (index == squares.argmin(axis=1)).all()
 
 
@@ -31,7 +32,7 @@ def test_shifted_copies_lie_at_their_shift():
     training = noise(40, 1)
     shifts = np.array([0.0, 0.01, 0.05], dtype=np.float32)
     distance, index = nearest_training_distance(training[[4, 17, 39]] + shifts[:, None, None, None], training)
-    assert np.abs(distance - shifts).max() < 1e-6
+    assert_close(distance, shifts)
     assert index.tolist() == [4, 17, 39]
 
 
@@ -40,7 +41,7 @@ def test_chunks_do_not_change_the_answer(monkeypatch):
     whole = nearest_training_distance(images, training)
     monkeypatch.setattr("dit_fast.evaluation.nearest._CHUNK_BYTES", 8 * (5 + 2 * 48) * 10)
     parts = nearest_training_distance(images, training)
-    assert np.abs(whole[0] - parts[0]).max() < 1e-12
+    assert_close(whole[0], parts[0])
     assert (whole[1] == parts[1]).all()
 
 

@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
 )
 from reference_layout import inputs, randomise
+from tolerance import SUM, assert_close
 
 import dit_fast
 from dit_fast.errors import CheckpointError, ConfigError
@@ -78,7 +79,7 @@ def error(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_ours_to_diffusers_and_back(conventions) -> None:
     model = ours(conventions)
     converted = to_diffusers(model)
-    assert error(answer(converted), answer(model)) < 1e-5
+    assert_close(answer(converted), answer(model))
     assert answer(model).abs().max() > 0.5
     back = from_diffusers(converted, cfg_channels=(conventions or REFERENCE).cfg_channels)
     assert back.conventions == (conventions or REFERENCE)
@@ -94,7 +95,7 @@ def test_diffusers_to_ours_and_back(changes) -> None:
     model = theirs(**changes)
     converted = from_diffusers(model)
     assert converted.conventions == Conventions(1, changes.get("norm_eps", 1e-5), None)
-    assert error(answer(converted), answer(model)) < 1e-5
+    assert_close(answer(converted), answer(model))
     back = to_diffusers(converted)
     assert {**back.config, "_use_default_values": 0} == {**model.config, "_use_default_values": 0}
     assert list(back.state_dict()) == list(model.state_dict())
@@ -128,7 +129,7 @@ def test_modulations_and_compile_of_a_converted_model() -> None:
     with torch.no_grad():
         assert torch.equal(model.forward_modulated(x, model.modulations(t, y)), answer(model))
         compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert error(compiled(x, t, y), answer(model)) < 1e-6
+        assert_close(compiled(x, t, y), answer(model))
 
 
 def test_state_dicts_alone_go_there_and_back() -> None:
@@ -200,7 +201,7 @@ def test_a_folder_of_diffusers_loads(tmp_path) -> None:
     ):
         loaded, info = load_model(path)
         assert isinstance(loaded, ConvertedDiT)
-        assert error(answer(loaded), answer(model)) < 1e-5
+        assert_close(answer(loaded), answer(model))
         assert "timestep_freq_shift 1, norm2_eps 1e-05" in info.notes[-1]
 
 
@@ -211,14 +212,14 @@ def test_the_first_releases_folder_loads(tmp_path) -> None:
     extra = {"cross_attention_dim": None, "only_cross_attention": False, "norm_num_groups": 32}
     config = {**model.config, **extra, "_class_name": "Transformer2DModel"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert error(answer(load_model(tmp_path)[0]), answer(model)) < 1e-5
+    assert_close(answer(load_model(tmp_path)[0]), answer(model))
 
 
 def test_a_converted_model_saves_as_diffusers_does(tmp_path) -> None:
     model = from_diffusers(theirs())
     model.save_pretrained(tmp_path)
     native = DiTTransformer2DModel.from_pretrained(tmp_path).eval()
-    assert error(answer(native), answer(model)) < 1e-5
+    assert_close(answer(native), answer(model))
     loaded, _ = load_model(tmp_path)
     assert torch.equal(answer(loaded), answer(model))
     with pytest.raises(CheckpointError, match="unknown key 'attention_head_dim'"):
@@ -236,7 +237,7 @@ def test_exporting_the_references_weights_is_asked_for(tmp_path) -> None:
     native = DiTTransformer2DModel.from_pretrained(tmp_path / "a").eval()
     as_diffusers = ConvertedDiT(**model.config, conventions=DIFFUSERS).eval()
     as_diffusers.load_state_dict(model.state_dict())
-    assert error(answer(native), answer(as_diffusers)) < 1e-5
+    assert_close(answer(native), answer(as_diffusers))
     assert error(answer(native), answer(model)) > 1e-3
 
 
@@ -349,7 +350,8 @@ def test_our_model_in_their_pipeline(scheduler, conventions, tmp_path) -> None:
         {k: v for k, v in state_to_diffusers(model.state_dict()).items() if "embedding_table" not in k},
         strict=False,
     )
-    assert error(images(DiTPipeline(native, autoencoder(), scheduler())), fast) < 1e-5
+    # Four steps, each with guidance.
+    assert_close(images(DiTPipeline(native, autoencoder(), scheduler())), fast, terms=16 * SUM)
 
     pipeline.save_pretrained(tmp_path)
     again = DiTPipeline.from_pretrained(tmp_path)

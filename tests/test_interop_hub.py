@@ -17,6 +17,7 @@ from diffusers import (
 )
 from huggingface_hub import constants
 from PIL import Image
+from tolerance import assert_close
 
 from dit_fast.cli import main
 from dit_fast.cli.sample_plan import numbers_of
@@ -105,7 +106,7 @@ def test_an_id_and_a_pinned_revision(hub):
         model, info = load_model(name)
         assert isinstance(model, ConvertedDiT)
         with torch.no_grad():
-            assert (model(x, t, y) - transformer(seed)(x, t, y).sample).abs().max() < 1e-5, name
+            assert_close(model(x, t, y), transformer(seed)(x, t, y).sample, what=name)
         assert info.path.parent.name == (OLDER if seed else COMMIT)
 
 

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from golden import GOLDEN, golden_model, seeded
+from tolerance import assert_close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
@@ -40,7 +41,7 @@ def run(model: nn.Module, size: int = 4) -> tuple[Tensor, dict[str, Tensor]]:
 def assert_equal_to_eager(compiled: nn.Module, eager: DiT, size: int = 4, tolerance: float = 1e-5) -> None:
     """Outputs within 1e-5, gradients within `tolerance` of each tensor's largest entry."""
     (out, grads), (expected, expected_grads) = run(compiled, size), run(eager, size)
-    assert (out - expected).abs().max() < 1e-5
+    assert_close(out, expected)
     assert grads.keys() == expected_grads.keys()
     for name, gradient in expected_grads.items():
         assert (grads[name] - gradient).abs().max() < tolerance * gradient.abs().max(), name
@@ -57,7 +58,7 @@ def test_guidance_is_one_graph(mode: str) -> None:
     model = golden_model(kernels=mode)
     guided = torch.compile(model.forward_with_cfg, backend="aot_eager", fullgraph=True)
     out = guided(seeded("ax", 4, 4, 8, 8), torch.tensor([30, 40, 30, 40]), torch.tensor([1, 2, 10, 10]), 4.0)
-    assert (out.detach() - torch.from_numpy(GOLDEN["a.cfg"])).abs().max() < 1e-5
+    assert_close(out.detach(), torch.from_numpy(GOLDEN["a.cfg"]))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -67,7 +68,7 @@ def test_training_mode_with_label_dropout_is_one_graph(mode: str) -> None:
     torch.manual_seed(5)
     out = compiled(*batch(4))
     torch.manual_seed(5)
-    assert (out - model(*batch(4))).abs().max() < 1e-5
+    assert_close(out, model(*batch(4)))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tolerance import assert_close
 
 from dit_fast.diffusion import FlowMatching, create_diffusion
 from dit_fast.diffusion.likelihood import bits_per_dim, log_likelihood
@@ -63,10 +64,10 @@ def test_predictions_turn_into_each_other_to_rounding(path):
     x = point.alpha * data + point.sigma * noise
     for source, other in itertools.permutations(kinds, 2):
         answer = target(source, data, noise, point)
-        assert (convert(answer, x, point, source, "x0") - data).abs().max() < 2e-5, source
-        assert (convert(answer, x, point, source, "epsilon") - noise).abs().max() < 2e-5, source
+        assert_close(convert(answer, x, point, source, "x0"), data, what=source)
+        assert_close(convert(answer, x, point, source, "epsilon"), noise, what=source)
         back = convert(convert(answer, x, point, source, other), x, point, other, source)
-        assert (back - answer).abs().max() < 4e-5 * answer.abs().max(), (source, other)
+        assert_close(back, answer, what=(source, other))
 
 
 def test_predictions_by_their_papers_formulas():

@@ -9,6 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tolerance import assert_close
 
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
@@ -104,7 +105,8 @@ def test_inversion_is_the_reference_s_reverse_step():
         t = torch.full((2,), i)
         expected = diffusion.ddim_reverse_sample(model, expected, t, clip_denoised=False)["sample"]
     *_, noise = solvers.ddim_inversion(denoiser_of(model, nodes), x, nodes)
-    assert (noise - expected).abs().max() / expected.abs().max() < 1e-5
+    # The process keeps its schedule in float32.
+    assert_close(noise, expected, dtype=torch.float32)
 
 
 def denoiser_of(model, nodes, channels: int | None = None):
@@ -188,7 +190,7 @@ def test_ddim_is_the_reference_s_loop(eta, prediction):
     torch.manual_seed(1)
     draws = [torch.randn_like(x) for _ in range(len(nodes))]
     *_, drawn = solvers.ddim(denoiser_of(model, nodes), x, nodes, draws.__getitem__, eta=eta)
-    assert (drawn - expected).abs().max() / expected.abs().max() < 1e-5
+    assert_close(drawn, expected, dtype=torch.float32)
 
 
 def test_ddpm_has_the_moments_of_the_data():
@@ -226,7 +228,7 @@ def test_multistep_solvers_are_those_of_diffusers(solver):
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t), t, x).prev_sample
     *_, drawn = solver(denoiser_of(model, nodes), start.double(), nodes)
-    assert (drawn - x).abs().max() / x.abs().max() < 1e-4
+    assert_close(drawn, x, terms=4096)
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm_solver_pp_2m", "unipc"])

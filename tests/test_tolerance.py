@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tolerance import SUM, assert_as_accurate, assert_close, relative, rounding
+from tolerance import SUM, assert_as_accurate, assert_close, assert_trained_alike, relative, rounding
 from torch import Tensor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -86,3 +86,25 @@ def test_pytorch_s_own_error_is_the_measure() -> None:
         assert_as_accurate((exact - 2.4e-6).float(), torchs, exact, 2, 0)
     with pytest.raises(AssertionError):
         assert_as_accurate(exact, torchs, exact, 2, 0)
+
+
+def test_weights_that_adam_trained() -> None:
+    """Only where a gradient is rounding itself may a weight have gone the other way."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(1000), torch.randn(1000)
+    gradient[:10] = 0
+    rate = 1e-3
+
+    def trained(error: float) -> dict[str, Tensor]:
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = torch.optim.AdamW([weight], lr=rate)
+        for _ in range(3):
+            weight.grad = gradient + error * torch.randn(1000)
+            optimizer.step()
+        return {"weight": weight}
+
+    assert_trained_alike(trained(1e-7), trained(1e-7), 3 * rate)
+    with pytest.raises(AssertionError, match=r"more than rounding apart: \d+ of 1000 of weight"):
+        assert_trained_alike(trained(0.1), trained(0), 3 * rate)
+    with pytest.raises(AssertionError, match="weight differs by 8"):
+        assert_trained_alike({"weight": start + 8 * rate}, {"weight": start}, 3 * rate)

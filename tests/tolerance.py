@@ -99,6 +99,37 @@ def assert_close(
     )
 
 
+def assert_trained_alike(
+    found: Mapping[str, Any], expected: Mapping[str, Any], moved: float, terms: int = SUM
+) -> None:
+    """Weights after the same steps of Adam or AdamW: alike but for `rounding`.
+
+    Adam divides a gradient by its own size: what rounding changes in the gradient, relative to that size, it changes
+    in the step. Where the gradient is rounding and nothing else, as of the keys' biases, a weight may go either way.
+
+    Args:
+        found: Weights by name.
+        expected: Alike.
+        moved: The sum of the steps' rates, which is as far as a weight can have moved.
+        terms: The length of the sum behind one element of a gradient.
+    """
+    assert found.keys() == expected.keys()
+    apart: list[str] = []
+    count = total = 0
+    for name, value in expected.items():
+        one, other = tensor_of(found[name]), tensor_of(value)
+        assert one.shape == other.shape, name
+        difference = (one.double() - other.double()).abs()
+        assert difference.max() <= 2 * moved, f"{name} differs by {difference.max():.3e}"
+        # A gradient that is a hundredth of its tensor's largest has a hundred times the relative rounding.
+        allowed = rounding(terms, dtype_of(other)) * (largest(other) + 100 * moved)
+        beyond = int((difference > allowed).sum())
+        count, total = count + beyond, total + difference.numel()
+        if beyond:
+            apart.append(f"{beyond} of {difference.numel()} of {name}")
+    assert count <= total / 50, f"more than rounding apart: {', '.join(apart)}"
+
+
 def assert_as_accurate(ours: Tensor, torchs: Tensor, exact: Tensor, factor: float, floor: float) -> None:
     """|ours - exact| <= factor * |torch's - exact| + floor, the maxima over all elements."""
     assert ours.dtype == torchs.dtype

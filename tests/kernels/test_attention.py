@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tolerance import assert_close
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -48,7 +49,7 @@ def by_autograd(function, qkv: Tensor, H: int, bias: Tensor | None, dout: Tensor
 def assert_exact(got: list[Tensor], want: list[Tensor]) -> None:
     for ours, exact in zip(got, want, strict=True):
         assert ours.shape == exact.shape
-        assert (ours - exact).abs().max() <= 1e-12 * max(1.0, exact.abs().max().item())
+        assert_close(ours, exact)
 
 
 @only_interpreted

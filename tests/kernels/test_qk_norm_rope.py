@@ -6,7 +6,7 @@ import importlib
 import pytest
 import torch
 from proofs import DEVICE, draw, evaluate, fused, leaves_of, same_bits, upcast
-from tolerance import assert_as_accurate
+from tolerance import assert_as_accurate, assert_close
 from torch import Tensor, nn
 
 from dit_fast.conditioning import CONDITIONING
@@ -33,7 +33,7 @@ def inputs(
 
 def agrees(args: list[Tensor | int | None]) -> None:
     for ours, exact in zip(fused(SPEC, args), evaluate(SPEC.reference, args), strict=True):
-        assert (ours - exact).abs().max() <= 1e-12 * max(1.0, exact.abs().max().item())
+        assert_close(ours, exact)
 
 
 @pytest.mark.parametrize(("K", "heads"), [(6, 1), (20, 4), (80, 2), (104, 1), (128, 1)])
@@ -151,7 +151,7 @@ def test_norms_that_are_not_as_built_are_called(change: str) -> None:
     found, plain = (attention.project(tokens, kernels=mode) for mode in ("triton", "reference"))
     assert (attention.fused_norm() is not None) == (change == "none")
     assert torch.equal(found, plain) or change == "none"
-    assert (found - plain).abs().max() < 1e-6 * plain.abs().max()
+    assert_close(found, plain)
     assert called == [attention.k_norm] * 2 * (change in ("hook", "another norm"))
 
 
@@ -176,11 +176,11 @@ def trained(conditioning: str, kernels: str, recompute: str = "none") -> tuple[T
 def test_the_model_on_the_kernels_is_the_plain_one(conditioning: str) -> None:
     expected, slopes = trained(conditioning, "reference")
     out, grads = trained(conditioning, "triton", "cheap")
-    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert_close(out, expected)
     assert grads.keys() == slopes.keys()
     assert {"blocks.0.attn.q_norm.weight", "blocks.0.attn.qkv.bias"} < grads.keys()
     for name, slope in slopes.items():
-        assert (grads[name] - slope).abs().max() <= 3e-5 * slope.abs().max() + 1e-7, name
+        assert_close(grads[name], slope, what=name)
 
 
 def test_the_model_under_autocast() -> None:
