@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference_layout import ReferenceDiT, inputs, randomise
-from tolerance import assert_close
+from tolerance import assert_close, largest
 from torch import Tensor, nn
 
 import dit_fast
@@ -41,6 +41,8 @@ def test_outputs_and_gradients_on_the_kernels(make) -> None:
     assert_close(after, before)
     assert again.keys() == slopes.keys()
     for name, slope in slopes.items():
-        assert_close(again[name], slope, what=name)
+        # A key's bias moves all logits of a query alike: its gradient is the rounding of what cancels.
+        cancelling = largest(slopes[name.replace("to_k.bias", "to_q.bias")])
+        assert_close(again[name], slope, scale=cancelling, what=name)
     report.undo()
     assert torch.equal(step(model)[0], before)
