@@ -6,9 +6,12 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -119,13 +122,54 @@ def test_the_versions_agree() -> None:
     assert PROJECT["project"]["version"] == __version__
 
 
-def test_pinned_versions_satisfy_the_requirements() -> None:
-    from packaging.requirements import Requirement
-
+def pinned() -> dict[str, str]:
+    """Versions by canonical name in constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = dict(line.split("==") for line in lines if "==" in line)
+    return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines if "==" in line}
+
+
+def required(*extras: str) -> dict[str, Requirement]:
+    """Everything that the project's `extras` need here, by canonical name: also what these need in turn."""
+    found: dict[str, Requirement] = {}
+    visited = set()
+    optional = PROJECT["project"]["optional-dependencies"]
+    waiting = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
+    waiting.append(Requirement(f"dit-fast[{','.join(extras)}]"))
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *sorted(requirement.extras)):
+            if (name, extra) in visited:
+                continue
+            visited.add((name, extra))
+            if name == "dit-fast":
+                waiting += [Requirement(text) for text in optional.get(extra, [])]
+                continue
+            found.setdefault(name, requirement)
+            try:
+                lines = metadata.requires(name) or []
+            except metadata.PackageNotFoundError:
+                continue
+            needs = [Requirement(line) for line in lines]
+            waiting += [
+                need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})
+            ]
+    return found
+
+
+def test_pinned_versions_satisfy_the_requirements() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = PROJECT["project"]["dependencies"] + extras["demo"] + extras["benchmark"] + extras["test"]
-    for requirement in map(Requirement, wanted):
+    for text in PROJECT["project"]["dependencies"] + extras["demo"] + extras["benchmark"] + extras["test"]:
+        requirement = Requirement(text)
         if requirement.name != "dit-fast":
-            assert requirement.specifier.contains(pinned[requirement.name]), requirement
+            assert requirement.specifier.contains(pinned()[canonicalize_name(requirement.name)]), requirement
+
+
+def test_what_the_two_commands_install_is_pinned() -> None:
+    """Also what no line of pyproject.toml names: each requirement of a requirement that is installed here."""
+    wanted = required("demo", "test")
+    # From the project's own lines, from one of those, and from one of those in turn.
+    assert {"torch", "numpy", "pytest", "sympy", "mpmath", "transformers", "tokenizers"} <= wanted.keys()
+    # CUDA's libraries come with the CUDA build of PyTorch, whose metadata pins them.
+    loose = {name for name in wanted.keys() - pinned().keys() if not name.startswith(("nvidia-", "cuda-"))}
+    assert not loose, f"constraints.txt does not pin {', '.join(sorted(loose))}"
