@@ -29,7 +29,8 @@ from dit_fast.training import (
     train,
 )
 from dit_fast.training.config import build_model, resumed_config
-from dit_fast.training.progress import RunLog, plot_loss, read_log
+from dit_fast.training.lines import LineFile
+from dit_fast.training.progress import plot_loss, read_log
 from dit_fast.training.step import TrainStep
 
 TINY = dict(
@@ -255,7 +256,7 @@ def test_a_log_cut_short_by_a_kill_is_read(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
     assert [line["step"] for line in read_log(path)] == [1, 2]
-    RunLog(path, resumed_step=1)
+    LineFile(path, lambda line: line["step"] <= 1).reduce()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
 
 

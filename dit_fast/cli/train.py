@@ -294,9 +294,11 @@ def _run_folder(out: str | None, results: str | None, model: str, again: bool) -
 
 
 def _conclude(result: TrainResult, world: World) -> int:
-    lines = [
-        f"checkpoint {result.checkpoint}, log {result.run / 'log.jsonl'}, loss curve {result.run / 'loss.png'}"
-    ]
+    log = result.run / "log.jsonl"
+    files = [f"checkpoint {result.checkpoint}"]
+    files += [f"log {log}"] if log.exists() else []
+    files += [] if result.curve is None else [f"loss curve {result.curve}"]
+    lines = [", ".join(files)]
     status = 0
     if result.stopped_by is not None and result.step < result.total_steps:
         status = 128 + result.stopped_by

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_fast import keyed
 from dit_fast.data import LatentSet, apportion
-from dit_fast.errors import ConfigError, DitFastError, NonFiniteError
+from dit_fast.errors import ConfigError, DitFastError
 from dit_fast.evaluation import (
     Activations,
     Quality,
@@ -25,8 +25,13 @@ from dit_fast.evaluation import (
 from dit_fast.sampling import to_uint8
 from dit_fast.training.samples import AverageSampler, open_decoder
 from dit_fast.training.trainer import Trainer
+from dit_fast.training.world import is_lost_connection
 
 _BATCH = 64
+
+
+class EvaluationError(DitFastError):
+    """Samples that could not be drawn, are not finite, or could not be measured."""
 
 
 class Evaluation:
@@ -74,17 +79,20 @@ class Evaluation:
         self.numbers = torch.cat([torch.arange(share) for share in shares])[world.rank :: world.size]
 
     def score(self) -> Quality:
-        """The distance now. Raises NonFiniteError on every rank where samples of one are not finite."""
+        """The distance now. Raises EvaluationError on every rank where one could not draw or measure its samples."""
         world = self.trainer.world
         with self.sampler.averages():
             try:
                 features: Tensor | str = self._features()
-            except DitFastError as error:
-                features = str(error)
+            except Exception as error:
+                if isinstance(error, RuntimeError) and is_lost_connection(error):
+                    raise
+                # The other ranks wait in the exchange below.
+                features = " ".join(str(error).split()) or type(error).__name__
         found = world.gather(features)
         for rank, other in enumerate(found):
             if isinstance(other, str):
-                raise NonFiniteError(f"rank {rank}: {other}" if world.size > 1 else other)
+                raise EvaluationError(f"rank {rank}: {other}" if world.size > 1 else other)
         # In the order of the samples' numbers, whatever rank drew them.
         every = torch.empty(sum(map(len, found)), found[0].shape[1])
         for rank, own in enumerate(found):

@@ -16,7 +16,6 @@ from dit_fast.errors import (
     ConfigError,
     DataError,
     DitFastError,
-    MissingExtraError,
     OutputError,
 )
 from dit_fast.sampling.output import prepare_folder
@@ -45,13 +44,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended. `stopped_by`: the signal that ended it early; `checkpoint`: the last one written."""
+    """Where a run ended.
+
+    `stopped_by`: the signal that ended it early; `checkpoint`: the last one written; `curve`: the picture of its loss,
+    None where it could not be drawn.
+    """
 
     run: Path
     step: int
     total_steps: int
     checkpoint: Path
     stopped_by: signal.Signals | None
+    curve: Path | None = None
 
 
 def train(config: TrainConfig, run: str | Path, world: World | None = None) -> TrainResult:
@@ -99,7 +103,7 @@ def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -
         raise ConfigError(
             f"{run} is already at step {trainer.step} of {trainer.total_steps}; give more --steps"
         )
-    watch = Watch(trainer, run)
+    watch = Watch(trainer, run, manifest.get("log"))
     trainer.world.first(lambda: prepare_folder(checkpoints_folder(run)))
     return _run(trainer, run, watch)
 
@@ -149,12 +153,11 @@ def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
         batches = Readable(trainer.stream.read(trainer.step, trainer.total_steps, trainer.rows))
         trainer.says = lambda: (stop.signal, writer.failed, batches.at_end)
         checkpoint = _steps(trainer, watch, writer, batches)
-    try:
-        if world.is_first:
-            plot_loss(run / "log.jsonl", run / "loss.png")
-    except MissingExtraError as error:
-        logger.warning("%s", error)
-    return TrainResult(run, trainer.step, trainer.total_steps, checkpoint, trainer.stop)
+    log, curve = run / "log.jsonl", run / "loss.png"
+    drawn = world.is_first and watch.best_effort("the loss curve", lambda: plot_loss(log, curve))
+    return TrainResult(
+        run, trainer.step, trainer.total_steps, checkpoint, trainer.stop, curve if drawn else None
+    )
 
 
 def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Readable) -> Path:
@@ -166,6 +169,7 @@ def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Re
     """
     config, total = trainer.config, trainer.total_steps
     end = _readable_steps(trainer, batches)
+    watch.catch_up()
     for samples, labels in watch.waiting(prefetch(iter(batches), trainer.device)):
         if trainer.step == end:
             break
@@ -185,10 +189,10 @@ def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Re
         if trainer.step % config.ckpt_every == 0:
             with watch.paused():
                 _report(trainer, writer)
-                trainer.save(writer)
+                trainer.save(writer, watch.state())
         watch.draw()
     _report(trainer, writer)
-    trainer.save(writer)
+    trainer.save(writer, watch.state())
     path = writer.wait()
     assert path is not None
     watch.draw(last=True)

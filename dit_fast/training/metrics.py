@@ -5,14 +5,18 @@ the patch projection and attention's two products; elementwise work and recomput
 256 px: 118.6 GMAC forward, 711.7 GFLOP an image. MFU is that over the dense bf16 peak of the device, in any precision.
 """
 
+import math
 import resource
 from collections import deque
 from collections.abc import Mapping
+from statistics import median
+from typing import Any
 
 import torch
 
 from dit_fast.counting import mean_macs
 from dit_fast.models import DiT
+from dit_fast.training.step import BUCKETS, LEVELS, StepValues
 
 # Dense bf16 tensor-core peaks in FLOP/s of NVIDIA's data sheets; the first name that is part of the device's counts.
 PEAKS = (
@@ -44,27 +48,117 @@ def peak_memory(device: torch.device) -> int:
 
 
 class SpikeDetector:
-    """Losses that stand out: 10 times the greatest so far, or, once there are 10, twice the mean of the last 10.
+    """Finds steps whose loss stands out from those before, by robust statistics of what timesteps do not explain.
 
-    The first as Megatron-LM's rerun state machine, the second as Lightning's spike detection. Starts anew with a
-    process.
+    The loss of a sample is mostly a function of its timestep, over two orders of magnitude, and the mean over a small
+    batch follows what was drawn. So each loss is compared with the mean of recent losses at the same noise (`LEVELS`
+    parts of the timesteps, means of about the last 100 steps), and a step is judged by
+
+        r = ln(sum of the batch's losses / sum of what its timesteps let expect).
+
+    A step is a spike where r is above the median of the last 100 by 1.4826 * 5 median absolute deviations (five
+    standard deviations of normal values) and by ln 1.5. A new level is no spike: r must be as far above the median
+    of the last five. Until there are 50 steps, only ten times what is expected is one.
+
+    A state of a few hundred numbers, which a checkpoint keeps: a continuation finds the same spikes.
     """
 
-    WINDOW, OF_MEAN, OF_MAX = 10, 2.0, 10.0
+    WINDOW, FIRST, NEAR = 100, 50, 5
+    DEVIATIONS, RATIO, FIRST_RATIO = 5.0, 1.5, 10.0
+    KEPT = 0.99
 
     def __init__(self) -> None:
         self.recent: deque[float] = deque(maxlen=self.WINDOW)
-        self.greatest = 0.0
+        self.sums = [0.0] * LEVELS
+        self.counts = [0.0] * LEVELS
 
-    def judge(self, loss: float) -> str | None:
-        """Why this loss is a spike, or None; taken into the window either way: a new level is no spike."""
+    def judge(self, value: StepValues) -> str | None:
+        """Why the loss of this step is a spike, or None; taken into the statistics either way."""
+        excess = self._excess(value)
         reason = None
-        if loss >= self.OF_MAX * self.greatest > 0:
-            reason = f"{loss / self.greatest:.1f} times the greatest loss before"
-        elif len(self.recent) == self.WINDOW:
-            mean = sum(self.recent) / self.WINDOW
-            if loss >= self.OF_MEAN * mean > 0:
-                reason = f"{loss / mean:.1f} times the mean of the {self.WINDOW} before"
-        self.greatest = max(self.greatest, loss)
-        self.recent.append(loss)
+        if excess is not None:
+            recent = list(self.recent)
+            middle, least = 0.0, math.log(self.FIRST_RATIO)
+            if len(recent) >= self.FIRST:
+                middle = median(recent)
+                deviation = 1.4826 * median(abs(each - middle) for each in recent)
+                middle = max(middle, median(recent[-self.NEAR :]))
+                least = max(self.DEVIATIONS * deviation, math.log(self.RATIO))
+            if excess - middle >= least:
+                reason = f"{math.exp(excess - middle):.1f} times what its timesteps let expect"
+            self.recent.append(excess)
+        for part in range(LEVELS):
+            self.sums[part] = self.KEPT * self.sums[part] + value.level_sums[part]
+            self.counts[part] = self.KEPT * self.counts[part] + value.level_counts[part]
         return reason
+
+    def _excess(self, value: StepValues) -> float | None:
+        """r of this step, of the parts of the timesteps that were seen before; None where there is none."""
+        found = expected = 0.0
+        for part, (loss, count) in enumerate(zip(value.level_sums, value.level_counts, strict=True)):
+            if count and self.counts[part]:
+                found += loss
+                expected += count * self.sums[part] / self.counts[part]
+        return math.log(found / expected) if found > 0 and expected > 0 else None
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "recent": list(self.recent),
+            "sums": list(self.sums),
+            "counts": list(self.counts),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if len(state["sums"]) != LEVELS or len(state["counts"]) != LEVELS:
+            raise ValueError(f"statistics of losses in {len(state['sums'])} parts, not {LEVELS}")
+        self.recent = deque(state["recent"], maxlen=self.WINDOW)
+        self.sums, self.counts = list(state["sums"]), list(state["counts"])
+
+
+class Averages:
+    """Sums over the steps since the last log line; a checkpoint keeps them, so that no line misses a step.
+
+    Added one by one in the order of the steps, so that a sum does not depend on when it was looked at.
+    """
+
+    PLAIN = ("loss", "mse", "vb", "grad_norm")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums = [0.0] * (len(self.PLAIN) + 2 * BUCKETS)
+        self.loss_scale = 1.0
+
+    def add(self, value: StepValues) -> None:
+        """Take a step in; one that was left out because it was not finite does not count."""
+        self.loss_scale = value.loss_scale
+        if value.applied:
+            self.count += 1
+            values = (
+                *(getattr(value, name) for name in self.PLAIN),
+                *value.bucket_sums,
+                *value.bucket_counts,
+            )
+            self.sums = [total + each for total, each in zip(self.sums, values, strict=True)]
+
+    def means(self) -> dict[str, Any]:
+        """loss, mse, vb, grad_norm (NaN where no step counts), loss_by_timestep."""
+        plain, parts = self.sums[: len(self.PLAIN)], self.sums[len(self.PLAIN) :]
+        by_timestep = zip(parts[:BUCKETS], parts[BUCKETS:], strict=True)
+        return {
+            **{
+                name: total / self.count if self.count else math.nan
+                for name, total in zip(self.PLAIN, plain, strict=True)
+            },
+            "loss_by_timestep": tuple(total / count if count else None for total, count in by_timestep),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"count": self.count, "sums": list(self.sums), "loss_scale": self.loss_scale}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if len(state["sums"]) != len(self.sums):
+            raise ValueError(f"{len(state['sums'])} sums, not {len(self.sums)}")
+        self.count, self.sums = state["count"], list(state["sums"])
+        self.loss_scale = state["loss_scale"]

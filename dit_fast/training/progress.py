@@ -1,7 +1,6 @@
 """What a run says about itself: a bar or plain lines, `log.jsonl`, and the loss curve."""
 
-import json
-import os
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dit_fast.errors import MissingExtraError
+from dit_fast.errors import DitFastError, MissingExtraError, OutputError
+from dit_fast.files import write_atomically
 from dit_fast.terminal import say
+from dit_fast.training.lines import read_lines
 
 
 @dataclass(frozen=True)
@@ -42,39 +43,33 @@ class Record:
     skipped: int
 
 
-class RunLog:
-    """Appends records to a JSON-lines file; of a resumed run, lines past its step are dropped first."""
-
-    def __init__(self, path: Path, resumed_step: int):
-        self.path = path
-        kept = [line for line in _lines(path) if line["step"] <= resumed_step] if resumed_step else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
-
-    def append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line that a kill cut short is left out."""
-    return [line for line in _lines(path) if "loss" in line]
+    """The records of a log, with their `loss`; other lines are left out, damaged ones with a warning."""
+    return losses_of(read_lines(path))
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
     """The scores of samples in a log: step, extractor, num_samples, and fid or proxy_fid."""
-    return [line for line in _lines(path) if "extractor" in line]
+    return scores_of(read_lines(path))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+def losses_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the lines of a log that have a loss."""
+    return [line for line in lines if _is_number(line.get("loss"))]
+
+
+def scores_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the lines of a log that are scores."""
+    needed = ("extractor", "num_samples", "proxy")
+    return [
+        line
+        for line in lines
+        if all(name in line for name in needed) and _is_number(line.get("fid", line.get("proxy_fid")))
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Progress:
@@ -87,7 +82,7 @@ class Progress:
             initial=done,
             unit="step",
             desc="train",
-            disable=not sys.stderr.isatty(),
+            disable=sys.stderr is None or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
 
@@ -120,7 +115,7 @@ def _clock(seconds: float) -> str:
 def plot_loss(log: Path, target: Path) -> None:
     """Draw the loss of `log` over the steps to the PNG `target`, as logged and smoothed.
 
-    Raises MissingExtraError without matplotlib.
+    Raises MissingExtraError without matplotlib, OutputError where it fails.
     """
     plot_losses({log.parent.name: log}, target)
 
@@ -130,46 +125,69 @@ def plot_losses(logs: dict[str, Path], target: Path) -> None:
 
     Below them stand the Frechet distances of samples, where a run has them.
 
-    Raises MissingExtraError without matplotlib.
+    Raises MissingExtraError without matplotlib, OutputError where it fails.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
+        _draw_losses(logs, target)
+    except ModuleNotFoundError as error:
         raise MissingExtraError(
             "no loss curve: matplotlib is not installed; pip install 'dit-fast[plot]'"
         ) from error
-    scores = {name: read_scores(log) for name, log in logs.items()}
+    except DitFastError:
+        raise
+    except Exception as error:
+        # matplotlib is configured by files and fonts of the user's, which may be broken in any way.
+        raise OutputError(f"cannot draw {target} ({' '.join(str(error).split())[:200]})") from error
+
+
+def _draw_losses(logs: dict[str, Path], target: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines_of = {name: read_lines(log) for name, log in logs.items()}
+    scores = {name: scores_of(lines) for name, lines in lines_of.items()}
     panels = 2 if any(scores.values()) else 1
     figure = Figure(figsize=(7, 4 * panels), layout="constrained")
     FigureCanvasAgg(figure)
     axes, *below = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
     lowest = []
-    for index, (name, log) in enumerate(logs.items()):
-        records = read_log(log)
+    for index, (name, lines) in enumerate(lines_of.items()):
+        records = [record for record in losses_of(lines) if math.isfinite(record["loss"])]
         steps = [record["step"] for record in records]
         losses = [record["loss"] for record in records]
         axes.plot(steps, losses, color=f"C{index}", alpha=0.3, linewidth=0.8)
-        axes.plot(steps, smooth(losses), color=f"C{index}", label=name)
+        axes.plot(steps, smooth(losses), color=f"C{index}", label=_label(name))
         lowest += losses[:1] and [min(losses)]
     axes.set(xlabel="optimiser step", ylabel="loss = mse + variational bound (bits)")
     axes.set_title("pale: mean since the last log line; full: smoothed", fontsize="small")
     if lowest and min(lowest) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    _add_legend(axes)
     for index, (name, lines) in enumerate(scores.items()):
         if lines:
             distances = [line.get("fid", line.get("proxy_fid")) for line in lines]
             kind = f"proxy, {lines[0]['extractor']}" if lines[0]["proxy"] else lines[0]["extractor"]
-            label = f"{name} ({kind}, {lines[0]['num_samples']} samples)"
+            label = f"{_label(name)} ({kind}, {lines[0]['num_samples']} samples)"
             steps = [line["step"] for line in lines]
             below[0].plot(steps, distances, color=f"C{index}", marker=".", label=label)
     for panel in below:
         panel.set(xlabel="optimiser step", ylabel="Frechet distance of samples", yscale="log")
         panel.grid(alpha=0.3, which="both")
-        panel.legend()
-    figure.savefig(target, dpi=150)
+        _add_legend(panel)
+    write_atomically(target, lambda path: figure.savefig(path, dpi=150))
+
+
+def _label(name: str) -> str:
+    """A name as it can be drawn: matplotlib leaves out labels that begin with an underscore."""
+    printable = name.encode(errors="backslashreplace").decode()
+    return f" {printable}" if printable.startswith("_") else printable
+
+
+def _add_legend(axes: Any) -> None:
+    """Names are no formulas, whatever dollars they have."""
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -5,6 +5,7 @@ shared among ranks or cut into micro-batches changes none of them. What the host
 `StepState.history`, a row a step, and read when a log line is due.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,9 +25,17 @@ from dit_fast.training.ranges import OFF, Ranges
 BUCKETS = 4
 """Equal parts of the timesteps, least noise first, that the loss is also averaged over."""
 
+LEVELS = 16
+"""Parts of the timesteps, of growing length, within which the losses of samples are much the same.
+
+The k-th of them ends at (k / LEVELS)^3: the loss changes fastest where there is least noise, and of 1000 timesteps the
+first, whose loss is a likelihood of pixels, is a part of its own.
+"""
+
 
 class StepValues(NamedTuple):
-    """What a step left behind. bucket_sums, bucket_counts: of the samples' losses, by timestep.
+    """What a step left behind. bucket_sums, bucket_counts: of the samples' losses, by timestep; level_sums and
+    level_counts the same, for `LEVELS` parts.
 
     applied: 1, or 0 where the update was not made because loss or gradient norm were not finite; loss_scale: 1 but
     for float16.
@@ -40,11 +49,15 @@ class StepValues(NamedTuple):
     loss_scale: float
     bucket_sums: tuple[float, ...]
     bucket_counts: tuple[float, ...]
+    level_sums: tuple[float, ...]
+    level_counts: tuple[float, ...]
 
     @classmethod
     def of_row(cls, row: Sequence[float]) -> "StepValues":
-        loss, mse, vb, norm, applied, scale, *buckets = row
-        return cls(loss, mse, vb, norm, applied, scale, tuple(buckets[:BUCKETS]), tuple(buckets[BUCKETS:]))
+        loss, mse, vb, norm, applied, scale, *parts = row
+        cuts = (0, BUCKETS, 2 * BUCKETS, 2 * BUCKETS + LEVELS, 2 * (BUCKETS + LEVELS))
+        by_part = (tuple(parts[a:b]) for a, b in itertools.pairwise(cuts))
+        return cls(loss, mse, vb, norm, applied, scale, *by_part)
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class StepState:
         self.failed = torch.full((), -1, dtype=torch.int64, device=device)
         self.found_inf = torch.zeros((), device=device)
         self.lr = torch.zeros((), dtype=lr_dtype, device=device)
-        self.history = torch.zeros(history, 6 + 2 * BUCKETS, device=device)
+        self.history = torch.zeros(history, 6 + 2 * (BUCKETS + LEVELS), device=device)
 
 
 class TrainStep:
@@ -220,17 +233,21 @@ class TrainStep:
         t: Tensor,
         weights: Tensor | None,
     ) -> None:
-        part = (self.objective.noise_level(t) * BUCKETS).long().clamp(max=BUCKETS - 1)
-        inside = (part[:, None] == torch.arange(BUCKETS, device=t.device)).float()
-        # A product would let one NaN into every bucket.
-        sums = torch.where(inside > 0, terms["loss"].float()[:, None], 0.0).sum(0)
+        noise = self.objective.noise_level(t)
+        parts: list[Tensor] = []
+        for count, place in ((BUCKETS, noise), (LEVELS, noise ** (1 / 3))):
+            part = (place * count).long().clamp(max=count - 1)
+            inside = part[:, None] == torch.arange(count, device=t.device)
+            # A product would let one NaN into every part.
+            sums = torch.where(inside, terms["loss"].float()[:, None], 0.0).sum(0)
+            parts += [sums, inside.float().sum(0)]
         means = [terms[name].mean() if name in terms else torch.zeros_like(loss) for name in ("mse", "vb")]
         scale = self._one if self.loss_scale is None else self.loss_scale.scale[0]
-        row = torch.cat([torch.stack([loss, *means, norm, good.float(), scale]), sums, inside.sum(0)])
-        place = (self.state.step % len(self.state.history)).reshape(1)
-        self.state.history.index_copy_(0, place, row.float()[None])
+        row = torch.cat([torch.stack([loss, *means, norm, good.float(), scale]), *parts])
+        row_number = (self.state.step % len(self.state.history)).reshape(1)
+        self.state.history.index_copy_(0, row_number, row.float()[None])
         if self.drawn is not None and weights is not None:
-            self.drawn.index_copy_(0, place, torch.stack([t.float(), weights])[None])
+            self.drawn.index_copy_(0, row_number, torch.stack([t.float(), weights])[None])
 
 
 def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:

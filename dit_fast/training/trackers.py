@@ -1,6 +1,7 @@
 """Where a run's numbers and pictures can go besides its own folder: TensorBoard, Weights & Biases."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,11 +9,14 @@ import numpy as np
 from PIL import Image
 
 from dit_fast.errors import MissingExtraError
+from dit_fast.training.best_effort import BestEffort
 from dit_fast.training.config import TrainConfig
 
 
 class Tracker(Protocol):
-    """Takes what a run says at its log lines."""
+    """Takes what a run reports at its log lines. `name`: for warnings."""
+
+    name: str
 
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -23,6 +27,8 @@ class Tracker(Protocol):
 
 class TensorBoard:
     """Event files in `run`/tensorboard. Raises MissingExtraError without tensorboard."""
+
+    name = "TensorBoard"
 
     def __init__(self, run: Path):
         try:
@@ -51,6 +57,8 @@ class WeightsAndBiases:
     Raises MissingExtraError without wandb.
     """
 
+    name = "Weights & Biases"
+
     def __init__(self, config: TrainConfig, run: Path):
         try:
             import wandb
@@ -77,11 +85,24 @@ class WeightsAndBiases:
         self.session.finish()
 
 
-def open_trackers(config: TrainConfig, run: Path) -> list[Tracker]:
-    """The trackers that the configuration asks for. Raises MissingExtraError."""
+def open_trackers(config: TrainConfig, run: Path, best_effort: BestEffort) -> list[Tracker]:
+    """The trackers that the configuration asks for, without those that cannot be opened.
+
+    Raises MissingExtraError: a package that is not installed is better known before the first step.
+    """
     trackers: list[Tracker] = []
+    missing: list[MissingExtraError] = []
+
+    def add(make: Callable[[], Tracker]) -> None:
+        try:
+            trackers.append(make())
+        except MissingExtraError as error:
+            missing.append(error)
+
     if config.tensorboard:
-        trackers.append(TensorBoard(run))
+        best_effort(TensorBoard.name, lambda: add(lambda: TensorBoard(run)))
     if config.wandb:
-        trackers.append(WeightsAndBiases(config, run))
+        best_effort(WeightsAndBiases.name, lambda: add(lambda: WeightsAndBiases(config, run)))
+    if missing:
+        raise missing[0]
     return trackers

@@ -39,9 +39,12 @@ from dit_fast.training.precision import (
 from dit_fast.training.ranges import OFF, Ranges, mark_blocks, nvtx_ranges
 from dit_fast.training.rates import learning_rate
 from dit_fast.training.signals import StepAgreement
-from dit_fast.training.step import BUCKETS, StepOptions, StepState, StepValues, TrainStep
+from dit_fast.training.step import BUCKETS, LEVELS, StepOptions, StepState, StepValues, TrainStep
 from dit_fast.training.torch_optimizer import make_optimizer
 from dit_fast.training.world import START_TIMEOUT, World, choose_device
+
+MOST_REMEMBERED = 1000
+"""Steps whose values a device keeps until the host reads them; more between log lines are read in between."""
 
 
 class Trainer:
@@ -79,7 +82,7 @@ class Trainer:
         self.denoiser = self._prepare(self.model)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         rate_dtype = torch.float64 if config.optimizer == "ours" else torch.float32
-        self.state = StepState(self.device, config.log_every, rate_dtype)
+        self.state = StepState(self.device, min(config.log_every, MOST_REMEMBERED), rate_dtype)
         self.optimizer = make_optimizer(
             config.optimizer,
             self.trained.values(),
@@ -275,14 +278,14 @@ class Trainer:
         """
         size = len(self.state.history)
         history = self.world.mean(self.state.history.clone())
-        # Losses are means, the buckets by timestep are sums and counts.
-        history[:, -2 * BUCKETS :] *= self.world.size
+        # Losses are means, those by timestep are sums and counts.
+        history[:, -2 * (BUCKETS + LEVELS) :] *= self.world.size
         rows = history.tolist()
         first, self._read = max(self._read, self.step - size), self.step
         return [StepValues.of_row(rows[step % size]) for step in range(first, self.step)]
 
-    def manifest(self) -> dict[str, Any]:
-        """What a checkpoint says about itself, besides its files."""
+    def manifest(self, log: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What a checkpoint says about itself, besides its files. log: where the run's log is (`Watch.state`)."""
         return {
             "dit_fast_version": __version__,
             "torch_version": torch.__version__,
@@ -301,6 +304,7 @@ class Trainer:
             "updates": self._updates(),
             "skipped": int(self.state.skipped),
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
+            "log": log,
         }
 
     def _updates(self) -> int:
@@ -337,11 +341,11 @@ class Trainer:
         """The power-function averages, where they are kept, by part, then name; live."""
         return {} if self.averages is None else self.averages.state(self.model.state_dict())
 
-    def save(self, writer: CheckpointWriter) -> None:
+    def save(self, writer: CheckpointWriter, log: dict[str, Any] | None = None) -> None:
         """Start writing a checkpoint of this moment; never one that follows a step that failed."""
         self.check_finite()
         with self.ranges("checkpoint"):
-            writer.save(model_config(self.model), self.tensors(), self.manifest())
+            writer.save(model_config(self.model), self.tensors(), self.manifest(log))
 
     def save_snapshot(self, writer: CheckpointWriter) -> None:
         """The same of a snapshot of the power-function averages, which no later one replaces."""
