@@ -64,6 +64,15 @@ _DIFFUSION = fields(
         "diffusion_steps": integer(1, 1 << 20),
     },
 )
+_LOG = fields(
+    {},
+    {
+        "line_step": integer(),
+        "skipped": integer(),
+        "averages": fields({"count": integer(), "sums": array(number()), "loss_scale": number(0)}),
+        "spikes": fields({"recent": array(number()), "sums": array(number()), "counts": array(number(0))}),
+    },
+)
 _SCHEMA = fields(
     {
         "step": integer(),
@@ -83,6 +92,7 @@ _SCHEMA = fields(
         "updates": integer(),
         "skipped": integer(),
         "loss_scale": maybe(fields({"scale": number(0), "growth": number(0)})),
+        "log": maybe(_LOG),
     },
 )
 
