@@ -1,5 +1,6 @@
 """A stand-in for diffusers' AutoencoderKL, image folders and latent sets that tests build for themselves."""
 
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dit_fast.data.encode import EncodeConfig
 
@@ -25,27 +26,24 @@ class Config(dict):
     __getattr__ = dict.__getitem__
 
 
+CONFIG = {
+    "in_channels": 3, "latent_channels": 2, "block_out_channels": [4, 4, 4], "scaling_factor": SCALE,
+    "shift_factor": SHIFT,
+}  # fmt: skip
+
+
 class StandInVae(torch.nn.Module):
     """What `LatentEncoder` uses of an AutoencoderKL: one strided convolution that shrinks images by 4."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: dict[str, Any] = CONFIG) -> None:
         super().__init__()
-        self.config = Config(
-            in_channels=3,
-            latent_channels=2,
-            block_out_channels=(4, 4, 4),
-            scaling_factor=SCALE,
-            shift_factor=SHIFT,
-        )
+        self.config = Config(config)
         self.encoder = torch.nn.Conv2d(3, 4, 4, stride=4)
         self.quant_conv = torch.nn.Conv2d(4, 4, 1)
 
     @classmethod
-    def from_pretrained(cls, name: str, use_safetensors: bool, low_cpu_mem_usage: bool) -> "StandInVae":
-        assert use_safetensors
-        vae = cls()
-        vae.load_state_dict(load_file(Path(name) / "weights.safetensors"))
-        return vae
+    def from_config(cls, config: dict[str, Any]) -> "StandInVae":
+        return cls(config)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,8 +52,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_vae(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    folder.mkdir(parents=True)
-    save_file(StandInVae().state_dict(), folder / "weights.safetensors")
+    return save_vae(StandInVae(), folder)
+
+
+def save_vae(vae: torch.nn.Module, folder: Path) -> Path:
+    """As diffusers lays a model out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(vae.config))
+    save_file(vae.state_dict(), folder / "diffusion_pytorch_model.safetensors")
     return folder
 
 

@@ -48,7 +48,7 @@ def test_a_set_holds_both_flips_of_every_image(work, dtype, tolerance):
     result = encode(settings(work, dtype=dtype))
     assert (result.images, result.encoded, result.kept, result.missing) == (7, 3, 0, 0)
     paths = sorted((work / "images").rglob("*.png"))
-    vae = latent_sets.StandInVae.from_pretrained(str(work / "vae"), True, False)
+    vae = LatentEncoder(str(work / "vae"))
     pixels = torch.stack([pixels_of(path) for path in paths])
     data = open_latents(work / "set", verify=True)
     assert (data.class_names, data.train.labels.tolist()) == (("a", "b"), [0, 0, 0, 0, 1, 1, 1])
@@ -167,21 +167,16 @@ def test_changed_images(work, whole):
         encode(settings(work))
 
 
-def test_a_latent_that_is_not_finite(work, monkeypatch):
-    monkeypatch.setattr(latent_sets.StandInVae, "forward", None, raising=False)
-    bias = torch.full((4,), 1e5)
-    original = latent_sets.StandInVae.from_pretrained
-
-    def scaled(*args, **kwargs):
-        vae = original(*args, **kwargs)
-        vae.quant_conv.bias.data = bias
-        return vae
-
-    monkeypatch.setattr(latent_sets.StandInVae, "from_pretrained", scaled)
+def test_a_latent_that_is_not_finite(work):
+    vae = latent_sets.StandInVae()
+    vae.quant_conv.bias.data = torch.full((4,), 1e5)
+    latent_sets.save_vae(vae, work / "vae")
     with pytest.raises(DataError, match=r"a/000\.png: its latent is not finite in float16.*--dtype float32"):
         encode(settings(work))
     assert encode(settings(work, out=work / "wide", dtype="float32")).complete
-    bias[0] = float("nan")
+    vae.quant_conv.bias.data[0] = 3e38
+    vae.quant_conv.weight.data[0] = 3e38
+    latent_sets.save_vae(vae, work / "vae")
     with pytest.raises(DataError, match=r"a/000\.png: its latent is not finite in float32.*another --vae"):
         encode(settings(work, out=work / "nan", dtype="float32"))
     assert set(contents(work / "nan")) == {"encoding.json"}
@@ -283,16 +278,12 @@ def test_diffusers_own_autoencoder(tmp_path):
         LatentEncoder(str(tmp_path / "vae"))
 
 
-def test_scaling_by_channel(work, monkeypatch):
+def test_scaling_by_channel(work):
     """A configuration with latents_mean and latents_std: (z - mean) / std * scaling_factor."""
-    original = latent_sets.StandInVae.from_pretrained
-
-    def normalised(*args, **kwargs):
-        vae = original(*args, **kwargs)
-        vae.config.update(latents_mean=[1.0, -1.0], latents_std=[2.0, 4.0])
-        return vae
-
-    monkeypatch.setattr(latent_sets.StandInVae, "from_pretrained", normalised)
+    vae = latent_sets.StandInVae(
+        {**latent_sets.CONFIG, "latents_mean": [1.0, -1.0], "latents_std": [2.0, 4.0]}
+    )
+    latent_sets.save_vae(vae, work / "vae")
     encoder = LatentEncoder(str(work / "vae"))
     assert encoder.shift == (1.0, -1.0)
     assert encoder.scale == (latent_sets.SCALE / 2, latent_sets.SCALE / 4)

@@ -13,6 +13,7 @@ from tolerance import assert_close
 from dit_fast import download
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError, OutputError
 from dit_fast.interop.vae import LatentDecoder
+from tests import latent_sets
 
 STATE = {"pos_embed": torch.arange(6.0)}
 
@@ -99,16 +100,16 @@ class Config(dict):
 class StandInVae(torch.nn.Module):
     """An AutoencoderKL's interface: repeats each latent pixel 8 times and keeps the first three channels."""
 
-    def __init__(self):
+    def __init__(self, config=None):
         super().__init__()
-        self.config = Config(latent_channels=4, scaling_factor=0.18215, block_out_channels=(1,) * 4)
+        self.config = Config(
+            latent_channels=4, out_channels=3, scaling_factor=0.18215, block_out_channels=[1] * 4
+        )
+        self.weight = torch.nn.Parameter(torch.ones(1))
 
     @classmethod
-    def from_pretrained(cls, name, use_safetensors, low_cpu_mem_usage):
-        assert use_safetensors
-        if name.startswith("stabilityai/"):
-            raise OSError("We couldn't connect to the hub\nsecond line")
-        return cls()
+    def from_config(cls, config):
+        return cls(config)
 
     def disable_tiling(self):
         pass
@@ -120,6 +121,7 @@ class StandInVae(torch.nn.Module):
 
 def test_latents_are_unscaled_and_decoded_in_batches(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=StandInVae))
+    latent_sets.save_vae(StandInVae(), tmp_path)
     latents = torch.randn(5, 4, 2, 2)
     images = LatentDecoder(str(tmp_path), 4)(latents, batch_size=2)
     assert images.shape == (5, 3, 16, 16)
@@ -127,11 +129,17 @@ def test_latents_are_unscaled_and_decoded_in_batches(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has 4 latent channels, the model makes 16"):
         LatentDecoder(str(tmp_path), 16)
     # By its own name too, which is what the manifest of a latent set says.
+    asked = []
+
+    def offline(model, **_):
+        asked.append(model)
+        raise OSError("We couldn't connect to the hub\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     for name in ("ema", "stabilityai/sd-vae-ft-ema"):
-        with pytest.raises(
-            CheckpointError, match=r"sd-vae-ft-ema \(offline\?.*: We couldn't connect to the hub$"
-        ):
+        with pytest.raises(CheckpointError, match=r"couldn't connect to the hub\); run `hf download .*$"):
             LatentDecoder(name, 4)
+    assert asked == ["stabilityai/sd-vae-ft-ema"] * 2
     with pytest.raises(ConfigError, match="--vae nowhere: give ema, mse, none, or a folder"):
         LatentDecoder("nowhere", 4)
 
@@ -141,6 +149,7 @@ def test_a_latent_set_s_own_shift_and_scale_are_undone(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=StandInVae))
     z, shift, scale = torch.randn(2, 4, 3, 3), [0.1, -0.2, 0.3, 0.0], [0.5, 2.0, 1.5, 0.18215]
     given = [torch.tensor(v).view(-1, 1, 1) for v in (shift, scale)]
+    latent_sets.save_vae(StandInVae(), tmp_path)
     decoder = LatentDecoder(str(tmp_path), 4)
     assert (decoder.factor, decoder.shift, decoder.scale) == (8, (0.0,) * 4, (0.18215,) * 4)
     images = decoder((z - given[0]) * given[1], shift, scale)

@@ -22,6 +22,7 @@ from dit_fast.models import DiT
 from dit_fast.sampling import flow_nodes, to_uint8
 from dit_fast.sampling.nodes import sampling_nodes
 from tests import reference_layout
+from tests.latent_sets import save_vae
 from tests.lightningdit_layout import PUBLISHED, LightningDiT, answer
 from tests.test_interop_download import StandInVae
 
@@ -302,6 +303,7 @@ def test_latents_are_decoded_by_lightningdit_s_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=StandInVae))
+    save_vae(StandInVae(), tmp_path)
     sit(tmp_path / "SiT.pt")
     mean, deviation = torch.randn(1, 4, 1, 1), torch.rand(1, 4, 1, 1) + 0.5
     torch.save({"mean": mean, "std": deviation}, tmp_path / "latents_stats.pt")

@@ -21,7 +21,7 @@ from dit_fast.errors import CheckpointError, ConfigError, OutputError
 from dit_fast.evaluation import Scorer
 from dit_fast.interop import ModelInfo, load_model, registry_size
 from dit_fast.interop.converted import conventions_of
-from dit_fast.interop.vae import LATENT_FACTOR, SD_CHANNELS, LatentDecoder, weights_digest
+from dit_fast.interop.vae import LATENT_FACTOR, SD_CHANNELS, LatentDecoder, check_autoencoder, weights_digest
 from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
 from dit_fast.sampling.nodes import Nodes
@@ -120,7 +120,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     num = len(labels)
     sampler.check(labels if prompts is None else prompts.read(labels[:1]), args.seed, args.batch_size)
 
+    if vae != "none" and info.data.get("image_size") and not info.latent:
+        raise ConfigError(f"--vae {vae}: {info.path} was trained on pixels, not on latents; leave it out")
     decoder = LatentDecoder(vae, model.in_channels, device) if vae != "none" else None
+    if decoder is not None:
+        check_autoencoder(vae, decoder, info.data, str(info.path))
     factor = 1 if decoder is None else decoder.factor
     _settle_image_size(args, model, info, LATENT_FACTOR if decoder is None and info.latent else factor)
     height, width = (side * factor for side in model.x_embedder.img_size)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_fast import __version__
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.files import read_object, write_atomically
 from dit_fast.interop.converted import Conventions, conventions_of
 from dit_fast.interop.diffusers_layout import (
     ADAPTER,
@@ -28,14 +29,13 @@ from dit_fast.interop.weight_file import WeightFile, read_weight_file
 from dit_fast.models import DiT
 
 _NAME = "diffusion_pytorch_model"
-_MOST_JSON_BYTES = 16 * 2**20
 
 
 def diffusers_config_of(path: Path) -> dict[str, Any] | None:
     """The `config.json` at `path` when it is of a DiT that diffusers or `FastDiT` wrote, else None."""
-    if not path.is_file():
+    if not path.exists():
         return None
-    config = read_json(path)
+    config = read_object(path, CheckpointError)
     return config if config.get("_class_name") in CLASS_NAMES else None
 
 
@@ -51,7 +51,7 @@ def read_folder(folder: Path, config: Mapping[str, Any]) -> tuple[WeightFile, di
     """
     source = str(folder / "config.json")
     ours, conventions = config_from_diffusers(config, source)
-    path, state, notes = _read_weights(folder)
+    path, state, notes = read_weights(folder)
     if config["_class_name"] == ADAPTER:
         state = {key.removeprefix("dit."): value for key, value in state.items()}
     else:
@@ -86,9 +86,11 @@ def write_folder(model: DiT, folder: str | Path) -> None:
     tensors = {
         key: value.detach().cpu().clone() for key, value in state_to_diffusers(model.state_dict()).items()
     }
-    save_file(tensors, folder / f"{_NAME}.safetensors", metadata={"format": "pt"})
-    written = {"_class_name": TRANSFORMER, "_dit_fast_version": __version__, **config}
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    write_atomically(
+        folder / f"{_NAME}.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    )
+    written = json.dumps({"_class_name": TRANSFORMER, "_dit_fast_version": __version__, **config}, indent=2)
+    write_atomically(folder / "config.json", lambda path: path.write_text(written + "\n"))
 
 
 def check_positions(model: DiT) -> None:
@@ -103,22 +105,7 @@ def check_positions(model: DiT) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError for anything else, however deep or long."""
-    try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise CheckpointError(f"{path}: refused: {path.stat().st_size} bytes of JSON are no model's")
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not readable JSON ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return content
-
-
-def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor], tuple[str, ...]]:
+def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor], tuple[str, ...]]:
     """(file or index, tensors, notes) of the model's folder: safetensors, whole or sharded, before `.bin`."""
     for name in (f"{_NAME}.safetensors", f"{_NAME}.fp16.safetensors"):
         if (folder / name).is_file():
@@ -134,7 +121,7 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor], tuple[str, ...
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    names = read_json(index).get("weight_map")
+    names = read_object(index, CheckpointError).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index}: no weight_map of tensor to file")
     shards = sorted(set(names.values()))

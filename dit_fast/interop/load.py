@@ -153,6 +153,9 @@ def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> t
     file = _training_weights(folder, manifest, weights)
     model = _build(file, read_config(folder / "config.json"), expected)
     data = dict(manifest.get("data") or {})
+    if data.get("posterior") == "sample" and {*data["shift"]} == {0.0} and {*data["scale"]} == {1.0}:
+        # A cache of samples as another program scaled them: by the autoencoder's own statistics.
+        del data["shift"], data["scale"]
     data["flip"] = (manifest.get("train_config") or {}).get("flip")
     names = manifest.get("class_names")
     image_size = data.get("image_size")

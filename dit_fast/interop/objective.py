@@ -32,6 +32,10 @@ def settled_objective(
     """
     wanted = {"objective": asked} if isinstance(asked, str) else dict(asked or {})
     if not wanted:
+        try:
+            create_objective(**told)
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{source}: what it says of its objective cannot be: {error}") from None
         return dict(told)
     if unknown := sorted(wanted.keys() - set(ASKED)):
         raise ConfigError(f"objective: unknown {', '.join(unknown)}; it has {', '.join(ASKED)}")

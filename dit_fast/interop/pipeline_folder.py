@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.errors import CheckpointError
-from dit_fast.interop.diffusers_folder import read_json
+from dit_fast.files import read_object
 
 _SCHEDULES = ("linear", "squaredcos_cap_v2")
 _PREDICTIONS = {"epsilon": False, "sample": True}
+# All of these sample a model that reads discrete timesteps of the same forward process; they differ as solvers do.
+_SCHEDULERS = frozenset(
+    f"{name}Scheduler"
+    for name in ("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "PNDM", "DPMSolverMultistep")
+    + ("DPMSolverMultistepInverse", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep")
+    + ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete")
+    + ("LMSDiscrete", "SASolver")
+)
 
 
 @dataclass(frozen=True)
@@ -24,19 +32,40 @@ class PipelineFacts:
 def pipeline_facts(folder: Path, num_classes: int) -> PipelineFacts:
     """The facts of a pipeline's folder; none of a folder that is no pipeline's.
 
-    Raises CheckpointError for a scheduler of another noise schedule or prediction than a DiT's samplers know.
+    Raises CheckpointError for a scheduler of another kind, noise schedule or prediction than a DiT's samplers know:
+    flow matching and EDM are not taken for the noise prediction of DDPM.
     """
-    if not (folder / "model_index.json").is_file():
+    if not (folder / "model_index.json").exists():
         return PipelineFacts()
-    names = read_json(folder / "model_index.json").get("id2label")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
+    index = read_object(folder / "model_index.json", CheckpointError)
+    names, scheduler = index.get("id2label"), folder / "scheduler" / "scheduler_config.json"
+    _check_scheduler(index.get("scheduler"), folder / "model_index.json")
     vae = folder / "vae"
     # The decoder reads safetensors only.
     decodes = (vae / "config.json").is_file() and any(vae.glob("*.safetensors"))
     return PipelineFacts(
         _class_names(names, num_classes),
-        _diffusion(read_json(scheduler), scheduler) if scheduler.is_file() else {},
+        _diffusion(read_object(scheduler, CheckpointError), scheduler) if scheduler.exists() else {},
         str(vae) if decodes else None,
+    )
+
+
+def _check_scheduler(entry: Any, path: Path) -> None:
+    """Raise CheckpointError for an entry of model_index.json, ["diffusers", class], of another kind of model."""
+    if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None:
+        _check_class(entry[1], path)
+
+
+def _check_class(name: Any, path: Path) -> None:
+    """Raise CheckpointError for a scheduler that samples other models than those of discrete timesteps."""
+    if isinstance(name, str) and name in _SCHEDULERS:
+        return
+    kinds = {"Flow": "flow matching", "EDM": "EDM (Karras et al. 2022)", "LCM": "a consistency model"}
+    kind = next((kind for part, kind in kinds.items() if part in str(name)), "something else")
+    raise CheckpointError(
+        f"{path}: its scheduler is {str(name)[:80]!r}: the model was trained for {kind}, with timesteps and outputs in "
+        f"diffusers' conventions for it, and only models of DDPM's noise schedules (DDPMScheduler, DDIMScheduler, "
+        "...) are read from pipelines"
     )
 
 
@@ -50,8 +79,12 @@ def _diffusion(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Arguments of `create_diffusion` for a scheduler's configuration; absent fields have diffusers' defaults."""
     steps = config.get("num_train_timesteps", 1000)
     schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    if "_class_name" in config:
+        _check_class(config["_class_name"], path)
     problems = []
-    if not isinstance(steps, int) or not 0 < steps <= 1_000_000:
+    if config.get("use_flow_sigmas"):
+        problems.append("use_flow_sigmas (flow matching)")
+    if type(steps) is not int or not 0 < steps <= 1_000_000:
         problems.append(f"num_train_timesteps {steps!r}")
     elif schedule == "linear":
         # Ho et al. 2020 have 0.0001 to 0.02 for 1000 steps; the same noise in n steps has 1000 / n times as much each.
@@ -63,7 +96,7 @@ def _diffusion(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             problems.append(f"betas {ends[0]!r} to {ends[1]!r} ({wanted[0]:g} to {wanted[1]:g} known)")
     if schedule not in _SCHEDULES or config.get("trained_betas") is not None:
         problems.append(f"beta_schedule {schedule!r} ({', '.join(_SCHEDULES)} known)")
-    if prediction not in _PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in _PREDICTIONS:
         problems.append(f"prediction_type {prediction!r} ({', '.join(_PREDICTIONS)} known)")
     if config.get("rescale_betas_zero_snr"):
         problems.append("rescale_betas_zero_snr")

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,20 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
+from dit_fast.files import check_file, read_json
 from dit_fast.interop.vae import weights_digest
 from dit_fast.interop.weight_file import first_line
 
 MOST_TOKENS = 120
 """Tokens of a caption where the tokenizer sets no lower bound: PixArt-alpha's number for T5."""
+
+
+_LISTED = 6
+_MOST_LAYERS = 1 << 10
+# Of a whole CLIP and a whole T5, and what older versions of transformers saved: no part of the text encoder.
+_OTHER_HALVES = re.compile(
+    r"vision_model\.|visual_projection\.|text_projection\.|logit_scale$|(.*\.)?position_ids$|decoder\.|lm_head\."
+)
 
 
 class TextEncoder:
@@ -43,16 +53,26 @@ class TextEncoder:
             "t5": T5EncoderModel,
         }
         try:
-            kind = AutoConfig.from_pretrained(name).model_type
+            if Path(name).is_dir():
+                _check_folder(Path(name))
+            config = AutoConfig.from_pretrained(name)
+            kind = config.model_type
             if kind not in kinds:
                 raise ConfigError(f"--text-encoder {name} is a {kind}: give a CLIP or a T5")
+            if Path(name).is_dir():
+                _check_size(kinds[kind], getattr(config, "text_config", config), Path(name))
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            model = kinds[kind].from_pretrained(name, use_safetensors=True).float()
+            # What does not fit is listed below, all of it at once.
+            model, found = kinds[kind].from_pretrained(
+                name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            _require_whole(model, found)
         except ConfigError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # whatever transformers raises for a configuration that cannot be
             where = name if Path(name).is_dir() else f"{name} (offline? give --text-encoder a local folder)"
             raise CheckpointError(f"cannot load the text encoder {where}: {first_line(error)}") from error
+        model = model.float()
         most = self.tokenizer.model_max_length
         self.name, self.tokens = name, tokens or min(most, MOST_TOKENS)
         if kind != "t5" and self.tokens > most:
@@ -77,3 +97,46 @@ class TextEncoder:
         """As `dit_fast.data.captions.CaptionEncoder`; two with equal facts, `name` aside, make the same embeddings."""
         name = os.path.abspath(self.name) if Path(self.name).is_dir() else self.name
         return {"name": name, "sha256": self.sha256, "tokens": self.tokens, "width": self.width}
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise CheckpointError for a pipeline's folder, and for files that transformers would wait for or never finish."""
+    if (folder / "model_index.json").exists():
+        raise CheckpointError(
+            f"this is a whole pipeline's folder; give {folder / 'text_encoder'}, with its tokenizer"
+        )
+    for path in folder.iterdir():
+        if path.suffix == ".json":
+            read_json(path, CheckpointError)
+        elif path.suffix in (".safetensors", ".txt", ".model"):
+            check_file(path, CheckpointError)
+
+
+def _check_size(kind: Any, config: Any, folder: Path) -> None:
+    """Raise CheckpointError, before memory is allocated, for a configuration of more weights than the files hold."""
+    layers = config.num_hidden_layers
+    if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
+        raise CheckpointError(f"config.json is of {layers!r} layers")
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in kind(config).parameters())
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if wanted > held:  # no weight takes less than a byte
+        raise CheckpointError(f"config.json is of {wanted} weights, the files have {held} bytes")
+
+
+def _require_whole(model: Any, found: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for tensors that are missing, misshaped, not finite, or not known to be of another part."""
+    others = sorted(key for key in found["unexpected_keys"] if not _OTHER_HALVES.match(key))
+    problems = [f"missing {key}" for key in sorted(found["missing_keys"])]
+    problems += [f"misshaped {key[0]}" for key in sorted(found["mismatched_keys"])]
+    problems += [f"unexpected {key}" for key in others]
+    problems += [
+        f"{key} holds NaN or infinity"
+        for key, value in model.state_dict().items()
+        if not value.isfinite().all()
+    ]
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise CheckpointError(
+            f"the weights do not fit its configuration: {', '.join(problems[:_LISTED])}{more}"
+        )

@@ -141,8 +141,8 @@ def _cross_check(folder: Path, manifest: dict[str, Any]) -> None:
     if (manifest.get("power_averages") or {"step": 0})["step"] > step:
         problems.append(f"averages up to step {manifest['power_averages']['step']}, it is of step {step}")
     per_channel = [len(data[name]) for name in ("shift", "scale") if name in data]
-    if per_channel and per_channel != [data.get("channels")] * 2:
-        problems.append(f"{per_channel} shifts and scales of {data.get('channels')} channels")
+    if per_channel and per_channel != [data.get("channels", per_channel[0])] * 2:
+        problems.append(f"{per_channel} shifts and scales of {data.get('channels', per_channel[0])} channels")
     if not all(data.get("scale", [1])):
         problems.append("a scale of 0")
     buckets = (manifest.get("train_config", {}).get("buckets") or "").count(",") + 1

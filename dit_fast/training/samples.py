@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.data import LatentSet, Size
-from dit_fast.interop.vae import LatentDecoder
+from dit_fast.interop.vae import LatentDecoder, check_autoencoder
 from dit_fast.models import DiT, load_weights
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
 from dit_fast.training.config import build_model
@@ -88,4 +88,7 @@ def open_decoder(trainer: Trainer) -> LatentDecoder | None:
     data = trainer.data
     if not isinstance(data, LatentSet):
         return None
-    return LatentDecoder(str(data.vae.get("source") or data.vae.get("name")), data.channels, trainer.device)
+    name = str(data.vae.get("source") or data.vae.get("name"))
+    decoder = LatentDecoder(name, data.channels, trainer.device)
+    check_autoencoder(name, decoder, data.describe(), data.name)
+    return decoder
