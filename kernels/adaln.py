@@ -33,7 +33,7 @@ from dit_fast.kernels.device import (
     store_vector,
     token_rows,
 )  # fmt: skip
-from dit_fast.kernels.launch import accumulator, as_vectors, launch, tuned_rows
+from dit_fast.kernels.launch import accumulator, as_vectors, cdiv, launch, tuned_rows
 from dit_fast.kernels.op import check_shapes, define_op, is_centred, uses_triton
 
 
@@ -239,7 +239,7 @@ def _forward(
     rstd = torch.empty_like(mean)
     cfg = tuned_rows(_adaln_fwd_kernel, x, y)
     launch(
-        _adaln_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
+        _adaln_fwd_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, shift_ptr=shift, scale_ptr=scale, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         T=T, stride_shift=shift.stride(0), stride_scale=scale.stride(0),
         EPS=eps, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(x),

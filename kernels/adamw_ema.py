@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors, Gradients
-from dit_fast.kernels.launch import accumulator, launch, recording
+from dit_fast.kernels.launch import accumulator, cdiv, launch, recording
 from dit_fast.kernels.op import uses_triton
 
 DTYPES = {
@@ -259,7 +259,7 @@ def adamw_ema(
     tensors.point_to(grads)
     beta1, beta2 = settings.betas
     launch(
-        _adamw_scalars_kernel, (triton.cdiv(len(grads), 256),), on=p, num_warps=4,
+        _adamw_scalars_kernel, (cdiv(len(grads), 256),), on=p, num_warps=4,
         table_ptr=tensors.table, sums_ptr=square_sum, lr_ptr=lr, found_inf_ptr=found_inf, scalars_ptr=tensors.scalars,
         TENSORS=len(grads), SUMS=0 if square_sum is None else square_sum.numel(),
         LOG_BETA1=math.log2(max(beta1, 1e-300)), LOG_BETA2=math.log2(max(beta2, 1e-300)),

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
+
+from dit_fast.kernels.launch import cdiv
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class AdamWTensors:
 
     def _make_table(self) -> None:
         p, block = self.params[0], self.config.block
-        counts = [triton.cdiv(tensor.numel(), block) for tensor in self.params]
+        counts = [cdiv(tensor.numel(), block) for tensor in self.params]
         firsts = [0]
         for count in counts[:-1]:
             firsts.append(firsts[-1] + count)

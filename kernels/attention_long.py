@@ -9,6 +9,7 @@ Traffic   with U = B * T * H * K elements and tiles of a head sharing the cache:
           backward reads 5 U and writes U, then reads 4 U and writes 2 U. Seven products where one kernel needs five.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ from dit_fast.kernels.attention_tiles import (
     subtract_bias,
     zeros_head,
 )
-from dit_fast.kernels.launch import accumulator, capability, launch
+from dit_fast.kernels.launch import accumulator, capability, cdiv, launch, next_power_of_2
 
 
 @triton.jit
@@ -191,12 +192,13 @@ class LongLaunch:
     stages: int
 
 
+@functools.cache
 def long_launch(kernel: str, dtype: torch.dtype, T: int, K: int, capability: int) -> LongLaunch:
     """The tile of `kernel` ("forward" | "queries" | "keys") on sm_<capability> (0 under the interpreter).
 
     A function of shape, dtype and architecture, so that the order of every sum is fixed on one machine.
     """
-    most = max(triton.next_power_of_2(T), 16)
+    most = max(next_power_of_2(T), 16)
     if capability == 0:
         # The interpreter's time goes with the number of tiles.
         return LongLaunch(min(256, most), min(128, most), 4, 1)
@@ -224,7 +226,7 @@ def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, T
     parts, cfg = head_parts(K), long_launch("forward", qkv.dtype, T, K, capability(qkv))
     out = qkv.new_empty(B, T, width)
     lse = qkv.new_empty(B, num_heads, T, dtype=reference.accumulator(qkv))
-    tiles = triton.cdiv(T, cfg.block_m)
+    tiles = cdiv(T, cfg.block_m)
     launch(
         _attention_long_fwd_kernel, (B * num_heads * tiles,), on=qkv, num_warps=cfg.num_warps,
         qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse,
@@ -247,7 +249,7 @@ def backward(
     delta = torch.empty_like(lse)
     head = {"K": K, "MAIN": parts.main, "TAIL": parts.tail, "SCALE": K**-0.5, "ACC": accumulator(qkv)}
     cfg = long_launch("queries", qkv.dtype, T, K, capability(qkv))
-    tiles = triton.cdiv(T, cfg.block_m)
+    tiles = cdiv(T, cfg.block_m)
     launch(
         _attention_long_bwd_queries_kernel, (B * num_heads * tiles,), on=qkv, num_warps=cfg.num_warps,
         dout_ptr=dout, qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse, delta_ptr=delta, dqkv_ptr=dqkv,
@@ -256,7 +258,7 @@ def backward(
         EVEN=T % cfg.block_m == 0 and T % cfg.block_n == 0, STAGES=cfg.stages,
     )  # fmt: skip
     cfg = long_launch("keys", qkv.dtype, T, K, capability(qkv))
-    tiles = triton.cdiv(T, cfg.block_n)
+    tiles = cdiv(T, cfg.block_n)
     shares = lse.new_empty(B, 0 if bias is None else tiles, 3 * width)
     launch(
         _attention_long_bwd_keys_kernel, (B * num_heads * tiles,), on=qkv, num_warps=cfg.num_warps,

@@ -12,6 +12,7 @@ Traffic   with U = B * T * H * K elements, forward reads 3 U and writes U; backw
           through the cache.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ from dit_fast.kernels.attention_tiles import (
     subtract_bias,
     zeros_head,
 )
-from dit_fast.kernels.launch import accumulator, launch
+from dit_fast.kernels.launch import accumulator, cdiv, launch, next_power_of_2
 
 MOST_TOKENS = 256
 WIDEST = 96
@@ -194,15 +195,17 @@ class ShortLaunch:
     steps: int
 
 
+@functools.cache
 def forward_launch(B: int, T: int, H: int) -> ShortLaunch:
     """All keys in one tile; programs take more query tiles each, up to all, while that leaves 512 programs."""
-    block_n = max(triton.next_power_of_2(T), 16)
+    block_n = max(next_power_of_2(T), 16)
     block_m = min(block_n, 64)
-    tiles = triton.cdiv(T, block_m)
+    tiles = cdiv(T, block_m)
     steps = max(1, min(tiles, B * H * tiles // 512))
     return ShortLaunch(block_m, block_n, 4, 1 << (steps.bit_length() - 1))
 
 
+@functools.cache
 def backward_launch(T: int, K: int) -> ShortLaunch:
     """The largest tile of keys whose d_k and d_v leave registers for the scores without spills.
 
@@ -210,7 +213,7 @@ def backward_launch(T: int, K: int) -> ShortLaunch:
     above 80.
     """
     if T <= 32:
-        return ShortLaunch(16, max(triton.next_power_of_2(T), 16), 4, 1)
+        return ShortLaunch(16, max(next_power_of_2(T), 16), 4, 1)
     if T <= 64:
         return ShortLaunch(64, 64, 8, 1)
     if K > 80:
@@ -227,7 +230,7 @@ def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, T
     parts, cfg = head_parts(K), forward_launch(B, T, num_heads)
     out = qkv.new_empty(B, T, width)
     lse = qkv.new_empty(B, num_heads, T, dtype=reference.accumulator(qkv))
-    tiles = triton.cdiv(T, cfg.block_m * cfg.steps)
+    tiles = cdiv(T, cfg.block_m * cfg.steps)
     launch(
         _attention_short_fwd_kernel, (B * num_heads * tiles,), on=qkv, num_warps=cfg.num_warps,
         qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse,
@@ -246,7 +249,7 @@ def backward(
     K = width // num_heads
     qkv, strides = packed_strides(qkv)
     parts, cfg = head_parts(K), backward_launch(T, K)
-    tiles = triton.cdiv(T, cfg.block_n)
+    tiles = cdiv(T, cfg.block_n)
     dqkv = qkv.new_empty(B, T, 3 * width)
     shares = lse.new_empty(B, 0 if bias is None else tiles, 3 * width)
     several = tiles > 1

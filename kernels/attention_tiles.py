@@ -10,11 +10,14 @@ is constant in each row, which softmax removes: b_k changes neither the output n
 output, since rows of the softmax sum to 1. `not_finite` keeps NaN and infinities of either from getting lost.
 """
 
+import functools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dit_fast.kernels.launch import next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -27,10 +30,11 @@ class HeadParts:
     tail: int
 
 
+@functools.cache
 def head_parts(K: int) -> HeadParts:
     """The cheapest split of K columns: 72 is 64 + 16, 96 is 64 + 32, 40 is 32 + 16, 104 is 128."""
     main = max(1 << (K.bit_length() - 1), 16)
-    tail = max(triton.next_power_of_2(K - main), 16) if main < K else 0
+    tail = max(next_power_of_2(K - main), 16) if main < K else 0
     return HeadParts(2 * main, 0) if tail == main else HeadParts(main, tail)
 
 

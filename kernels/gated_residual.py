@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.device import column_sum, load_vector, part, split_tokens, store_vector, token_rows
-from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, launch, tuned_rows
+from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cdiv, launch, tuned_rows
 from dit_fast.kernels.op import check_shapes, define_op, uses_triton
 
 
@@ -138,7 +138,7 @@ def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> T
     out = torch.empty_like(x)
     cfg = tuned_rows(_gated_residual_fwd_kernel, x, branch)
     launch(
-        _gated_residual_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
+        _gated_residual_fwd_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias), out_ptr=out,
         T=T, stride_gate=gate.stride(0),
         D=D, **cfg.meta, ACC=accumulator(x),

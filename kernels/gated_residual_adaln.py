@@ -37,7 +37,7 @@ from dit_fast.kernels.gated_residual import (
     load_sum,
     store_gate_sums,
 )  # fmt: skip
-from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, launch, tuned_rows
+from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cdiv, launch, tuned_rows
 from dit_fast.kernels.op import define_op, is_centred, uses_triton
 
 
@@ -196,7 +196,7 @@ def _forward(
     rstd = torch.empty_like(mean)
     cfg = tuned_rows(_gated_residual_adaln_fwd_kernel, x, branch, y)
     launch(
-        _gated_residual_adaln_fwd_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
+        _gated_residual_adaln_fwd_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=as_bias(bias),
         out_ptr=out, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         T=T, stride_gate=gate.stride(0), stride_shift=shift.stride(0), stride_scale=scale.stride(0),
@@ -276,8 +276,13 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _autograd(ctx: Any, dout: Tensor, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, dout: Tensor | None, dy: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
     out, branch, gate, scale, mean, rstd, bias = ctx.saved_tensors
+    # None for an output that is not used.
+    dout = torch.zeros_like(out) if dout is None else dout
+    dy = torch.zeros_like(out, dtype=scale.dtype) if dy is None else dy
     dx, dbranch, dmod, dbias = _backward_op(dout, dy, out, branch, gate, scale, mean, rstd, bias, ctx.centred)
     dshift, dscale, dgate = dmod[0].to(ctx.shift_dtype), dmod[1], dmod[2].to(gate.dtype)
     return dx, dbranch, dgate, dshift, dscale, None if bias is None else dbias, None, None

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.gelu import gelu_value, gelu_value_and_slope
-from dit_fast.kernels.launch import accumulator, capability, launch
+from dit_fast.kernels.launch import accumulator, capability, cdiv, launch, next_power_of_2
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """Of A100, H100 and B200: how many programs a recorded launch has."""
@@ -66,7 +66,7 @@ def gemm_launch(
 
 def _fit(extent: int, block: int) -> int:
     """`block`, or less where the extent is smaller; tensor cores take 16 at least."""
-    return max(16, min(block, triton.next_power_of_2(max(extent, 1))))
+    return max(16, min(block, next_power_of_2(max(extent, 1))))
 
 
 @triton.jit
@@ -244,7 +244,7 @@ def gemm_gelu_backward(
     cfg = _configuration(dout, weight, M, N, K, descriptors)
     partial = None
     if bias_gradient:
-        partial = pre.new_empty(triton.cdiv(M, cfg.block_m), N, dtype=reference.accumulator(pre))
+        partial = pre.new_empty(cdiv(M, cfg.block_m), N, dtype=reference.accumulator(pre))
     _launch(
         _gemm_gelu_bwd_kernel, cfg, dout, M, N, K,
         dout_ptr=dout, w_ptr=weight, pre_ptr=pre, dpre_ptr=dpre, act_ptr=act if activation else None,
@@ -274,7 +274,7 @@ def _programs(on: Tensor, arch: int) -> int:
 def _launch(
     kernel: Any, cfg: GemmLaunch, on: Tensor, M: int, N: int, K: int, **pointers: Tensor | None
 ) -> None:
-    tiles = triton.cdiv(M, cfg.block_m) * triton.cdiv(N, cfg.block_n)
+    tiles = cdiv(M, cfg.block_m) * cdiv(N, cfg.block_n)
     programs = min(tiles, _programs(on, capability(on)))
     run = functools.partial(
         launch, kernel, (programs,), on, cfg.num_warps, num_stages=cfg.num_stages,

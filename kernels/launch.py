@@ -8,12 +8,21 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_fast.kernels import tuned
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. On the host Triton's own costs 2 microseconds a call, as it unwraps constants."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n > 0; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
 def require_powers_of_two(**ranges: tuple[int, int, int]) -> None:
@@ -100,24 +109,26 @@ class ElementwiseLaunch:
         return {"ROWS": self.rows, "BLOCK_F": self.columns}
 
 
+@tuned.per_launch
 def elementwise_launch(rows: int, width: int, tile_rows: int) -> ElementwiseLaunch:
     """The launch of tiles of `tile_rows` rows over (rows, width) tensors whose rows have nothing to do with each other.
 
     A function of the shape alone, as is then the order of every sum.
     """
     # A warp covers 256 columns with 8 values a thread; 512 divide 1536, 3072, 4096 and 4608, so no lane is idle.
-    columns = min(512, max(16, triton.next_power_of_2(width)))
-    tile_rows = min(tile_rows, triton.next_power_of_2(max(rows, 1)))
+    columns = min(512, max(16, next_power_of_2(width)))
+    tile_rows = min(tile_rows, next_power_of_2(max(rows, 1)))
     # About 8 programs for each of 132 multiprocessors; the partial sums stay below 1 % of the tensors' bytes.
-    blocks = triton.cdiv(width, columns)
-    splits = min(max(1056 // max(blocks, 1), 1), max(triton.cdiv(rows, tile_rows), 1))
+    blocks = cdiv(width, columns)
+    splits = min(max(1056 // max(blocks, 1), 1), max(cdiv(rows, tile_rows), 1))
     return ElementwiseLaunch(tile_rows, columns, 4, splits)
 
 
+@functools.cache
 def row_parts(width: int) -> tuple[int, int]:
     """A row of `width` columns as a main and a tail part, two powers of two, the tail 0 where one suffices."""
     main = 1 << (width.bit_length() - 1)
-    tail = triton.next_power_of_2(width - main) if width > main else 0
+    tail = next_power_of_2(width - main) if width > main else 0
     return (2 * main, 0) if tail == main else (main, tail)
 
 
@@ -134,18 +145,26 @@ def row_launch(batch: int, tokens: int, width: int, itemsize: int) -> RowLaunch:
     vector = 16 // max(itemsize, 2)
     # The tail fills 128-bit accesses only when enough rows share it: 8 rows for 128 columns on 4 warps.
     rows = max(4, num_warps * 32 * vector // tail) if tail else 4
-    rows = min(rows, 8, max(2, triton.next_power_of_2(tokens)))
+    rows = min(rows, 8, max(2, next_power_of_2(tokens)))
     # About 4 programs for each of 132 multiprocessors; partial sums stay a few percent of the tokens' bytes.
-    splits = min(triton.cdiv(512, max(batch, 1)), max(triton.cdiv(tokens, rows), 1))
+    splits = min(cdiv(512, max(batch, 1)), max(cdiv(tokens, rows), 1))
     return RowLaunch(rows=rows, main=main, tail=tail, num_warps=num_warps, splits=splits)
 
 
 def tuned_rows(kernel: Any, *streams: Tensor) -> RowLaunch:
     """The launch of row kernel `kernel` over (B, T, D) tensors `streams`: the tuned table's, else `row_launch`'s."""
-    B, T, D = streams[0].shape
-    heuristic = row_launch(B, T, D, min(x.itemsize for x in streams))
-    dtypes = ",".join(str(x.dtype).removeprefix("torch.") for x in streams)
-    return tuned.config(kernel, f"D={D} {dtypes}", heuristic, capability(streams[0]))
+    x = streams[0]
+    return _tuned_rows(kernel, x.shape, tuple([x.dtype for x in streams]), capability(x))
+
+
+@tuned.per_launch
+def _tuned_rows(
+    kernel: Any, shape: torch.Size, dtypes: tuple[torch.dtype, ...], capability: int
+) -> RowLaunch:
+    B, T, D = shape
+    heuristic = row_launch(B, T, D, min(dtype.itemsize for dtype in dtypes))
+    names = ",".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return tuned.config(kernel, f"D={D} {names}", heuristic, capability)
 
 
 def accumulator(x: Tensor) -> tl.dtype:
@@ -293,9 +312,9 @@ def launch(
         _recording.launches.append(Launch(kernel, grid, arguments, options, products))
         return
     kernel.launch_metadata = describe
-    token = _products.set(products)
-    try:
+    _products.set(products)
+    if not on.is_cuda or on.get_device() == torch.cuda.current_device():
+        kernel[grid](**arguments, **options)
+    else:
         with torch.cuda.device_of(on):
             kernel[grid](**arguments, **options)
-    finally:
-        _products.reset(token)

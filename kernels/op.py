@@ -1,11 +1,15 @@
 """define_op: the one way an operation reaches PyTorch, and the one switch between kernel and reference."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import triton
-from torch import Tensor
+from torch import _C, Tensor
+from torch.autograd import Function, _profiler_enabled
+from torch.nn import Parameter
 
 from dit_fast.kernels.launch import recording
 
@@ -40,6 +44,9 @@ def is_centred(norm: str) -> bool:
     return norm == "layernorm"
 
 
+_library = torch.library.Library("dit_fast", "FRAGMENT")
+
+
 def define_op(
     name: str,
     *,
@@ -55,23 +62,123 @@ def define_op(
     and return the same tensors. With Triton's interpreter on (TRITON_INTERPRET=1 when this is imported) the CPU
     runs `triton_impl`, which is how the tests prove the kernels on a machine without a GPU. While launches are
     recorded (`record_launches`), meta tensors go to `triton_impl` as well, forward and backward.
+
+    What is returned calls the implementation itself where PyTorch's dispatcher would do nothing else: for plain
+    tensors, outside of compilation, function transforms, modes and profilers. That saves most of the host's time.
+
+    Args:
+        name: The operation's name.
+        triton_impl: Launches the kernels.
+        reference_impl: The same in PyTorch.
+        fake: Allocates the outputs.
+        backward: backward(ctx, *gradients of the outputs) returns a gradient or None for each input; None for an
+            operation that has no gradient.
+        setup_context: setup_context(ctx, inputs, output) keeps what `backward` needs.
+
+    Returns:
+        The operation, a function of the arguments of `triton_impl` by position.
     """
-    op = torch.library.custom_op(f"dit_fast::{name}", triton_impl, mutates_args=(), device_types="cuda")
-    op.register_kernel("cpu")(triton_impl if triton.knobs.runtime.interpret else reference_impl)
+    cpu_impl = triton_impl if triton.knobs.runtime.interpret else reference_impl
+    schema = torch.library.infer_schema(triton_impl, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.dit_fast, name).default
+    # A backend's kernel called by code that torch.compile left alone is no code to compile.
+    _library.impl(name, torch.compiler.disable(triton_impl), "CUDA")
+    _library.impl(name, torch.compiler.disable(cpu_impl), "CPU")
 
     def on_meta(*args: Any, **kwargs: Any) -> Any:
         meta = any(isinstance(arg, Tensor) and arg.is_meta for arg in (*args, *kwargs.values()))
         return (triton_impl if recording() and meta else fake)(*args, **kwargs)
 
-    op.register_fake(on_meta)
-    if backward is not None:
-        op.register_autograd(backward, setup_context=setup_context)
-    return op
+    torch.library.register_fake(f"dit_fast::{name}", on_meta, lib=_library)
+
+    def below_autograd(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    parameters = inspect.signature(triton_impl).parameters.values()
+    defaults = tuple(parameter.default for parameter in parameters)
+    dispatched = _differentiable(name, below_autograd, backward, setup_context).apply
+    # Without the wrapper of `apply`, which is for function transforms.
+    on_cuda, on_cpu = (
+        super(Function, _differentiable(name, run, backward, setup_context)).apply  # type: ignore[misc]
+        for run in (triton_impl, cpu_impl)
+    )
+
+    def autograd(*args: Any) -> Any:
+        # The dispatcher drops arguments that are equal to their defaults.
+        args += defaults[len(args) :]
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if fwAD._current_level >= 0 and any(fwAD.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(f"{name} has no forward-mode derivative; use kernels='reference'")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return dispatched(*args)
+        return below_autograd(*args)
+
+    _library.impl(name, autograd, "Autograd")
+
+    def call(*args: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or _C._len_torch_dispatch_stack()
+            or _C._len_torch_function_stack()
+            or _C._are_functorch_transforms_active()
+            or _C._get_tracing_state() is not None
+            or fwAD._current_level >= 0
+            or _profiler_enabled()
+        ):
+            return overload(*args)
+        gradient = cuda = False
+        for arg in args:
+            kind = type(arg)
+            if kind is Tensor or kind is Parameter:
+                if arg.is_cuda:
+                    cuda = True
+                elif not arg.is_cpu:
+                    return overload(*args)
+                gradient = gradient or arg.requires_grad
+            elif isinstance(arg, Tensor):
+                return overload(*args)
+        if gradient and torch.is_grad_enabled():
+            args += defaults[len(args) :]
+            return (on_cuda if cuda else on_cpu)(*args)
+        return (triton_impl if cuda else cpu_impl)(*args)
+
+    return call
+
+
+def _differentiable(
+    name: str,
+    run: Callable[..., Any],
+    backward: Callable[..., Any] | None,
+    setup_context: Callable[..., None] | None,
+) -> type[Function]:
+    """`run` with the gradient `backward`; without one, an error where a gradient is asked for."""
+
+    class Operation(Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            # Else the engine fills the gradients of outputs that have none with zeros: a pass over `pre` of an MLP.
+            ctx.set_materialize_grads(False)
+            output = run(*args)
+            if setup_context is not None:
+                setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            if backward is None:
+                raise RuntimeError(f"{name} has no gradient; for one of second order use kernels='reference'")
+            if all(gradient is None for gradient in gradients):
+                return (None,) * len(ctx.needs_input_grad)
+            return backward(ctx, *gradients)
+
+    return Operation
 
 
 def check_tensors(op: str, **tensors: Tensor | None) -> None:
     """ValueError naming the first tensor that is not of floating point, or not on the first one's device."""
-    first: tuple[str, Tensor] | None = None
+    first = device = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -79,21 +186,24 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(
                 f"{op}: {name} is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
             )
-        first = first or (name, tensor)
-        if tensor.device != first[1].device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, {first[0]} on {first[1].device}")
+        if first is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {device}")
 
 
 def check_shapes(op: str, x: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> torch.Size:
     """The shape of the (B, T, D) tensor `x`; ValueError naming the first argument that does not fit beside it."""
     check_tensors(op, x=x, **{name: tensor for name, (tensor, _) in others.items()})
-    if x.ndim != 3:
-        raise ValueError(f"{op}: x is {tuple(x.shape)}, expected (batch, tokens, width)")
-    if not 0 < x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"{op}: width {x.shape[-1]} is not in 1..{MAX_WIDTH}; use kernels='reference'")
-    if x.shape[1] * x.shape[2] >= 2**31:
-        raise ValueError(f"{op}: a sample of {x.shape[1]} x {x.shape[2]} elements is beyond 32-bit offsets")
+    size = x.shape
+    if len(size) != 3:
+        raise ValueError(f"{op}: x is {tuple(size)}, expected (batch, tokens, width)")
+    _, tokens, width = size
+    if not 0 < width <= MAX_WIDTH:
+        raise ValueError(f"{op}: width {width} is not in 1..{MAX_WIDTH}; use kernels='reference'")
+    if tokens * width >= 2**31:
+        raise ValueError(f"{op}: a sample of {tokens} x {width} elements is beyond 32-bit offsets")
     for name, (tensor, shape) in others.items():
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}")
-    return x.shape
+    return size

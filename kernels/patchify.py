@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference, tuned
-from dit_fast.kernels.launch import Products, TileLaunch, accumulator, capability, launch
+from dit_fast.kernels.launch import (
+    Products,
+    TileLaunch,
+    accumulator,
+    capability,
+    cdiv,
+    launch,
+    next_power_of_2,
+)
 from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 
 
@@ -151,17 +159,23 @@ def _permute_kernel(
     tl.store(target_ptr + o_target, tl.load(source_ptr + o_source, mask=mask), mask=mask)
 
 
-def tile_launch(kernel: Any, x: Tensor, width: int, terms: int, itemsize: int) -> TileLaunch:
-    """The tuned table's tiles, else 64 wide for tensor cores; 32 for float32, whose exact products run without them."""
+@tuned.per_launch
+def tile_launch(
+    kernel: Any, dtype: torch.dtype, capability: int, width: int, terms: int, itemsize: int
+) -> TileLaunch:
+    """The tuned table's tiles, else 64 wide for tensor cores; 32 for float32, whose exact products run without them.
+
+    Images of `dtype`, products of `terms` terms of `itemsize` bytes, `width` columns.
+    """
     size = 64 if itemsize < 4 else 32
     heuristic = TileLaunch(
         block_n=size,
-        block_d=min(size, max(16, triton.next_power_of_2(width))),
-        block_k=min(size, max(16, triton.next_power_of_2(terms))),
+        block_d=min(size, max(16, next_power_of_2(width))),
+        block_k=min(size, max(16, next_power_of_2(terms))),
         num_warps=4,
     )
-    key = f"D={width} K={terms} {str(x.dtype).removeprefix('torch.')},{8 * itemsize} bits"
-    return tuned.config(kernel, key, heuristic, capability(x))
+    key = f"D={width} K={terms} {str(dtype).removeprefix('torch.')},{8 * itemsize} bits"
+    return tuned.config(kernel, key, heuristic, capability)
 
 
 def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
@@ -170,10 +184,10 @@ def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     x, weight, bias, pos = x.contiguous(), weight.contiguous(), bias.contiguous(), pos.contiguous()
     T, K = (H // P) * (W // P), C * P * P
     tokens = x.new_empty(B, T, D, dtype=torch.promote_types(weight.dtype, pos.dtype))
-    cfg = tile_launch(_patch_embed_fwd_kernel, x, D, K, weight.itemsize)
+    cfg = tile_launch(_patch_embed_fwd_kernel, x.dtype, capability(x), D, K, weight.itemsize)
     launch(
         _patch_embed_fwd_kernel,
-        (triton.cdiv(B * T, cfg.block_n), triton.cdiv(D, cfg.block_d)), on=x, num_warps=cfg.num_warps,
+        (cdiv(B * T, cfg.block_n), cdiv(D, cfg.block_d)), on=x, num_warps=cfg.num_warps,
         products=Products(2 * B * T * D * K, weight.dtype),
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, pos_ptr=pos, tokens_ptr=tokens,
         N=B * T, T=T, C=C, W=W,
@@ -196,7 +210,7 @@ def _embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor, image: bool) -> 
     dtokens, x, weight = dtokens.contiguous(), x.contiguous(), weight.contiguous()
     T, K = dtokens.shape[1], C * P * P
     cfg, acc = (
-        tile_launch(_patch_embed_bwd_weight_kernel, x, D, K, dtokens.itemsize),
+        tile_launch(_patch_embed_bwd_weight_kernel, x.dtype, capability(x), D, K, dtokens.itemsize),
         reference.accumulator(dtokens),
     )
     sizes: dict[str, Any] = {"N": B * T, "T": T, "C": C, "W": W}
@@ -208,19 +222,19 @@ def _embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor, image: bool) -> 
         "products": Products(2 * B * T * D * K, dtokens.dtype),
     }
     # Enough programs for a GPU from width alone would read the tokens again for each block of terms.
-    splits = min(32, max(1, triton.cdiv(B * T, 64)))
+    splits = min(32, max(1, cdiv(B * T, 64)))
     dweight, dbias = x.new_empty(splits, D, K, dtype=acc), x.new_empty(splits, D, dtype=acc)
     launch(
         _patch_embed_bwd_weight_kernel,
-        (splits, triton.cdiv(D, cfg.block_d), triton.cdiv(K, cfg.block_k)), on=x, num_warps=cfg.num_warps,
+        (splits, cdiv(D, cfg.block_d), cdiv(K, cfg.block_k)), on=x, num_warps=cfg.num_warps,
         dtokens_ptr=dtokens, x_ptr=x, dweight_ptr=dweight, dbias_ptr=dbias, **sizes, SPLITS=splits, **cfg.meta, **meta,
     )  # fmt: skip
     dx = torch.empty_like(x) if image else x.new_empty(0)
     if image:
-        cfg = tile_launch(_patch_embed_bwd_image_kernel, x, D, K, dtokens.itemsize)
+        cfg = tile_launch(_patch_embed_bwd_image_kernel, x.dtype, capability(x), D, K, dtokens.itemsize)
         launch(
             _patch_embed_bwd_image_kernel,
-            (triton.cdiv(B * T, cfg.block_n), triton.cdiv(K, cfg.block_k)), on=x, num_warps=cfg.num_warps,
+            (cdiv(B * T, cfg.block_n), cdiv(K, cfg.block_k)), on=x, num_warps=cfg.num_warps,
             dtokens_ptr=dtokens, weight_ptr=weight, dx_ptr=dx, **sizes, **cfg.meta, **meta,
         )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype).view(weight.shape), dbias.sum(0).to(weight.dtype)
@@ -275,7 +289,7 @@ _embed_op = define_op(
 def _permute(source: Tensor, target: Tensor, patch: int, to_image: bool) -> Tensor:
     _, C, H, W = (target if to_image else source).shape
     launch(
-        _permute_kernel, (triton.cdiv(target.numel(), 1024),), on=source, num_warps=4,
+        _permute_kernel, (cdiv(target.numel(), 1024),), on=source, num_warps=4,
         source_ptr=source.contiguous(), target_ptr=target,
         total=target.numel(), T=(H // patch) * (W // patch), C=C, W=W,
         P=patch, TO_IMAGE=to_image, BLOCK=1024,

@@ -13,6 +13,7 @@ Numerics  float32 (float64 for float64), one rounding at the store, out in the d
           partial sums added in a fixed order, without atomics.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from dit_fast.kernels import reference
 from dit_fast.kernels.attention import MAX_HEAD_DIM, check_packed
 from dit_fast.kernels.device import part, row_sum, split_tokens
-from dit_fast.kernels.launch import accumulator, as_bias, launch, row_parts
+from dit_fast.kernels.launch import accumulator, as_bias, cdiv, launch, row_parts
 from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 
 
@@ -44,6 +45,7 @@ class HeadLaunch:
         return {"TOKENS": self.tokens, "HEADS": self.heads, "MAIN": self.main, "TAIL": self.tail}
 
 
+@functools.cache
 def head_launch(batch: int, tokens: int, heads: int, head_dim: int, num_warps: int) -> HeadLaunch:
     """The launch for (batch, tokens, 3 * heads * head_dim) tensors: a function of the shape alone.
 
@@ -57,7 +59,7 @@ def head_launch(batch: int, tokens: int, heads: int, head_dim: int, num_warps: i
     groups = 3 * heads // together
     tile = rows // together
     # About 16 programs for each of 132 multiprocessors; partial sums stay a few percent of the tokens' bytes.
-    splits = min(triton.cdiv(2048, max(batch * groups, 1)), max(triton.cdiv(tokens, tile), 1))
+    splits = min(cdiv(2048, max(batch * groups, 1)), max(cdiv(tokens, tile), 1))
     return HeadLaunch(tile, together, main, tail, num_warps, splits)
 
 
@@ -280,7 +282,7 @@ def _forward(
     out = torch.empty_like(qkv)
     cfg = head_launch(B, T, num_heads, K, 4)
     launch(
-        _qk_norm_rope_fwd_kernel, (B * triton.cdiv(T, cfg.tokens) * (3 * num_heads // cfg.heads),), on=qkv,
+        _qk_norm_rope_fwd_kernel, (B * cdiv(T, cfg.tokens) * (3 * num_heads // cfg.heads),), on=qkv,
         num_warps=cfg.num_warps,
         qkv_ptr=qkv, bias_ptr=as_bias(bias), weight_ptr=as_bias(weight), rotation_ptr=rotation, out_ptr=out,
         T=T, stride_rotation=stride,

@@ -17,7 +17,7 @@ from torch import Tensor
 from dit_fast.kernels import reference
 from dit_fast.kernels.adaln import modulate
 from dit_fast.kernels.device import part, token_rows
-from dit_fast.kernels.launch import accumulator, as_vectors, launch, tuned_rows
+from dit_fast.kernels.launch import accumulator, as_vectors, cdiv, launch, tuned_rows
 from dit_fast.kernels.op import define_op
 
 
@@ -64,7 +64,7 @@ def _from_moments(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: T
     y = torch.empty_like(x, dtype=scale.dtype)
     cfg = tuned_rows(_adaln_from_moments_kernel, x, y)
     launch(
-        _adaln_from_moments_kernel, (B * triton.cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
+        _adaln_from_moments_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, mean_ptr=mean.contiguous(), rstd_ptr=rstd.contiguous(), shift_ptr=shift, scale_ptr=scale, y_ptr=y,
         T=T, stride_shift=shift.stride(0), stride_scale=scale.stride(0),
         D=D, **cfg.meta, ACC=accumulator(x),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.activation import define_activation
-from dit_fast.kernels.launch import accumulator, as_bias, elementwise_launch, launch
+from dit_fast.kernels.launch import accumulator, as_bias, cdiv, elementwise_launch, launch
 from dit_fast.kernels.op import uses_triton
 
 
@@ -103,7 +103,7 @@ def swiglu_forward(pre: Tensor, bias: Tensor | None) -> Tensor:
     act = pre.new_empty(*pre.shape[:-1], F)
     cfg = elementwise_launch(N, F, 8)
     launch(
-        _swiglu_fwd_kernel, (triton.cdiv(N, cfg.rows) * triton.cdiv(F, cfg.columns),), on=pre,
+        _swiglu_fwd_kernel, (cdiv(N, cfg.rows) * cdiv(F, cfg.columns),), on=pre,
         num_warps=cfg.num_warps,
         pre_ptr=pre, bias_ptr=as_bias(bias), act_ptr=act, N=N, F=F, **cfg.meta, ACC=accumulator(pre),
     )  # fmt: skip
@@ -126,7 +126,7 @@ def swiglu_backward(
     if bias_gradient:
         partial = pre.new_empty(cfg.splits, 2 * F, dtype=reference.accumulator(pre))
     launch(
-        _swiglu_bwd_kernel, (cfg.splits * triton.cdiv(F, cfg.columns),), on=pre, num_warps=cfg.num_warps,
+        _swiglu_bwd_kernel, (cfg.splits * cdiv(F, cfg.columns),), on=pre, num_warps=cfg.num_warps,
         dact_ptr=dact, pre_ptr=pre, bias_ptr=as_bias(bias), dpre_ptr=dpre,
         act_ptr=act if activation else None, partial_ptr=partial,
         N=N, F=F, SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(pre),

@@ -16,11 +16,11 @@ import inspect
 import json
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -30,6 +30,10 @@ FOLDER = Path(__file__).with_name("tuned")
 SCHEMA = 1
 
 C = TypeVar("C")
+P = ParamSpec("P")
+
+_kept: list[Callable[[], None]] = []
+"""What drops the answers that `per_launch` keeps."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,22 @@ def search(answers: Mapping[tuple[str, str], Any]) -> Iterator[list[Request]]:
         yield _search.asked
     finally:
         _search = previous
+
+
+def per_launch(choose: Callable[P, C]) -> Callable[P, C]:
+    """Keep what `choose` returns by its arguments, all hashable, so that a launch costs one lookup.
+
+    For functions that build a key of text and ask `config` or `choice`. `forget` drops what is kept; a search is
+    always asked.
+    """
+    kept: Any = functools.cache(choose)
+    _kept.append(kept.cache_clear)
+
+    @functools.wraps(choose)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> C:
+        return (kept if _search is None else choose)(*args, **kwargs)
+
+    return chosen
 
 
 def config(kernel: Any, key: str, default: C, capability: int) -> C:
@@ -223,8 +243,8 @@ def current_capability() -> int:
 
 def forget() -> None:
     """Drop what was read, so that tables are read again at the next launch."""
-    for function in (table, _config, _choice, _fresh):
-        function.cache_clear()
+    for clear in (table.cache_clear, _config.cache_clear, _choice.cache_clear, _fresh.cache_clear, *_kept):
+        clear()
 
 
 def _path(capability: int) -> Path:
