@@ -1,0 +1,186 @@
+"""How operations reach PyTorch: called directly where nothing listens, through the dispatcher where something does."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit_fast.kernels import gated_residual_adaln, gelu, mlp, reference
+from dit_fast.kernels.op import define_op
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operations that pass the dispatcher below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """Counts the functions that are called by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Logged(Tensor):
+    """A subclass that reports what it meets."""
+
+    met: Counter[str] = Counter()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.met[str(func)] += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 3, 8), torch.randn(8)
+
+
+@pytest.fixture
+def dispatcher(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the calls of the registered `gelu` by the dispatcher."""
+    calls: Counter[str] = Counter()
+    overload = torch.ops.dit_fast.gelu.default
+    call = type(overload).__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[self.name()] += 1
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(overload), "__call__", counted)
+    return calls
+
+
+def test_plain_tensors_do_not_pass_the_dispatcher(dispatcher: Counter[str]) -> None:
+    x, bias = inputs()
+    exact = reference.gelu(x, bias)
+    assert torch.equal(gelu(x, bias, kernels="triton"), exact)
+    assert torch.equal(gelu(torch.nn.Parameter(x), torch.nn.Parameter(bias), kernels="triton"), exact)
+    with torch.inference_mode():
+        assert torch.equal(gelu(x, bias, kernels="triton"), exact)
+    assert not dispatcher
+
+
+def test_what_listens_hears_of_the_operation(dispatcher: Counter[str]) -> None:
+    """Modes, subclasses, function transforms and profilers see `dit_fast::gelu`, forward and backward."""
+    x, bias = inputs()
+    x.requires_grad_()
+    with Dispatched() as mode:
+        gelu(x, bias, kernels="triton").sum().backward()
+    assert mode.seen["dit_fast::gelu"] == mode.seen["dit_fast::gelu_backward"] == 1
+    with Functions() as functions:
+        gelu(x, bias, kernels="triton")
+    assert any("gelu" in name for name in functions.seen)
+    gelu(x.detach().as_subclass(Logged), bias, kernels="triton")
+    assert any("gelu" in name for name in Logged.met)
+    with torch.profiler.profile() as profile:
+        gelu(x, bias, kernels="triton")
+    assert "dit_fast::gelu" in {event.key for event in profile.key_averages()}
+    dispatcher.clear()
+    mapped = torch.func.vmap(lambda row: gelu(row, bias, kernels="triton"))(x.detach())
+    assert dispatcher["dit_fast::gelu"] > 0
+    assert torch.equal(mapped, torch.stack([reference.gelu(row, bias) for row in x.detach()]))
+
+
+def test_both_ways_give_the_same_bits() -> None:
+    """Outputs and gradients, called directly and through the dispatcher, of arguments that are left out."""
+    x, w1, b1, w2 = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16), torch.randn(8, 16)
+    results = []
+    for run in (
+        lambda *tensors: mlp(*tensors, kernels="triton"),
+        lambda *tensors: torch.ops.dit_fast.mlp(*tensors)[0],
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, w1, b1, w2)]
+        out = run(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_no_gradient_is_made_up_for_outputs_without_one() -> None:
+    """`pre` of an MLP has four times the tokens' bytes: zeros of it were written in every backward pass."""
+    leaves = [
+        tensor.requires_grad_()
+        for tensor in (torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16), torch.randn(8, 16))
+    ]
+    out = mlp(*leaves, kernels="triton")
+    with Dispatched() as mode:
+        torch.autograd.backward(out, torch.ones_like(out))
+    assert not [name for name in mode.seen if "zero" in name or "fill" in name]
+
+
+@pytest.mark.parametrize("used", ["out", "y", "both"])
+def test_an_output_that_is_not_used(used: str) -> None:
+    torch.manual_seed(0)
+    plain = [torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(2)]
+    plain += [torch.randn(2, 8, dtype=torch.float64) for _ in range(3)]
+    weights = torch.randn(2, 2, 3, 8, dtype=torch.float64)
+    found = []
+    for function in (gated_residual_adaln, reference.gated_residual_adaln):
+        leaves = [value.clone().requires_grad_() for value in plain]
+        keywords = {"kernels": "triton"} if function is gated_residual_adaln else {}
+        outputs = function(*leaves, **keywords)
+        kept = {"out": [0], "y": [1], "both": [0, 1]}[used]
+        loss = sum((outputs[index] * weights[index]).sum() for index in kept)
+        found.append(torch.autograd.grad(loss, leaves, allow_unused=True))
+    for ours, exact in zip(*found, strict=True):
+        exact = torch.zeros_like(ours) if exact is None else exact
+        assert (ours - exact).abs().max() <= 1e-12 * max(1.0, exact.abs().max().item())
+
+
+def test_no_gradient_comes_back_where_none_arrives() -> None:
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> None:
+            return None
+
+    x, bias = inputs()
+    x.requires_grad_()
+    Cut.apply(gelu(x, bias, kernels="triton")).sum().backward()
+    assert x.grad is None
+
+
+def test_derivatives_that_do_not_exist_are_refused() -> None:
+    """Not zero in silence: second order, and forward mode."""
+    x, bias = inputs()
+    x.requires_grad_()
+    out = gelu(x, bias, kernels="triton")
+    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="gelu_backward has no gradient; .*kernels='reference'"):
+        gradient.sum().backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="gelu has no forward-mode derivative; .*kernels='reference'"):
+            gelu(dual, bias, kernels="triton")
+        # A tensor without a tangent is a constant.
+        assert torch.equal(gelu(x, bias, kernels="triton"), out)
+
+
+def test_an_operation_without_a_gradient_takes_plain_tensors() -> None:
+    def double(x: Tensor, factor: float = 2.0) -> Tensor:
+        return x * factor
+
+    op = define_op("test_double", triton_impl=double, reference_impl=double, fake=double)
+    x = torch.randn(3, requires_grad=True)
+    assert torch.equal(op(x.detach()), 2 * x.detach())
+    with pytest.raises(RuntimeError, match="test_double has no gradient"):
+        op(x).sum().backward()
