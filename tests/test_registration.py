@@ -1,7 +1,7 @@
 """How operations reach PyTorch: called directly where nothing listens, through the dispatcher where something does."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ class Functions(TorchFunctionMode):
 class Logged(Tensor):
     """A subclass that reports what it meets."""
 
-    met: Counter[str] = Counter()
+    met: ClassVar[Counter[str]] = Counter()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,11 +165,11 @@ def test_derivatives_that_do_not_exist_are_refused() -> None:
     x.requires_grad_()
     out = gelu(x, bias, kernels="triton")
     (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="gelu_backward has no gradient; .*kernels='reference'"):
+    with pytest.raises(RuntimeError, match=r"gelu_backward has no gradient; .*kernels='reference'"):
         gradient.sum().backward()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
-        with pytest.raises(RuntimeError, match="gelu has no forward-mode derivative; .*kernels='reference'"):
+        with pytest.raises(RuntimeError, match=r"gelu has no forward-mode derivative; .*kernels='reference'"):
             gelu(dual, bias, kernels="triton")
         # A tensor without a tangent is a constant.
         assert torch.equal(gelu(x, bias, kernels="triton"), out)
