@@ -82,6 +82,7 @@ class AdamWTensors:
         self.strides = [p.stride() for p in self.params]
         self._blocks: Tensor | None = None
         self._addresses: list[int] = []
+        self._captured: list[Tensor] = []
 
     def _check(self) -> None:
         if not self.params:
@@ -154,10 +155,13 @@ class AdamWTensors:
         if self._blocks is None:
             self._make_table()
         addresses = [grad.data_ptr() for grad in grads]
-        if addresses != self._addresses:
-            self._addresses = addresses
-            # A captured copy reads the host's memory again at each replay, so it is kept.
+        capturing = p.is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing or addresses != self._addresses:
             self._host, self.grads = on_device(addresses, torch.int64, p.device)
+            # A captured copy is made again at each replay, from the same host memory; it is not made by the capture.
+            self._addresses = [] if capturing else addresses
+            if capturing:
+                self._captured.append(self._host)
 
     def _make_table(self) -> None:
         p, block = self.params[0], self.config.block

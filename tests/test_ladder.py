@@ -153,7 +153,7 @@ def test_a_rung_that_fails_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_graph_that_is_refused_is_no_graph(device_with_everything: list[Any], monkeypatch) -> None:
-    monkeypatch.setattr(training, "CudaGraphs", lambda: TrainedGraphs("operation not permitted"))
+    monkeypatch.setattr(training, "CudaGraphs", lambda: TrainedGraphs("operation not permitted", 2))
     monkeypatch.setattr(
         "dit_fast.sampling.sampler.CudaGraphs", lambda: SampledGraphs(RuntimeError("not permitted"))
     )

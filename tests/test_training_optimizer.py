@@ -59,6 +59,9 @@ def torchs(module: nn.Module, options: dict, max_norm: float | None, decay: floa
 
 def ours(module: nn.Module, **options) -> AdamWEma:
     optimizer = AdamWEma(module.parameters(), **options)
+    if optimizer.low_precision_copy is not None:
+        for p in module.parameters():
+            optimizer.copy(p)
     for grads in gradients(module):
         give(module, grads)
         optimizer.step()
@@ -359,6 +362,9 @@ def compare(case: Case) -> None:
     whole, sharded = model(case.dtype, case.width), model(case.dtype, case.width)
     fully_shard(sharded, mesh=init_device_mesh("cpu", case.mesh, mesh_dim_names=names))
     optimizer, other = AdamWEma(whole.parameters(), **options), AdamWEma(sharded.parameters(), **options)
+    for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
+        optimizer.copy(p)
+        other.copy(q)
     draw = torch.Generator().manual_seed(2)
     for _ in range(5):
         x = torch.randn(8, 10, generator=draw, dtype=torch.float64).to(case.dtype)

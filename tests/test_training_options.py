@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.training import TrainConfig, Trainer, read_manifest
+from dit_fast.training.checkpoint import latest_checkpoint
 from dit_fast.training.compilation import CompiledLosses
 from dit_fast.training.config import CHANGEABLE, resumed_config
 from dit_fast.training.precision import choose_precision, use_float8
@@ -45,10 +46,10 @@ def test_half_precisions_train_float32_weights(precision):
     assert low != full
     each = trainer(precision=precision)
     seen = []
-    each.model.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    each.denoiser.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     run(each, 1)
     assert seen == [torch.bfloat16 if precision == "bf16" else torch.float16]
-    assert all(p.dtype == p.grad.dtype == torch.float32 for p in each.trained.values())
+    assert all(p.dtype == torch.float32 for p in each.trained.values())
 
 
 def test_the_residual_stream_is_in_the_dtype_asked_for():
@@ -59,7 +60,7 @@ def test_the_residual_stream_is_in_the_dtype_asked_for():
         def listen(module: nn.Module, args: Any, out: Any, seen: list[torch.dtype] = seen) -> None:
             seen.append(out.x.dtype)
 
-        for block in each.model.blocks:
+        for block in each.denoiser.blocks:
             block.register_forward_hook(listen)
         run(each, 1)
         assert seen == [dtype, dtype]
@@ -293,3 +294,54 @@ def test_prefetched_batches_are_those_of_the_stream():
         assert torch.equal(images, each.stream.batch(step)[0])
         assert torch.equal(labels, each.stream.batch(step)[1])
     assert len(batches) == 4
+
+
+def test_bf16_reads_the_optimizer_s_copies_and_gives_the_bits_of_autocast(monkeypatch):
+    """With them no matrix is cast in a step; without them (accumulation has none) autocast casts each."""
+    on, off = trainer(precision="bf16"), None
+    with monkeypatch.context() as patch:
+        patch.setattr("dit_fast.training.trainer.on_copies", lambda model, optimizer: model)
+        off = trainer(precision="bf16")
+    casts = []
+    for each in (on, off):
+        run(each, 3)
+        drawn = each.work.draw(*each.stream.stored(3))
+        each.optimizer.zero_grad()
+        with torch.profiler.profile(record_shapes=True) as profile:
+            each.work._accumulate(*drawn)
+        shapes = {tuple(p.shape) for p in each.trained.values() if p.ndim == 2 and p.numel() > 1000}
+        events = [event for event in profile.events() if event.name == "aten::_to_copy"]
+        casts.append(
+            sum(bool(event.input_shapes) and tuple(event.input_shapes[0]) in shapes for event in events)
+        )
+    assert torch.equal(weights(on), weights(off))
+    assert on.values() == off.values()
+    # Each matrix to bfloat16, and its gradient back.
+    assert casts[0] == 0 < casts[1]
+    matrices = [m.weight for m in on.denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    masters = [m.weight for m in on.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert {m.dtype for m in matrices} == {torch.bfloat16}
+    assert all(torch.equal(low, high.bfloat16()) for low, high in zip(matrices, masters, strict=True))
+    assert {p.dtype for p in on.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"optimizer": "torch"}, {"precision": "fp32"}])
+def test_no_copies_where_sums_of_gradients_or_the_optimizer_want_float32(changes):
+    each = trainer(**{"precision": "bf16", **changes})
+    assert each.denoiser is each.model
+    run(each, 1)
+    assert {p.grad.dtype for p in each.trained.values()} == {torch.float32}
+
+
+def test_copies_follow_a_restored_checkpoint(tmp_path):
+    first, second = trainer(precision="bf16"), trainer(precision="bf16", seed=0)
+    run(first, 2)
+    writer = first.writer(tmp_path)
+    first.save(writer)
+    writer.wait()
+    run(first, 2)
+    path = latest_checkpoint(tmp_path)
+    assert not torch.equal(weights(first), weights(second))
+    second.restore(path, read_manifest(path))
+    run(second, 2)
+    assert torch.equal(weights(first), weights(second))

@@ -18,10 +18,10 @@ from dit_fast.diffusion import create_diffusion
 from dit_fast.interop import to_diffusers
 from dit_fast.models import DiT
 from dit_fast.training.compilation import compile_step
-from dit_fast.training.cuda_graph import WARM_UP, CudaGraphs, GraphedStep
+from dit_fast.training.cuda_graph import CudaGraphs, GraphedStep
 from dit_fast.training.optimizer import AdamWEma
 from dit_fast.training.parallel import parallelize
-from dit_fast.training.precision import use_float8
+from dit_fast.training.precision import on_copies, use_float8
 from dit_fast.training.prefetch import prefetch
 from dit_fast.training.step import StepOptions, StepState, TrainStep
 from dit_fast.training.world import World
@@ -83,7 +83,9 @@ class Training:
             return step(*next(feed.batches))
 
         loss = float(run())
-        for _ in range(2 + (WARM_UP if rung.graph else 0)):
+        for _ in range(2):
+            run()
+        while graphed is not None and not graphed.captures and graphed.refused is None:
             run()
         if graphed is not None and graphed.refused is not None:
             raise RuntimeError(f"no CUDA graph: {graphed.refused}")
@@ -146,11 +148,15 @@ class Training:
         ours.load_state_dict(self.model.state_dict())
         if rung.fp8:
             use_float8(ours, device)
-        called = parallelize(ours, World(device=device), "none", compile=rung.compile)
         parameters = [p for p in ours.parameters() if p.requires_grad]
         state = StepState(device, 16, torch.float64)
         state.lr.fill_(LEARNING_RATE)
-        optimizer = AdamWEma(parameters, lr=state.lr, ema_decay=DECAY, ema_warmup=True)
+        copies = torch.bfloat16 if rung.bf16 and not rung.fp8 else None
+        optimizer = AdamWEma(
+            parameters, lr=state.lr, ema_decay=DECAY, ema_warmup=True, low_precision_copy=copies
+        )
+        run_model = ours if copies is None else on_copies(ours, optimizer)
+        called = parallelize(run_model, World(device=device), "none", compile=rung.compile)
 
         def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=rung.bf16):

@@ -16,12 +16,16 @@ from dit_fast.kernels.adamw_tensors import Gradients
 
 @dataclass(frozen=True)
 class Layout:
-    """What the parameters of one launch have in common. `shards`: the process groups that share each of them."""
+    """What the parameters of one launch have in common.
+
+    copied: whether they have low-precision copies; shards: the process groups over which each of them is sharded.
+    """
 
     group: int
     device: torch.device
     dtype: torch.dtype
     grad_dtype: torch.dtype
+    copied: bool
     shards: tuple[Any, ...]
 
 
@@ -31,8 +35,9 @@ class AdamWEma(torch.optim.Optimizer):
     lr (float, or a tensor on the parameters' device, which a CUDA graph reads anew), betas, eps and weight_decay as
     in AdamW; weight_decay is 0 unless given, as the DiT recipe has it (Peebles & Xie 2023, section 4).
     ema_decay: d of ema <- d ema + (1 - d) p, None for no average; ema_warmup: d = min(ema_decay, (1 + t) / (10 + t)).
-    low_precision_copy: torch.bfloat16 or torch.float16, None for no copy. max_grad_norm: clip the norm of all gradients
-    as `clip_grad_norm_` does, but without changing `.grad`. kernels: "auto", "triton" or "reference".
+    low_precision_copy: dtype of the copies that `copy` returns, torch.bfloat16 or torch.float16, None for no copies.
+    max_grad_norm: clip the norm of all gradients as `clip_grad_norm_` does, but without changing `.grad`. kernels:
+    "auto", "triton" or "reference".
 
     Parameters are float32 or float64, plain or DTensor (`fully_shard`): each rank updates its shards, and the norm is
     summed over the ranks that share them. A step does not wait for the device. Set `found_inf` to one element on the
@@ -145,6 +150,11 @@ class AdamWEma(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._square_sum = None
         super().zero_grad(set_to_none)
+        for copy in self._copies.values():
+            if set_to_none:
+                copy.grad = None
+            elif copy.grad is not None:
+                copy.grad.zero_()
 
     def average(self, parameter: Tensor) -> Tensor:
         """The moving average of a parameter, sharded as it is; live, not a copy."""
@@ -153,12 +163,24 @@ class AdamWEma(torch.optim.Optimizer):
         return self._state_of(parameter)["ema"]
 
     def copy(self, parameter: Tensor) -> Tensor:
-        """The low-precision copy of a parameter, sharded as it is; live, and current after each step."""
+        """The low-precision copy of a parameter, sharded as it is; live, and current after each step.
+
+        It is kept from the first call for a parameter on. After `requires_grad_()` it is a leaf of autograd, and its
+        gradient, in low precision, is the parameter's, which must not have another one.
+        """
         if self.low_precision_copy is None:
             raise ConfigError("this optimiser keeps no copy: give it low_precision_copy")
         if parameter not in self._copies:
-            self._copies[parameter] = parameter.detach().to(self.low_precision_copy)
+            low = parameter.detach().to(self.low_precision_copy)
+            self._copies[parameter] = torch.nn.Parameter(low, requires_grad=False)
+            # The tables have to learn of it.
+            self._present = ([], [])
         return self._copies[parameter]
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The gradient of a parameter, or of its copy where that has one; sharded as it is."""
+        copy = self._copies.get(parameter)
+        return parameter.grad if copy is None or copy.grad is None else copy.grad
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
@@ -199,7 +221,7 @@ class AdamWEma(torch.optim.Optimizer):
     def _gather(self) -> list[Gradients]:
         """Local gradients by launch; makes the tables again where parameters, state or gradients' dtypes changed."""
         parameters = [p for group in self.param_groups for p in group["params"]]
-        gradients = [shard(p.grad) for p in parameters]
+        gradients = [shard(self.gradient(p)) for p in parameters]
         held = [value for state in self.state.values() for value in state.values()]
         present = [None if grad is None else grad.dtype for grad in gradients], addresses(parameters)
         if present != self._present or len(held) != len(self._held) or not all(map(is_, held, self._held)):
@@ -215,10 +237,8 @@ class AdamWEma(torch.optim.Optimizer):
         for i, (group, p, grad) in enumerate(zip(groups, parameters, gradients, strict=True)):
             if grad is None:
                 continue
-            if placements(p.grad) != placements(p):
-                raise ConfigError(
-                    f"a gradient is {placements(p.grad)} where its parameter is {placements(p)}"
-                )
+            if (found := placements(self.gradient(p))) != placements(p):
+                raise ConfigError(f"a gradient is {found} where its parameter is {placements(p)}")
             state = self._state_of(p)
             if state["step"].data_ptr() in steps:
                 # Each parameter's step is advanced, so no two may be one tensor.
@@ -227,17 +247,18 @@ class AdamWEma(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq", "ema"):
                 if name in state and shard(state[name]).stride() != shard(p).stride():
                     state[name] = torch.empty_like(p).copy_(state[name])
-            key = Layout(group, shard(p).device, p.dtype, grad.dtype, sharing_groups(p))
+            copied = p in self._copies
+            key = Layout(group, shard(p).device, p.dtype, grad.dtype, copied, sharing_groups(p))
             layouts.setdefault(key, []).append(i)
         devices = sorted({str(layout.device) for layout in layouts})
         if len(devices) > 1:
             raise ConfigError(f"parameters are on {' and '.join(devices)}: expected one device")
         self._buckets = [
-            (layout, chosen, self._tensors([parameters[i] for i in chosen]))
+            (layout, chosen, self._tensors([parameters[i] for i in chosen], layout.copied))
             for layout, chosen in layouts.items()
         ]
 
-    def _tensors(self, parameters: list[Tensor]) -> AdamWTensors:
+    def _tensors(self, parameters: list[Tensor], copied: bool) -> AdamWTensors:
         states = [self._state_of(p) for p in parameters]
         try:
             return AdamWTensors(
@@ -246,7 +267,7 @@ class AdamWEma(torch.optim.Optimizer):
                 [shard(state["exp_avg_sq"]) for state in states],
                 [state["step"] for state in states],
                 None if self.ema_decay is None else [shard(state["ema"]) for state in states],
-                None if self.low_precision_copy is None else [shard(self.copy(p)) for p in parameters],
+                [shard(self.copy(p).detach()) for p in parameters] if copied else None,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error

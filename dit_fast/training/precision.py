@@ -1,5 +1,6 @@
 """Precision of a training step: what the model computes in; weights, optimiser states and averages stay float32."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from dit_fast.errors import MissingExtraError
 from dit_fast.models import DiT
 from dit_fast.sampling.float8 import require_float8_device, takes_float8
+from dit_fast.training.optimizer import AdamWEma
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "tf32", "fp8")
 RESIDUALS = ("fp32", "bf16")
@@ -35,6 +37,29 @@ def keep_residual_in_bf16(model: DiT) -> None:
         return tokens.to(torch.bfloat16)
 
     model.x_embedder.register_forward_hook(narrow)
+
+
+def on_copies(model: DiT, optimizer: AdamWEma) -> DiT:
+    """The model as it runs in bfloat16: its matrices are the optimizer's low-precision copies.
+
+    Autocast casts every matrix in every step and casts its gradient back; here `adamw_ema` writes the copies when it
+    updates the weights, the products read them, and the optimizer takes the gradients as the products wrote them. The
+    values are those of autocast, to the bit. All other parameters (embedding tables, biases, norms) are those of
+    `model`, which holds the weights in float32 and is not run.
+
+    Args:
+        model: The model with the weights, on its device.
+        optimizer: Optimizer of its parameters, with `low_precision_copy`.
+
+    Returns:
+        A model that shares everything with `model` but the weights of its linear and convolutional layers.
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.requires_grad:
+            shared[id(module.weight)] = optimizer.copy(module.weight).requires_grad_()
+    # Where the memo has an entry for an object, deepcopy takes that instead of copying the object.
+    return copy.deepcopy(model, shared)
 
 
 def use_float8(model: DiT, device: torch.device) -> None:

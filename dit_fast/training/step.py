@@ -133,6 +133,7 @@ class TrainStep:
         self.agree = agree
         self.before_update = before_update
         self.ranges = ranges
+        # Whether gradients keep their addresses and are zeroed; otherwise the backward pass writes new ones.
         self.keep_gradients = False
         self.losses: Callable[..., dict[str, Tensor]] = objective.training_losses
         streams = ("noise", "label drop", "posterior")
@@ -147,7 +148,6 @@ class TrainStep:
         """One step on samples (b, C, H, W), or moments (b, K, C, H, W) of posteriors, and labels (b,) or captions."""
         with self.ranges("draw"):
             samples, t, noise, labels, weights = self.draw(samples, labels)
-        # In a CUDA graph gradients stay where they are, so that their addresses do.
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         terms = self._accumulate(samples, t, noise, labels, weights)
         with self.ranges("optimizer_ema"):

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from dit_fast.training.compilation import can_compile, compile_step
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.cuda_graph import CudaGraphs, GraphedStep
 from dit_fast.training.ema import SNAPSHOTS, PowerAverages
+from dit_fast.training.optimizer import AdamWEma
 from dit_fast.training.parallel import (
     choose_parallel,
     groups_of,
@@ -34,6 +35,7 @@ from dit_fast.training.precision import (
     LossScale,
     choose_precision,
     keep_residual_in_bf16,
+    on_copies,
     use_float8,
 )
 from dit_fast.training.ranges import OFF, Ranges, mark_blocks, nvtx_ranges
@@ -79,8 +81,19 @@ class Trainer:
             )
         self.rows = rank_rows(config.batch_size, config.accumulate, self.world)
         self.compiles = config.compile and can_compile(self.device)
-        self.denoiser = self._prepare(self.model)
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        # Sharded parameters are cast, shard by shard, where they are gathered; sums over micro-batches and ranks are
+        # taken in float32. In both cases there is no copy to read.
+        copies = (
+            config.precision == "bf16"
+            and config.optimizer == "ours"
+            and self.parallel == "none"
+            and config.accumulate == 1
+        )
+        if not copies:
+            self.denoiser = self._prepare(self.model)
+        self.trained = {
+            name: p for name, p in self.model.to(self.device).named_parameters() if p.requires_grad
+        }
         rate_dtype = torch.float64 if config.optimizer == "ours" else torch.float32
         self.state = StepState(self.device, min(config.log_every, MOST_REMEMBERED), rate_dtype)
         self.optimizer = make_optimizer(
@@ -92,7 +105,10 @@ class Trainer:
             ema_decay=config.ema_decay,
             max_grad_norm=config.max_grad_norm,
             kernels=config.kernels,
+            **({"low_precision_copy": torch.bfloat16} if copies else {}),
         )
+        if copies:
+            self.denoiser = self._prepare(on_copies(self.model, cast(AdamWEma, self.optimizer)))
         self.averages = PowerAverages(self.trained) if config.ema_snapshot_every else None
         self.objective = create_objective(**config.objective_arguments())
         self.timestep_sampling = TimestepSampling(
@@ -392,6 +408,8 @@ class Trainer:
                 "ema": parameter.detach().clone(),
             }
         load_into(path, manifest, self.tensors())
+        if isinstance(self.optimizer, AdamWEma):
+            self.optimizer.refresh_copies()
 
     def _denoise(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         # Only the model runs in low precision; the losses are taken in float32.
