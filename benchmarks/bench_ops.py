@@ -9,28 +9,31 @@ skipped and failed ones with their reason; `--benchmark-compare` compares with r
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.clock import Ceiling, ceiling, in_turn
-from benchmarks.op_bench import Bench, OptimizerBench, Timed
+from benchmarks.op_bench import OptimizerBench
+from benchmarks.operations import (
+    DEVICE,
+    DIRECTIONS,
+    MODEL,
+    OPTIMIZER,
+    SETTINGS,
+    SHAPES,
+    Times,
+    Wrong,
+    row_of,
+    time_operation,
+    time_optimisers,
+    work,
+)
 from benchmarks.peers import Missing, providers_of
 from benchmarks.rows import Row
 from benchmarks.static_report import DTYPES
-from dit_fast.errors import ConfigError
-from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
+from dit_fast.kernels.registry import REGISTRY, Shape
 from dit_fast.training.torch_optimizer import OPTIMIZERS
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-# DiT-XL/2 at 256 and 512 px, and DiT-S/2; on a CPU one that takes milliseconds.
-SHAPES: tuple[Shape, ...] = ((32, 256, 1152), (8, 1024, 1152), (64, 256, 384)) if ON_GPU else ((2, 64, 384),)
-SETTINGS = ("bf16", "autocast") if ON_GPU else ("fp32",)
-ROUNDS = 50
-MODEL = "DiT-XL/2" if ON_GPU else "DiT-S/8"
 
 
 class Replay:
@@ -59,53 +62,8 @@ CASES = [
     for shape in SHAPES
     for dtypes in SETTINGS
     for provider in providers_of(name)
-    for direction in ("forward", "backward", "both")
+    for direction in DIRECTIONS
 ]  # fmt: skip
-
-
-class Wrong(Exception):
-    """An operation or a provider whose results are not what they should be."""
-
-
-Times = list[float] | Exception
-
-
-def time_operation(
-    name: str, shape: Shape, dtypes: str, wanted: Sequence[tuple[str, str]]
-) -> dict[Any, Times]:
-    """Times of the wanted (provider, pass), measured in turn, or why there are none."""
-    bench = Bench(REGISTRY[name], shape, dtypes, DEVICE)
-    found: dict[Any, Times] = {}
-    built: dict[Any, Timed] = {}
-    for provider in dict.fromkeys(provider for provider, _ in wanted):
-        mine = [key for key in wanted if key[0] == provider]
-        try:
-            function = providers_of(name)[provider](REGISTRY[name])
-            if (wrong := bench.disagreement(function)) is not None:
-                raise Wrong(f"not timed: {wrong}")
-            passes = bench.passes(function)
-        except Exception as error:
-            found |= {key: error for key in mine}
-        else:
-            built |= {key: passes[key[1]] for key in mine}
-    return found | in_turn(built, ROUNDS)
-
-
-def time_optimisers(wanted: Sequence[str]) -> dict[Any, Times]:
-    """Times of the wanted providers' steps, measured in turn, or why there are none."""
-    bench = OptimizerBench(MODEL, DEVICE)
-    found: dict[Any, Times] = {}
-    built: dict[Any, Timed] = {}
-    for provider in wanted:
-        try:
-            if (wrong := bench.disagreement(provider)) is not None:
-                raise Wrong(f"not timed: {wrong}")
-            built[provider] = bench.step(provider)
-        except ConfigError as error:
-            found[provider] = Missing(str(error))
-        except Exception as error:
-            found[provider] = error
-    return found | in_turn(built, 10)
 
 
 class Measured:
@@ -142,31 +100,6 @@ def measured(request: pytest.FixtureRequest) -> Measured:
     return Measured(request.session.items)
 
 
-def work(spec: OpSpec, shape: Shape, itemsize: int, direction: str) -> tuple[int, float]:
-    """Unavoidable bytes, and operations of the matrix products, of a pass."""
-    forward, backward = spec.bytes_moved(shape, itemsize), spec.bytes_moved(shape, itemsize, backward=True)
-    products = spec.products(*shape)
-    return {
-        "forward": (forward, products),
-        "backward": (backward, spec.backward_products * products),
-        "both": (forward + backward, (1 + spec.backward_products) * products),
-    }[direction]
-
-
-def figures(bytes_moved: int, products: float, median: float, best: Ceiling) -> dict[str, float]:
-    """Rates at the median time, and the share of the limit: the longer of the copy's and the product's time."""
-    limit = max(bytes_moved / best.copy, products / best.product)
-    return {
-        "bytes": bytes_moved,
-        "product_flops": products,
-        "GB/s": bytes_moved / median * 1e-9,
-        "TFLOP/s": products / median * 1e-12,
-        "copy GB/s": best.copy * 1e-9,
-        "product TFLOP/s": best.product * 1e-12,
-        "share of the ceiling": limit / median,
-    }
-
-
 def report(
     case: tuple[str, tuple[int, ...], str, str, str],
     times: Times,
@@ -183,20 +116,17 @@ def report(
     benchmark.extra_info.update(
         op=name, shape=list(shape), dtypes=dtypes, direction=direction, provider=provider
     )
+    row = row_of(case, times, bytes_moved, products)
+    record(row)
+    if isinstance(times, Missing | torch.OutOfMemoryError):
+        pytest.skip(row.failed or "")
+    if isinstance(times, Wrong):
+        pytest.fail(row.failed or "", pytrace=False)
     if isinstance(times, Exception):
-        reason = next(iter(str(times).splitlines()), "") or type(times).__name__
-        record(Row("op", *case, failed=reason))
-        if isinstance(times, Missing | torch.OutOfMemoryError):
-            pytest.skip(reason)
-        if isinstance(times, Wrong):
-            pytest.fail(reason, pytrace=False)
         raise times
     REPLAY.load(times)
     benchmark.pedantic(lambda: None, rounds=len(times))
-    row = Row.timed("op", *case, times)
-    found = figures(bytes_moved, products, row.median or 0.0, ceiling(DTYPES[dtypes][1]))
-    benchmark.extra_info.update(found)
-    record(replace(row, metrics=found))
+    benchmark.extra_info.update(row.metrics)
 
 
 @pytest.mark.parametrize(("name", "shape", "dtypes", "direction", "provider"), CASES)
@@ -220,5 +150,5 @@ def test_op(
 def test_adamw_ema(provider: str, benchmark: Any, measured: Measured, record: Callable[[Row], None]) -> None:
     """AdamW and averaging of a model's parameters; shape is their number."""
     count = OptimizerBench(MODEL, DEVICE).count
-    case = ("adamw_ema", (count,), "fp32", provider, "step")
+    case = (OPTIMIZER, (count,), "fp32", provider, "step")
     report(case, measured.optimisers()[provider], OptimizerBench.BYTES * count, 0.0, benchmark, record)

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bench_ops, clock, conftest, op_bench, peers
-from benchmarks.bench_ops import Measured, Wrong, figures, report, time_operation, time_optimisers, work
+from benchmarks import bench_ops, clock, conftest, op_bench, operations, peers
+from benchmarks.bench_ops import Measured, report
 from benchmarks.clock import Ceiling, Timed, in_turn
 from benchmarks.op_bench import Bench, OptimizerBench
+from benchmarks.operations import Wrong, figures, time_operation, time_optimisers, work
 from benchmarks.peers import Missing
 from benchmarks.rows import Recorder, Row, read_results
 from dit_fast.kernels.registry import REGISTRY
@@ -60,8 +61,7 @@ FORWARD = [("eager", "forward")]
 
 def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.PROVIDERS, "eager", lambda spec: lambda *args: 1.01 * spec.reference(*args))
-    monkeypatch.setattr(bench_ops, "ROUNDS", 2)
-    found = time_operation("gelu", SHAPE, "fp32", [("ours", "forward"), *FORWARD])
+    found = time_operation("gelu", SHAPE, "fp32", [("ours", "forward"), *FORWARD], rounds=2)
     assert len(found["ours", "forward"]) == 2
     assert isinstance(found["eager", "forward"], Wrong)
     assert str(found["eager", "forward"]).startswith("not timed: result 0 has a relative error of 1.00e-02")
@@ -311,7 +311,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "bytes": 3 * 2 * 64 * 384 * 4,
     }
     assert info["GB/s"] == pytest.approx(info["bytes"] / found["stats"]["median"] * 1e-9)
-    assert found["stats"]["rounds"] == bench_ops.ROUNDS
+    assert found["stats"]["rounds"] == operations.ROUNDS
     assert data["machine_info"]["dit_fast"]["torch"] == torch.__version__
     (path,) = tmp_path.glob("*/*.json")
     timed, failed = read_results(path).rows

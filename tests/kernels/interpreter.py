@@ -70,6 +70,20 @@ def rounding_bfloat16() -> Iterator[None]:
 
 
 @contextmanager
+def indexing_by_one_element() -> Iterator[None]:
+    """Triton 3.6 gives a loop's bound as int(array), which NumPy 2.4 refuses for an array of shape (1,)."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", patch_index)
+        yield
+
+
+@contextmanager
 def patching_once() -> Iterator[None]:
     """The interpreter patches triton.language anew at each call of a device function, most of its time; once a launch
     is enough.
