@@ -227,10 +227,13 @@ class PlainDiT(nn.Module):
         return x.reshape(len(x), -1, self.rows * self.patch, self.columns * self.patch)
 
 
-def random_model(name: str, image_size: int = 256) -> DiT:
-    """A model of `DiT_models` whose zero-initialised tensors hold small normals, so that every branch counts."""
+def random_model(name: str, image_size: int = 256, **sizes: int) -> DiT:
+    """A model of `DiT_models` whose zero-initialised tensors hold small normals, so that every branch counts.
+
+    `sizes`: arguments of the constructor that differ, as depth=1.
+    """
     torch.manual_seed(0)
-    model = DiT_models[name](input_size=image_size // 8)
+    model = DiT_models[name](input_size=image_size // 8, **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and not parameter.any():

@@ -65,6 +65,7 @@ class Search:
 
 
 _search: Search | None = None
+_on = True
 
 
 @contextmanager
@@ -188,9 +189,11 @@ _AGAIN = "measure again with python -m benchmarks.tune"
 
 @functools.cache
 def table(capability: int) -> Table | None:
-    """The table of sm_<capability>, read once; None where there is none, or none that fits (with a warning)."""
+    """The table of sm_<capability>, read once; None where there is none, none that fits (with a warning), or where
+    tables are off (`use_tables`).
+    """
     path = _path(capability)
-    if not path.is_file():
+    if not _on or not path.is_file():
         return None
     try:
         return read_table(path)
@@ -239,6 +242,17 @@ def current_capability() -> int:
         return 0
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
+
+
+def use_tables(on: bool) -> None:
+    """Whether launches follow the tables, as they do from the start, or the heuristics alone.
+
+    What `torch.compile` has traced keeps the provider of attention that it was traced with.
+    """
+    global _on
+    if _on != on:
+        _on = on
+        forget()
 
 
 def forget() -> None:

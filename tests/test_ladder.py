@@ -16,6 +16,7 @@ from benchmarks.ladder.rungs import KINDS, RUNGS, Case, Climber, Rung
 from benchmarks.ladder.sampling import Sampling
 from benchmarks.ladder.training import Training
 from benchmarks.rows import Row, read_results
+from dit_fast.kernels import tuned
 from dit_fast.models import DiT
 from tests.test_sampling_graphs import FakeGraphs as SampledGraphs
 from tests.test_training_step import FakeGraphs as TrainedGraphs
@@ -66,7 +67,7 @@ def test_every_rung_of_every_kind(kind: str, device_with_everything: list[Any]) 
     rows = climbed(kind)
     assert {row.provider: row.failed for row in rows if row.failed} == {}
     assert [row.provider for row in rows] == [
-        name for name in BY_NAME if kind.startswith("train") or name != "ours, least memory"
+        name for name, rung in BY_NAME.items() if kind.startswith("train") or not rung.training_only
     ]
     assert {(row.benchmark, row.direction) for row in rows} == {KINDS[kind]}
     rate, steps = ("images/s", 1) if kind.startswith("train") else ("images/s at 250 steps", 250)
@@ -130,7 +131,89 @@ def test_what_fails_is_a_reason_and_the_rest_goes_on(monkeypatch: pytest.MonkeyP
     assert peer.median is None
     assert plain.median is not None
     assert ours.median is not None
-    assert kept == [plain, peer, ours]
+    assert list({row.provider: row for row in kept}.values()) == [plain, peer, ours]
+
+
+class Killed(BaseException):
+    """What no rung can catch, as a kill."""
+
+
+@pytest.mark.parametrize("at", [3, 5])
+def test_what_is_killed_leaves_the_rows_until_then(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second round, when each rung has been timed once; and in the third."""
+    runs, kept = [], []
+
+    def run() -> None:
+        runs.append(1)
+        if len(runs) == at:
+            raise Killed
+
+    monkeypatch.setattr(Training, "build", lambda self, rung: Climber(run, 1, 0.0, 0.2))
+    monkeypatch.setattr(climbing, "launches_of", lambda run, device, steps: None)
+    case = Case("train", "DiT-S/2", 64, 16)
+    with pytest.raises(Killed):
+        climb(case, case.rungs(["plain fp32", "+ SDPA"]), 2, 2, silent, kept.append, {})
+    last = {row.provider: row.repeats for row in kept}
+    assert last == {3: {"plain fp32": 1, "+ SDPA": 1}, 5: {"plain fp32": 2, "+ SDPA": 2}}[at]
+
+
+def test_rungs_run_in_the_order_that_is_asked_for() -> None:
+    names = ["ours", "+ torch.compile", "ours + CUDA graph", "ours, tuned"]
+    assert [rung.name for rung in Case("train", "", 64, 1).rungs(names)] == names
+    assert [rung.name for rung in Case("sample", "", 64, 1).rungs(names)] == names[:3]
+
+
+def test_building_alone_keeps_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    build = Training.build
+    monkeypatch.setattr(Training, "build", lambda self, rung: built.append(rung.name) or build(self, rung))
+    words = ["--kinds", "train", "--image-sizes", "64", "--batch", "1", "--compile-only"]
+    assert main([*words, "--only", "ours", "+ torch.compile", "--out", str(tmp_path)]) == 0
+    assert built == ["ours", "+ torch.compile"]
+    assert not list(tmp_path.glob("*/*.json"))
+
+
+def test_a_model_of_another_depth_has_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, int]] = []
+    monkeypatch.setattr(climbing, "random_model", lambda *_, **sizes: asked.append(sizes) or small())
+    (row,) = climbed("sample", "plain fp32", depth=1)
+    assert (row.case, asked) == ("DiT-S/2, depth 1", [{"depth": 1}])
+
+
+def test_only_the_tuned_rung_follows_the_tables(
+    device_with_everything: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follows: dict[str, bool] = {}
+    build = Training.build
+
+    def built(self: Training, rung: Rung) -> Climber:
+        follows[rung.name] = tuned._on
+        return build(self, rung)
+
+    monkeypatch.setattr(Training, "build", built)
+    climbed("train", "ours", "ours, tuned", "ours + CUDA graph")
+    assert follows == {"ours": False, "ours, tuned": True, "ours + CUDA graph": False}
+    assert tuned._on
+
+
+def test_without_a_table_there_is_no_tuned_rung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    tuned.forget()
+    why = climbing.lacks(BY_NAME["ours, tuned"], torch.device("cuda"))
+    assert why == "no tuned table fits this device: python -m benchmarks.tune attention mlp"
+    assert climbing.lacks(BY_NAME["ours"], torch.device("cuda")) is None
+    tuned.forget()
+
+
+def test_options_of_a_rung_are_those_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(training, "DiT", lambda **options: made.append(options) or small())
+    step = Training(Case("train", "", 64, 1), small(), CPU, Path())
+    for name in ("ours", "ours, attention triton", "ours, epilogue cublaslt"):
+        step.build(BY_NAME[name])
+    assert [(options["attention"], options["mlp_epilogue"]) for options in made] == [
+        ("auto", "auto"), ("triton", "auto"), ("auto", "cublaslt"),
+    ]  # fmt: skip
 
 
 def test_a_reason_is_the_line_that_says_it() -> None:

@@ -39,9 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if recorder.path.exists():
                 known = {row.key: row for row in read_results(recorder.path).rows}
         for case in cases(args):
-            say(f"{case.kind}, {case.model}, {case.image_size} px, batch {case.batch}")
-            rows = climb(case, case.rungs(args.only), args.repeats, args.steps, say, keep, known)
-            print("\n".join(steps([Group(KINDS[case.kind][0], case.model, source, tuple(rows))])), flush=True)
+            say(f"{case.kind}, {case.name}, {case.image_size} px, batch {case.batch}")
+            repeats = 0 if args.compile_only else args.repeats
+            rows = climb(case, case.rungs(args.only), repeats, args.steps, say, keep, known)
+            if args.compile_only:
+                continue
+            print("\n".join(steps([Group(KINDS[case.kind][0], case.name, source, tuple(rows))])), flush=True)
     except DitFastError as error:
         print(f"ladder: {error}", file=sys.stderr)
         return 1
@@ -55,7 +58,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             for kind in args.kinds:
                 train = max(1, args.batch * 256**2 // image_size**2)
                 for batch in (train,) if kind.startswith("train") else args.images:
-                    yield Case(kind, model, image_size, batch)
+                    yield Case(kind, model, image_size, batch, args.depth)
 
 
 def say(text: str) -> None:
@@ -84,7 +87,13 @@ def parser() -> argparse.ArgumentParser:
         "--images", nargs="+", type=positive, default=[1, 8, 32], help="sampled at once (default: 1 8 32)"
     )
     names = [rung.name for rung in RUNGS]
-    made.add_argument("--only", nargs="+", choices=names, help="these rungs only")
+    made.add_argument("--only", nargs="+", choices=names, help="these rungs only, in this order")
+    made.add_argument(
+        "--depth", type=positive, help="blocks in place of the model's own, for a look in seconds"
+    )
+    made.add_argument(
+        "--compile-only", action="store_true", help="build every rung for the compilers' caches; no rows"
+    )
     for name, number, what in (
         ("--repeats", 10 if on_gpu else 3, "half the times that each rung is timed"),
         ("--steps", 10 if on_gpu else 2, "of a sampled trajectory"),

@@ -16,6 +16,7 @@ from benchmarks.ladder.training import Training
 from benchmarks.plain_dit import random_model
 from benchmarks.roofline import Rates, Step, sampling_limit, training_limit
 from benchmarks.rows import Row
+from dit_fast.kernels import tuned
 from dit_fast.models import DiT, DiT_models
 from dit_fast.training.metrics import peak_flops
 
@@ -48,21 +49,28 @@ def climb(
     """A row for each rung; `keep` is given each as soon as it has changed.
 
     Every rung is timed 2 x `repeats` times. Where all fit the device together, a round is one time of each; training
-    steps on a GPU do not, and are timed upwards and downwards again. `steps`: of a sampled trajectory. `known`: rows
-    of before by key; a rung that has its figures there is left out.
+    steps on a GPU do not, and are timed upwards and downwards again. A rung has a row from its first time on: what is
+    killed leaves the times until then. `steps`: of a sampled trajectory. `known`: rows of before by key; a rung that
+    has its figures there is left out. `repeats` 0: every rung is only built, so that all its compilers have run.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = {rung.name: row_of(case, rung.on(device), Found(failed="not begun")) for rung in rungs}
     rows |= {name: known[row.key] for name, row in rows.items() if _is_whole(known.get(row.key), repeats)}
-    missing = [rung for rung in rungs if rows[rung.name].failed is not None]
+    missing = [rung for rung in rungs if rows[rung.name].failed is not None or repeats == 0]
     if not missing:
         say(f"{case}: known from before")
         return list(rows.values())
 
     def found(rung: Rung) -> None:
+        add(rung)
+        row = rows[rung.name]
+        said = f"{1e3 * row.median:.1f} ms" if row.median else row.failed
+        say(f"{rung.name}: {'built' if repeats == 0 and not kept[rung.name].failed else said}")
+
+    def add(rung: Rung) -> None:
         rows[rung.name] = row = row_of(case, rung.on(device), kept[rung.name], model, device)
-        keep(row)
-        say(f"{rung.name}: {row.failed or f'{1e3 * (row.median or 0):.1f} ms'}")
+        if repeats > 0:
+            keep(row)
 
     kept = {rung.name: Found() for rung in missing}
     model: DiT | None = None
@@ -81,9 +89,9 @@ def climb(
                 found(rung)
         able = [rung for rung in missing if kept[rung.name].failed is None]
         alone = case.trains and device.type == "cuda"
-        visits = [[rung] for rung in (*able, *able[::-1])] if alone else [able]
+        visits = [[rung] for rung in (*able, *(able[::-1] if repeats > 0 else ()))] if alone else [able]
         for visit in visits:
-            time_together(work.build, visit, kept, repeats if alone else 2 * repeats, device)
+            time_together(work.build, visit, kept, repeats if alone else 2 * repeats, device, add)
             for rung in visit:
                 found(rung)
             clear()
@@ -92,7 +100,12 @@ def climb(
 
 def lacks(rung: Rung, device: torch.device) -> str | None:
     """Why a rung has no sense on `device`; None where it has one."""
-    return "needs a CUDA device" if rung.needs_gpu and device.type != "cuda" else None
+    if rung.needs_gpu and device.type != "cuda":
+        return "needs a CUDA device"
+    tuned.use_tables(True)
+    if rung.tuned and tuned.table(tuned.current_capability()) is None:
+        return "no tuned table fits this device: python -m benchmarks.tune attention mlp"
+    return None
 
 
 def prepare(case: Case, device: torch.device, steps: int, folder: Path) -> tuple[DiT, Training | Sampling]:
@@ -103,7 +116,8 @@ def prepare(case: Case, device: torch.device, steps: int, folder: Path) -> tuple
     if case.image_size < 1 or case.image_size % (8 * patch):
         raise ValueError(f"{case.image_size} pixels are not a multiple of 8 x patch {patch}")
     set_tf32(False)
-    model = random_model(case.model, case.image_size)
+    sizes = {} if case.depth is None else {"depth": case.depth}
+    model = random_model(case.model, case.image_size, **sizes)
     if case.trains:
         return model, Training(case, model, device, folder)
     return model, Sampling(case, model, device, steps)
@@ -115,12 +129,17 @@ def time_together(
     kept: dict[str, Found],
     repeats: int,
     device: torch.device,
+    add: Callable[[Rung], None],
 ) -> None:
-    """Build the rungs, then time them in rounds, one of each in turn."""
+    """Build the rungs, then time them in rounds, one of each in turn; `add` is called for each that has a new time.
+
+    The first round is made rung by rung, as each is built.
+    """
 
     def attempt(rung: Rung, work: Callable[[], None]) -> None:
         if kept[rung.name].failed is None:
             set_tf32(rung.on(device).tf32)
+            tuned.use_tables(rung.tuned)
             try:
                 work()
             # A compiler's, Triton's and a library's errors have no common class, and the other rungs go on.
@@ -149,9 +168,15 @@ def time_together(
 
     for rung in rungs:
         attempt(rung, lambda rung=rung: make(rung))  # type: ignore[misc]
-    for _ in range(repeats):
+        if repeats > 0:
+            attempt(rung, lambda rung=rung: once(rung))  # type: ignore[misc]
+            add(rung)
+    for _ in range(repeats - 1):
         for rung in rungs:
             attempt(rung, lambda rung=rung: once(rung))  # type: ignore[misc]
+        for rung in rungs:
+            add(rung)
+    tuned.use_tables(True)
 
 
 def _most_memory(device: torch.device) -> int | None:

@@ -18,7 +18,9 @@ KINDS = {
 class Rung:
     """How a step is made. model: "plain" PyTorch, "diffusers", or "ours" with dit_fast's step or sampler.
 
-    bf16: autocast in training and for others' models, our sampler's copy of the weights.
+    bf16: autocast in training and for others' models, our sampler's copy of the weights. attention, epilogue: `DiT`'s
+    options. tuned: launches follow the device's tuned table; without it they follow the heuristics, even
+    where there is a table.
     """
 
     name: str
@@ -30,12 +32,20 @@ class Rung:
     graph: bool = False
     fp8: bool = False
     recompute: str = "none"
+    attention: str = "auto"
+    epilogue: str = "auto"
+    tuned: bool = False
     needs_gpu: bool = False
 
     @property
     def dtype(self) -> str:
         """What products are made in."""
         return "fp8" if self.fp8 else "bf16" if self.bf16 else "tf32" if self.tf32 else "fp32"
+
+    @property
+    def training_only(self) -> bool:
+        """Whether the rung differs from the others in training alone."""
+        return self.tuned or (self.recompute, self.attention, self.epilogue) != ("none", "auto", "auto")
 
     def on(self, device: torch.device) -> "Rung":
         """The rung as it runs there: on a CPU in float32. One that needs a GPU stays as it is."""
@@ -47,6 +57,7 @@ def _low(name: str, model: str = "plain", **settings: object) -> Rung:
     return Rung(name, model, tf32=True, bf16=True, **settings)  # type: ignore[arg-type]
 
 
+# In the order of tables; another rung is a line. What a call runs first, `--only` says.
 RUNGS = (
     Rung("plain fp32", sdpa=False),
     Rung("+ TF32", tf32=True, sdpa=False, needs_gpu=True),
@@ -57,6 +68,10 @@ RUNGS = (
     _low("diffusers + torch.compile", "diffusers", compile=True),
     _low("ours, eager", "ours"),
     _low("ours", "ours", compile=True),
+    _low("ours, tuned", "ours", compile=True, tuned=True, needs_gpu=True),
+    _low("ours, attention triton", "ours", compile=True, attention="triton", needs_gpu=True),
+    _low("ours, epilogue triton", "ours", compile=True, epilogue="triton", needs_gpu=True),
+    _low("ours, epilogue cublaslt", "ours", compile=True, epilogue="cublaslt", needs_gpu=True),
     _low("ours, least memory", "ours", compile=True, recompute="cheap", needs_gpu=True),
     _low("ours + CUDA graph", "ours", compile=True, graph=True, needs_gpu=True),
     _low("ours + CUDA graph + fp8", "ours", compile=True, graph=True, fp8=True, needs_gpu=True),
@@ -65,17 +80,26 @@ RUNGS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: one of KINDS, of a model of `DiT_models` at a number of pixels; batch: images."""
+    """What is timed: one of KINDS, of a model of `DiT_models` at a number of pixels; batch: images.
+
+    depth: blocks in place of the model's own, for a look in seconds.
+    """
 
     kind: str
     model: str
     image_size: int
     batch: int
+    depth: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The model as rows name it: one of another depth is not taken for the model's own."""
+        return self.model if self.depth is None else f"{self.model}, depth {self.depth}"
 
     def place(self, rung: Rung) -> tuple[str, str, tuple[int, ...], str, str, str]:
         """What begins its row in `benchmarks.rows`."""
         benchmark, direction = KINDS[self.kind]
-        return benchmark, self.model, (self.batch, self.image_size), rung.dtype, rung.name, direction
+        return benchmark, self.name, (self.batch, self.image_size), rung.dtype, rung.name, direction
 
     @property
     def trains(self) -> bool:
@@ -91,12 +115,9 @@ class Case:
         return self.batch * (1 + self.guided)
 
     def rungs(self, names: list[str] | None = None) -> tuple[Rung, ...]:
-        """Those of RUNGS that differ from the others here; of these, those of `names`."""
-        return tuple(
-            rung
-            for rung in RUNGS
-            if (self.trains or rung.recompute == "none") and (names is None or rung.name in names)
-        )
+        """Those of RUNGS that differ from the others here; of these, those of `names`, in their order."""
+        here = {rung.name: rung for rung in RUNGS if self.trains or not rung.training_only}
+        return tuple(here[name] for name in (here if names is None else names) if name in here)
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,13 @@ class Training:
 
     def _ours(self, rung: Rung, feed: Feed) -> tuple[Callable[..., Tensor], GraphedStep | None]:
         device, batch = self.device, self.case.batch
-        ours = DiT(**self.model.config, recompute=rung.recompute).to(device).eval()
+        ours = DiT(
+            **self.model.config,
+            recompute=rung.recompute,
+            attention=rung.attention,
+            mlp_epilogue=rung.epilogue,
+        )
+        ours = ours.to(device).eval()
         ours.load_state_dict(self.model.state_dict())
         if rung.fp8:
             use_float8(ours, device)
