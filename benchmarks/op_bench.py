@@ -22,7 +22,7 @@ class Bench:
     """One operation at one shape and in one dtype setting: inputs, reference results and what to time."""
 
     def __init__(self, spec: OpSpec, shape: tuple[int, int, int], dtypes: str, device: str) -> None:
-        self.spec, self.device = spec, device
+        self.spec, self.dtypes, self.device = spec, dtypes, device
         generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
         def make(*size: int, dtype: torch.dtype) -> Tensor:

@@ -5,12 +5,16 @@ answer and writes the best ones to `kernels/tuned/<architecture>.json`, beside t
 timed only after its outputs and gradients agree with the reference as well as PyTorch does. Times are medians of
 `triton.testing.do_bench`, on the device and with the L2 cache flushed; a launch configuration by its kernel alone, a
 provider by the operation forward and backward. The heuristic stays unless another answer beats it by 2 %.
-Needs a CUDA device; `--dry-run` walks the search on any machine with a made-up timer and writes nothing.
+All answers are compiled before, by `--jobs` processes. The table is written after each question, so that what is cut
+off keeps what it measured; `--missing` leaves out what the table answers for this shape already.
+Needs a CUDA device; `--dry-run` walks the search on any machine with a made-up timer and writes nothing but a table
+that `--out` asks for.
 """
 
 import argparse
 import datetime
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ import torch
 import triton
 from tqdm import tqdm
 
+from benchmarks.compile_ahead import Answer, compile_answers
 from benchmarks.op_bench import Bench
 from benchmarks.static_report import DTYPES, WIDTHS
 from dit_fast.files import write_atomically
@@ -172,13 +177,48 @@ def search(
     device: str,
     capability: int,
     timer: Timer,
+    jobs: int = 0,
+    known: Callable[[tuned.Request], bool] = lambda request: False,
 ) -> Iterator[Measured]:
-    """Every question of the operations, measured; on the meta device nothing is computed nor checked."""
+    """Every question of the operations that is not `known`, measured; on the meta device nothing is computed.
+
+    jobs: processes that compile all launch configurations before the first is timed; 0: each is compiled when timed.
+    """
+    asked: dict[tuple[str, str], list[tuned.Request]] = {}
     for name in names:
         for kind in dtypes:
+            wanted = questions(Bench(REGISTRY[name], shape, kind, device), capability)
+            asked[name, kind] = [request for request in wanted if not known(request)]
+    answers = [
+        Answer(name, shape, kind, request.name, option)
+        for (name, kind), requests in asked.items()
+        for request in requests
+        if request.section == "launches"
+        for option in request.options
+    ]
+    for why in compile_answers(answers, capability, jobs) if answers and jobs > 0 else ():
+        tqdm.write(f"not compiled: {why}")
+    for (name, kind), requests in asked.items():
+        if requests:
             bench = Bench(REGISTRY[name], shape, kind, device)
-            for request in questions(bench, capability):
+            for request in requests:
                 yield measure(bench, request, capability, timer, device != "meta", tqdm.write)
+
+
+def answered(path: Path, shape: Sequence[int]) -> Callable[[tuned.Request], bool]:
+    """Whether the table at `path` answers a question by a measurement at `shape` with the code as it is."""
+    try:
+        sections = tuned.read_table(path).sections if path.is_file() else {}
+    except ValueError:
+        sections = {}
+
+    def known(request: tuned.Request) -> bool:
+        part = sections.get(request.section, {}).get(request.name)
+        if part is None or part["source"] != request.source:
+            return False
+        return part["entries"].get(request.key, {}).get("shape") == list(shape)
+
+    return known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -192,7 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="table to write (default: kernels/tuned/<architecture>.json)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="walk the search without a GPU; writes nothing"
+        "--dry-run", action="store_true", help="walk the search without a GPU; writes nothing but --out"
+    )
+    parser.add_argument("--missing", action="store_true", help="only what the table does not answer yet")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (default: one per core)"
     )
     args = parser.parse_args(arguments)
     if not args.dry_run and not torch.cuda.is_available():
@@ -200,15 +244,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     device, timer = ("meta", made_up_timer) if args.dry_run else ("cuda", device_timer)
     capability = 90 if args.dry_run else tuned.current_capability()
+    name = "none: a made-up timer" if args.dry_run else torch.cuda.get_device_name()
     path = args.out or tuned.FOLDER / f"sm{capability}.json"
     command = " ".join(["python -m benchmarks.tune", *(arguments if arguments is not None else sys.argv[1:])])
     for shape in [tuple(args.shape)] if args.shape else [(256, 256, width) for width in WIDTHS]:
-        found = []
-        for item in search(args.op, shape, args.dtypes, device, capability, timer):
-            found.append(item)
-            print(item.describe(), "of a made-up timer" if args.dry_run else "on this device")
-        if found and not args.dry_run:
-            write_table(path, found, shape, torch.cuda.get_device_name(), command)
+        known = answered(path, shape) if args.missing else lambda request: False
+        # Compiling for nobody: a dry run without a table to write only walks.
+        jobs = args.jobs if args.out or not args.dry_run else 0
+        for item in search(args.op, shape, args.dtypes, device, capability, timer, jobs, known):
+            print(item.describe(), "of a made-up timer" if args.dry_run else "on this device", flush=True)
+            if args.out or not args.dry_run:
+                write_table(path, [item], shape, name, command)
     return 0
 
 
