@@ -1,23 +1,27 @@
-"""Everything there is to show on one GPU, within minutes: `make gpu`, or `python -m benchmarks.gpu_suite --out DIR`.
+"""Everything there is to show on one GPU, in a slot of 15 minutes: `make gpu`, then `make gpu PART=2`.
 
-Stages run one after the other as commands of their own, the most telling first: correctness of every kernel, the
-ladder of training and sampling steps, each kernel and the optimiser beside their peers, the roofline, profiles, the
-sanitizer. Each has a share of the time; one that fails, hangs or is cut off costs the others nothing. They write rows
-(`benchmarks.rows`) to DIR/<device>, to be kept in benchmarks/results, and what is there is whole at any moment:
-stages.json and report.md are written anew after each stage. A second call with the same folder goes on with what is
-missing. Needs torch, triton, numpy, pillow, safetensors, tqdm, pytest and pytest-benchmark; matplotlib for the plots.
-`--dry-run` walks all stages with tiny shapes on any machine.
+Or `python -m benchmarks.gpu_suite [--part N] [--minutes M] [--out DIR]`. The stages (`benchmarks.gpu_plan`) are
+commands of their own, the most telling first. Each is given its share of the time that is left; one that fails, hangs
+or is cut off costs the others nothing and keeps the rows that it has finished. What the stages leave lies in --work:
+rows (`benchmarks.rows`) in <device>, the output of each stage in logs, tuned tables in tuned, stages.json and report.md.
+After each stage all of it is packed, to at most 16 MiB, into gpu-results.tar.gz in --out. A later call runs what is not
+done; on another machine of the same kind it continues from the archive in --out. A stage that the machine cannot run is
+left out, with the reason in a line. Needs torch, triton, numpy, pillow, safetensors, tqdm and pytest; what else is
+missing is a row with its reason. `--dry-run` runs the same stages with tiny sizes on any machine.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,36 +30,28 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT, commit, environment
+from benchmarks.gpu_plan import MINUTES, Machine, Stage, stages, this_machine
 from benchmarks.report import draw, full, load, plots
 from benchmarks.rows import device_of, slug
 from dit_fast.errors import DitFastError
 from dit_fast.files import write_atomically
-from dit_fast.kernels.registry import REGISTRY
+from dit_fast.kernels import tuned
 from dit_fast.sampling.output import prepare_folder
 
-FORMAT = "dit_fast gpu suite 2"
+FORMAT = "dit_fast gpu suite 3"
+ARCHIVE = "gpu-results.tar.gz"
+ARCHIVE_BYTES = 16 * 2**20
+LOG_BYTES = 2**20
+"""Of a stage's output in the archive, its end."""
+RESERVED = 5.0
+"""Seconds of a call that belong to no stage: starting, packing."""
 LAST_LINES = 40
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-LADDER = (sys.executable, "-m", "benchmarks.ladder", "--out", "{out}", "--kinds")
-PROFILE = (sys.executable, "-m", "dit_fast.cli", "profile", "--data", "digits", "--patch-size", "2")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command; "{out}" in it is the folder of the results. most: seconds at which it is cut off; least: with fewer
-    seconds left it is not begun.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    most: float
-    least: float = 15.0
-    interpreted: bool = False
+NEEDED = ("stages.json", "report.md")
 
 
 @dataclass
 class Outcome:
-    """state: "done", "failed", "cut off" or "not begun"; said: its last lines."""
+    """state: "done", "failed", "cut off", "left out" or "not begun"; said: its last lines."""
 
     name: str
     state: str
@@ -64,91 +60,101 @@ class Outcome:
     said: list[str] = field(default_factory=list)
 
 
-def stages(dry: bool) -> list[Stage]:
-    """What is run, in order of priority; `dry`: the same with tiny shapes."""
-    bench = (*PYTEST, "benchmarks/bench_ops.py", "--results={out}", "-k")
-    telling = ("attention", "gated_residual_adaln", "mlp", "gelu")
-
-    def climb(name: str, kinds: Sequence[str], *options: str, most: float) -> Stage:
-        tiny = (
-            *("--models", "DiT-S/8", "--image-sizes", "64", "--batch", "1", "--images", "1"),
-            *("--repeats", "1", "--steps", "1", "--only", "plain fp32", "ours, eager"),
-        )
-        return Stage(f"ladder: {name}", (*LADDER, *kinds, *(tiny if dry else options)), most)
-
-    def operations(names: Iterable[str]) -> str:
-        cases = " or ".join(f"{name}-{'2x64x384-fp32' if dry else '32x256x1152-bf16'}" for name in names)
-        return f"test_op and ({cases})" + (" and eager" if dry else "")
-
-    def profile(kind: str, *options: str) -> Stage:
-        size = ("--batch-size", "8", "--first", "2", "--count", "1", "--trace", f"{{out}}/{kind}-trace.json")
-        return Stage(f"profile: {kind}", (*PROFILE, *size, *options), most=60)
-
-    others = "test_adamw_ema and torch" if dry else "test_adamw_ema or attention-8x1024x1152-bf16"
-    proofs = ("tests/kernels/test_ops.py", "-k", "test_runs_agree and unpatchify")
-    roofline = (sys.executable, "-m", "benchmarks.roofline", "--measure", "--results", "{out}")
-    size = ("--model", "DiT-S/8", "--image-size", "64", "--batch", "1") if dry else ("--batch", "128")
-    sizes = ("--models", "DiT-XL/2", "DiT-L/2", "DiT-B/2", "DiT-S/2", "--image-sizes", "256", "512")
-    found = [
-        Stage("environment", (sys.executable, "-m", "dit_fast.cli", "doctor"), most=60),
-        Stage(
-            "correctness",
-            (*PYTEST, *(proofs if dry else ("tests/kernels", "-k", "not any_size"))),
-            most=200,
-            interpreted=dry,
-        ),
-        climb("training", ["train"], most=150),
-        Stage("kernels: most telling", (*bench, f"({operations(telling)}) or ({others})"), most=150),
-        climb("sampling", ["sample-cfg"], "--images", "1", "8", most=150),
-        Stage("roofline", (*roofline, *size), most=60),
-        Stage("kernels: others", (*bench, operations(n for n in REGISTRY if n not in telling)), most=120),
-        profile("training"),
-        profile("sampling", "--sample"),
-        climb("from disk, without guidance, many images", ["train-disk", "sample", "sample-cfg"], most=240),
-        climb("every size", ["train", "sample-cfg"], *sizes, "--images", "1", "8", most=400),
-    ]
-    if not dry and shutil.which("compute-sanitizer"):
-        checked = (*PYTEST, "tests/kernels/test_ops.py", "-k", "test_as_accurate", "-x")
-        for tool in ("memcheck", "racecheck"):
-            sanitize = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *checked)
-            found.append(Stage(f"sanitizer: {tool}", sanitize, most=90, least=30))
-    return found
+def steps_of(plan: Sequence[Stage]) -> Iterator[list[Stage]]:
+    """The plan cut into what runs at the same time."""
+    step: list[Stage] = []
+    for stage in plan:
+        if step and not stage.beside:
+            yield step
+            step = []
+        step.append(stage)
+    if step:
+        yield step
 
 
-def run_stage(out: Path, stage: Stage, limit: float) -> Outcome:
-    """Run one command; killed with its children after `limit` seconds."""
-    command = [part.replace("{out}", str(out.resolve())) for part in stage.command]
-    variables = {**os.environ, "TRITON_INTERPRET": "1"} if stage.interpreted else dict(os.environ)
+def share(left: float, mine: float, later: float, least: float) -> float:
+    """Seconds for a step of which `mine` are planned, before steps of `later`, with `left` to go; 0: not begun.
+
+    What earlier steps left over or took too much is spread over all that follow, by their sizes; a step gets `least`
+    at least while that much is there.
+    """
+    if left < least:
+        return 0.0
+    return min(left, max(least, left * mine / (mine + later)))
+
+
+def run_step(out: Path, machine: Machine, step: Sequence[Stage], limit: float) -> list[Outcome]:
+    """Run commands at the same time; what is not over after `limit` seconds is killed with all that it started."""
+    (out / "logs").mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    outcomes: dict[str, Outcome] = {}
     try:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=variables, start_new_session=True, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    except OSError as error:
-        return Outcome(stage.name, "failed", summary=f"{command[0]}: {error.strerror}")
-    state = "done"
-    try:
-        said, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        state = "cut off"
-        os.killpg(process.pid, 9)
-        said, _ = process.communicate()
-    except BaseException:
-        os.killpg(process.pid, 9)
-        raise
-    if state == "done" and process.returncode:
-        state = "failed"
-    lines = [line.replace(str(out.resolve()), "").replace(str(ROOT), "") for line in said.splitlines()]
-    seconds = round(time.monotonic() - start, 1)
-    return Outcome(stage.name, state, seconds, summary_of(lines), lines[-LAST_LINES:])
+        for stage in step:
+            command = [part.replace("{out}", str(out.resolve())) for part in machine.command(stage)]
+            variables = {**os.environ, "TRITON_INTERPRET": "1"} if stage.interpreted else dict(os.environ)
+            with log_of(out, stage.name).open("wb") as log:
+                try:
+                    running[stage.name] = subprocess.Popen(
+                        command, cwd=ROOT, env=variables, start_new_session=True,
+                        stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    )  # fmt: skip
+                except OSError as error:
+                    log.write(f"{command[0]}: {error.strerror}\n".encode())
+                    outcomes[stage.name] = Outcome(stage.name, "failed")
+        while running:
+            time.sleep(0.02)
+            over = time.monotonic() - start >= limit
+            for name, process in list(running.items()):
+                if process.poll() is None and not over:
+                    continue
+                state = "cut off" if process.poll() is None else "failed" if process.returncode else "done"
+                end(running.pop(name))
+                outcomes[name] = Outcome(name, state, round(time.monotonic() - start, 1))
+    finally:
+        for process in running.values():
+            end(process)
+    for stage in step:
+        text = log_of(out, stage.name).read_text(errors="replace")
+        lines = [line.replace(str(out.resolve()), "").replace(str(ROOT), "") for line in text.splitlines()]
+        outcome = outcomes[stage.name]
+        outcome.summary, outcome.said = summary_of(lines), lines[-LAST_LINES:]
+    return [outcomes[stage.name] for stage in step]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process, its group, and what it has started in groups of their own."""
+    # Of one that has ended, the number may be another's by now.
+    for pid in (*descendants(process.pid), process.pid) if process.poll() is None else ():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that `pid` has started, and those that they have."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # The name, in parentheses, may hold anything.
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its in parents.items() if its == parent]
+    return found[1:]
+
+
+def log_of(out: Path, name: str) -> Path:
+    return out / "logs" / f"{slug(name)}.log"
 
 
 def summary_of(lines: Sequence[str]) -> str:
-    """pytest's last line, else the last one that says anything."""
-    counts = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|error)", line)]
+    """The last line with counts of tests, else the last one that says anything."""
+    counts = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|error|skipped)", line)]
     spoken = [line for line in lines if line.strip()]
-    return counts[-1] if counts else spoken[-1] if spoken else ""
+    return counts[-1] if counts else spoken[-1].strip() if spoken else ""
 
 
 def run_suite(
@@ -156,29 +162,70 @@ def run_suite(
     out: Path,
     budget: float,
     say: Callable[[str], None],
-    run: Callable[[Stage, float], Outcome] | None = None,
+    run: Callable[[Sequence[Stage], float], list[Outcome]] | None = None,
     clock: Callable[[], float] = time.monotonic,
     dry: bool = False,
+    machine: Machine | None = None,
+    pack: Callable[[], object] = lambda: None,
 ) -> list[Outcome]:
-    """Run what `out` does not hold yet, within `budget` seconds. Results are on disk after each stage."""
-    run = run or partial(run_stage, out)
+    """Run what `out` does not hold yet, within `budget` seconds; the outcomes of `plan`.
+
+    Results are on disk, and packed, after each step.
+    """
+    machine = machine or Machine()
+    run = run or partial(run_step, out, machine)
     deadline = clock() + budget
     outcomes = {outcome.name: outcome for outcome in earlier(out, dry)}
-    for stage in plan:
-        before = outcomes.get(stage.name)
-        if before is not None and before.state in ("done", "failed"):
-            say(f"{stage.name}: {before.state} before")
-            continue
-        left = deadline - clock()
-        if left < stage.least:
-            outcomes.setdefault(stage.name, Outcome(stage.name, "not begun"))
-            say(f"{stage.name}: not begun, {max(left, 0):.0f} s left")
+
+    def tell(outcome: Outcome) -> None:
+        outcomes[outcome.name] = outcome
+        say(f"{outcome.name}: {outcome.state}, {outcome.seconds:.1f} s, {outcome.summary}")
+
+    pending = []
+    for step in steps_of(plan):
+        able = []
+        for stage in step:
+            before = outcomes.get(stage.name)
+            if before is not None and before.state == "done":
+                say(f"{stage.name}: done before")
+            elif (why := machine.lacks(stage)) is not None:
+                tell(Outcome(stage.name, "left out", summary=why))
+            else:
+                able.append(stage)
+        pending += [able] if able else []
+    sizes = [max(stage.seconds for stage in step) for step in pending]
+    for number, step in enumerate(pending):
+        least = min(stage.least for stage in step)
+        limit = share(deadline - clock(), sizes[number], sum(sizes[number + 1 :]), least)
+        if limit == 0:
+            for stage in step:
+                tell(Outcome(stage.name, "not begun", summary=f"fewer than {least:g} s left"))
         else:
-            say(f"{stage.name}: at most {min(stage.most, left):.0f} s")
-            outcomes[stage.name] = outcome = run(stage, min(stage.most, left))
-            say(f"{stage.name}: {outcome.state} in {outcome.seconds} s, {outcome.summary}")
-        write(out, [outcomes[s.name] for s in plan if s.name in outcomes], dry)
+            say(f"{', '.join(stage.name for stage in step)}: at most {limit:.0f} s")
+            for outcome in run(step, limit):
+                tell(outcome)
+        keep_tables(out, dry)
+        write(out, list(outcomes.values()), dry)
+        pack()
+    write(out, list(outcomes.values()), dry)
+    pack()
     return [outcomes[stage.name] for stage in plan]
+
+
+def keep_tables(out: Path, dry: bool) -> None:
+    """Copy the tuned tables of the package to the results; and back, where a table of the results has none."""
+    if dry:
+        return
+    for here, there in ((tuned.FOLDER, out / "tuned"), (out / "tuned", tuned.FOLDER)):
+        for table in sorted(here.glob("sm*.json")):
+            if here == tuned.FOLDER or not (there / table.name).exists():
+                there.mkdir(parents=True, exist_ok=True)
+                text = table.read_text()
+                write_atomically(there / table.name, partial(_write_text, text))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text)
 
 
 def earlier(out: Path, dry: bool) -> list[Outcome]:
@@ -193,9 +240,9 @@ def earlier(out: Path, dry: bool) -> list[Outcome]:
         before, outcomes = data["identity"], [Outcome(**item) for item in data["stages"]]
         changed = [key for key, value in identity(dry).items() if before.get(key) != value]
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise SystemExit(f"gpu_suite: {path} is no result of this suite; give another --out") from None
+        raise SystemExit(f"gpu_suite: {path} is no result of this suite; give another --work") from None
     if changed:
-        raise SystemExit(f"gpu_suite: {path} was made with another {', '.join(changed)}; give another --out")
+        raise SystemExit(f"gpu_suite: {path} was made with another {', '.join(changed)}; give another --work")
     return outcomes
 
 
@@ -206,6 +253,14 @@ def identity(dry: bool) -> dict[str, Any]:
         "commit": commit(),
         "dry_run": dry,
     }
+
+
+def table_of(outcomes: Sequence[Outcome]) -> list[str]:
+    """A table of what the stages came to."""
+    lines = ["| stage | state | seconds | |", "|---|---|---|---|"]
+    return lines + [
+        f"| {o.name} | {o.state} | {o.seconds:.1f} | {o.summary[:120].replace('|', '/')} |" for o in outcomes
+    ]
 
 
 def write(out: Path, outcomes: Sequence[Outcome], dry: bool) -> None:
@@ -223,18 +278,17 @@ def write(out: Path, outcomes: Sequence[Outcome], dry: bool) -> None:
         f"{time.strftime('%Y-%m-%d')}, commit {said['commit'] or 'unknown'}, torch {present['torch']}, "
         f"triton {present['triton']}.",
         "",
-        "| stage | state | seconds | |",
-        "|---|---|---|---|",
-        *(f"| {o.name} | {o.state} | {o.seconds} | {o.summary[:120].replace('|', '/')} |" for o in outcomes),
+        *table_of(outcomes),
         "",
         *results_in(out),
     ]
     for outcome in outcomes:
-        if outcome.state == "failed" or outcome.name.startswith(("environment", "profile", "roofline")):
+        shown = outcome.name.startswith(("environment", "profile", "roofline"))
+        if shown or outcome.state in ("failed", "cut off"):
             lines += [f"## {outcome.name}: {outcome.state}", "", "```", *outcome.said, "```", ""]
     texts = {"stages.json": json.dumps(data, indent=1), "report.md": "\n".join(lines)}
     for name, text in texts.items():
-        write_atomically(out / name, lambda path, text=text: path.write_text(text + "\n"))  # type: ignore[misc]
+        write_atomically(out / name, partial(_write_text, text + "\n"))
 
 
 def results_in(out: Path) -> list[str]:
@@ -250,33 +304,121 @@ def results_in(out: Path) -> list[str]:
     return lines
 
 
+def write_archive(work: Path, path: Path, most: int = ARCHIVE_BYTES) -> list[str]:
+    """Pack `work` into `path`, at most `most` bytes; returns the names that were left out, the largest files first.
+
+    Tables, rows and reports are packed always; of a log, its end.
+    """
+    files = {
+        str(file.relative_to(work)): file
+        for file in sorted(work.rglob("*"))
+        if file.is_file() and file != path and not file.name.startswith(".tmp-")
+    }
+
+    def content(name: str) -> bytes:
+        data = files[name].read_bytes()
+        return data[-LOG_BYTES:] if name.startswith("logs/") else data
+
+    def packed() -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+            for name in files:
+                data = content(name)
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mtime = len(data), int(files[name].stat().st_mtime)
+                archive.addfile(entry, io.BytesIO(data))
+        return buffer.getvalue()
+
+    left_out: list[str] = []
+    data = packed()
+    while len(data) > most:
+        spare = [
+            name for name in files if name not in NEEDED and not re.fullmatch(r"[^/]+/[^/]+\.json", name)
+        ]
+        if not spare:
+            raise DitFastError(f"{path.name}: rows and reports alone take {len(data)} bytes, at most {most}")
+        largest = max(spare, key=lambda name: len(content(name)))
+        left_out.append(largest)
+        del files[largest]
+        data = packed()
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+    return left_out
+
+
+def unpack(path: Path, work: Path) -> None:
+    """Lay the results of an archive into `work`. SystemExit for what is no archive of this suite."""
+    try:
+        with tarfile.open(path) as archive:
+            archive.extractall(work, filter="data")
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise SystemExit(f"gpu_suite: {path} is no archive of this suite ({error}); move it away") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Everything there is to show on one GPU, within minutes.")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time for this call (default: 9)")
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="(default: gpu-results)")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on any machine; no GPU figure")
-    args = parser.parse_args(arguments)
-    if not args.minutes > 0:
-        parser.error(f"--minutes {args.minutes:g}: give a positive number")
+    args = parser().parse_args(arguments)
+    minutes = MINUTES[args.part] if args.minutes is None else args.minutes
+    if not minutes > 0:
+        parser().error(f"--minutes {minutes:g}: give a positive number")
     if not args.dry_run and not torch.cuda.is_available():
         print("gpu_suite: no CUDA device here; --dry-run walks the stages without one", file=sys.stderr)
         return 1
+    archive = args.out / ARCHIVE
+    machine = this_machine()
+    if args.dry_run:
+        machine = Machine(versions=machine.versions, tools=machine.tools)
+    say = partial(print, flush=True)
+    # Stages run in sessions of their own: leave none behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        prepare_folder(args.out)
+        for folder in (args.work, args.out):
+            prepare_folder(folder)
+        if not (args.work / "stages.json").exists() and archive.is_file():
+            unpack(archive, args.work)
+            say(f"continues from {archive}")
+        plan = stages(args.part, args.dry_run, os.cpu_count() or 1)
+        for note in machine.notes() if machine.capability else ():
+            say(note)
+        earlier(args.work, args.dry_run)
+        keep_tables(args.work, args.dry_run)
         outcomes = run_suite(
-            stages(args.dry_run),
-            args.out,
-            60 * args.minutes,
-            lambda text: print(text, flush=True),
+            plan,
+            args.work,
+            60 * minutes - RESERVED,
+            say,
             dry=args.dry_run,
+            machine=machine,
+            pack=lambda: write_archive(args.work, archive),
         )
     except DitFastError as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{args.out / 'report.md'}: {sum(o.state == 'done' for o in outcomes)} of {len(outcomes)} stages done"
+    print("\n".join(table_of(outcomes)))
+    complete = all(outcome.state in ("done", "left out") for outcome in outcomes)
+    size = archive.stat().st_size / 2**20
+    print(f"{archive}: {size:.1f} MiB{'' if complete else '; the same command again runs what is not done'}")
+    return 0 if complete else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_suite",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return 1 if any(outcome.state == "failed" for outcome in outcomes) else 0
+    made.add_argument("--part", type=int, choices=tuple(MINUTES), default=1, help="(default: 1)")
+    times = ", ".join(f"{minutes:g}" for minutes in MINUTES.values())
+    made.add_argument("--minutes", type=float, help=f"time for this call (default: {times} by part)")
+    made.add_argument(
+        "--out", type=Path, default=Path("gpu-results"), help=f"folder of {ARCHIVE} (default: gpu-results)"
+    )
+    made.add_argument(
+        "--work",
+        type=Path,
+        default=Path("gpu-results"),
+        help="what a later call goes on from (default: gpu-results)",
+    )
+    made.add_argument("--dry-run", action="store_true", help="tiny sizes on any machine; no GPU figure")
+    return made
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pytest plugin of a worker of `benchmarks.parallel_tests`: takes tests, watches over them, notes their outcomes."""
+"""The pytest plugin of a worker of `benchmarks.parallel_tests`: takes tests, watches over them, notes what came out."""
 
 import faulthandler
 import hashlib
