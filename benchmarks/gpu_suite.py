@@ -3,7 +3,7 @@
 Or `python -m benchmarks.gpu_suite [--part N] [--minutes M] [--out DIR]`. The stages (`benchmarks.gpu_plan`) are
 commands of their own, the most telling first. Each is given its share of the time that is left; one that fails, hangs
 or is cut off costs the others nothing and keeps the rows that it has finished. What the stages leave lies in --work:
-rows (`benchmarks.rows`) in <device>, the output of each stage in logs, tuned tables in tuned, stages.json and report.md.
+rows (`benchmarks.rows`) in <device>, the output of each stage in logs, tuned tables in tuned, stages.json, report.md.
 After each stage all of it is packed, to at most 16 MiB, into gpu-results.tar.gz in --out. A later call runs what is not
 done; on another machine of the same kind it continues from the archive in --out. A stage that the machine cannot run is
 left out, with the reason in a line. Needs torch, triton, numpy, pillow, safetensors, tqdm and pytest; what else is
