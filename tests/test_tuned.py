@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
-from benchmarks import tune
+from benchmarks import compile_ahead, tune
+from benchmarks.compile_ahead import Answer, compile_answer
 from benchmarks.op_bench import Bench
 from benchmarks.tune import Measured
 from dit_fast.kernels import reference, tuned
@@ -210,6 +212,96 @@ def test_dry_run_walks_the_search_and_writes_nothing(
     assert lines[0].endswith("microseconds of a made-up timer")
     assert len(lines) == 2
     assert list(folder.iterdir()) == []
+
+
+def test_a_table_is_written_after_each_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All answers are compiled before the first is timed; what is killed keeps what it has measured."""
+    compiled: list[Any] = []
+
+    def compile_answers(answers: Any, capability: int, jobs: int) -> list[str]:
+        compiled.extend(answers)
+        assert (capability, jobs) == (90, 3)
+        return ["one of them: why"]
+
+    def timer(function: Callable[[], Any]) -> float:
+        assert len(compiled) == 26
+        if path.exists():
+            raise KeyboardInterrupt
+        return 1.0
+
+    path = tmp_path / "sm90.json"
+    words = [
+        "gated_residual",
+        "--shape",
+        "256",
+        "256",
+        "1152",
+        "--dtypes",
+        "bf16",
+        "--jobs",
+        "3",
+        "--missing",
+    ]
+    words += ["--dry-run", "--out", str(path)]
+    monkeypatch.setattr(tune, "compile_answers", compile_answers)
+    monkeypatch.setattr(tune, "made_up_timer", timer)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(words)
+    data = json.loads(path.read_text())
+    assert list(data["launches"]) == [FORWARD]
+    assert data["device"] == "none: a made-up timer"
+
+    # The next call asks for the rest alone, and the one after it for nothing.
+    compiled.clear()
+    monkeypatch.setattr(tune, "made_up_timer", lambda function: 1.0)
+    assert tune.main(words) == 0
+    assert {answer.name for answer in compiled} == {"_gated_residual_bwd_kernel"}
+    assert list(json.loads(path.read_text())["launches"]) == ["_gated_residual_bwd_kernel", FORWARD]
+    compiled.clear()
+    assert tune.main(words) == 0
+    assert compiled == []
+    # At another shape nothing is answered.
+    words[2:5] = ["8", "256", "1152"]
+    assert tune.main(words) == 0
+    assert len(compiled) == 26
+
+
+def test_tables_can_be_left_out(folder: Path) -> None:
+    write(folder, table())
+    heuristic = row_launch(*SHAPE, 2)
+    for on, warps in ((True, 8), (False, heuristic.num_warps), (True, 8)):
+        tuned.use_tables(on)
+        assert recorded().num_warps == warps
+
+
+@pytest.mark.slow
+def test_an_answer_is_compiled_where_a_launch_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's own launcher: once compiled for an architecture, it is found in the cache."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    launched = recorded()
+    option = RowLaunch(4, 1024, 128, 8, 1)
+    answer = Answer("gated_residual", SHAPE, "bf16", FORWARD, option)
+    try:
+        assert compile_answer(answer, 90) is None
+        made = sorted(path.name for path in tmp_path.rglob(f"{FORWARD}.cubin"))
+        assert made == [f"{FORWARD}.cubin"]
+        # As another process would: nothing in memory, everything on disk.
+        launched.kernel.device_caches.clear()
+        seen = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+        assert compile_answer(answer, 90) is None
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == seen
+    finally:
+        launched.kernel.device_caches.clear()
+
+
+def test_an_answer_that_does_not_compile_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(launch: Any) -> None:
+        raise RuntimeError("out of registers\nlong story")
+
+    monkeypatch.setattr(compile_ahead, "compile_as_launched", fail)
+    answer = Answer("gated_residual", SHAPE, "bf16", FORWARD, "option")
+    monkeypatch.setattr(Bench, "launches", lambda *_: [None])
+    assert compile_answer(answer, 90) == f"{FORWARD} option: out of registers"
 
 
 def test_the_search_writes_what_the_launches_read(folder: Path) -> None:
