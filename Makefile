@@ -1,9 +1,12 @@
 # make demo trains and samples; make test runs the tests. Both start from a machine with Python 3.11+, gcc and make.
 #   PYTHON=python3.12         the interpreter of .venv
+#   PART=2, MINUTES=3         of make gpu: which part, and its time; OUT=folder, where its archive goes
 #   TORCH_INDEX=https://...   where PyTorch comes from; unset, the configured index or PyTorch's CPU index is chosen
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+PART ?= 1
+OUT ?= gpu-results
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 PY := .venv/bin/python
@@ -21,7 +24,8 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation as web pages, in site/"
-	@echo "make gpu     correctness and speed on one NVIDIA GPU in nine minutes, with the python3 that has torch there"
+	@echo "make gpu     correctness, training steps and operations on one NVIDIA GPU in 7 minutes, with the python3 that"
+	@echo "             has torch there; make gpu PART=2 in 5 more: sampling, row kernels, race check, Nsight Compute"
 	@echo "make clean   remove .venv, demo/ and what tools left behind"
 
 demo: .venv/.demo
@@ -70,7 +74,7 @@ docs: .venv/.test
 
 # The python of the machine, whose torch is built for its GPU; nothing is installed.
 gpu:
-	$(PYTHON) -m benchmarks.gpu_suite --minutes 9 --out gpu-results
+	$(PYTHON) -m benchmarks.gpu_suite --part $(PART) --out '$(OUT)' $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf .venv demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
