@@ -34,13 +34,14 @@ from benchmarks.gpu_plan import MINUTES, Machine, Stage, stages, this_machine
 from benchmarks.report import draw, full, load, plots
 from benchmarks.rows import device_of, slug
 from dit_fast.errors import DitFastError
-from dit_fast.files import write_atomically
+from dit_fast.files import TEMPORARY, write_atomically
 from dit_fast.kernels import tuned
 from dit_fast.sampling.output import prepare_folder
 
 FORMAT = "dit_fast gpu suite 3"
 ARCHIVE = "gpu-results.tar.gz"
 ARCHIVE_BYTES = 16 * 2**20
+UNPACKED_BYTES = 2**30
 LOG_BYTES = 2**20
 """Of a stage's output in the archive, its end."""
 RESERVED = 5.0
@@ -312,7 +313,7 @@ def write_archive(work: Path, path: Path, most: int = ARCHIVE_BYTES) -> list[str
     files = {
         str(file.relative_to(work)): file
         for file in sorted(work.rglob("*"))
-        if file.is_file() and file != path and not file.name.startswith(".tmp-")
+        if file.is_file() and file != path and not file.name.startswith(TEMPORARY)
     }
 
     def content(name: str) -> bytes:
@@ -349,7 +350,12 @@ def unpack(path: Path, work: Path) -> None:
     """Lay the results of an archive into `work`. SystemExit for what is no archive of this suite."""
     try:
         with tarfile.open(path) as archive:
-            archive.extractall(work, filter="data")
+            members = archive.getmembers()
+            if (size := sum(member.size for member in members)) > UNPACKED_BYTES:
+                raise tarfile.TarError(f"{size} bytes unpacked, at most {UNPACKED_BYTES}")
+            # stages.json says that the rest is there.
+            for member in sorted(members, key=lambda member: member.name == "stages.json"):
+                archive.extract(member, work, filter="data")
     except (OSError, tarfile.TarError, EOFError) as error:
         raise SystemExit(f"gpu_suite: {path} is no archive of this suite ({error}); move it away") from None
 
