@@ -31,7 +31,7 @@ class Switches(nn.Module):
 
     @property
     def attention(self) -> str:
-        """Which attention runs: "auto", "triton", "sdpa" or "flash"; assign to change it for the whole model."""
+        """Which attention runs: "auto", "triton", "sdpa", "cudnn" or "flash"; assign to change it in all blocks."""
         return self._attention
 
     @attention.setter

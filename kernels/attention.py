@@ -19,7 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from dit_fast.kernels import attention_long, attention_short, reference
-from dit_fast.kernels.attention_backends import choose_backend, flash_attention, sdpa_attention
+from dit_fast.kernels.attention_backends import (
+    choose_backend,
+    cudnn_attention,
+    flash_attention,
+    sdpa_attention,
+)
 from dit_fast.kernels.launch import capability
 from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 
@@ -109,8 +114,9 @@ def attention(
 
     qkv (B, T, 3 * H * K) as a projection to [q; k; v], each (H, K), gives it; float16, bfloat16, float32 or float64,
     rows contiguous; num_heads H; bias (3 * H * K,), to be added to qkv first, or None. Returns (B, T, H * K) in the
-    dtype of `qkv`. backend: "auto", "triton" (these kernels), "sdpa" (PyTorch) or "flash" (a flash-attn package); see
-    `choose_backend`. kernels: "triton" makes "auto" these kernels, "reference" is PyTorch whatever the backend.
+    dtype of `qkv`. backend: "auto", "triton" (these kernels), "sdpa" (PyTorch), "cudnn" (PyTorch with cuDNN first) or
+    "flash" (a flash-attn package); see `choose_backend`. kernels: "triton" makes "auto" these kernels, "reference" is
+    PyTorch whatever the backend.
     Raises ValueError for arguments that do not fit or another word, ImportError where a package is missing.
     """
     K = check_packed("attention", qkv, num_heads, bias)
@@ -121,7 +127,7 @@ def attention(
         return _attention_op(qkv, num_heads, bias)[0]
     if chosen == "flash":
         return flash_attention(qkv, num_heads, bias)
-    return sdpa_attention(qkv, num_heads, bias)
+    return (cudnn_attention if chosen == "cudnn" else sdpa_attention)(qkv, num_heads, bias)
 
 
 def takes_head_dim(K: int) -> bool:
@@ -130,7 +136,7 @@ def takes_head_dim(K: int) -> bool:
 
 
 def attention_backend(x: Tensor, K: int, backend: str = "auto", kernels: str = "auto") -> str:
-    """Which of "triton", "sdpa" or "flash" `attention` takes for tokens x (B, T, ...) and heads of width K.
+    """Which of "triton", "sdpa", "cudnn" or "flash" `attention` takes for tokens x (B, T, ...) and heads of width K.
 
     kernels="triton" makes "auto" the Triton kernels where they take K, kernels="reference" makes all PyTorch's.
     """

@@ -1,7 +1,8 @@
 """Which implementation `attention` runs: these kernels, PyTorch's, or a flash-attn package's.
 
-"sdpa" is `torch.nn.functional.scaled_dot_product_attention` (flash or cuDNN on CUDA); "flash" is flash-attn 4
-(`flash_attn.cute`), 3 (`flash_attn_interface`) or 2 (`flash_attn`), the first that the device can run and that imports.
+"sdpa" is `torch.nn.functional.scaled_dot_product_attention`, which chooses between flash-attn 2 and cuDNN itself;
+"cudnn" is the same with cuDNN's attention first; "flash" is flash-attn 4 (`flash_attn.cute`), 3
+(`flash_attn_interface`) or 2 (`flash_attn`), the first that the device can run and that imports.
 All of them read the packed projection through views and have a gradient for the bias, since it is added first.
 """
 
@@ -14,18 +15,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_fast.kernels import attention_long, attention_short, tuned
 from dit_fast.kernels.launch import device_capability
 from dit_fast.kernels.op import define_op
 
-BACKENDS = ("auto", "triton", "sdpa", "flash")
+BACKENDS = ("auto", "triton", "sdpa", "cudnn", "flash")
+# In this order; PyTorch leaves out what it cannot run on a device or for a shape.
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_MODULES = {
     2: ("flash_attn", "flash_attn_qkvpacked_func"),
     3: ("flash_attn_interface", "flash_attn_qkvpacked_func"),
     4: ("flash_attn.cute", "flash_attn_func"),
 }
+
+
+_TORCH_PREFERS_CUDNN = torch.torch_version.TorchVersion(torch.__version__) >= "2.11"
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,9 @@ def choose_backend(
 ) -> Choice:
     """What `attention(..., backend=backend)` runs for qkv of `dtype` on `device`; nothing is launched.
 
-    "auto" is PyTorch's until this device's tuned table, measured by `benchmarks.tune`, says otherwise. Raises
-    ValueError for another word or for what flash-attn does not take, ImportError where no flash-attn imports.
+    "auto" is PyTorch's until this device's tuned table, measured by `benchmarks.tune`, says otherwise: cuDNN's on
+    Hopper and Blackwell, by PyTorch's own choice since 2.11, by ours before. Raises ValueError for an unknown name or
+    for what flash-attn does not take, ImportError where no flash-attn imports.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention: backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
@@ -59,6 +69,13 @@ def choose_backend(
     bucket = next((bound for bound in (256, 1024, 4096) if tokens <= bound), 0)
     measured = _tuned_backend(f"{dtype}-K{head_dim}-T{bucket or 'more'}", _index(device))
     if measured == "":
+        cudnn = (
+            device_capability(_index(device)) // 10 in (9, 10) and dtype in FLASH_DTYPES and head_dim % 8 == 0
+        )
+        if cudnn and not _TORCH_PREFERS_CUDNN:
+            return Choice(
+                "cudnn", "auto: the fastest of PyTorch's here; no tuned table has measured this shape"
+            )
         return Choice("sdpa", "auto: no tuned table of this device has measured this shape")
     if measured == "flash" and not (dtype in FLASH_DTYPES and _installed(_index(device))):
         return Choice("sdpa", "auto: the tuned table says flash, which is not installed (extra 'flash')")
@@ -80,7 +97,7 @@ def _tuned_backend(key: str, index: int) -> str:
         attention_long._attention_long_bwd_keys_kernel,
     )
     return tuned.choice(
-        "attention", key, "", options=("sdpa", "triton", "flash"), kernels=kernels,
+        "attention", key, "", options=("sdpa", "cudnn", "triton", "flash"), kernels=kernels,
         capability=device_capability(index),
     )  # fmt: skip
 
@@ -124,6 +141,12 @@ def sdpa_attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:
     B, T, packed = qkv.shape
     q, k, v = qkv.reshape(B, T, 3, num_heads, packed // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, packed // 3)
+
+
+def cudnn_attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:
+    """`sdpa_attention` by cuDNN where it runs, else by what PyTorch would have taken."""
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return sdpa_attention(qkv, num_heads, bias)
 
 
 def flash_attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:

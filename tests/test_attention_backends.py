@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_close
 from torch import Tensor
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from dit_fast.kernels import attention, attention_backends, choose_backend, reference
 from dit_fast.kernels.attention import attention_backend
-from dit_fast.kernels.attention_backends import Choice, flash_version, sdpa_attention
+from dit_fast.kernels.attention_backends import Choice, cudnn_attention, flash_version, sdpa_attention
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -42,7 +43,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 def test_unknown_word_is_refused() -> None:
     with pytest.raises(
         ValueError,
-        match=r"^attention: backend='fast': choose one of 'auto', 'triton', 'sdpa', 'flash'$",
+        match=r"^attention: backend='fast': choose one of 'auto', 'triton', 'sdpa', 'cudnn', 'flash'$",
     ):
         choose_backend("fast", CPU, torch.float32, 256, 72)
 
@@ -106,6 +107,38 @@ def test_auto_without_a_measurement(device, table) -> None:
     table["torch.bfloat16-K64-T256"] = "triton"
     expected = Choice("sdpa", "auto: no tuned table of this device has measured this shape")
     assert choose_backend("auto", CUDA, torch.bfloat16, 256, 72) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "K", "prefers", "expected"),
+    [
+        (90, torch.bfloat16, 72, False, "cudnn"),
+        (100, torch.float16, 64, False, "cudnn"),
+        (90, torch.bfloat16, 72, True, "sdpa"),  # PyTorch takes cuDNN's itself
+        (80, torch.bfloat16, 72, False, "sdpa"),
+        (90, torch.float32, 72, False, "sdpa"),
+        (90, torch.bfloat16, 12, False, "sdpa"),
+    ],
+)
+def test_auto_is_cudnn_s_on_hopper_until_measured(
+    device, table, monkeypatch, capability, dtype, K, prefers, expected
+):
+    device(capability)
+    monkeypatch.setattr(attention_backends, "_TORCH_PREFERS_CUDNN", prefers)
+    assert choose_backend("auto", CUDA, dtype, 256, K).name == expected
+    table[f"{dtype}-K{K}-T256"] = "triton"
+    assert choose_backend("auto", CUDA, dtype, 256, K).name == "triton"
+
+
+def test_cudnn_first_is_attention_and_traces_whole() -> None:
+    """Without cuDNN it is what PyTorch runs otherwise; the priorities before it are those after it."""
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    for bias in (False, True):
+        assert_is_attention(cudnn_attention, bias)
+    qkv, heads, _, _ = draw(2, 9, 3, 24, False)
+    compiled = torch.compile(cudnn_attention, fullgraph=True)
+    torch.testing.assert_close(compiled(qkv, heads, None), cudnn_attention(qkv, heads, None))
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
 
 
 @pytest.mark.parametrize(
