@@ -333,7 +333,7 @@ def test_unlabelled_dropout_and_unknown_data_and_missing_checkpoint(tmp_path, ca
     monkeypatch.setattr(Sampler, "__call__", lambda *a, **k: pytest.fail("sampling began"))
     small_model(class_dropout_prob=0.0).save_pretrained(tmp_path / "model")
     out = ("--out", tmp_path / "o")
-    assert command("--ckpt", tmp_path / "model", *out) == 1
+    assert command("--ckpt", tmp_path / "model", "--cfg-scale", 4, *out) == 1
     assert "guidance scale 4.0 needs a model trained with label dropout" in capsys.readouterr().err
     assert command("--ckpt", tmp_path / "model", "--cfg-scale", 1, "--compare-to", *out) == 1
     assert "does not say what it was trained on: give --compare-to DATA" in capsys.readouterr().err

@@ -212,7 +212,7 @@ def test_the_folder_must_hold_images(work, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         encode(settings(work, data=work / "nowhere"))
     (work / "empty" / "a").mkdir(parents=True)
-    with pytest.raises(DataError, match="1 sub-folders and no PNG or JPEG image"):
+    with pytest.raises(DataError, match="1 sub-folders and no image that is read"):
         encode(settings(work, data=work / "empty"))
     assert not (work / "set").exists()
 
@@ -287,3 +287,91 @@ def test_scaling_by_channel(work):
     encoder = LatentEncoder(str(work / "vae"))
     assert encoder.shift == (1.0, -1.0)
     assert encoder.scale == (latent_sets.SCALE / 2, latent_sets.SCALE / 4)
+
+
+def test_unreadable_images_are_left_out_up_to_the_number_given(work):
+    """The set is of the others; which ones it lacks follows from the images, not from ranks or interruptions."""
+    expected = open_everything(work / "images", encode(settings(work, out=work / "whole")).out)
+    for name in ("a/001.png", "b/002.png"):
+        path = work / "images" / name
+        path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(DataError, match="leave them out with --skip-unreadable 2"):
+        encode(settings(work, skip_unreadable=1))
+    assert not (work / "set" / "manifest.json").exists()
+    result = encode(settings(work, skip_unreadable=2))
+    assert result.complete
+    assert result.images == 5
+    assert list(result.unreadable) == ["a/001.png", "b/002.png"]
+    data = open_latents(work / "set", verify=True, holdout=0.3)
+    assert (len(data.train), len(data.heldout)) == (3, 2)
+    data = open_latents(work / "set", verify=True)
+    assert data.train.members.tolist() == [0, 2, 3, 4, 5]
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1]
+    indices = torch.arange(5)
+    assert torch.equal(data.train.moments(indices), expected[[0, 2, 3, 4, 5]])
+    assert torch.equal(
+        data.train.moments(indices, torch.ones(5, dtype=torch.bool)).isnan().any(), torch.tensor(False)
+    )
+    before = contents(work / "set")
+    for rank in (2, 0, 1):
+        again = encode(settings(work, out=work / "ranks", skip_unreadable=2), rank, 3)
+    assert again.complete
+    assert contents(work / "ranks") == before
+    assert encode(settings(work, skip_unreadable=2)).kept == 3
+    with pytest.raises(DataError, match="2 of 7 images cannot be read"):
+        encode(settings(work))
+
+
+def open_everything(images: Path, out: Path) -> torch.Tensor:
+    data = open_latents(out)
+    return data.train.moments(torch.arange(len(data.train)))
+
+
+def test_ranks_that_left_out_too_many_together_do_not_finish(work):
+    for name in ("a/001.png", "b/002.png"):
+        (work / "images" / name).write_bytes(b"no image")
+    assert not encode(settings(work, skip_unreadable=1), 0, 3).complete
+    assert not encode(settings(work, skip_unreadable=1), 1, 3).complete
+    with pytest.raises(
+        DataError, match=r"2 images cannot be read: .*a/001\.png .*b/002\.png .*--skip-unreadable 2"
+    ):
+        encode(settings(work, skip_unreadable=1), 2, 3)
+    assert not (work / "set" / "manifest.json").exists()
+    assert encode(settings(work, skip_unreadable=2), 2, 3).complete
+
+
+def test_how_files_became_pixels_is_part_of_the_set(work):
+    image = np.zeros((SIZE, SIZE, 4), dtype=np.uint8)
+    image[..., 0] = 255  # red, all of it transparent
+    Image.fromarray(image).save(work / "images" / "a" / "000.png")
+    moments = {}
+    for name, options in {"white": {}, "black": {"background": "black"}, "raw": {"raw_pixels": True}}.items():
+        data = open_latents(encode(settings(work, out=work / name, **options)).out)
+        moments[name] = data.train.moments(torch.tensor([0]))
+    vae = latent_sets.StandInVae.from_pretrained(str(work / "vae"), True, False)
+    for name, colour in {
+        "white": (1.0, 1.0, 1.0),
+        "black": (-1.0, -1.0, -1.0),
+        "raw": (1.0, -1.0, -1.0),
+    }.items():
+        pixels = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, SIZE, SIZE)
+        with torch.no_grad():
+            mean = vae.quant_conv(vae.encoder(pixels)).chunk(2, 1)[0]
+        # float16 rounds to 11 significant bits.
+        assert torch.allclose(moments[name][:, 0].float(), mean, rtol=2**-11, atol=2**-24), name
+    with pytest.raises(DataError, match=r"begun otherwise: pixels is .*white.* there and .*black"):
+        encode(settings(work, out=work / "white", background="black"))
+    said = open_latents(work / "black").describe()["pixels"]
+    assert said == {"background": "black", "raw_pixels": False}
+    assert "pixels" not in open_latents(work / "raw").describe(), "as sets that know of no choice"
+
+
+def test_a_flat_folder_is_encoded_without_classes(work):
+    with pytest.raises(DataError, match="train without classes: --num-classes 0"):
+        encode(settings(work, data=work / "images" / "a"))
+    assert encode(settings(work, data=work / "images" / "a", num_classes=0)).images == 4
+    with pytest.raises(DataError, match=r"1 class found; .*--num-classes 0 trains without classes"):
+        open_latents(work / "set")
+    assert len(open_latents(work / "set", num_classes=0).train) == 4
+    with pytest.raises(ConfigError, match="--num-classes 5: sub-folders are classes; give 0 for none"):
+        settings(work, num_classes=5)

@@ -4,6 +4,7 @@ import argparse
 
 import torch
 
+from dit_fast.cli.train import add_conversion_options
 from dit_fast.data.embed import embed
 from dit_fast.data.encode import PRECISIONS, EncodeConfig, encode
 from dit_fast.data.shards import DTYPES
@@ -66,6 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a caption (default: as many as the encoder takes, at most 120)",
     )
     parser.add_argument(
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="0: images need no sub-folders, and no class is told of them (default: a class for each sub-folder)",
+    )
+    add_conversion_options(parser)
+    parser.set_defaults(background=EncodeConfig.background)
+    parser.add_argument(
+        "--skip-unreadable",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go on without up to N images that cannot be read (default: 0)",
+    )
+    parser.add_argument(
         "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
     )
     parser.add_argument(
@@ -98,6 +114,9 @@ def run(args: argparse.Namespace) -> int:
     done = f"shards: {result.encoded} encoded, {result.kept} kept"
     if result.complete:
         say(f"{result.out} is complete: {result.images} images; {done}")
+        if result.unreadable:
+            files = "; ".join(f"{name} ({reason})" for name, reason in sorted(result.unreadable.items()))
+            say(f"left out, because they could not be read: {len(result.unreadable)} files: {files}")
     else:
         say(f"rank {rank}/{world_size}: {done}, {result.missing} still to come from other ranks")
     return 0

@@ -7,12 +7,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from dit_fast.cli import sample
-from dit_fast.data import Size, apportion, parse_buckets
+from dit_fast.cli.train import add_conversion_options
+from dit_fast.data import Conversion, Size, apportion, parse_buckets
 from dit_fast.errors import ConfigError
 from dit_fast.evaluation import (
     FEATURES,
@@ -48,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "samples", nargs="?", help="folder of PNG or JPEG images, or .npz archive with arr_0 (or give --ckpt)"
+        "samples",
+        nargs="?",
+        help="folder of images or of dit-fast sample, or .npz archive with arr_0 (or give --ckpt)",
     )
     parser.add_argument(
         "--against",
@@ -73,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scale and crop each image to the nearest of HEIGHTxWIDTH,..., as dit-fast train --buckets does (default: "
         "the checkpoint's own, in their proportion in its training)",
     )
+    add_conversion_options(parser)
+    parser.set_defaults(raw_pixels=None)
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument(
         "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
@@ -112,14 +118,20 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--features classifier knows images of one size, these are of several: give --image-size"
         )
-    opened = (args.image_size, _workers(args), buckets)
+    conversion = _conversion(args)
+    opened = (args.image_size, _workers(args), buckets, conversion)
     reference = None if args.against is None else open_reference(args.against, *opened)
     # A folder of samples is opened before a network is loaded: what is wrong with it is cheaper to find.
     given = None if args.samples is None else open_source(args.samples, *opened)
     if given is not None and reference is not None and not buckets:
         _check_sizes(given, reference)
     extractor = open_extractor(
-        args.features, device, weights=args.weights, labelled=args.against, image_size=args.image_size
+        args.features,
+        device,
+        weights=args.weights,
+        labelled=args.against,
+        image_size=args.image_size,
+        conversion=conversion,
     )
     for path in (args.out, args.save_statistics):
         if path is not None:
@@ -177,12 +189,25 @@ def _check_sizes(source: ImageSource, reference: Reference) -> None:
         )
 
 
-def _mixture(checkpoint: str) -> dict[Size, int]:
-    """The buckets, in pixels, that a run was trained on, and how many images each had; {} for any other model."""
+def _manifest(checkpoint: str) -> dict[str, Any]:
+    """What a run says of itself; {} for any other model."""
     path = Path(checkpoint)
     if not (path / MANIFEST).is_file() and not step_folders(path):
         return {}
-    manifest = read_manifest(find_checkpoint(path))
+    return read_manifest(find_checkpoint(path))
+
+
+def _conversion(args: argparse.Namespace) -> Conversion:
+    """How images become pixels: as asked for, else as for the training of --ckpt."""
+    data = (_manifest(args.ckpt) if args.ckpt else {}).get("data") or {}
+    trained = Conversion.of(data["pixels"]) if "pixels" in data else Conversion()
+    raw = trained.raw if args.raw_pixels is None else args.raw_pixels
+    return Conversion(args.background or trained.background, raw)
+
+
+def _mixture(checkpoint: str) -> dict[Size, int]:
+    """The buckets, in pixels, that a run was trained on, and how many images each had; {} for any other model."""
+    manifest = _manifest(checkpoint)
     config, data = manifest.get("train_config") or {}, manifest.get("data") or {}
     if not config.get("buckets"):
         return {}

@@ -21,7 +21,7 @@ from dit_fast.sampling.explain import (
     steps_sweep,
     thinned,
 )
-from dit_fast.sampling.grid import short_label
+from dit_fast.sampling.grid import save_grid, short_label
 from dit_fast.sampling.output import prepare_folder
 from dit_fast.terminal import say
 from dit_fast.training.world import ranks
@@ -105,5 +105,5 @@ def _shown(plan: Plan, states: Tensor) -> Tensor:
 
 
 def _write(path: Path, picture: Image.Image) -> None:
-    write_atomically(path, picture.save)
+    write_atomically(path, lambda temporary: save_grid(picture, temporary))
     say(f"wrote {path}")

@@ -97,7 +97,14 @@ def _images(args: argparse.Namespace, model: DiT, info: ModelInfo) -> ImageSet:
         raise ConfigError(f"{info.path} does not say what it was trained on: give --data SOURCE")
     buckets = tuple((height, width) for height, width in info.data.get("buckets", ()))
     size = None if buckets else model.x_embedder.img_size
-    data = images_as_trained(source, info, model.in_channels, image_size=size, buckets=buckets)
+    data = images_as_trained(
+        source,
+        info,
+        model.in_channels,
+        image_size=size,
+        buckets=buckets,
+        num_classes=None if model.num_classes else 0,
+    )
     if model.num_classes not in (0, data.num_classes):
         raise ConfigError(
             f"--data {source} has {data.num_classes} classes, the model {model.num_classes}: give images of its classes"

@@ -22,7 +22,8 @@ from dit_fast.data import to_pixels
 from dit_fast.errors import DitFastError, OutputError
 from dit_fast.evaluation import Scorer
 from dit_fast.files import TEMPORARY, write_atomically
-from dit_fast.sampling import Step, draw_grid, short_label, to_pil, to_uint8
+from dit_fast.sampling import Step, draw_grid, save_grid, short_label, to_pil, to_uint8
+from dit_fast.sampling.output import ARCHIVE, GRID, IMAGES
 from dit_fast.sampling.progress import Progress
 from dit_fast.terminal import say
 from dit_fast.training.world import join_world
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.save_images:
         _write_images(args, plan)
     if args.npz:
-        path = args.out / "samples.npz"
+        path = args.out / ARCHIVE
         parts.write_npz(path)
         say(f"wrote {path} ({parts.num} images)")
     if args.gif:
@@ -142,16 +143,16 @@ def _write_grid(args: argparse.Namespace, plan: Plan, images: np.ndarray) -> Non
         else:
             parts = range(0, min(len(drawn), _MOST_ROWS * args.columns), args.columns)
             rows += [("" if first else name, drawn[first : first + args.columns]) for first in parts]
-    path = args.out / "sample.png"
+    path = args.out / GRID
     picture = draw_grid(rows)
-    write_atomically(path, picture.save)
+    write_atomically(path, lambda temporary: save_grid(picture, temporary))
     shown = sum(len(tiles) for _, tiles in rows)
     say(f"wrote {path} ({shown} of {total} images)" if shown < total else f"wrote {path}")
 
 
 def _write_images(args: argparse.Namespace, plan: Plan) -> None:
     """OUT/images/NNNNNN-classC-NAME.png, all of them or none."""
-    folder = args.out / "images"
+    folder = args.out / IMAGES
     for killed in args.out.glob(f"{TEMPORARY}images-*"):
         shutil.rmtree(killed, ignore_errors=True)
     partial = args.out / f"{TEMPORARY}images-{os.getpid()}"

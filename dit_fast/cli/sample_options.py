@@ -12,6 +12,8 @@ from dit_fast.sampling.solvers import LAST_STEPS
 
 OWN_DATA = "(the checkpoint's own data)"
 # All classes of a small set are shown; of ImageNet's thousand, this many evenly spaced ones.
+CFG_SCALE = 4.0
+"""Guidance of a model that has a null class."""
 ALL_CLASSES = 20
 SHOWN_CLASSES = 8
 PER_CLASS = 8
@@ -109,7 +111,9 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
         help="what encodes them, as of dit-fast encode (default: what encoded the training's captions)",
     )
     group.add_argument(
-        "--cfg-scale", type=float, default=4.0, help="guidance scale; 1 is none (default: 4.0)"
+        "--cfg-scale",
+        type=float,
+        help="guidance scale; 1 is none (default: 4.0, or 1 of a model that is always told its class, or never)",
     )
     group.add_argument(
         "--cfg-channels",

@@ -13,8 +13,15 @@ from torch import Tensor
 
 from dit_fast import keyed
 from dit_fast.cli.prompts import Prompts, open_prompts
-from dit_fast.cli.sample_options import ALL_CLASSES, OWN_DATA, PER_CLASS, SHOWN_CLASSES, asked_objective
-from dit_fast.data import ImageSet, Size, open_images
+from dit_fast.cli.sample_options import (
+    ALL_CLASSES,
+    CFG_SCALE,
+    OWN_DATA,
+    PER_CLASS,
+    SHOWN_CLASSES,
+    asked_objective,
+)
+from dit_fast.data import Conversion, ImageSet, Size, open_images
 from dit_fast.data.caches import read_statistics
 from dit_fast.download import fetch_model, pretrained_models
 from dit_fast.errors import CheckpointError, ConfigError, OutputError
@@ -88,6 +95,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
     for note in info.notes:
         say(note)
+    if args.cfg_scale is None:
+        args.cfg_scale = CFG_SCALE if model.has_null else 1.0
     guidance = Guidance(
         args.cfg_scale,
         _guided_channels(args.cfg_channels, model),
@@ -352,13 +361,25 @@ def images_as_trained(
     *,
     image_size: Size | None = None,
     buckets: tuple[Size, ...] = (),
+    num_classes: int | None = None,
 ) -> ImageSet:
-    """The images of `source` in one size, or in the nearest of several; those that the model was trained on are split
-    as they were then, or a line says not.
+    """The images of `source` in one size, or in the nearest of several, with pixels made as for the model's training;
+    those that it was trained on are split as they were then, or a line says not. num_classes: as of `open_images`.
     """
     own = source == info.data.get("name")
+    facts = info.data.get("pixels")
+    conversion = Conversion() if facts is None and not own else Conversion.of(facts)
     flip, holdout = (info.data.get("flip"), info.data.get("holdout")) if own else (None, None)
-    images = open_images(source, image_size, channels=channels, flip=flip, holdout=holdout, buckets=buckets)
+    images = open_images(
+        source,
+        image_size,
+        channels=channels,
+        num_classes=num_classes,
+        flip=flip,
+        holdout=holdout,
+        buckets=buckets,
+        conversion=conversion,
+    )
     if own and images.fingerprint != info.data.get("fingerprint"):
         say(f"{source} has changed since this checkpoint was trained on it")
     return images

@@ -62,7 +62,10 @@ def add_model_options(model: argparse._ArgumentGroup) -> None:
     _choice(model, "--mlp", "GELU or SwiGLU (default: gelu)")
     _switch(model, "--qk-norm", "RMSNorm of each head's queries and keys (default: off)")
     model.add_argument(
-        "--num-classes", type=int, metavar="N", help="checked against the data; 0: the model is told no class"
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="checked against the data; 0: the model is told no class, and images need no sub-folders",
     )
     _switch(model, "--learn-sigma", "learn the variance with the hybrid loss (default: on)")
 
@@ -84,9 +87,30 @@ def add_data_options(data: argparse._ArgumentGroup) -> None:
     data.add_argument(
         "--holdout", type=float, metavar="F", help="share of each class that is never trained on"
     )
+    add_conversion_options(data)
+    data.add_argument(
+        "--skip-unreadable",
+        type=int,
+        metavar="N",
+        help="go on without up to N files that cannot be read (default: 0, the first ends the run, saved)",
+    )
     _switch(data, "--flip", "mirror half of the images (default: folders yes, digits no)")
     data.add_argument(
         "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
+    )
+
+
+def add_conversion_options(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """How image files become pixels, see `dit_fast.data.Conversion`."""
+    group.add_argument(
+        "--background",
+        metavar="COLOUR",
+        help="what transparent images lie on, a name or #rrggbb (default: white)",
+    )
+    group.add_argument(
+        "--raw-pixels",
+        action="store_true",
+        help="ignore transparency and EXIF orientation, as the reference does",
     )
 
 
@@ -299,6 +323,9 @@ def _conclude(result: TrainResult, world: World) -> int:
     files += [f"log {log}"] if log.exists() else []
     files += [] if result.curve is None else [f"loss curve {result.curve}"]
     lines = [", ".join(files)]
+    if result.unreadable:
+        lost = "; ".join(f"{name} ({reason})" for name, reason in sorted(result.unreadable.items()))
+        lines.append(f"left out, because they could not be read: {len(result.unreadable)} files: {lost}")
     status = 0
     if result.stopped_by is not None and result.step < result.total_steps:
         status = 128 + result.stopped_by

@@ -7,7 +7,8 @@ from dit_fast.data.buckets import Size, apportion, nearest_bucket, parse_buckets
 from dit_fast.data.builtin import BUILTIN, DIGIT_NAMES
 from dit_fast.data.caches import open_cache, recognise
 from dit_fast.data.captions import EMBEDDED, captions_of, find_captions
-from dit_fast.data.folder import centre_crop, centre_crop_array, open_folder
+from dit_fast.data.decode import Conversion, centre_crop, centre_crop_array
+from dit_fast.data.folder import open_folder
 from dit_fast.data.images import ImageSet, Split, from_arrays, to_pixels
 from dit_fast.data.in_loop import Encoder, encode_in_loop
 from dit_fast.data.keyed import generator
@@ -20,6 +21,7 @@ from dit_fast.errors import ConfigError, DataError
 
 __all__ = [
     "BUILTIN",
+    "Conversion",
     "ImageSet",
     "LatentSet",
     "LatentStream",
@@ -54,18 +56,22 @@ def open_images(
     num_workers: int | None = None,
     memory_limit: int = 2 << 30,
     buckets: tuple[Size, ...] = (),
+    conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
+    skip_unreadable: int = 0,
 ) -> ImageSet:
     """Open `source`: a built-in name ("mnist", "digits"), a folder of class sub-folders, or one of images with captions
     and their embeddings in embeddings.safetensors or embeddings.npz (`dit_fast.data.captions`).
 
     image_size    side of square images, or (height, width); None keeps the images' own (a folder's must then agree)
     channels      1 (grey) or 3 (RGB); None decides from the files: grey if all of them are
-    num_classes   checked against the set when given
+    num_classes   checked against the set when given; 0: no class is told, and a folder may be of images alone
     flip          whether a mirror image keeps its class; None: True for folders, False for digits
     holdout       held-out fraction of each class; None: 0.1 for built-in sets, 0 for folders
     num_workers   decoding threads; None: one a core
     memory_limit  bytes up to which a folder is decoded at once and kept
     buckets       (height, width) of several shapes, instead of squares: each image of a folder has the nearest
+    conversion    how a folder's files become pixels: background of transparent ones, EXIF orientation
+    skip_unreadable   files of a folder that may be unreadable, and are replaced then (`dit_fast.data.unreadable`)
 
     Raises DataError for data that is missing or unreadable, ConfigError for options that contradict it.
     """
@@ -104,8 +110,11 @@ def open_images(
             memory_limit=memory_limit,
             buckets=buckets,
             captions=find_captions(root),
+            labelled=num_classes != 0,
+            conversion=conversion,
+            skip_unreadable=skip_unreadable,
         )
-    if num_classes not in (None, opened.num_classes):
+    if num_classes not in (None, 0, opened.num_classes):
         raise ConfigError(
             f"--num-classes {num_classes} contradicts {source}, which has {opened.num_classes} classes"
         )
@@ -123,6 +132,8 @@ def open_data(
     num_workers: int | None = None,
     encoder: Encoder | None = None,
     buckets: tuple[Size, ...] = (),
+    conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
+    skip_unreadable: int = 0,
 ) -> ImageSet | LatentSet:
     """Open `source`, whatever it is: what `dit-fast encode` wrote, a cache of fast-DiT, REPA or LightningDiT, a
     built-in set or a folder of images.
@@ -144,6 +155,8 @@ def open_data(
             holdout=holdout,
             num_workers=num_workers,
             buckets=buckets,
+            conversion=conversion,
+            skip_unreadable=skip_unreadable,
         )
         return images if encoder is None else encode_in_loop(images, encoder)
     if encoder is not None:
@@ -151,7 +164,13 @@ def open_data(
     if buckets:
         raise ConfigError(f"--buckets: the latents of {source} are of one size; give images, and --vae")
     opener = open_latents if encoded else open_cache
-    latents = opener(folder, num_classes=num_classes, flip=flip, holdout=holdout)
+    if conversion != Conversion():
+        raise ConfigError(
+            f"--background and --raw-pixels are of images: {source} holds latents; give them to dit-fast encode"
+        )
+    latents = opener(
+        folder, num_classes=num_classes, flip=flip, holdout=holdout, skip_unreadable=skip_unreadable
+    )
     if image_size not in (None, latents.pixel_size or image_size):
         raise ConfigError(f"--image-size {image_size}: {source} was encoded at {latents.pixel_size}")
     if channels not in (None, latents.channels):

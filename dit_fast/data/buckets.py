@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.data.images import PixelSource
+from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import ConfigError
 
 Size = tuple[int, int]
@@ -66,7 +67,12 @@ class BucketSource:
 
     def read(self, indices: Sequence[int]) -> Tensor:
         (bucket,) = {self.buckets[index] for index in indices}
-        return self.sources[bucket].read([self.places[index] for index in indices])
+        try:
+            return self.sources[bucket].read([self.places[index] for index in indices])
+        except UnreadableError as error:
+            index_of = {self.places[index]: index for index in indices}
+            reasons = {index_of[place]: reason for place, reason in error.reasons.items()}
+            raise UnreadableError(str(error), reasons) from error
 
 
 class BucketOrder:

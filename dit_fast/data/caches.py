@@ -12,7 +12,8 @@ Layouts as those projects' code and documentation describe them; nothing is unpi
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from dit_fast.data.latents import LatentSet, make_latent_set
 from dit_fast.data.posterior import Posterior
+from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import CheckpointError, DataError
 
 # Rombach et al. 2022: the scale of the Stable Diffusion autoencoders, and what they divide an image's side by.
@@ -35,7 +37,17 @@ _READERS = 16
 _REPA_FOLDER = "vae-sd"
 _REPA_LABELS = "dataset.json"
 _STATISTICS = "latents_stats.pt"
-_NUMPY_ERRORS = (OSError, ValueError, EOFError)
+# What NumPy raises for damaged files: a header that is no Python, an absurd shape, a zip archive in a .npy's place.
+_NUMPY_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    SyntaxError,
+    TypeError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+)
 
 
 def recognise(folder: Path) -> str | None:
@@ -55,12 +67,14 @@ def open_cache(
     num_classes: int | None = None,
     flip: bool | None = None,
     holdout: float | None = None,
+    skip_unreadable: int = 0,
 ) -> LatentSet:
     """Open the cache in `folder`, whichever of the three it is.
 
     num_classes  number of classes; None: the greatest label + 1, since caches do not name their classes
     flip         whether mirrored images are used; only LightningDiT's caches hold them
     holdout      held-out fraction of each class; None: 0
+    skip_unreadable   latents that may turn out to be damaged, and are replaced then (`dit_fast.data.unreadable`)
 
     Raises DataError for files that are missing, damaged, not paired or of several shapes, and for labels out of
     range, ConfigError for options that contradict the cache.
@@ -73,7 +87,7 @@ def open_cache(
     cache = openers[kind](folder)
     if not len(cache.labels):
         raise DataError(f"{folder} holds no latents")
-    classes = int(cache.labels.max()) + 1 if num_classes is None else num_classes
+    classes = num_classes or int(cache.labels.max()) + 1
     return make_latent_set(
         str(folder),
         cache.source,
@@ -89,6 +103,8 @@ def open_cache(
         pixel_size=cache.pixel_size,
         vae={"name": None, "source": f"{kind} cache", "sha256": None},
         fingerprint=cache.fingerprint,
+        skip_unreadable=skip_unreadable,
+        without=cache.without,
     )
 
 
@@ -102,15 +118,24 @@ class FileSource:
 
     def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
         moments = np.empty((len(members), *self.shape), self.dtype)
+        reasons: dict[int, str] = {}
         for row, member in zip(moments, members, strict=True):
-            array = _load(self.paths[member])
-            if array.size != row.size or array.dtype != self.dtype:
-                raise DataError(
-                    f"{self.paths[member]} holds {array.dtype} {array.shape}, the first latent of the set "
-                    f"{self.dtype} {self.shape}"
-                )
-            row[...] = array.reshape(self.shape)
+            try:
+                row[...] = self._one(member, row.size).reshape(self.shape)
+            except DataError as error:
+                reasons[member] = str(error)
+        if reasons:
+            raise UnreadableError("; ".join(reasons.values()), reasons)
         return torch.from_numpy(moments)
+
+    def _one(self, member: int, size: int) -> np.ndarray:
+        array = _load(self.paths[member])
+        if array.size != size or array.dtype != self.dtype:
+            raise DataError(
+                f"{self.paths[member]} holds {array.dtype} {array.shape}, the first latent of the set "
+                f"{self.dtype} {self.shape}"
+            )
+        return array
 
     def where(self, member: int) -> str:
         return str(self.paths[member])
@@ -152,6 +177,7 @@ class _Cache:
     flips: bool
     pixel_size: int | None
     fingerprint: str
+    without: Callable[[Collection[str]], str] | None = None
 
 
 def _open_fast_dit(folder: Path) -> _Cache:
@@ -217,10 +243,15 @@ def _files(folder: Path, paths: Sequence[Path], names: Sequence[str], labels: Te
         raise DataError(f"{paths[0]} holds {first.dtype} {first.shape}; expected floating-point {wanted}")
     channels = shape[0] // parts
     scale = 1.0 if kind == "sample" else _SD_SCALE
-    listing = [
-        f"{name}\t{path.stat().st_size}\t{label}"
-        for name, path, label in zip(names, paths, labels.tolist(), strict=True)
-    ]
+
+    def fingerprint(without: Collection[str] = ()) -> str:
+        listing = "\n".join(
+            f"{name}\t{path.stat().st_size}\t{label}"
+            for name, path, label in zip(names, paths, labels.tolist(), strict=True)
+            if str(path) not in without
+        )
+        return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+
     return _Cache(
         source=FileSource(tuple(paths), (parts, channels, *shape[1:]), first.dtype),
         labels=labels,
@@ -229,7 +260,8 @@ def _files(folder: Path, paths: Sequence[Path], names: Sequence[str], labels: Te
         posterior=Posterior(kind, (0.0,) * channels, (scale,) * channels),
         flips=False,
         pixel_size=shape[1] * _SD_FACTOR,
-        fingerprint=hashlib.sha256("\n".join(listing).encode()).hexdigest(),
+        fingerprint=fingerprint(),
+        without=fingerprint,
     )
 
 
@@ -337,7 +369,10 @@ def read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]
 
 def _load(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive, not an array")
+        return array
     except _NUMPY_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(

@@ -1,6 +1,6 @@
 """Images with captions: where their texts lie, and their embeddings on disk.
 
-A folder of captions has images (PNG and JPEG, at any depth) and for each a text: in a `.txt` of its name beside it, or
+A folder of captions has images (at any depth) and for each a text: in a `.txt` of its name beside it, or
 in `metadata.jsonl` at the top, lines {"file_name": ..., "text": ...} (the convention of datasets' imagefolder).
 Embeddings are (S, E) for each image: S tokens of a text encoder of width E; a token of zeros is padding. They lie in a
 file at the folder's top (`EMBEDDED`), for training on the images themselves, or beside latents.
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dit_fast.data.folder import image_files
+from dit_fast.data.folder import refuse_splits
+from dit_fast.data.image_files import FORMATS, find_images
 from dit_fast.data.shards import MANIFEST, NAMES, TEXTS, map_npy, read_json
 from dit_fast.data.told import Captions
+from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import ConfigError, DataError
 
 METADATA = "metadata.jsonl"
@@ -30,6 +33,9 @@ EMBEDDINGS = (".safetensors", ".npz")
 """Files of embeddings, an array (S, E) for each image under its name."""
 EMBEDDED = ("embeddings.safetensors", "embeddings.npz")
 """At the top of a folder of captions."""
+_READ_ERRORS = (
+    OSError, ValueError, EOFError, SyntaxError, NotImplementedError, zipfile.BadZipFile, zlib.error, SafetensorError
+)  # fmt: skip
 _ENCODER = {"name": str, "sha256": str, "tokens": int, "width": int}
 
 
@@ -60,19 +66,27 @@ def list_captioned(root: Path, reads_texts: bool) -> tuple[list[Path], list[str]
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give one of images with captions")
-    paths = image_files(root)
+    found = find_images(root)
+    refuse_splits(found)
+    paths = list(found.paths)
     if not paths:
-        raise DataError(f"{root} has no PNG or JPEG image")
+        raise DataError(f"{root} has no image that is read ({FORMATS})")
+    found.warn()
     if not reads_texts:
         return paths, []
     names = relative_names(root, paths)
-    found = _texts(root, names)
-    if without := [name for name, text in zip(names, found, strict=True) if text is None]:
+    texts = _texts(root, names)
+    if without := [name for name, text in zip(names, texts, strict=True) if text is None]:
         raise DataError(
             f"{root}: {len(without)} of {len(paths)} images have no caption: {', '.join(without[:5])}; put a .txt of "
             f"the same name beside each, or name it in {METADATA}"
         )
-    return paths, [text or "" for text in found]
+    return paths, [text or "" for text in texts]
+
+
+def array_name(name: str) -> str:
+    """What the array of an image is called: as the image, with bytes that are no UTF-8 as escapes."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def relative_names(root: Path, paths: Sequence[Path]) -> tuple[str, ...]:
@@ -143,7 +157,7 @@ class EmbeddingFile:
             shapes = {name: self._array(name).shape for name in self.names}
         except DataError:
             raise
-        except (OSError, ValueError, EOFError, RecursionError, zipfile.BadZipFile, SafetensorError) as error:
+        except (RecursionError, *_READ_ERRORS) as error:
             raise DataError(f"{path} is no readable file of embeddings: {error}") from None
         widths = {shape[1] for shape in shapes.values()}
         if len(widths) != 1:
@@ -164,7 +178,10 @@ class EmbeddingFile:
             )
 
     def _array(self, name: str) -> np.ndarray:
-        array = self._read(name)
+        try:
+            array = self._read(name)
+        except _READ_ERRORS as error:
+            raise DataError(f"{self.path}: {name} cannot be read: {' '.join(str(error).split())}") from None
         if array.ndim != 2 or 0 in array.shape or array.dtype.kind != "f":
             raise DataError(
                 f"{self.path}: {name} is {array.dtype} {array.shape}, expected floats (tokens, width)"
@@ -175,6 +192,7 @@ class EmbeddingFile:
 
     def match(self, names: Sequence[str]) -> None:
         """Raise DataError unless there is one embedding for each of the images `names`, and no other."""
+        names = [array_name(name) for name in names]
         missing, others = [name for name in names if name not in self.names], self.names.difference(names)
         if missing or others:
             wrong = "no embedding of " + ", ".join(missing[:5]) if missing else f"{min(others)} of no image"
@@ -184,6 +202,7 @@ class EmbeddingFile:
             )
 
     def __call__(self, names: Sequence[str], texts: Sequence[str]) -> Tensor:
+        names = [array_name(name) for name in names]
         if missing := [name for name in names if name not in self.names]:
             raise DataError(
                 f"{self.path} has no embedding of {', '.join(missing[:5])}: name arrays as the images"
@@ -224,7 +243,16 @@ class FileCaptions:
         ]
 
     def read(self, members: Sequence[int]) -> Tensor:
-        return self.file([self.names[member] for member in members], [])
+        made: list[Tensor] = []
+        reasons: dict[int, str] = {}
+        for member in members:
+            try:
+                made.append(self.file([self.names[member]], []))
+            except DataError as error:
+                reasons[member] = str(error)
+        if reasons:
+            raise UnreadableError("; ".join(reasons.values()), reasons)
+        return torch.cat(made)
 
 
 def find_captions(root: Path) -> FileCaptions | None:

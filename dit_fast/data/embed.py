@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from dit_fast.data.captions import array_name
 from dit_fast.data.encode import EncodeConfig
 from dit_fast.data.listing import list_images, open_encoder
 from dit_fast.errors import ConfigError
@@ -39,7 +40,7 @@ def embed(config: EncodeConfig, world_size: int = 1) -> int:
             for tokens in batch:
                 used = (tokens != 0).any(dim=1).nonzero()
                 length = int(used[-1]) + 1 if len(used) else 1
-                every[listing.names[len(every)]] = tokens[:length].clone()
+                every[array_name(listing.names[len(every)])] = tokens[:length].clone()
             bar.update(len(batch))
     prepare_folder(out.parent, sum(tokens.nbytes for tokens in every.values()))
     encoder = json.dumps(captions.identity())

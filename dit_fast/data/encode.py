@@ -8,8 +8,9 @@ depend on interruptions or on the number of ranks.
 """
 
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit_fast.data.captions import CaptionEncoder, caption_name
-from dit_fast.data.folder import list_failures, read_each, read_image
+from dit_fast.data.decode import Conversion, list_failures, read_each, read_image
 from dit_fast.data.listing import Listing, list_images, open_encoder
 from dit_fast.data.shards import (
     DTYPES,
@@ -43,6 +44,7 @@ from dit_fast.data.shards import (
     write_json,
     write_npy_header,
 )
+from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.interop.vae import LatentEncoder
 from dit_fast.sampling.output import prepare_folder
@@ -55,7 +57,7 @@ _FLIPS = (False, True)
 class EncodeConfig:
     """How a folder becomes a latent set.
 
-    data         folder of class sub-folders of PNG and JPEG images, or with captions (`dit_fast.data.captions`)
+    data         folder of class sub-folders of images, or with captions (`dit_fast.data.captions`)
     out          folder of the set, new or of a run to continue
     vae          "ema", "mse" (stabilityai/sd-vae-ft-...) or a folder with a diffusers AutoencoderKL
     text_encoder stores embeddings of captions instead of classes: a CLIP or T5 of transformers, by name or folder, or a
@@ -66,6 +68,9 @@ class EncodeConfig:
     batch_size   images at a time; each is encoded plain and mirrored
     shard_size   images in a file
     num_workers  threads that decode images; None: one a core
+    num_classes  0: no class is told, images need no sub-folders; None: one class for each
+    background, raw_pixels   how files become pixels (`dit_fast.data.Conversion`)
+    skip_unreadable   files that may be unreadable; the set is of the others
     """
 
     data: str
@@ -79,6 +84,10 @@ class EncodeConfig:
     num_workers: int | None = None
     text_encoder: str | None = None
     caption_tokens: int | None = None
+    num_classes: int | None = None
+    background: str = "white"
+    raw_pixels: bool = False
+    skip_unreadable: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -92,31 +101,38 @@ class EncodeConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ConfigError(f"--{flag or field.replace('_', '-')} {value}: give at least 1")
+        if self.num_classes not in (None, 0):
+            raise ConfigError(f"--num-classes {self.num_classes}: sub-folders are classes; give 0 for none")
+        if self.skip_unreadable < 0:
+            raise ConfigError(f"--skip-unreadable {self.skip_unreadable}: give a number from 0")
+        self.conversion()
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype}: give one of {', '.join(DTYPES)}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision {self.precision}: give one of {', '.join(PRECISIONS)}")
 
+    def conversion(self) -> Conversion:
+        """How files become pixels."""
+        return Conversion(self.background, self.raw_pixels)
+
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """Shards this rank `encoded` and `kept`, those that other ranks still owe, and whether the set is whole."""
+    """Shards this rank `encoded` and `kept`, those that other ranks still owe, and whether the set is whole.
+
+    unreadable: files that the set is without, and why; of a whole set all, else those of this rank.
+    """
 
     out: Path
     images: int
     encoded: int
     kept: int
     missing: int
+    unreadable: dict[str, str]
 
     @property
     def complete(self) -> bool:
         return self.missing == 0
-
-
-class _UnreadableError(Exception):
-    def __init__(self, failures: list[tuple[Path, str]]):
-        super().__init__()
-        self.failures = failures
 
 
 def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeResult:
@@ -129,7 +145,7 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
     if not 0 <= rank < world_size:
         raise ConfigError(f"RANK {rank} is outside 0..{world_size - 1} (WORLD_SIZE {world_size})")
     captions = open_encoder(config.text_encoder, config.caption_tokens, config.device)
-    listing = list_images(Path(config.data), config.shard_size, captions)
+    listing = list_images(Path(config.data), config.shard_size, captions, config.num_classes != 0)
     out = Path(config.out)
     prepare_folder(out)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -139,11 +155,11 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
             f"--size {config.image_size} is not a multiple of {encoder.factor}, by which the autoencoder "
             f"shrinks images; give {max(1, round(config.image_size / encoder.factor)) * encoder.factor}"
         )
-    run = _Run(config, listing, encoder, captions, out)
+    own = range(rank, listing.shards(), world_size)
+    run = _Run(config, listing, encoder, captions, out, own)
     run.agree()
     # What all ranks write takes a moment; a file older than a minute is of a rank that was killed.
     remove_leftovers(out, (SETTINGS, LABELS, NAMES, TEXTS, MANIFEST), 0 if world_size == 1 else 60)
-    own = range(rank, listing.shards(), world_size)
     remove_leftovers(out, [name for shard in own for name in _shard_files(shard)])
     done = [shard for shard in own if run.is_whole(shard)]
     todo = [shard for shard in own if shard not in set(done)]
@@ -154,8 +170,12 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
     run.encode_all(
         todo, sum(len(listing.rows(shard)) for shard in done), f"encoding, rank {rank}/{world_size}"
     )
+    unreadable = run.lost(own)
     missing = run.finish()
-    return EncodeResult(out, len(listing.paths), len(todo), len(done), missing)
+    if not missing:
+        unreadable = run.lost(range(listing.shards()))
+    names = {listing.names[row]: reason for row, reason in unreadable.items()}
+    return EncodeResult(out, len(listing.paths) - len(names), len(todo), len(done), missing, names)
 
 
 def _shard_files(shard: int) -> tuple[str, ...]:
@@ -169,6 +189,7 @@ class _Run:
     encoder: LatentEncoder
     captions: CaptionEncoder | None
     out: Path
+    own: range
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -179,6 +200,7 @@ class _Run:
             "dtype": self.config.dtype,
             "precision": self.config.precision,
             "shard_size": self.config.shard_size,
+            **({} if self.config.raw_pixels else {"pixels": self.config.conversion().describe()}),
             **(
                 {}
                 if self.captions is None
@@ -228,7 +250,7 @@ class _Run:
     def is_whole(self, shard: int) -> bool:
         """Whether the shard is there, of these images and settings, and hashes to what its record says."""
         record = self._record(shard)
-        if record is None:
+        if record is None or len(record.get("unreadable", {})) > self.config.skip_unreadable:
             return False
         files = [(self.out / shard_name(shard), record["file"])]
         if self.captions is not None:
@@ -245,8 +267,13 @@ class _Run:
         return sum(npy_bytes(shape, self.config.dtype) for shape in shapes)
 
     def encode_all(self, shards: Sequence[int], kept: int, title: str) -> None:
-        """Encode and publish `shards`. Images that cannot be read are collected and named at the end."""
-        failures: list[tuple[Path, str]] = []
+        """Encode and publish `shards`.
+
+        Images that cannot be read are left out, up to `skip_unreadable` of this rank's; else their shards are not made,
+        and all are named at the end.
+        """
+        failures: dict[int, str] = {}
+        left_out = len(self.lost(set(self.own).difference(shards)))
         total = kept + sum(len(self.listing.rows(shard)) for shard in shards)
         with (
             ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader,
@@ -254,15 +281,26 @@ class _Run:
         ):
             for shard in shards:
                 try:
-                    self._encode_shard(shard, reader, bar)
-                except _UnreadableError as error:
-                    failures += error.failures
+                    left_out += self._encode_shard(shard, reader, bar, self.config.skip_unreadable - left_out)
+                except UnreadableError as error:
+                    failures |= error.reasons
         if failures:
+            count = len(failures) + left_out
             raise DataError(
-                f"{self.config.data}: {len(failures)} of {total} images cannot be read: "
-                f"{list_failures(failures)}; replace or remove them and run the same command again "
-                "(shards without them are kept)"
+                f"{self.config.data}: {count} of {total} images cannot be read: "
+                f"{list_failures(self.listing.paths, failures)}; replace or remove them, or leave them out with "
+                f"--skip-unreadable {count}, and run the same command again (shards without them are kept)"
             )
+
+    def lost(self, shards: Iterable[int]) -> dict[int, str]:
+        """The rows of finished `shards` whose images could not be read, and why."""
+        records = {shard: self._record(shard) for shard in shards}
+        return {
+            self.listing.rows(shard)[int(place)]: reason
+            for shard, record in records.items()
+            if record is not None
+            for place, reason in record.get("unreadable", {}).items()
+        }
 
     def finish(self) -> int:
         """Write the manifest if all shards are there; otherwise the number of those that are not."""
@@ -270,6 +308,15 @@ class _Run:
         missing = sum(record is None for record in records)
         if missing:
             return missing
+        lost = self.lost(range(self.listing.shards()))
+        if len(lost) > self.config.skip_unreadable:
+            raise DataError(
+                f"{self.config.data}: {len(lost)} images cannot be read: {list_failures(self.listing.paths, lost)}; "
+                f"replace or remove them, or leave them out with --skip-unreadable {len(lost)}, and run the same "
+                "command again"
+            )
+        if len(lost) == len(self.listing.paths):
+            raise DataError(f"{self.config.data}: none of its {len(lost)} images can be read")
         labels = np.asarray(self.listing.labels, dtype="<i8")
         shards = [
             {
@@ -303,6 +350,7 @@ class _Run:
                 "labels": label_file,
                 "names": name_file,
                 **words,
+                **({"unreadable": sorted(lost)} if lost else {}),
                 "listing_sha256": self._listing_digest(),
             },
         )
@@ -322,15 +370,27 @@ class _Run:
     def _of(self, shard: int) -> dict[str, Any]:
         return {"settings": self.settings, "images": self.listing.digest(self.listing.rows(shard))}
 
-    def _encode_shard(self, shard: int, reader: ThreadPoolExecutor, bar: Any) -> None:
+    def _encode_shard(self, shard: int, reader: ThreadPoolExecutor, bar: Any, allowed: int) -> int:
+        """Encode and publish a shard; the number of images in it that could not be read.
+
+        Raises UnreadableError for more than `allowed`.
+        """
+        lost: dict[int, str] = {}
         (self.out / record_name(shard)).unlink(missing_ok=True)
-        file = publish(self.out / shard_name(shard), lambda file: self._write_shard(file, shard, reader, bar))
+        file = publish(
+            self.out / shard_name(shard),
+            lambda file: lost.update(self._write_shard(file, shard, reader, bar, allowed)),
+        )
         facts = {"file": file}
         if self.captions is not None:
             facts["captions"] = publish(
                 self.out / caption_name(shard), lambda file: self._write_captions(file, shard)
             )
+        first = self.listing.rows(shard).start
+        if lost:
+            facts["unreadable"] = {str(row - first): reason for row, reason in lost.items()}
         write_json(self.out / record_name(shard), {"format": FORMAT, **self._of(shard), **facts})
+        return len(lost)
 
     def _write_captions(self, file: HashingFile, shard: int) -> None:
         assert self.captions is not None
@@ -339,20 +399,32 @@ class _Run:
         for stored in self.listing.embeddings(self.captions, rows, config.batch_size, config.dtype):
             file.write(stored.numpy().data.cast("B"))
 
-    def _write_shard(self, file: HashingFile, shard: int, reader: ThreadPoolExecutor, bar: Any) -> None:
-        write_npy_header(file, self.shape(shard), self.config.dtype)
-        bad: list[tuple[Path, str]] = []
+    def _write_shard(
+        self, file: HashingFile, shard: int, reader: ThreadPoolExecutor, bar: Any, allowed: int
+    ) -> dict[int, str]:
+        """The moments of a shard, NaN for the rows that could not be read, which it returns with their reasons."""
+        shape = self.shape(shard)
+        write_npy_header(file, shape, self.config.dtype)
+        lost: dict[int, str] = {}
         for rows, images, failures in self._read(shard, reader):
-            bad += failures
-            if not bad:
-                file.write(self._moments(rows, torch.stack(images)).numpy().data.cast("B"))
+            lost |= {rows[place]: reason for place, reason in failures.items()}
+            if len(lost) <= allowed:
+                readable = [row for row, image in zip(rows, images, strict=True) if image is not None]
+                moments = torch.full(
+                    (len(rows), *shape[1:]), math.nan, dtype=getattr(torch, self.config.dtype)
+                )
+                if readable:
+                    pixels = torch.stack([image for image in images if image is not None])
+                    moments[[row - rows.start for row in readable]] = self._moments(readable, pixels)
+                file.write(moments.numpy().data.cast("B"))
             bar.update(len(rows))
-        if bad:
-            raise _UnreadableError(bad)
+        if len(lost) > allowed:
+            raise UnreadableError(f"shard {shard}", lost)
+        return lost
 
     def _read(
         self, shard: int, reader: ThreadPoolExecutor
-    ) -> Iterator[tuple[range, list[Tensor], list[tuple[Path, str]]]]:
+    ) -> Iterator[tuple[range, list[Tensor | None], dict[int, str]]]:
         """Batches of uint8 images, the next one decoded while the caller works on this one."""
         size, channels = self.config.image_size, self.encoder.image_channels
         workers = self.config.num_workers or os.cpu_count() or 1
@@ -360,9 +432,11 @@ class _Run:
         step = self.config.batch_size
         batches = [rows[start : start + step] for start in range(0, len(rows), step)]
 
-        def load(batch: range) -> tuple[list[Tensor], list[tuple[Path, str]]]:
+        how = self.config.conversion()
+
+        def load(batch: range) -> tuple[list[Tensor | None], dict[int, str]]:
             paths = self.listing.paths[batch.start : batch.stop]
-            return read_each(paths, lambda path: read_image(path, size, channels), workers)
+            return read_each(paths, lambda path: read_image(path, size, channels, how), workers)
 
         ahead = reader.submit(load, batches[0])
         for batch, following in zip(batches, [*batches[1:], None], strict=True):
@@ -371,7 +445,7 @@ class _Run:
                 ahead = reader.submit(load, following)
             yield batch, images, failures
 
-    def _moments(self, rows: range, images: Tensor) -> Tensor:
+    def _moments(self, rows: Sequence[int], images: Tensor) -> Tensor:
         """(B, flips, 2, C, H, W) in the stored type, on the CPU."""
         pixels = images.to(self.encoder.device).float().div_(127.5).sub_(1.0)
         moments = torch.stack([self.encoder(pixels.flip(-1) if flip else pixels) for flip in _FLIPS], dim=1)

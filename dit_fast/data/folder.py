@@ -1,78 +1,36 @@
-"""A folder of class sub-folders of PNG and JPEG images, of any size, RGB or grey."""
+"""A folder of class sub-folders of images, of any size, RGB or grey; or of images that no class is told of."""
 
 import hashlib
 import math
-import struct
-import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dit_fast.data.buckets import BucketSource, Size, nearest_bucket
+from dit_fast.data.decode import (
+    Conversion,
+    Header,
+    centre_crop,
+    centre_crop_array,
+    list_failures,
+    read_each,
+    read_header,
+    read_image,
+)
+from dit_fast.data.image_files import FORMATS, Found, find_images, image_files, name_some
 from dit_fast.data.images import ArraySource, ImageSet, PixelSource, make_set
+from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from dit_fast.data.captions import FileCaptions
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
-# What Pillow raises for damaged files, by format and kind of damage.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-_T = TypeVar("_T")
-
-
-def centre_crop(image: Image.Image, size: int | Size) -> Image.Image:
-    """The centre of `image`, of (height, width) `size` or square, once it is scaled to just cover that.
-
-    The image is first halved with a box filter while it is at least twice as large, then scaled the rest of the
-    way with a bicubic filter (the preprocessing of Dhariwal and Nichol 2021, "ADM", there for squares).
-    """
-    height, width = as_pair(size)
-    while image.height >= 2 * height and image.width >= 2 * width:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(height / image.height, width / image.width)
-    if scale != 1:
-        new_size = (round(image.width * scale), round(image.height * scale))
-        image = image.resize(new_size, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def centre_crop_array(image: np.ndarray, size: int | Size) -> np.ndarray:
-    """`centre_crop` of a uint8 array (H, W) or (H, W, 3)."""
-    return np.asarray(centre_crop(Image.fromarray(image), size))
-
-
-def read_image(path: Path, size: int | Size, channels: int) -> Tensor:
-    """One file as uint8 (channels, height, width). Orientation tags are ignored, as the reference does."""
-    mode = "L" if channels == 1 else "RGB"
-    with Image.open(path) as file:
-        if file.mode.startswith("I"):
-            # Pillow clips 16-bit values to 255 when it converts; their upper byte is the 8-bit image.
-            upper_byte = (np.asarray(file).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            image = Image.fromarray(upper_byte).convert(mode)
-        else:
-            image = file.convert(mode)
-    pixels = np.array(centre_crop(image, size))
-    return torch.from_numpy(pixels).view(*as_pair(size), channels).permute(2, 0, 1)
+__all__ = ["centre_crop", "centre_crop_array", "image_files", "list_classes", "open_folder", "read_image"]
 
 
 @dataclass(frozen=True)
@@ -83,110 +41,100 @@ class FileSource:
     size: Size
     channels: int
     num_workers: int
+    conversion: Conversion
     lazy: bool = True
 
     def read(self, indices: Sequence[int]) -> Tensor:
         paths = [self.paths[index] for index in indices]
         images, failures = read_each(
-            paths, lambda path: read_image(path, self.size, self.channels), self.num_workers
+            paths, lambda path: read_image(path, self.size, self.channels, self.conversion), self.num_workers
         )
         if failures:
-            raise DataError(f"{list_failures(failures)}: cannot be read")
-        return torch.stack(images)
+            reasons = {indices[row]: reason for row, reason in failures.items()}
+            raise UnreadableError(f"{list_failures(paths, failures)}: cannot be read", reasons)
+        return torch.stack([image for image in images if image is not None])
 
 
-@dataclass(frozen=True)
-class _Header:
-    width: int
-    height: int
-    mode: str
+def refuse_splits(found: Found) -> None:
+    """Raise DataError for a folder that holds a data set's parts, of which each would be taken for a class."""
+    if found.splits is not None:
+        one, other = found.splits
+        raise DataError(
+            f"{found.root} holds {one}/ and {other}/, parts of a data set, not classes: give {found.root / one} (and "
+            f"{found.root / other} for scores; rename them if they are classes)"
+        )
 
 
-def _header(path: Path) -> _Header:
-    with Image.open(path) as image:
-        return _Header(image.width, image.height, image.mode)
+def list_classes(root: Path, labelled: bool = True) -> tuple[list[str], list[Path], list[int]]:
+    """Class names (sorted sub-folder names), files, and the label of each file; DataError where a class has none.
 
-
-def read_each(
-    paths: Sequence[Path], read: Callable[[Path], _T], num_workers: int, progress: str = ""
-) -> tuple[list[_T], list[tuple[Path, str]]]:
-    """`read` of every path, in order, and (path, reason) of those that could not be read."""
-
-    def attempt(path: Path) -> _T | str:
-        try:
-            return read(path)
-        except _DECODE_ERRORS as error:
-            return " ".join(str(error).split()) or type(error).__name__
-
-    results, failures = [], []
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        answers = pool.map(attempt, paths)
-        for path, answer in zip(
-            paths,
-            tqdm(answers, desc=progress, total=len(paths), disable=None if progress else True),
-            strict=True,
-        ):
-            if isinstance(answer, str):
-                failures.append((path, answer))
-            else:
-                results.append(answer)
-    return results, failures
-
-
-def list_failures(failures: Sequence[tuple[Path, str]], named: int = 5) -> str:
-    """What `read_each` could not read, for a message: the first `named` files, each with its reason."""
-    text = "; ".join(f"{path} ({reason})" for path, reason in failures[:named])
-    return text if len(failures) <= named else f"{text}; and {len(failures) - named} more"
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The PNG and JPEG files below `folder`, in the order of their names; hidden ones are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
-
-
-def list_classes(root: Path) -> tuple[list[str], list[Path], list[int]]:
-    """Class names (sorted sub-folder names), files, and the label of each file; DataError where a class has none."""
+    labelled: False for images that no class is told of, in sub-folders or not.
+    """
     if not root.exists():
         raise DataError(f"{root}: no such folder")
     if not root.is_dir():
         raise DataError(f"{root} is a file; give a folder with one sub-folder of images for each class")
-    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    loose = sum(entry.suffix.lower() in SUFFIXES for entry in root.iterdir())
+    found = find_images(root)
+    refuse_splits(found)
+    loose = len(found.loose)
+    classes = dict.fromkeys(found.folders, 0)
+    depth = len(root.parts)
+    for path in found.paths:
+        if len(path.parts) > depth + 1:
+            classes[path.parts[depth]] += 1
+    empty = [name for name, count in classes.items() if not count]
+    if not labelled and (loose or empty or len(classes) < 2):
+        if not found.paths:
+            raise DataError(f"{root} has no image that is read ({FORMATS}){_instead(found)}")
+        found.warn()
+        return ["images"], list(found.paths), [0] * len(found.paths)
     if loose and ((root / "metadata.jsonl").exists() or any(root.glob("*.txt"))):
         raise DataError(
             f"{root} has captions and no embeddings of them: make them with dit-fast encode --text-encoder NAME, "
             f"for its latents or with --vae none --out {root / 'embeddings.safetensors'}"
         )
     if not classes:
-        found = f"{loose} images but no sub-folders" if loose else "no sub-folders"
-        raise DataError(f"{root} has {found}; put the images of each class into a sub-folder of its own")
-    paths, labels, empty = [], [], []
-    for label, folder in enumerate(classes):
-        members = image_files(folder)
-        if not members:
-            empty.append(folder.name)
-        paths += members
-        labels += [label] * len(members)
-    if not paths:
-        raise DataError(f"{root} has {len(classes)} sub-folders and no PNG or JPEG image in any of them")
-    if len(classes) == 1:
+        has = f"{loose} images but no sub-folders" if loose else f"no sub-folders{_instead(found)}"
         raise DataError(
-            f"{root} has one class, {classes[0].name}; class-conditional training needs at least 2"
+            f"{root} has {has}; put the images of each class into a sub-folder of its own"
+            + (", or train without classes: --num-classes 0" if loose else "")
+        )
+    if len(found.paths) == loose:
+        raise DataError(
+            f"{root} has {len(classes)} sub-folders and no image that is read ({FORMATS}) in any of them"
+            + _instead(found)
+        )
+    if len(classes) == 1:
+        (name,) = classes
+        deeper = any(len(path.parts) > depth + 2 for path in found.paths)
+        raise DataError(
+            f"{root} has one class, {name}; class-conditional training needs at least 2"
+            + (f" (are they in {root / name}?)" if deeper else "; without classes, give --num-classes 0")
         )
     if empty:
         raise DataError(
-            f"{root}: {len(empty)} of {len(classes)} class sub-folders have no PNG or JPEG image: "
-            f"{', '.join(empty[:5])}; fill or remove them"
+            f"{root}: {len(empty)} of {len(classes)} class sub-folders have no image that is read ({FORMATS}): "
+            f"{', '.join(empty[:5])}; fill or remove them{_instead(found)}"
         )
-    return [folder.name for folder in classes], paths, labels
+    names = [path.name for path in found.loose]
+    found.warn(
+        [f"{loose} images are in no class sub-folder and are left out: {name_some(names)}"] if loose else []
+    )
+    label = {name: number for number, name in enumerate(classes)}
+    paths = [path for path in found.paths if len(path.parts) > depth + 1]
+    return list(classes), paths, [label[path.parts[depth]] for path in paths]
 
 
-def _agreed_size(root: Path, headers: Sequence[_Header]) -> int:
-    sizes = {(header.width, header.height) for header in headers}
+def _instead(found: Found) -> str:
+    """What is there of formats that are not read, for the end of a message."""
+    if not found.others:
+        return ""
+    names = [path.relative_to(found.root).as_posix() for path in found.others]
+    return f" (not read: {name_some(names)}; convert them)"
+
+
+def _agreed_size(root: Path, headers: Sequence[Header | None]) -> int:
+    sizes = {(header.width, header.height) for header in headers if header is not None}
     width, height = min(sizes)
     if len(sizes) == 1 and width == height:
         return width
@@ -207,59 +155,86 @@ def open_folder(
     memory_limit: int,
     buckets: tuple[Size, ...] = (),
     captions: "FileCaptions | None" = None,
+    labelled: bool = True,
+    conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
+    skip_unreadable: int = 0,
 ) -> ImageSet:
     """The images under `root`, one class for each sub-folder, labels in the sorted order of their names; or those that
-    have `captions`.
+    have `captions`, or, not `labelled`, all of them.
 
     All are cropped to `image_size`, a side or (height, width), or each to the one of `buckets` that is nearest to its
     aspect ratio.
     A set that fits in `memory_limit` bytes is decoded at once, so that every damaged file is found before
-    training begins; of a larger one only the headers are read, and files are decoded as batches need them.
+    training begins; of a larger one only the headers are read, and files are decoded as batches need them. Up to
+    `skip_unreadable` files that cannot be read are replaced (`dit_fast.data.unreadable`).
     """
     if captions is None:
-        class_names, paths, labels = list_classes(root)
+        class_names, paths, labels = list_classes(root, labelled)
     else:
         paths = [root / name for name in captions.names]
         class_names, labels = ["captions"], [0] * len(paths)
-    bar = f"reading {root.name}"
-    headers, failures = read_each(paths, _header, num_workers)
-    if failures:
-        # Damage shows in the header or only in the body: count both kinds before saying so.
-        headless = {path for path, _ in failures}
-        headed = [path for path in paths if path not in headless]
-        failures += read_each(headed, lambda path: read_image(path, image_size or 1, 1), num_workers, bar)[1]
-    else:
-        sizes = buckets or (as_pair(image_size or _agreed_size(root, headers)),)
-        depth = channels or (1 if all(header.mode in GREY_MODES for header in headers) else 3)
-        nearest = [nearest_bucket((header.height, header.width), sizes) for header in headers]
-        bucket_of = dict(zip(paths, nearest, strict=True))
-        grouped = [[path for path in paths if bucket_of[path] == n] for n in range(len(sizes))]
-        sources: list[PixelSource] = [
-            FileSource(tuple(members), size, depth, num_workers)
-            for members, size in zip(grouped, sizes, strict=True)
-        ]
-        if sum(depth * math.prod(sizes[n]) for n in nearest) <= memory_limit:
-            images, failures = read_each(
-                paths, lambda path: read_image(path, sizes[bucket_of[path]], depth), num_workers, bar
-            )
-            if not failures:
-                kept = dict(zip(paths, images, strict=True))
-                sources = [
-                    ArraySource(torch.stack([kept[path] for path in members])) if members else source
-                    for members, source in zip(grouped, sources, strict=True)
-                ]
-        source = sources[0]
-        if buckets:
-            place = {path: number for members in grouped for number, path in enumerate(members)}
-            source = BucketSource(tuple(sources), tuple(nearest), tuple(place[path] for path in paths))
-    if failures:
-        raise DataError(
-            f"{root}: {len(failures)} of {len(paths)} images cannot be read: {list_failures(failures)}; "
-            f"replace or remove them"
-        )
     names = [path.relative_to(root).as_posix() for path in paths]
-    listing = "\n".join(f"{name}\t{path.stat().st_size}" for name, path in zip(names, paths, strict=True))
-    listing += "" if captions is None else f"\n{captions.file.sha256}"
+    register = Unreadable(skip_unreadable, names.__getitem__)
+    bar = f"reading {root.name}"
+    headers, failures = read_each(paths, lambda path: read_header(path, conversion), num_workers)
+    sources: list[PixelSource] = []
+    if len(failures) == len(paths) or len(failures) > skip_unreadable:
+        # Damage shows in the header or only in the body: count both kinds before saying so.
+        headed = [number for number, header in enumerate(headers) if header is not None]
+        bodies = [paths[number] for number in headed]
+        size = image_size or 1
+        _, damaged = read_each(bodies, lambda path: read_image(path, size, 1, conversion), num_workers, bar)
+        failures |= {headed[number]: reason for number, reason in damaged.items()}
+        raise _too_many(root, paths, failures)
+    sizes = buckets or (as_pair(image_size or _agreed_size(root, headers)),)
+    depth = channels or (1 if all(header.grey for header in headers if header is not None) else 3)
+    # What has no size is not read; it counts with the bucket of the image after it.
+    known = [header for header in headers if header is not None]
+    filled, following = [], known[0]
+    for header in reversed(headers):
+        following = header or following
+        filled.append(following)
+    nearest = [nearest_bucket((header.height, header.width), sizes) for header in reversed(filled)]
+    grouped: list[list[int]] = [[] for _ in sizes]
+    for number, bucket in enumerate(nearest):
+        grouped[bucket].append(number)
+    if sum(depth * math.prod(sizes[n]) for n in nearest) <= memory_limit:
+        size_of = dict(zip(paths, (sizes[n] for n in nearest), strict=True))
+        images, failures = read_each(
+            paths, lambda path: read_image(path, size_of[path], depth, conversion), num_workers, bar
+        )
+        if len(failures) > skip_unreadable:
+            raise _too_many(root, paths, failures)
+        for members, size in zip(grouped, sizes, strict=True):
+            blank = torch.zeros(depth, *size, dtype=torch.uint8)
+            pixels = [blank if (image := images[number]) is None else image for number in members]
+            lost = {
+                place: f"{paths[number]} ({failures[number]}): cannot be read"
+                for place, number in enumerate(members)
+                if number in failures
+            }
+            stacked = torch.stack(pixels) if pixels else torch.empty(0, depth, *size, dtype=torch.uint8)
+            sources.append(ArraySource(stacked, unreadable=lost))
+    else:
+        for members, size in zip(grouped, sizes, strict=True):
+            files = tuple(paths[number] for number in members)
+            sources.append(FileSource(files, size, depth, num_workers, conversion))
+    if failures:
+        register.add(UnreadableError(f"{list_failures(paths, failures)}: cannot be read", failures))
+    source = sources[0]
+    if buckets:
+        place = {number: row for members in grouped for row, number in enumerate(members)}
+        source = BucketSource(tuple(sources), tuple(nearest), tuple(place[n] for n in range(len(paths))))
+
+    def fingerprint(without: Collection[str] = ()) -> str:
+        listing = "\n".join(
+            f"{name}\t{path.stat().st_size}"
+            for name, path in zip(names, paths, strict=True)
+            if name not in without
+        )
+        listing += "" if captions is None else f"\n{captions.file.sha256}"
+        return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+
     return make_set(
         str(root),
         source,
@@ -269,8 +244,19 @@ def open_folder(
         (depth, *sizes[0]),
         flip=flip,
         holdout=holdout,
-        fingerprint=hashlib.sha256(listing.encode()).hexdigest(),
+        fingerprint=fingerprint(),
         buckets=buckets,
         bucket_of=torch.tensor(nearest) if buckets else None,
         captions=captions,
+        labelled=labelled,
+        unreadable=register,
+        conversion=conversion,
+        without=fingerprint,
+    )
+
+
+def _too_many(root: Path, paths: Sequence[Path], failures: dict[int, str]) -> DataError:
+    return DataError(
+        f"{root}: {len(failures)} of {len(paths)} images cannot be read: {list_failures(paths, failures)}; "
+        f"replace or remove them, or leave them out with --skip-unreadable {len(failures)}"
     )

@@ -5,15 +5,17 @@ split for `labels`, `sample_shape` and `batch(indices, flip)`, so that a set of 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dit_fast.data.decode import Conversion
 from dit_fast.data.told import Captions, ToldSet, ToldSplit
+from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError, DataError
 
@@ -27,18 +29,21 @@ class PixelSource(Protocol):
         ...
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Images `indices` as uint8 (B, C, H, W)."""
+        """Images `indices` as uint8 (B, C, H, W). Raises UnreadableError for those that cannot be read."""
         ...
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Pixels in memory: uint8 (N, C, H, W)."""
+    """Pixels in memory: uint8 (N, C, H, W); unreadable: why some of them are not there, by position."""
 
     images: Tensor
     lazy: bool = False
+    unreadable: Mapping[int, str] = field(default_factory=dict)
 
     def read(self, indices: Sequence[int]) -> Tensor:
+        if reasons := {index: self.unreadable[index] for index in indices if index in self.unreadable}:
+            raise UnreadableError("; ".join(reasons.values()), reasons)
         return self.images[torch.as_tensor(indices)]
 
 
@@ -56,6 +61,7 @@ class Split(ToldSplit):
     sample_shape: tuple[int, int, int]
     buckets: Tensor | None = None
     captions: Captions | None = None
+    unreadable: Unreadable = field(default_factory=Unreadable)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -83,7 +89,8 @@ class ImageSet(ToldSet):
     `image_size` is the side of square images, else their height, `channels` 1 (grey) or 3 (RGB), `flip` whether
     a left-right mirror image is still a member of its class, `holdout` the held-out fraction of each class, and
     `fingerprint` a SHA-256 of what the set was made of. `buckets`: the (height, width) that images have, where there
-    are several; `image_size` is then the first one's height.
+    are several; `image_size` is then the first one's height. `conversion`: how files became pixels, None where there
+    are none. `without`: the fingerprint that the set would have, did it not have the samples of these names.
     """
 
     name: str
@@ -96,6 +103,8 @@ class ImageSet(ToldSet):
     train: Split
     heldout: Split
     buckets: tuple[tuple[int, int], ...] = ()
+    conversion: Conversion | None = None
+    without: Callable[[Collection[str]], str] | None = None
 
     @property
     def shapes(self) -> dict[tuple[int, int], int]:
@@ -113,6 +122,7 @@ class ImageSet(ToldSet):
             "num_heldout": len(self.heldout),
             "holdout": self.holdout,
             "fingerprint": self.fingerprint,
+            **({} if self.conversion is None else {"pixels": self.conversion.describe()}),
             **describe_shapes(self.shapes),
             **self.describe_captions(),
         }
@@ -142,7 +152,8 @@ def heldout_mask(sample_ids: Sequence[str], labels: Tensor, fraction: float) -> 
     The choice ranks samples by a hash of their id, so it depends on neither the seed of a run nor the order
     of the samples. At least one sample of each class stays in the training split.
     """
-    rank = [hashlib.sha256(sample_id.encode()).digest() for sample_id in sample_ids]
+    # Names of files need not be UTF-8: Python keeps their other bytes as surrogates.
+    rank = [hashlib.sha256(sample_id.encode(errors="surrogateescape")).digest() for sample_id in sample_ids]
     mask = torch.zeros(len(sample_ids), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten().tolist()
@@ -165,11 +176,16 @@ def make_set(
     buckets: tuple[tuple[int, int], ...] = (),
     bucket_of: Tensor | None = None,
     captions: Captions | None = None,
+    labelled: bool = True,
+    unreadable: Unreadable | None = None,
+    conversion: Conversion | None = None,
+    without: Callable[[Collection[str]], str] | None = None,
 ) -> ImageSet:
     """Check the labels, divide the samples into the two splits and return the set.
 
     buckets, bucket_of: the shapes of a set that has several, and the shape of each sample, int64 (N,).
-    captions: told in place of the classes.
+    captions: told in place of the classes. labelled: False for images that no class is told of. unreadable: the members
+    that could not be read. conversion, without: as of `ImageSet`.
     Raises DataError for fewer than two classes without captions, a label outside 0..num_classes-1 or a class
     without samples, ConfigError for a held-out fraction outside [0, 1).
     """
@@ -177,7 +193,7 @@ def make_set(
         raise ConfigError(
             f"--holdout {holdout} is not a fraction: give a number from 0 up to, not including, 1"
         )
-    if len(class_names) < 2 and captions is None:
+    if len(class_names) < 2 and captions is None and labelled:
         raise DataError(
             f"{name}: {len(class_names)} class found; class-conditional training needs at least 2"
         )
@@ -193,11 +209,12 @@ def make_set(
     if empty:
         raise DataError(f"{name}: {len(empty)} classes have no images: {', '.join(empty[:5])}")
     held = heldout_mask(sample_ids, labels, holdout)
+    register = unreadable or Unreadable()
 
     def split(mask: Tensor) -> Split:
         members = mask.nonzero().flatten()
         own = None if bucket_of is None else bucket_of[members]
-        return Split(source, members, labels[members], sample_shape, own, captions)
+        return Split(source, members, labels[members], sample_shape, own, captions, register)
 
     return ImageSet(
         name=name,
@@ -210,6 +227,8 @@ def make_set(
         train=split(~held),
         heldout=split(held),
         buckets=buckets,
+        conversion=conversion,
+        without=without,
     )
 
 

@@ -1,6 +1,6 @@
 """Images that are encoded while they are trained on: no latents on disk, the encoder's forward pass for every batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class EncodingSource:
 
     images: PixelSource
     encoder: Encoder
+    name: Callable[[int], str]
 
     def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
         pixels = to_pixels(self.images.read(members))
@@ -41,7 +42,7 @@ class EncodingSource:
         return self.encoder(torch.where(mirrored, pixels.flip(-1), pixels)).cpu()
 
     def where(self, member: int) -> str:
-        return f"image {member}"
+        return self.name(member)
 
 
 def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
@@ -65,13 +66,14 @@ def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
     def split(part: Split) -> LatentSplit:
         height, width = (pixels // encoder.factor for pixels in part.sample_shape[1:])
         return LatentSplit(
-            EncodingSource(part.source, encoder),
+            EncodingSource(part.source, encoder, part.unreadable.name),
             part.members,
             part.labels,
             (encoder.latent_channels, height, width),
             posterior,
             buckets=part.buckets,
             captions=part.captions,
+            unreadable=part.unreadable,
         )
 
     identity = encoder.identity()
@@ -84,6 +86,8 @@ def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
         flip=images.flip,
         holdout=images.holdout,
         fingerprint=images.fingerprint,
+        conversion=images.conversion,
+        without=images.without,
         posterior=posterior,
         vae={key: identity[key] for key in ("name", "source", "sha256")},
         train=split(images.train),

@@ -7,8 +7,8 @@ of a mirrored image is not the mirrored latent. Which of the two a step takes, a
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from dit_fast import keyed
 from dit_fast.data.captions import caption_name, open_captions
+from dit_fast.data.decode import Conversion
 from dit_fast.data.images import count_shapes, describe_shapes, heldout_mask
 from dit_fast.data.posterior import Posterior
 from dit_fast.data.shards import LABELS, MANIFEST, NAMES, TEXTS, digest_file, map_npy, read_json, shard_name
 from dit_fast.data.stream import BatchStream
 from dit_fast.data.told import Captions, ToldSet, ToldSplit
+from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.errors import ConfigError, DataError
 
 
@@ -70,6 +72,7 @@ class LatentSplit(ToldSplit):
     lazy: bool = True
     buckets: Tensor | None = None
     captions: Captions | None = None
+    unreadable: Unreadable = field(default_factory=Unreadable)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -84,9 +87,10 @@ class LatentSplit(ToldSplit):
         # The least and the greatest value are NaN where any value is: twelve times as fast as isfinite.
         if not torch.stack(moments.aminmax()).isfinite().all():
             bad = (~moments.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-            raise DataError(
+            raise UnreadableError(
                 f"{self.source.where(members[bad[0]])}: the latent holds NaN or infinity ({len(bad)} of the "
-                f"{len(members)} in this batch do); encode the set again"
+                f"{len(members)} in this batch do); encode the set again",
+                {members[row]: "NaN or infinity" for row in bad},
             )
         return moments
 
@@ -101,7 +105,8 @@ class LatentSet(ToldSet):
 
     `image_size` is the side of a latent, which is the model's input size, and `pixel_size` that of the images,
     None where the files do not tell. `flip`: whether the set holds mirrored images too. `vae` says which
-    autoencoder made it. `fingerprint` is a SHA-256 of what the set is made of. `buckets`: as of `ImageSet`, of latents.
+    autoencoder made it. `fingerprint` is a SHA-256 of what the set is made of. `buckets`, `conversion`, `without`: as
+    of `ImageSet`.
     """
 
     name: str
@@ -117,6 +122,8 @@ class LatentSet(ToldSet):
     train: LatentSplit
     heldout: LatentSplit
     buckets: tuple[tuple[int, int], ...] = ()
+    conversion: Conversion | None = None
+    without: Callable[[Collection[str]], str] | None = None
 
     @property
     def shapes(self) -> dict[tuple[int, int], int]:
@@ -139,6 +146,7 @@ class LatentSet(ToldSet):
             "shift": list(self.posterior.shift),
             "scale": list(self.posterior.scale),
             "vae": self.vae,
+            **({} if self.conversion is None else {"pixels": self.conversion.describe()}),
             **describe_shapes(self.shapes),
             **self.describe_captions(),
         }
@@ -162,7 +170,8 @@ class LatentStream(BatchStream):
         flips = self.mirrored(step, rows)
         if flips is None:
             flips = torch.zeros(len(indices), dtype=torch.bool)
-        return self.latents.moments(indices, flips), flips, self.latents.told(indices)
+        moments, told = self.latents.take(indices, lambda chosen: self.latents.moments(chosen, flips))
+        return moments, flips, told
 
     def noise(self, step: int, rows: slice = slice(None), shape: tuple[int, ...] | None = None) -> Tensor:
         """Standard normal float32 (b, *shape) for the posteriors of `rows` of a step, each (C, H, W)."""
@@ -188,13 +197,15 @@ def open_latents(
     flip: bool | None = None,
     holdout: float | None = None,
     verify: bool = False,
+    skip_unreadable: int = 0,
 ) -> LatentSet:
     """Open the set that `dit-fast encode` wrote to `folder`.
 
-    num_classes  checked against the set when given
+    num_classes  checked against the set when given; 0: no class is told
     flip         whether mirrored images are used; None: yes
     holdout      held-out fraction of each class; None: 0
     verify       compare every shard with its SHA-256, instead of sizes and shapes only
+    skip_unreadable   latents that may turn out not to be finite, and are replaced then (`dit_fast.data.unreadable`)
 
     Raises DataError for a set that is unfinished, changed, damaged or empty, whose labels and latents disagree,
     and ConfigError for options that contradict it.
@@ -243,7 +254,18 @@ def open_latents(
         vae={key: vae[key] for key in ("name", "source", "sha256")},
         fingerprint=_fingerprint(shards, manifest["labels"]),
         captions=captions,
+        lost=_lost(folder, manifest, images),
+        conversion=Conversion.of(settings["pixels"]) if "pixels" in settings else None,
+        skip_unreadable=skip_unreadable,
     )
+
+
+def _lost(folder: Path, manifest: dict[str, Any], images: int) -> list[int]:
+    """The rows of images that could not be read when the set was encoded: they hold NaN and are no members."""
+    lost = manifest.get("unreadable", [])
+    if not isinstance(lost, list) or not all(type(row) is int and 0 <= row < images for row in lost):
+        raise DataError(f"{folder / MANIFEST}: unreadable is no list of rows; encode the set again")
+    return lost
 
 
 def make_latent_set(
@@ -263,11 +285,16 @@ def make_latent_set(
     vae: dict[str, Any],
     fingerprint: str,
     captions: Captions | None = None,
+    lost: Sequence[int] = (),
+    conversion: Conversion | None = None,
+    skip_unreadable: int = 0,
+    without: Callable[[Collection[str]], str] | None = None,
 ) -> LatentSet:
     """Check what every kind of set must hold, divide the samples into the two splits and return the set.
 
     `sample_shape` is (C, H, W); `sample_ids` is called only where samples are held out; `flips`: whether the
-    source has mirrored images. Raises DataError and ConfigError as `open_latents`.
+    source has mirrored images; `lost`: members that neither split has. Raises DataError and ConfigError as
+    `open_latents`.
     """
     channels, height, width = sample_shape
     fraction = holdout or 0.0
@@ -279,7 +306,7 @@ def make_latent_set(
         raise ConfigError(
             f"--flip: {name} holds no mirrored latents; leave it out or encode with dit-fast encode"
         )
-    if num_classes not in (None, len(class_names)):
+    if num_classes not in (None, 0, len(class_names)):
         raise ConfigError(
             f"--num-classes {num_classes} contradicts {name}, which has {len(class_names)} classes"
         )
@@ -287,9 +314,10 @@ def make_latent_set(
         raise DataError(f"{name} holds no latents")
     if height != width:
         raise DataError(f"{name}: the latents are {height} x {width}; square ones are needed")
-    if len(class_names) < 2 and captions is None:
+    if len(class_names) < 2 and captions is None and num_classes != 0:
         raise DataError(
-            f"{name}: {len(class_names)} class found; class-conditional training needs at least 2"
+            f"{name}: {len(class_names)} class found; class-conditional training needs at least 2 (--num-classes 0 "
+            "trains without classes)"
         )
     outside = ((labels < 0) | (labels >= len(class_names))).nonzero().flatten()
     if len(outside):
@@ -298,16 +326,21 @@ def make_latent_set(
             f"{name}: label {int(labels[first])} of sample {first} ({source.where(first)}) is outside "
             f"0..{len(class_names) - 1} ({len(outside)} such labels in all)"
         )
-    held = (
-        heldout_mask(sample_ids(), labels, fraction)
-        if fraction
-        else torch.zeros(len(labels), dtype=torch.bool)
-    )
+    there = torch.ones(len(labels), dtype=torch.bool)
+    there[list(lost)] = False
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    if fraction:
+        ids, rows = sample_ids(), there.nonzero().flatten()
+        held[rows] = heldout_mask([ids[row] for row in rows.tolist()], labels[rows], fraction)
+
+    register = Unreadable(skip_unreadable, source.where)
 
     def split(mask: Tensor) -> LatentSplit:
-        members = mask.nonzero().flatten()
+        members = (mask & there).nonzero().flatten()
         shape = (channels, height, width)
-        return LatentSplit(source, members, labels[members], shape, posterior, captions=captions)
+        return LatentSplit(
+            source, members, labels[members], shape, posterior, captions=captions, unreadable=register
+        )
 
     return LatentSet(
         name=name,
@@ -322,6 +355,8 @@ def make_latent_set(
         vae=vae,
         train=split(~held),
         heldout=split(held),
+        conversion=conversion,
+        without=without,
     )
 
 

@@ -52,9 +52,10 @@ class Listing:
             part = slice(start, min(start + batch_size, rows.stop))
             stored = captions(self.names[part], self.texts[part]).to(getattr(torch, dtype))
             if not stored.isfinite().all():
+                bad = (~stored.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
                 raise DataError(
-                    f"{self.paths[start]} or the {batch_size - 1} after it: a caption's embedding is not finite in "
-                    f"{dtype}; give --dtype float32"
+                    f"{self.paths[start + bad[0]]}: its caption's embedding is not finite in {dtype} ({len(bad)} in "
+                    f"this batch); give --dtype float32"
                 )
             yield stored
 
@@ -75,10 +76,13 @@ def open_encoder(name: str | None, tokens: int | None, device: str) -> CaptionEn
     return TextEncoder(name, tokens, device)
 
 
-def list_images(root: Path, shard_size: int, captions: CaptionEncoder | None) -> Listing:
+def list_images(
+    root: Path, shard_size: int, captions: CaptionEncoder | None, labelled: bool = True
+) -> Listing:
+    """The images below `root`; of classes, or not `labelled`, or those that have `captions`."""
     texts: list[str] = []
     if captions is None:
-        class_names, paths, labels = list_classes(root)
+        class_names, paths, labels = list_classes(root, labelled)
     else:
         paths, texts = list_captioned(root, captions.reads_texts)
         class_names, labels = ["captions"], [0] * len(paths)

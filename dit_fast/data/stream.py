@@ -58,8 +58,8 @@ class BatchStream:
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Images, and labels or captions, of `rows` of a step."""
-        indices = self.indices(step)[rows]
-        return self.split.batch(indices, self.mirrored(step, rows)), self.split.told(indices)
+        flip = self.mirrored(step, rows)
+        return self.split.take(self.indices(step)[rows], lambda indices: self.split.batch(indices, flip))
 
     def stored(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """What `dit_fast.training.step.TrainStep` makes the batch of, on its device, and the labels."""

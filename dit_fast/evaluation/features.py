@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dit_fast.data import ImageSet, open_images, to_pixels
+from dit_fast.data import Conversion, ImageSet, open_images, to_pixels
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.evaluation.label_agreement import LabelClassifier
 
@@ -162,6 +162,7 @@ def open_extractor(
     weights: Path | None = None,
     labelled: str | None = None,
     image_size: int | None = None,
+    conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
 ) -> FeatureExtractor:
     """One of `FEATURES`: "inception" from the file `weights`, "classifier" fitted to `labelled` images of that size.
 
@@ -177,7 +178,9 @@ def open_extractor(
             "features classifier is fitted to labelled images: compare with a built-in set or a folder that has a "
             "sub-folder for each class"
         )
-    return ClassifierFeatures(open_images(labelled, image_size, flip=False, holdout=0.0))
+    return ClassifierFeatures(
+        open_images(labelled, image_size, flip=False, holdout=0.0, conversion=conversion)
+    )
 
 
 class _Capture:

@@ -1,6 +1,7 @@
 """Images to be scored, wherever they lie: uint8 RGB, in batches of one size."""
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dit_fast.data import BUILTIN, Size, centre_crop_array, nearest_bucket
-from dit_fast.data.folder import image_files, list_failures, read_each, read_image
+from dit_fast.data import BUILTIN, Conversion, Size, centre_crop_array, nearest_bucket
+from dit_fast.data.decode import list_failures, read_each, read_header, read_image
+from dit_fast.data.image_files import FORMATS, image_files
 from dit_fast.errors import DataError
 from dit_fast.evaluation.archives import Archive
+from dit_fast.sampling.output import ARCHIVE, GRID, IMAGES, WRITTEN
+
+logger = logging.getLogger(__name__)
 
 _LEAST = 2
 _NAMED = 3
@@ -84,12 +88,13 @@ class ArchiveImages:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """PNG and JPEG files, decoded by `num_workers` threads and each scaled and cropped to its size, as in training."""
+    """Image files, decoded by `num_workers` threads and each scaled and cropped to its size, as in training."""
 
     name: str
     paths: tuple[Path, ...]
     shapes: tuple[Size, ...]
     num_workers: int
+    conversion: Conversion
 
     @property
     def num(self) -> int:
@@ -102,12 +107,13 @@ class FolderImages:
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         for size in self.sizes:
             paths = [path for path, own in zip(self.paths, self.shapes, strict=True) if own == size]
-            decode = functools.partial(read_image, size=size, channels=3)
+            decode = functools.partial(read_image, size=size, channels=3, how=self.conversion)
             for first in range(0, len(paths), batch_size):
-                images, failures = read_each(paths[first : first + batch_size], decode, self.num_workers)
+                part = paths[first : first + batch_size]
+                images, failures = read_each(part, decode, self.num_workers)
                 if failures:
-                    raise _unreadable(self.name, failures)
-                yield torch.stack(images)
+                    raise _unreadable(self.name, part, failures)
+                yield torch.stack([image for image in images if image is not None])
 
 
 @dataclass(frozen=True)
@@ -131,9 +137,15 @@ class JoinedImages:
 
 
 def open_source(
-    source: str | Path, image_size: int | None = None, num_workers: int = 1, buckets: Sequence[Size] = ()
+    source: str | Path,
+    image_size: int | None = None,
+    num_workers: int = 1,
+    buckets: Sequence[Size] = (),
+    conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
 ) -> ImageSource:
-    """A folder of PNG or JPEG images (sub-folders too), an .npz archive with `arr_0`, or a built-in set's name.
+    """A folder of images (sub-folders too), an .npz archive with `arr_0`, or a built-in set's name.
+
+    Of what `dit-fast sample --out` wrote the single images are taken, or its archive, never its grid.
 
     `image_size`: scale and crop to that side, as ADM does (`centre_crop`); None: the images must be square in a folder
     and all of one size. buckets: instead, each image of a folder is scaled and cropped to that whose aspect ratio is
@@ -147,12 +159,12 @@ def open_source(
     if str(source) in BUILTIN and not path.exists():
         opened: ImageSource = _builtin(str(source), image_size)
     elif path.is_dir():
-        opened = _folder(path, image_size, num_workers, buckets)
+        opened = _folder(path, image_size, num_workers, buckets, conversion)
     elif not path.exists():
         raise DataError(f"{path}: no such file or folder (built-in sets: {', '.join(sorted(BUILTIN))})")
     elif path.suffix != ".npz":
         raise DataError(
-            f"{path}: expected a folder of PNG or JPEG images or an .npz archive, not a file of kind "
+            f"{path}: expected a folder of images or an .npz archive, not a file of kind "
             f"{path.suffix or '(none)'}"
         )
     else:
@@ -182,17 +194,39 @@ def _builtin(name: str, image_size: int | None) -> ArrayImages:
 
 
 def _folder(
-    root: Path, image_size: int | None, num_workers: int, buckets: Sequence[Size] = ()
-) -> FolderImages:
+    root: Path,
+    image_size: int | None,
+    num_workers: int,
+    buckets: Sequence[Size],
+    conversion: Conversion,
+) -> ImageSource:
+    if (root / GRID).is_file() and all(
+        entry.name in WRITTEN or entry.name.startswith(".") for entry in root.iterdir()
+    ):
+        # A folder of dit-fast sample. Its grid is not told apart by a mark where an older version drew it.
+        if (root / IMAGES).is_dir():
+            return _folder(root / IMAGES, image_size, num_workers, buckets, conversion)
+        if (root / ARCHIVE).is_file() and not buckets:
+            return archive_images(Archive(root / ARCHIVE), image_size)
     paths = image_files(root)
-    if not paths:
-        raise DataError(f"{root} has no PNG or JPEG images")
-    sizes, failures = read_each(paths, _size, num_workers)
+    headers, failures = read_each(paths, lambda path: read_header(path, conversion), num_workers)
     if failures:
-        raise _unreadable(str(root), failures)
+        raise _unreadable(str(root), paths, failures)
+    known = [(path, header) for path, header in zip(paths, headers, strict=True) if header is not None]
+    single = [(path, header) for path, header in known if not header.grid]
+    if grids := len(known) - len(single):
+        if not single:
+            raise DataError(
+                f"{root} has no single images, only {grids} grids of samples: draw with dit-fast sample --save-images "
+                "or --npz"
+            )
+        logger.warning("%s: %d grids of samples are left out", root, grids)
+    if not single:
+        raise DataError(f"{root} has no image that is read ({FORMATS})")
+    paths, sizes = [path for path, _ in single], [(header.height, header.width) for _, header in single]
     if buckets:
         shapes = [buckets[nearest_bucket(size, buckets)] for size in sizes]
-        return FolderImages(str(root), tuple(paths), tuple(shapes), num_workers)
+        return FolderImages(str(root), tuple(paths), tuple(shapes), num_workers, conversion)
     if image_size is None:
         other = [(path, size) for path, size in zip(paths, sizes, strict=True) if size != sizes[0]]
         if other:
@@ -206,16 +240,13 @@ def _folder(
                 f"{root}: images are {sizes[0][1]}x{sizes[0][0]}, not square; give --image-size to scale and crop"
             )
     shape = sizes[0] if image_size is None else (image_size, image_size)
-    return FolderImages(str(root), tuple(paths), (shape,) * len(paths), num_workers)
+    return FolderImages(str(root), tuple(paths), (shape,) * len(paths), num_workers, conversion)
 
 
-def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.height, image.width
-
-
-def _unreadable(name: str, failures: Sequence[tuple[Path, str]]) -> DataError:
-    return DataError(f"{name}: images cannot be read: {list_failures(failures)}; replace or remove them")
+def _unreadable(name: str, paths: Sequence[Path], failures: dict[int, str]) -> DataError:
+    return DataError(
+        f"{name}: images cannot be read: {list_failures(paths, failures)}; replace or remove them"
+    )
 
 
 def _to_rgb(images: np.ndarray) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.data import Size
+from dit_fast.data import Conversion, Size
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.evaluation.archives import Archive
 from dit_fast.evaluation.features import FeatureExtractor
@@ -92,16 +92,20 @@ class Quality:
 
 
 def open_reference(
-    source: str | Path, image_size: int | None = None, num_workers: int = 1, buckets: Sequence[Size] = ()
+    source: str | Path,
+    image_size: int | None = None,
+    num_workers: int = 1,
+    buckets: Sequence[Size] = (),
+    conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
 ) -> Reference:
     """What `open_source` takes, or an .npz archive with `mu` and `sigma`, which may hold images too, as ADM's do."""
     path = Path(source)
     if path.suffix != ".npz" or not path.is_file():
-        return Reference(str(source), open_source(source, image_size, num_workers, buckets), None)
+        return Reference(str(source), open_source(source, image_size, num_workers, buckets, conversion), None)
     archive = Archive(path)
     statistics = read_statistics(archive) if "mu" in archive else None
     if statistics is None:
-        return Reference(str(source), open_source(source, image_size, num_workers, buckets), None)
+        return Reference(str(source), open_source(source, image_size, num_workers, buckets, conversion), None)
     images = archive_images(archive, image_size) if "arr_0" in archive else None
     return Reference(str(source), images, statistics)
 

@@ -1,6 +1,6 @@
 """Drawing images from a model: solvers, guidance, the batch sampler and pictures to look at."""
 
-from dit_fast.sampling.grid import draw_grid, short_label, to_pil, to_uint8
+from dit_fast.sampling.grid import draw_grid, save_grid, short_label, to_pil, to_uint8
 from dit_fast.sampling.guidance import Guidance, classifier_cond_fn
 from dit_fast.sampling.nodes import Nodes, default_solver, diffusion_nodes, flow_nodes, sampling_nodes
 from dit_fast.sampling.program import SOLVERS
@@ -21,6 +21,7 @@ __all__ = [
     "draw_grid",
     "flow_nodes",
     "sampling_nodes",
+    "save_grid",
     "short_label",
     "to_pil",
     "to_uint8",

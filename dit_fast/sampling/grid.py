@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+GRID_KEY = "dit-fast grid"
+"""The text in the PNG of a grid that says that it is one, so that it is not scored as a sample."""
 _MARGIN = 12
 _GAP = 4
 _INK = (40, 40, 40)
@@ -102,3 +105,10 @@ def draw_grid(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
             tile = to_pil(image).resize((layout.tile_width, layout.tile_height), Image.Resampling.NEAREST)
             picture.paste(tile.convert("RGB"), layout.corner(row, column))
     return picture
+
+
+def save_grid(picture: Image.Image, path: Path) -> None:
+    """Write what `draw_grid` gave as a PNG that says that it is a grid."""
+    said = PngImagePlugin.PngInfo()
+    said.add_text(GRID_KEY, "samples laid out to be looked at")
+    picture.save(path, format="PNG", pnginfo=said)

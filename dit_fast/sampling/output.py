@@ -7,6 +7,11 @@ from pathlib import Path
 from dit_fast.errors import OutputError
 from dit_fast.files import sync, write_atomically  # noqa: F401 (for callers that have not moved yet)
 
+GRID, IMAGES, ARCHIVE = "sample.png", "images", "samples.npz"
+"""What `dit-fast sample` writes to its folder: a grid, single images and an archive of them, ..."""
+WRITTEN = frozenset((GRID, IMAGES, ARCHIVE, "trajectory.gif", "latents.npy", "scores.json", "parts"))
+"""... and all that it may leave there."""
+
 
 def prepare_folder(folder: Path, needed_bytes: int = 0) -> None:
     """Make `folder` and see that it takes files and has `needed_bytes` left; OutputError if not."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from dit_fast.blocks import RECOMPUTE
-from dit_fast.data import ImageSet, LatentSet, open_data, parse_buckets
+from dit_fast.data import Conversion, ImageSet, LatentSet, open_data, parse_buckets
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.evaluation import FEATURES
 from dit_fast.interop.vae import LatentEncoder
@@ -58,7 +58,9 @@ class TrainConfig(ObjectiveConfig):
     data                 a built-in set, a folder of class sub-folders, or latents
     vae                  "ema", "mse" or the folder of an autoencoder that makes latents of images as they are read
     image_size, channels, flip, holdout   see `dit_fast.data.open_images`; None: as the data are
-    num_classes          checked against the data; 0 for a model that is told no class
+    num_classes          checked against the data; 0 for a model that is told no class, of any folder of images
+    background, raw_pixels   how image files become pixels (`dit_fast.data.Conversion`)
+    skip_unreadable      files that may turn out to be unreadable; each is replaced (`dit_fast.data.unreadable`)
     buckets              "256x256,192x320": the shapes (height x width) of images of many aspect ratios, instead of
                          image_size; each has the nearest, a batch is of one, the first is the model's own
     steps, epochs        length of the run in optimiser steps, or in passes over the training images
@@ -118,6 +120,9 @@ class TrainConfig(ObjectiveConfig):
     num_classes: int | None = None
     flip: bool | None = None
     holdout: float | None = None
+    background: str = "white"
+    raw_pixels: bool = False
+    skip_unreadable: int = 0
     batch_size: int = 256
     steps: int | None = None
     epochs: int | None = None
@@ -182,7 +187,14 @@ class TrainConfig(ObjectiveConfig):
         _require(self, "timeout", math.isfinite(self.timeout) and self.timeout > 0, "a positive number")
         ratio = self.mlp_ratio
         _require(self, "mlp_ratio", ratio is None or 0 < ratio <= MOST_MLP, f"above 0, up to {MOST_MLP}")
-        for field in ("weight_decay", "warmup_steps", "skip_nonfinite", "milestone_every", "num_workers"):
+        for field in (
+            "weight_decay",
+            "warmup_steps",
+            "skip_nonfinite",
+            "skip_unreadable",
+            "milestone_every",
+            "num_workers",
+        ):
             value = getattr(self, field)
             _require(self, field, value is None or (math.isfinite(value) and value >= 0), "a number from 0")
         for field in ("beta1", "beta2", "ema_decay", "class_dropout_prob"):
@@ -201,6 +213,7 @@ class TrainConfig(ObjectiveConfig):
                 "inception, and it alone, needs torch-fidelity's weights-inception-2015-12-05-6726825d.pth there (the "
                 "others are proxies)"
             )
+        self.conversion()
         sizes = self.bucket_sizes()
         if self.evaluate_every and self.evaluate_features == "classifier" and sizes:
             raise ConfigError(
@@ -235,6 +248,10 @@ class TrainConfig(ObjectiveConfig):
         """(height, width) of `buckets`; none where images are squares of one size."""
         return parse_buckets(self.buckets) if self.buckets is not None else ()
 
+    def conversion(self) -> Conversion:
+        """How image files become pixels."""
+        return Conversion(self.background, self.raw_pixels)
+
     def total_steps(self, num_train: int) -> int:
         """Optimiser steps of the whole run over `num_train` images; 400,000 (the paper's) unless set."""
         if self.epochs is not None:
@@ -246,6 +263,7 @@ class TrainConfig(ObjectiveConfig):
 CHANGEABLE = frozenset(
     ("data", "steps", "epochs", "compile", "device", "threads", "num_workers", "optimizer", "accumulate")
     + ("recompute", "attention", "mlp_epilogue", "kernels", "cuda_graph", "skip_nonfinite", "parallel")
+    + ("skip_unreadable",)
     + ("timeout", "log_every", "ckpt_every", "keep_checkpoints", "milestone_every", "async_checkpoint")
     + ("stop_on_save_failure", "sample_every", "sample_steps", "tensorboard", "wandb", "nvtx")
     + ("evaluate_every", "evaluate_samples", "evaluate_against", "evaluate_features", "evaluate_weights")
@@ -263,6 +281,8 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
         del saved["predict_xstart"]
     if unknown := sorted(saved.keys() - fields.keys()):
         raise CheckpointError(f"{source} has options that this version does not know: {', '.join(unknown)}")
+    # Before there was a choice, transparency and orientation were ignored.
+    saved = {"raw_pixels": True, **saved}
     # An option that is younger than the run was then what is now its default.
     younger = {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
     saved = {**younger, **saved}
@@ -296,12 +316,14 @@ def open_set(config: TrainConfig) -> ImageSet | LatentSet:
         config.data,
         config.image_size,
         channels=config.channels,
-        num_classes=config.num_classes or None,
+        num_classes=config.num_classes,
         flip=config.flip,
         holdout=config.holdout,
         num_workers=config.num_workers,
         encoder=encoder,
         buckets=config.bucket_sizes(),
+        conversion=config.conversion(),
+        skip_unreadable=config.skip_unreadable,
     )
 
 

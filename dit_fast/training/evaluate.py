@@ -59,6 +59,8 @@ class Evaluation:
                 "--evaluate-against"
             )
         against = config.evaluate_against or config.data
+        # As the training images were read, by the run or by dit-fast encode.
+        self.conversion = trainer.data.conversion or config.conversion()
         self.decoder = open_decoder(trainer)
         size = trainer.data.image_size * (1 if self.decoder is None else self.decoder.factor)
         weights = config.evaluate_weights and Path(config.evaluate_weights)
@@ -68,6 +70,7 @@ class Evaluation:
             weights=weights or None,
             labelled=against,
             image_size=size,
+            conversion=self.conversion,
         )
         self.sampler = AverageSampler(trainer, guidance=1.0)
         self.reference: SavedStatistics = world.first(lambda: self._reference(against, size))
@@ -128,7 +131,7 @@ class Evaluation:
     def _reference(self, against: str, size: int) -> SavedStatistics:
         config = self.trainer.config
         opened = open_reference(
-            against, size, config.num_workers or os.cpu_count() or 1, config.bucket_sizes()
+            against, size, config.num_workers or os.cpu_count() or 1, config.bucket_sizes(), self.conversion
         )
         if opened.statistics is not None:
             check_reference(opened.statistics, self.extractor.name, self.extractor.proxy)

@@ -11,7 +11,7 @@ from dit_fast.data import LatentSet
 from dit_fast.errors import DitFastError
 from dit_fast.files import write_atomically
 from dit_fast.interop.vae import LatentDecoder
-from dit_fast.sampling import draw_grid, short_label, to_uint8
+from dit_fast.sampling import draw_grid, save_grid, short_label, to_uint8
 from dit_fast.sampling.grid import on_paper
 from dit_fast.training.samples import AverageSampler, open_decoder
 from dit_fast.training.trainer import Trainer
@@ -61,7 +61,7 @@ class SampleGrids:
             for row, name in enumerate(self.names)
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(rows).save(path)
+        save_grid(draw_grid(rows), path)
         if self.trainer.model.caption_dim:
             lines = "".join(" ".join(name.split()) + "\n" for name in self.names)
             write_atomically(path.parent / "captions.txt", lambda file: file.write_text(lines, "utf-8"))

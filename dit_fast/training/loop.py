@@ -7,7 +7,8 @@ of ranks sees the same samples, noise and timesteps.
 
 import logging
 import signal
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +48,8 @@ class TrainResult:
     """Where a run ended.
 
     `stopped_by`: the signal that ended it early; `checkpoint`: the last one written; `curve`: the picture of its loss,
-    None where it could not be drawn.
+    None where it could not be drawn; `unreadable`: the files that were left out because they could not be read, and
+    why.
     """
 
     run: Path
@@ -56,6 +58,7 @@ class TrainResult:
     checkpoint: Path
     stopped_by: signal.Signals | None
     curve: Path | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(config: TrainConfig, run: str | Path, world: World | None = None) -> TrainResult:
@@ -155,8 +158,9 @@ def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
         checkpoint = _steps(trainer, watch, writer, batches)
     log, curve = run / "log.jsonl", run / "loss.png"
     drawn = world.is_first and watch.best_effort("the loss curve", lambda: plot_loss(log, curve))
+    left_out = trainer.data.unreadable.known
     return TrainResult(
-        run, trainer.step, trainer.total_steps, checkpoint, trainer.stop, curve if drawn else None
+        run, trainer.step, trainer.total_steps, checkpoint, trainer.stop, curve if drawn else None, left_out
     )
 
 
@@ -190,6 +194,7 @@ def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Re
             with watch.paused():
                 _report(trainer, writer)
                 trainer.save(writer, watch.state())
+                _check_unreadable(trainer, writer)
         watch.draw()
     _report(trainer, writer)
     trainer.save(writer, watch.state())
@@ -199,6 +204,19 @@ def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Re
     if end < total:
         _raise_data_error(trainer, batches, writer.run)
     return path
+
+
+def _check_unreadable(trainer: Trainer, writer: CheckpointWriter) -> None:
+    """Raise DataError where all ranks together have left out more files than allowed, as a save found."""
+    register = trainer.data.unreadable
+    if register.exceeded:
+        writer.wait()
+        said = "; ".join(f"{name} ({reason})" for name, reason in list(register.known.items())[:5])
+        raise DataError(
+            f"step {trainer.step}: {len(register.known)} files cannot be read, --skip-unreadable is "
+            f"{register.allowed}: {said}; step {trainer.step} is saved: mend them and continue with --resume "
+            f"{writer.run}"
+        )
 
 
 def _readable_steps(trainer: Trainer, batches: Readable) -> int:

@@ -62,9 +62,8 @@ class StepAgreement:
     Within a step, `exchange(bad_loss, bad_norm, stop, save_failed, data_ends)`: the first two are () tensors on the
     device, whether this rank's loss or gradient norm is not finite; it returns whether any rank's are, on the device,
     without waiting for it. After `read`, `stop`, `save_failed` and `data_ends` are what any rank said, and `bad_rank`
-    is a rank whose loss was not finite in this step or an earlier one. On CUDA,
-    `read` gives the values of the step before, so that the host can run ahead by one step: all ranks still act at the
-    same one.
+    is a rank whose loss was not finite in this step or an earlier one. On CUDA, `read` gives the values of the step
+    before, so that the host can run ahead by one step: all ranks still act at the same one.
     """
 
     def __init__(self, world: World):

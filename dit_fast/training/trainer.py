@@ -319,9 +319,21 @@ class Trainer:
             "power_averages": None if self.averages is None else self.averages.describe(),
             "updates": self._updates(),
             "skipped": int(self.state.skipped),
+            **self._unreadable(),
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
             "log": log,
         }
+
+    def _unreadable(self) -> dict[str, Any]:
+        """The files that no rank could read, and the data's fingerprint without them; nothing where all could."""
+        register, without = self.data.unreadable, self.data.without
+        for known in self.world.gather(dict(register.known)):
+            register.merge(known)
+        names = dict(sorted(register.known.items()))
+        if not names:
+            return {}
+        rest = {} if without is None else {"fingerprint_without": without(names)}
+        return {"unreadable": {"files": names, **rest}}
 
     def _updates(self) -> int:
         """Updates that the optimiser made: `step` less the steps that were left out."""
@@ -383,6 +395,12 @@ class Trainer:
         Raises CheckpointError if it was trained on other data, or is of another model.
         """
         present = self.data.describe()
+        unreadable = manifest.get("unreadable") or {}
+        files, rest = unreadable.get("files", {}), unreadable.get("fingerprint_without")
+        if rest is not None and self.data.without is not None and rest == self.data.without(files):
+            # Files that could not be read may have been replaced.
+            present["fingerprint"] = manifest["data"].get("fingerprint")
+        self.data.unreadable.continue_from(files)
         changed = [
             f"{key} is {manifest['data'].get(key)} there and {value} here"
             for key, value in present.items()
