@@ -181,7 +181,8 @@ class EmbeddingFile:
         try:
             array = self._read(name)
         except _READ_ERRORS as error:
-            raise DataError(f"{self.path}: {name} cannot be read: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self.path} is no readable file of embeddings: {name}: {reason}") from None
         if array.ndim != 2 or 0 in array.shape or array.dtype.kind != "f":
             raise DataError(
                 f"{self.path}: {name} is {array.dtype} {array.shape}, expected floats (tokens, width)"
