@@ -48,6 +48,7 @@ _DATA = fields(
         "buckets": array(array(integer(1, 1 << 16), 2)),
         "bucket_images": array(integer()),
         "captions": table(anything),
+        "pixels": fields({"background": text(), "raw_pixels": flag}),
     },
 )
 _DIFFUSION = fields(
@@ -93,6 +94,7 @@ _SCHEMA = fields(
         "skipped": integer(),
         "loss_scale": maybe(fields({"scale": number(0), "growth": number(0)})),
         "log": maybe(_LOG),
+        "unreadable": fields({"files": table(text())}, {"fingerprint_without": text()}),
     },
 )
 
