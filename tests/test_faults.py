@@ -324,3 +324,18 @@ def test_a_batch_that_does_not_divide_is_refused_by_every_rank(tmp_path) -> None
     expected = "--batch-size 9 does not divide by 2 ranks x --accumulate 3; give --batch-size 12"
     assert all(said == f"dit-fast: error: {expected}" for said in errors(ended)), ended.text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["plain", "snapshots and grids", "two ranks"])
+def test_a_kill_at_a_random_moment_leaves_the_bits_of_an_undisturbed_run(tmp_path, name) -> None:
+    from tests.distributed.kills import kills
+
+    kills(tmp_path, name, count=1, seed=1)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["plain", "snapshots and grids", "two ranks"])
+def test_ten_kills_at_random_moments_leave_the_bits_of_an_undisturbed_run(tmp_path, name) -> None:
+    from tests.distributed.kills import kills
+
+    kills(tmp_path, name, count=10, seed=0)

@@ -22,6 +22,7 @@ from dit_fast.data import to_pixels
 from dit_fast.errors import DitFastError, OutputError
 from dit_fast.evaluation import Scorer
 from dit_fast.files import TEMPORARY, write_atomically
+from dit_fast.locks import FolderLock
 from dit_fast.sampling import Step, draw_grid, save_grid, short_label, to_pil, to_uint8
 from dit_fast.sampling.output import ARCHIVE, GRID, IMAGES
 from dit_fast.sampling.progress import Progress
@@ -51,6 +52,15 @@ def run(args: argparse.Namespace) -> int:
             f"{plan.info.summary()}; {parts.num} images, {len(sampler.nodes)} {sampler.config.solver} steps, "
             f"guidance {args.cfg_scale:g}, seed {args.seed}, on {plan.model.pos_embed.device}{ranks}",
         )
+    with FolderLock(args.out, "sample", plan.rank):
+        # Another process may have ended, and taken its shards away, since they were opened.
+        parts.open()
+        _draw_and_write(args, plan)
+    return 0
+
+
+def _draw_and_write(args: argparse.Namespace, plan: Plan) -> None:
+    parts = plan.parts
     try:
         _draw(args, plan)
     except BaseException:
@@ -58,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             parts.remove_if_empty()
         raise
     if plan.rank > 0:
-        return 0
+        return
 
     images = parts.first(_MOST_SHOWN if plan.scorer is None else parts.num)
     if images.dtype != np.uint8:
@@ -79,7 +89,6 @@ def run(args: argparse.Namespace) -> int:
     if plan.scorer is not None:
         _score(args, plan, plan.scorer, images)
     parts.remove()
-    return 0
 
 
 def _draw(args: argparse.Namespace, plan: Plan) -> None:

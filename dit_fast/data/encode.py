@@ -47,6 +47,7 @@ from dit_fast.data.shards import (
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.interop.vae import LatentEncoder
+from dit_fast.locks import FolderLock
 from dit_fast.sampling.output import prepare_folder
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -157,6 +158,12 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
         )
     own = range(rank, listing.shards(), world_size)
     run = _Run(config, listing, encoder, captions, out, own)
+    with FolderLock(out, "encode", rank):
+        return _encode(run, rank, world_size)
+
+
+def _encode(run: "_Run", rank: int, world_size: int) -> EncodeResult:
+    out, listing, own = run.out, run.listing, run.own
     run.agree()
     # What all ranks write takes a moment; a file older than a minute is of a rank that was killed.
     remove_leftovers(out, (SETTINGS, LABELS, NAMES, TEXTS, MANIFEST), 0 if world_size == 1 else 60)

@@ -61,7 +61,7 @@ class SampleGrids:
             for row, name in enumerate(self.names)
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(draw_grid(rows), path)
+        write_atomically(path, lambda temporary: save_grid(draw_grid(rows), temporary))
         if self.trainer.model.caption_dim:
             lines = "".join(" ".join(name.split()) + "\n" for name in self.names)
             write_atomically(path.parent / "captions.txt", lambda file: file.write_text(lines, "utf-8"))

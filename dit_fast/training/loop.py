@@ -19,6 +19,7 @@ from dit_fast.errors import (
     DitFastError,
     OutputError,
 )
+from dit_fast.locks import FolderLock
 from dit_fast.sampling.output import prepare_folder
 from dit_fast.training.checkpoint import (
     checkpoint_bytes,
@@ -65,11 +66,12 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
     """Start a run in the folder `run`, which must not hold one yet; every rank of `world` calls it.
 
     Leaves checkpoints/step-N, log.jsonl and loss.png there. Raises the errors of `dit_fast.errors` before the
-    first step wherever it can: for data, configuration, an output folder that is taken or not writable, and
-    for a full disk.
+    first step wherever it can: for data, configuration, an output folder that is taken, in use by another process or
+    not writable, and for a full disk.
     """
     run = Path(run)
     everyone = world or World()
+    lock = FolderLock(run, "train")
 
     def refuse_a_run() -> None:
         # What a killed first attempt left before its first checkpoint is nothing to keep.
@@ -79,21 +81,42 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
                 f"{run} already holds a run; continue it with --resume {run} or give another --out"
             )
 
-    everyone.first(refuse_a_run)
-    trainer = Trainer(config, open_set(config), world=world)
-    watch = Watch(trainer, run)
-    everyone.first(lambda: prepare_folder(checkpoints_folder(run)))
-    return _run(trainer, run, watch)
+    def claim() -> None:
+        # Nobody trains in a folder that is not there yet, and what is refused below must not leave one.
+        if run.is_dir():
+            lock.acquire()
+        refuse_a_run()
+
+    def begin() -> None:
+        prepare_folder(checkpoints_folder(run))
+        lock.acquire()
+        # Another run may have begun, and ended, while the data were read.
+        refuse_a_run()
+
+    with lock.releasing():
+        everyone.first(claim)
+        trainer = Trainer(config, open_set(config), world=world)
+        watch = Watch(trainer, run)
+        everyone.first(begin)
+        return _run(trainer, run, watch)
 
 
 def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -> TrainResult:
     """Continue the run in the folder `run` from its newest checkpoint, with the options `asked` for anew.
 
-    Raises CheckpointError where they, or the data, contradict what the run was trained with.
+    Raises CheckpointError where they, or the data, contradict what the run was trained with, and OutputError where
+    another process trains it.
     """
     run = Path(run)
     if not run.is_dir():
         raise CheckpointError(f"--resume {run}: no such run folder")
+    lock = FolderLock(run, "train")
+    with lock.releasing():
+        (world or World()).first(lock.acquire)
+        return _resume(run, asked, world)
+
+
+def _resume(run: Path, asked: dict[str, Any], world: World | None) -> TrainResult:
     path = latest_checkpoint(run, world)
     manifest = read_manifest(path)
     config = resumed_config(manifest["train_config"], asked, str(path))
