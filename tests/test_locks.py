@@ -84,7 +84,15 @@ def test_a_child_that_outlives_its_parent_keeps_no_lock(tmp_path):
     lock.acquire()
     child = context.Process(target=forked, args=(str(tmp_path), ready, done))
     child.start()
-    program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    program = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        close_fds=False,
+    )
+    assert program.stdout is not None
+    # Before its first line it may still have what it closes.
+    assert program.stdout.readline() == b"\n"
     try:
         assert ready.wait(60)
         # The parent has it still, and nobody does once the parent's descriptor is closed, as by its death.
@@ -219,7 +227,9 @@ def test_an_encoding_and_its_ranks(tmp_path, monkeypatch):
     seen: list[int] = []
     monkeypatch.setattr(encode_module, "_encode", lambda run, rank, size: seen.append(rank))
     for name in ("open_encoder", "list_images", "LatentEncoder"):
-        monkeypatch.setattr(encode_module, name, lambda *args: type("Fake", (), {"factor": 8})())
+        monkeypatch.setattr(
+            encode_module, name, lambda *args: type("Fake", (), {"factor": 8, "shards": lambda self: 2})()
+        )
     config = encode_module.EncodeConfig(data=str(tmp_path), out=str(out))
     with FolderLock(out, "encode"):
         encode_module.encode(config, 1, 2)
