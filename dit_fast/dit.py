@@ -38,10 +38,10 @@ class DiT(Gridded):
     positions: "sincos", "learned", "rope" or "sincos_rope"; norm: "layernorm" or "rmsnorm"; mlp: "gelu" or "swiglu";
     qk_norm: norms of each head's queries and keys. The paper's are the defaults; docs/models.md has the others.
     kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "triton" or "reference"; attention: "auto", "triton", "sdpa",
-    "cudnn" or "flash"; mlp_epilogue, who applies the GELU: "auto" (as the device's tuned table says), "separate", "triton" or
-    "cublaslt"; recompute, in the backward pass: "none", "cheap" (norm outputs and activations, where the kernels run: a
-    third less memory for no matrix product) or "blocks" (every block from its input). Raises ConfigError for what does
-    not fit together.
+    "cudnn" or "flash"; mlp_epilogue, who applies the GELU: "auto" (as the device's tuned table says), "separate",
+    "triton" or "cublaslt"; recompute, in the backward pass: "none", "cheap" (norm outputs and activations, where the
+    kernels run: a third less memory for no matrix product) or "blocks" (every block from its input). Raises ConfigError
+    for what does not fit together.
     """
 
     def __init__(

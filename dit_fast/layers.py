@@ -82,9 +82,9 @@ class Attention(nn.Module):
     """Multi-head self-attention on one packed projection; rows of `qkv` are [q; k; v], each (heads, head_dim).
 
     `backend`: "auto" | "triton" | "sdpa" | "cudnn" | "flash", see `dit_fast.kernels.attention`. `qk_norm`: an RMSNorm
-    for the queries and one for the keys of each head (Dehghani et al. 2023, section 2). It, a layout's rotation and the bias
-    before them are one operation where the kernels run, `dit_fast.kernels.qk_norm_rope`, unless a norm was replaced
-    or hooked; a layout with padding is attended to by PyTorch's attention alone.
+    for the queries and one for the keys of each head (Dehghani et al. 2023, section 2). It, a layout's rotation and the
+    bias before them are one operation where the kernels run, `dit_fast.kernels.qk_norm_rope`, unless a norm was
+    replaced or hooked; a layout with padding is attended to by PyTorch's attention alone.
     """
 
     def __init__(

@@ -46,6 +46,9 @@ def is_centred(norm: str) -> bool:
 
 _library = torch.library.Library("dit_fast", "FRAGMENT")
 
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""The function that launches an operation's kernels, by the operation's name: for tools that count launches."""
+
 
 def define_op(
     name: str,
@@ -80,6 +83,7 @@ def define_op(
     """
     cpu_impl = triton_impl if triton.knobs.runtime.interpret else reference_impl
     schema = torch.library.infer_schema(triton_impl, mutates_args=())
+    IMPLEMENTATIONS[name] = triton_impl
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.dit_fast, name).default
     # A backend's kernel called by code that torch.compile left alone is no code to compile.

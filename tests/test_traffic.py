@@ -217,7 +217,7 @@ def test_loading_after_torch_is_refused() -> None:
     ("factory", "mode", "message"),
     [
         ("benchmarks.traffic.blocks:absent", "bf16", "module:function"),
-        ("benchmarks.traffic.blocks:plain", "fp8", "mode 'fp8': choose bf16 or autocast"),
+        ("benchmarks.traffic.blocks:plain", "fp8", "mode 'fp8': choose bf16, autocast, copies"),
     ],
 )
 def test_a_bad_program_is_one_line(factory: str, mode: str, message: str) -> None:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 SUPPORTED_TORCH = "2.13"
-MODES = ("bf16", "autocast")
+MODES = ("bf16", "autocast", "copies")
+COMPILED_MODES = MODES[:2]
+"""Those that the compiler's plain block has too; it has no optimizer that writes copies."""
 PHASES = ("forward", "backward")
 
 MEMORY_BOUND = ("inductor", "dit_fast", "torch", "epilogue")
@@ -36,7 +38,8 @@ class Program:
 
     choices: what stands for the tuned tables, such as {"mlp": "triton"}; tables themselves are not read.
     batch, tokens, width, heads: the shape of the token tensors; blocks: how many; mode: "bf16" (weights and
-    activations) or "autocast" (float32 weights and residual stream under bfloat16 autocast). `compiled` False: what
+    activations), "autocast" (float32 weights and residual stream under bfloat16 autocast) or "copies" (the same, with
+    weights that are the optimizer's bfloat16 copies, as in training by default). `compiled` False: what
     PyTorch launches without a compiler, one operation after another, without autocast.
     """
 

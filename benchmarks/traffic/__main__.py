@@ -19,7 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.traffic import MODES, Program, TrafficError, count, memory, prices, report, steady_state
+from benchmarks.traffic import (
+    COMPILED_MODES,
+    MODES,
+    Program,
+    TrafficError,
+    count,
+    memory,
+    prices,
+    report,
+    steady_state,
+)
 
 PLAIN = {
     "dit": "benchmarks.traffic.blocks:plain",
@@ -65,7 +75,7 @@ def parse_settings(words: list[str]) -> tuple[str, dict[str, Any], dict[str, str
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.split("\n")[0])
-    parser.add_argument("--mode", choices=MODES, action="append", help="default: both")
+    parser.add_argument("--mode", choices=MODES, action="append", help="default: all")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--dim", type=int, default=1152)
@@ -103,8 +113,9 @@ def blocks(args: argparse.Namespace, shape: Program) -> tuple[str, dict[str, Any
     ours = our_programs(args, shape)
     labels, programs = [], []
     for mode in args.mode or MODES:
-        labels += [(mode, name) for name, _ in (("Inductor", shape), *ours)]
-        programs += [replace(program, mode=mode) for _, program in (("Inductor", shape), *ours)]
+        counted_blocks = [("Inductor", shape)] * (mode in COMPILED_MODES) + ours
+        labels += [(mode, name) for name, _ in counted_blocks]
+        programs += [replace(program, mode=mode) for _, program in counted_blocks]
     counted = count([one for program in programs for one in steady_state(program)])
     steady = [longer - shorter for longer, shorter in zip(counted[::2], counted[1::2], strict=True)]
     rows = [(mode, name, traffic) for (mode, name), traffic in zip(labels, steady, strict=True)]
@@ -120,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.chains:
             document, values = prices.document(args.batch, versions())
         elif args.memory:
-            ours, modes = our_programs(args, shape), args.mode or MODES
+            ours, modes = our_programs(args, shape), args.mode or COMPILED_MODES
             found = memory.measure(shape, ours, modes, prices.DEPTH)
             document, values = memory.document(shape, found, prices.DEPTH, versions())
         else:

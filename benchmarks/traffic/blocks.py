@@ -50,7 +50,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def chain(program: Program, block: Callable[[], nn.Module], lazy: bool) -> Workload:
     """`program.blocks` blocks and their inputs: bfloat16 weights and tokens, or float32 ones for autocast."""
     dtype = torch.bfloat16 if program.mode == "bf16" else torch.float32
-    with default_dtype(dtype):
+    with default_dtype(torch.float32 if program.mode == "autocast" else torch.bfloat16):
         model = Chain([block() for _ in range(program.blocks)], lazy)
     size = program.batch, program.tokens, program.width
     x = torch.empty(size, dtype=dtype, requires_grad=True)

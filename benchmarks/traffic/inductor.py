@@ -200,7 +200,7 @@ def count(program: Program, factory: Callable[..., Workload], recorder: Recorder
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=program.mode == "autocast")
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=program.mode != "bf16")
     with fake:
         with torch.device("cuda"):
             workload = factory(program, **program.settings)

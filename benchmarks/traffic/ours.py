@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dit_fast.kernels.launch import Launch, record_launches
+from dit_fast.kernels.op import IMPLEMENTATIONS
 
 Counted = tuple[str, str, int, int]
 """kind, name, bytes read, bytes written: see `Pass`."""
@@ -109,7 +109,7 @@ class Interceptor(TorchDispatchMode):
         if operation.namespace == "dit_fast":
             self._write(given)
             with self:
-                return OPDEFS[operation.name()]._init_fn(*args, **(kwargs or {}))
+                return IMPLEMENTATIONS[operation.name().partition("::")[2]](*args, **(kwargs or {}))
         if operation.namespace == "prim":  # questions to a tensor
             return operation(*args, **(kwargs or {}))
         if operation._can_decompose():  # `to` and its like, which autograd would have taken apart

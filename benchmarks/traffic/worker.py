@@ -23,7 +23,7 @@ def count_all(programs: list[Program]) -> list[Traffic]:
     """Compile and count one program after another."""
     for program in programs:
         if program.mode not in MODES:
-            raise TrafficError(f"mode {program.mode!r}: choose {' or '.join(MODES)}")
+            raise TrafficError(f"mode {program.mode!r}: choose {', '.join(MODES)}")
     fake_cuda.load()
     fake_cuda.describe()
     from benchmarks.traffic import inductor
