@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from dit_fast import __version__
 from dit_fast.errors import DitFastError
-from dit_fast.terminal import printable, say
+from dit_fast.terminal import lasting_streams, printable, say
 
 # name: what it does. The module dit_fast.cli.<name> has add_arguments(parser) and run(args) -> status; it
 # is imported only when its command is called, so that `dit-fast --help` does not wait for PyTorch.
@@ -33,6 +33,9 @@ COMMANDS = {
     "evaluate": "FID, sFID, Inception score, precision and recall of samples against real images",
     "likelihood": "bits per dimension that a model needs for real images",
 }
+
+# What is printed by these is not their result.
+_RUNS = {"train", "scaling"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,12 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_OneLine())
-    with _Interrupts() as interrupts:
-        status = _run(list(sys.argv[1:] if argv is None else argv), interrupts)
-        if argv is None:
-            # The work is done: Ctrl-C while the interpreter ends would only print a traceback.
-            interrupts.ignore()
-    return status
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with lasting_streams() as stdout:
+        with _Interrupts() as interrupts:
+            status = _run(arguments, interrupts)
+            if argv is None:
+                # The work is done: Ctrl-C while the interpreter ends would only print a traceback.
+                interrupts.ignore()
+        stdout.flush()
+        # A run is for its checkpoints, and printed what it could; of the other commands the lines are a result.
+        return 1 if status == 0 and stdout.lost and not {*arguments[:1]} & _RUNS else status
 
 
 def _run(arguments: list[str], interrupts: "_Interrupts") -> int:
