@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -101,6 +101,18 @@ def read_bytes(
             return file.read(min(os.fstat(file.fileno()).st_size, most))
         except OSError as error:
             raise raises(f"{path}: cannot be read ({_reason(error)})") from None
+
+
+@contextlib.contextmanager
+def utf8_name(path: Path) -> Iterator[Path]:
+    """`path`, for a reader that takes names in UTF-8 alone, as safetensors does: for others, one of the open file."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
+    else:
+        yield path
 
 
 def read_text(

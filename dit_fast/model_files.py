@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_fast.errors import CheckpointError
+from dit_fast.files import utf8_name
 from dit_fast.options import OPTIONS
 
 
@@ -78,7 +79,8 @@ def read_model(folder: Path, weights: str) -> tuple[dict[str, Any], dict[str, Te
     config = read_config(folder / "config.json")
     path = folder / f"{weights}.safetensors"
     try:
-        state = load_file(path)
+        with utf8_name(path) as name:
+            state = load_file(name)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: is {folder} a saved model?") from None
     except Exception as error:  # safetensors raises its own class, which is not public in every version

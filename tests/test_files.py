@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dit_fast.errors import CheckpointError, DataError, OutputError
 from dit_fast.files import (
@@ -22,6 +22,7 @@ from dit_fast.files import (
     read_json,
     read_object,
     read_text,
+    utf8_name,
     write_atomically,
 )
 
@@ -267,3 +268,13 @@ def test_nothing_half_written_stays(tmp_path):
     assert os.listdir(tmp_path) == []
     with pytest.raises(OutputError, match=os.strerror(errno.ENAMETOOLONG)):
         check_output(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("name", ["plain", "caf\u00e9", os.fsdecode(b"caf\xe9")])
+def test_a_name_that_is_not_utf8_has_one_that_is_while_it_is_read(tmp_path, name):
+    path = tmp_path / f"{name}.safetensors"
+    save_file({"x": torch.arange(3.0)}, path)
+    with utf8_name(path) as readable:
+        os.fspath(readable).encode()
+        tensors = load_file(readable)
+    assert tensors["x"].tolist() == [0.0, 1.0, 2.0]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from dit_fast.cli import main
 from dit_fast.data import Conversion, open_images
 from dit_fast.data import image_files as listing
 from dit_fast.data.decode import centre_crop, read_header, read_image
@@ -495,3 +496,39 @@ def test_a_folder_that_only_resembles_the_samplers_is_scored_whole(tmp_path):
     for name in ("sample.png", "other.png", "images/1.png"):
         put(tmp_path / name)
     assert open_source(tmp_path).num == 3
+
+
+def test_every_folder_of_a_run_may_have_a_name_that_is_not_utf8(tmp_path, capsys):
+    """Trained, continued, drawn from and scored: data, classes, run and samples are named in Latin-1."""
+    name = os.fsdecode(b"caf\xe9")
+    for label in (name, "b"):
+        for number in range(4):
+            put(tmp_path / name / label / f"{name}{number}.png", seed=number)
+    tiny = (
+        "--hidden-size 16 --depth 1 --num-heads 2 --patch-size 4 --batch-size 4 --device cpu --objective flow"
+    )
+    run, out = tmp_path / f"run-{name}", tmp_path / f"out-{name}"
+    grids = ["--sample-every", "1", "--sample-steps", "1"]
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                str(tmp_path / name),
+                *tiny.split(),
+                "--steps",
+                "1",
+                "--out",
+                str(run),
+                *grids,
+            ]
+        )
+        == 0
+    )
+    assert main(["train", "--resume", str(run), "--steps", "2"]) == 0
+    words = ["--num", "4", "--steps", "1", "--save-images"]
+    assert main(["sample", "--ckpt", str(run), *words, "--out", str(out)]) == 0
+    assert len(list((out / "images").iterdir())) == 4
+    against = ["--against", str(tmp_path / name), "--features", "classifier"]
+    assert main(["evaluate", str(out), *against, "--out", str(tmp_path / f"{name}.json")]) == 0
+    assert "4 samples from" in capsys.readouterr().out

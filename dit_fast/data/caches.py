@@ -29,6 +29,7 @@ from dit_fast.data.latents import LatentSet, make_latent_set
 from dit_fast.data.posterior import Posterior
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import CheckpointError, DataError
+from dit_fast.files import utf8_name
 
 # Rombach et al. 2022: the scale of the Stable Diffusion autoencoders, and what they divide an image's side by.
 _SD_SCALE = 0.18215
@@ -309,7 +310,7 @@ def _open_lightning(folder: Path) -> _Cache:
 def _read_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, mapped, not read."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             shard = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}{_expected_size(path)}") from error

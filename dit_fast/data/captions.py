@@ -27,6 +27,7 @@ from dit_fast.data.shards import MANIFEST, NAMES, TEXTS, map_npy, read_json
 from dit_fast.data.told import Captions
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import ConfigError, DataError
+from dit_fast.files import utf8_name
 
 METADATA = "metadata.jsonl"
 EMBEDDINGS = (".safetensors", ".npz")
@@ -150,7 +151,8 @@ class EmbeddingFile:
                 archive = np.load(path, allow_pickle=False)
                 self.names, self._read = frozenset(archive.files), archive.__getitem__
             else:
-                tensors = safe_open(path, framework="pt")
+                with utf8_name(path) as name:
+                    tensors = safe_open(name, framework="pt")
                 self.names = frozenset(tensors.keys())
                 self._read = lambda name: tensors.get_tensor(name).float().numpy()
                 said = json.loads((tensors.metadata() or {}).get("encoder", "null"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dit_fast.data import Conversion, ImageSet, open_images, to_pixels
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.evaluation.label_agreement import LabelClassifier
+from dit_fast.files import utf8_name
 
 FEATURES = ("inception", "efficientnet", "classifier")
 # ADM's sFID: the first 7 channels of mixed_6/conv, the 1x1 branch of the fourth block of 17 x 17 maps.
@@ -213,7 +214,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file, expected weights of a feature network")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with utf8_name(path) as name:
+                return load_file(name)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 packed = [m.filename for m in archive.infolist() if m.compress_type != zipfile.ZIP_STORED]

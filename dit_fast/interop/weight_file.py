@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_fast.errors import CheckpointError
+from dit_fast.files import utf8_name
 
 # XL/2 with EMA and optimiser needs 0.3 MB of pickle in 50,000 instructions, and 0.04 MB of safetensors header for
 # 292 tensors (560 in diffusers' layout). Many small entries cost seconds long before they cost memory.
@@ -93,11 +94,12 @@ def _read_safetensors(path: Path, size: int, head: bytes) -> dict[str, Tensor]:
     if length > _MAX_HEADER_BYTES:
         raise CheckpointError(f"{path}: refused: a header of {length} bytes is no model of ours")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             number = len(file.keys())
         if number > _MAX_TENSORS:
             raise CheckpointError(f"{path}: refused: {number} tensors are no model of ours")
-        return load_file(path)
+        with utf8_name(path) as name:
+            return load_file(name)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise

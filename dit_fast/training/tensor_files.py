@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_fast.errors import CheckpointError
-from dit_fast.files import check_file, parse_json, write_atomically
+from dit_fast.files import check_file, parse_json, utf8_name, write_atomically
 from dit_fast.schema import array, fields, integer, require, table
 
 PARTS = ("model", "ema", "optimizer")
@@ -135,7 +135,8 @@ class StoredPart:
             check_file(self.folder / name, CheckpointError, what="a safetensors file")
         try:
             for name in self.files:
-                self._open(self._stack.enter_context(safe_open(self.folder / name, framework="pt")))
+                with utf8_name(self.folder / name) as readable:
+                    self._open(self._stack.enter_context(safe_open(readable, framework="pt")))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             self._stack.close()
             raise CheckpointError(
