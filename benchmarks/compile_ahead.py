@@ -4,10 +4,10 @@ A launch is compiled by Triton's own launcher, told that the device is of some a
 holds is what a launch on such a device looks up. No device is needed, and none is touched.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
@@ -54,20 +54,24 @@ def compile_as_launched(launch: Launch) -> Any:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of the search: kernel `name` of operation `op` with `option` for its launch configuration."""
+    """One answer of the search: kernel `name` of operation `op` with `option` for its launch configuration.
+
+    given: answers to other questions, by (section, name).
+    """
 
     op: str
     shape: tuple[int, int, int]
     dtypes: str
     name: str
     option: Any
+    given: Mapping[tuple[str, str], Any] = field(default_factory=dict)
 
 
 def compile_answer(answer: Answer, capability: int) -> str | None:
     """Compile what an answer launches; why not, in a line."""
     bench = Bench(REGISTRY[answer.op], answer.shape, answer.dtypes, "meta")
     try:
-        with tuned.search({("launches", answer.name): answer.option}):
+        with tuned.search({**answer.given, ("launches", answer.name): answer.option}):
             launches = bench.launches(answer.name, capability)
         with compiling_for(capability):
             for launch in launches:

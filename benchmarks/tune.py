@@ -12,11 +12,12 @@ that `--out` asks for.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,32 @@ def replay(launches: Sequence[Launch]) -> None:
         launch.kernel[launch.grid](**launch.arguments, **launch.options)
 
 
-def questions(bench: Bench, capability: int) -> list[tuned.Request]:
-    """What the operation asks the tables, each once, where there is more than one answer."""
-    with tuned.search({}) as asked, record_launches(capability):
-        bench.kernel()
-    return [request for request in dict.fromkeys(asked) if len(request.options) > 1]
+Given = Mapping[tuple[str, str], Any]
+"""Answers to other questions, by (section, name), under which a question is asked."""
+
+
+def questions(bench: Bench, capability: int) -> list[tuple[tuned.Request, Given]]:
+    """What the operation asks the tables, each once, where there is more than one answer; launches before providers.
+
+    A provider has questions of its own, which are asked where it is the answer.
+    """
+
+    def ask(given: Given) -> list[tuned.Request]:
+        with tuned.search(given) as asked, record_launches(capability):
+            # A provider that is not there asks nothing; why it is not is said when it is its turn to be timed.
+            with contextlib.suppress(RuntimeError, ImportError, ValueError):
+                bench.kernel()
+            return asked
+
+    found: dict[tuned.Request, Given] = {}
+    for request in ask({}):
+        found.setdefault(request, {})
+        for option in request.options if request.section == "choices" else ():
+            given = {(request.section, request.name): option}
+            for follows in ask(given):
+                found.setdefault(follows, given)
+    several = [(request, given) for request, given in found.items() if len(request.options) > 1]
+    return sorted(several, key=lambda item: item[0].section == "choices")
 
 
 def measure(
@@ -104,23 +126,30 @@ def measure(
     timer: Timer,
     check: bool,
     say: Callable[[str], None],
+    given: Given | None = None,
 ) -> Measured:
-    """Time every answer to a question."""
+    """Time every answer to a question, with the answers `given` to others."""
     times: list[float | None] = []
     for option in tqdm(request.options, desc=f"{request.name} [{request.key}]", file=sys.stderr):
         try:
-            times.append(_time(bench, request, option, capability, timer, check))
+            times.append(_time(bench, request, option, capability, timer, check, given or {}))
         except (RuntimeError, ImportError, ValueError, triton.TritonError) as error:
             say(f"{request.name} [{request.key}] {option}: left out, {str(error).splitlines()[0]}")
             times.append(None)
-    heuristic = _time(bench, request, request.default, capability, timer, check)
+    heuristic = _time(bench, request, request.default, capability, timer, check, given or {})
     return Measured(request, tuple(times), heuristic)
 
 
 def _time(
-    bench: Bench, request: tuned.Request, option: Any, capability: int, timer: Timer, check: bool
+    bench: Bench,
+    request: tuned.Request,
+    option: Any,
+    capability: int,
+    timer: Timer,
+    check: bool,
+    given: Given,
 ) -> float:
-    with tuned.search({(request.section, request.name): option}):
+    with tuned.search({**given, (request.section, request.name): option}):
         if check and (wrong := bench.disagreement()) is not None:
             raise RuntimeError(wrong)
         if request.section == "choices":
@@ -184,25 +213,31 @@ def search(
 
     jobs: processes that compile all launch configurations before the first is timed; 0: each is compiled when timed.
     """
-    asked: dict[tuple[str, str], list[tuned.Request]] = {}
+    asked: dict[tuple[str, str], list[tuple[tuned.Request, Given]]] = {}
     for name in names:
         for kind in dtypes:
             wanted = questions(Bench(REGISTRY[name], shape, kind, device), capability)
-            asked[name, kind] = [request for request in wanted if not known(request)]
+            asked[name, kind] = [(request, given) for request, given in wanted if not known(request)]
     answers = [
-        Answer(name, shape, kind, request.name, option)
+        Answer(name, shape, kind, request.name, option, given)
         for (name, kind), requests in asked.items()
-        for request in requests
+        for request, given in requests
         if request.section == "launches"
         for option in request.options
     ]
     for why in compile_answers(answers, capability, jobs) if answers and jobs > 0 else ():
         tqdm.write(f"not compiled: {why}")
     for (name, kind), requests in asked.items():
-        if requests:
-            bench = Bench(REGISTRY[name], shape, kind, device)
-            for request in requests:
-                yield measure(bench, request, capability, timer, device != "meta", tqdm.write)
+        if not requests:
+            continue
+        bench = Bench(REGISTRY[name], shape, kind, device)
+        # Providers are compared with the launches that were found best for them.
+        best: dict[tuple[str, str], Any] = {}
+        for request, given in requests:
+            item = measure(bench, request, capability, timer, device != "meta", tqdm.write, {**best, **given})
+            if request.section == "launches":
+                best[request.section, request.name] = item.best
+            yield item
 
 
 def answered(path: Path, shape: Sequence[int]) -> Callable[[tuned.Request], bool]:

@@ -77,7 +77,9 @@ def choose_backend(
                 "cudnn", "auto: the fastest of PyTorch's here; no tuned table has measured this shape"
             )
         return Choice("sdpa", "auto: no tuned table of this device has measured this shape")
-    if measured == "flash" and not (dtype in FLASH_DTYPES and _installed(_index(device))):
+    if measured == "flash" and not tuned.require(
+        dtype in FLASH_DTYPES and _installed(_index(device)), "flash-attn"
+    ):
         return Choice("sdpa", "auto: the tuned table says flash, which is not installed (extra 'flash')")
     return Choice(measured, "auto: fastest in this device's tuned table")
 

@@ -13,14 +13,17 @@ Traffic   with U = B * T * H * K elements, forward reads 3 U and writes U; backw
 """
 
 import functools
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels import reference
+from dit_fast.kernels import reference, tuned
 from dit_fast.kernels.attention_tiles import (
     LOG2E,
     accumulate,
@@ -39,7 +42,14 @@ from dit_fast.kernels.attention_tiles import (
     subtract_bias,
     zeros_head,
 )
-from dit_fast.kernels.launch import accumulator, cdiv, launch, next_power_of_2
+from dit_fast.kernels.launch import (
+    accumulator,
+    capability,
+    cdiv,
+    launch,
+    next_power_of_2,
+    require_powers_of_two,
+)
 
 MOST_TOKENS = 256
 WIDEST = 96
@@ -194,15 +204,41 @@ class ShortLaunch:
     num_warps: int
     steps: int
 
+    tunable: ClassVar = ("block_m", "block_n", "num_warps")
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(
+            block_m=(self.block_m, 16, 256), block_n=(self.block_n, 16, 256), num_warps=(self.num_warps, 1, 8),
+            steps=(self.steps, 1, 16),
+        )  # fmt: skip
+
+    def candidates(self) -> Iterator["ShortLaunch"]:
+        """What a search tries: other tiles of keys and queries, and warps."""
+        for block_m, block_n in itertools.product((16, 32, 64), (64, 128)):
+            for num_warps in (4, 8):
+                yield replace(self, block_m=block_m, block_n=block_n, num_warps=num_warps)
+
+
+class ForwardLaunch(ShortLaunch):
+    """All keys are one tile: `block_n` is not free, `steps` is."""
+
+    tunable: ClassVar = ("block_m", "num_warps", "steps")
+
+    def candidates(self) -> Iterator[ShortLaunch]:
+        """What a search tries: other tiles of queries, warps, and numbers of query tiles a program."""
+        for block_m, num_warps, steps in itertools.product((32, 64, 128), (4, 8), (1, 2, 4, 8)):
+            if block_m * steps <= self.block_n:
+                yield replace(self, block_m=block_m, num_warps=num_warps, steps=steps)
+
 
 @functools.cache
-def forward_launch(B: int, T: int, H: int) -> ShortLaunch:
+def forward_launch(B: int, T: int, H: int) -> ForwardLaunch:
     """All keys in one tile; programs take more query tiles each, up to all, while that leaves 512 programs."""
     block_n = max(next_power_of_2(T), 16)
     block_m = min(block_n, 64)
     tiles = cdiv(T, block_m)
     steps = max(1, min(tiles, B * H * tiles // 512))
-    return ShortLaunch(block_m, block_n, 4, 1 << (steps.bit_length() - 1))
+    return ForwardLaunch(block_m, block_n, 4, 1 << (steps.bit_length() - 1))
 
 
 @functools.cache
@@ -227,7 +263,12 @@ def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, T
     width = packed // 3
     K = width // num_heads
     qkv, strides = packed_strides(qkv)
-    parts, cfg = head_parts(K), forward_launch(B, T, num_heads)
+    parts = head_parts(K)
+    heuristic = forward_launch(B, T, num_heads)
+    # How many query tiles a program takes depends on how many programs there are.
+    sizes = (("T", T), ("K", K), ("heads", next_power_of_2(max(B * num_heads, 1))))
+    cfg = tuned.config_for(_attention_short_fwd_kernel, sizes, qkv.dtype, heuristic, capability(qkv))
+    even = cfg.block_n == T and T % (cfg.block_m * cfg.steps) == 0
     out = qkv.new_empty(B, T, width)
     lse = qkv.new_empty(B, num_heads, T, dtype=reference.accumulator(qkv))
     tiles = cdiv(T, cfg.block_m * cfg.steps)
@@ -236,7 +277,7 @@ def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, T
         qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse,
         T=T, H=num_heads, **strides, TILES=tiles,
         STEPS=cfg.steps, SCALE=K**-0.5, K=K, MAIN=parts.main, TAIL=parts.tail,
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, EVEN=cfg.block_n == T, ACC=accumulator(qkv),
+        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, EVEN=even, ACC=accumulator(qkv),
     )  # fmt: skip
     return out, lse
 
@@ -248,7 +289,9 @@ def backward(
     B, T, width = dout.shape
     K = width // num_heads
     qkv, strides = packed_strides(qkv)
-    parts, cfg = head_parts(K), backward_launch(T, K)
+    parts = head_parts(K)
+    heuristic, sizes = backward_launch(T, K), (("T", T), ("K", K))
+    cfg = tuned.config_for(_attention_short_bwd_kernel, sizes, qkv.dtype, heuristic, capability(qkv))
     tiles = cdiv(T, cfg.block_n)
     dqkv = qkv.new_empty(B, T, 3 * width)
     shares = lse.new_empty(B, 0 if bias is None else tiles, 3 * width)
@@ -260,6 +303,6 @@ def backward(
         scratch_ptr=lse.new_empty(B, num_heads, T, K) if several else lse, partial_ptr=shares,
         T=T, H=num_heads, **strides,
         KEY_TILES=tiles, SCALE=K**-0.5, K=K, MAIN=parts.main, TAIL=parts.tail, BLOCK_M=cfg.block_m,
-        BLOCK_N=cfg.block_n, EVEN=T % cfg.block_n == 0, STAGES=2, ACC=accumulator(qkv),
+        BLOCK_N=cfg.block_n, EVEN=T % max(cfg.block_m, cfg.block_n) == 0, STAGES=2, ACC=accumulator(qkv),
     )  # fmt: skip
     return dqkv, shares

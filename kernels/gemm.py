@@ -15,17 +15,26 @@ rows are multiples of 16 bytes, it does so; elsewhere the same kernel loads thro
 
 import contextvars
 import functools
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels import reference
+from dit_fast.kernels import reference, tuned
 from dit_fast.kernels.gelu import gelu_value, gelu_value_and_slope
-from dit_fast.kernels.launch import accumulator, capability, cdiv, launch, next_power_of_2
+from dit_fast.kernels.launch import (
+    accumulator,
+    capability,
+    cdiv,
+    launch,
+    next_power_of_2,
+    require_powers_of_two,
+)
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """Of A100, H100 and B200: how many programs a recorded launch has."""
@@ -41,6 +50,27 @@ class GemmLaunch:
     num_warps: int
     num_stages: int
     descriptors: bool
+
+    # Not `block_k`: how a product's terms are grouped stays a function of the shape.
+    tunable: ClassVar = ("block_m", "block_n", "num_warps", "num_stages")
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(
+            block_m=(self.block_m, 16, 256),
+            block_n=(self.block_n, 16, 256),
+            num_warps=(self.num_warps, 1, 16),
+        )
+        if not 1 <= self.num_stages <= 8:
+            raise ValueError(f"num_stages is {self.num_stages}, expected a number from 1 to 8")
+
+    def candidates(self) -> Iterator["GemmLaunch"]:
+        """What a search tries: other tiles, warps and stages whose sums leave registers for an epilogue."""
+        for block_m, block_n in ((64, 128), (128, 64), (128, 128), (128, 256), (256, 128)):
+            for num_warps, num_stages in itertools.product((4, 8), (3, 4)):
+                if block_m * block_n <= 64 * 64 * num_warps:
+                    yield replace(
+                        self, block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages
+                    )
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -218,7 +248,7 @@ def gemm_gelu(
     N = weight.shape[0]
     act = x.new_empty(M, N)
     pre = torch.empty_like(act) if keep_pre else x.new_empty(0)
-    cfg = _configuration(x, weight, M, N, K, descriptors)
+    cfg = _configuration(_gemm_gelu_fwd_kernel, x, weight, M, N, K, descriptors)
     _launch(
         _gemm_gelu_fwd_kernel, cfg, x, M, N, K,
         x_ptr=x, w_ptr=weight, bias_ptr=bias, pre_ptr=pre if keep_pre else None, act_ptr=act,
@@ -241,7 +271,7 @@ def gemm_gelu_backward(
     K = dout.shape[1]
     dpre = torch.empty_like(pre)
     act = torch.empty_like(pre) if activation else pre.new_empty(0)
-    cfg = _configuration(dout, weight, M, N, K, descriptors)
+    cfg = _configuration(_gemm_gelu_bwd_kernel, dout, weight, M, N, K, descriptors)
     partial = None
     if bias_gradient:
         partial = pre.new_empty(cdiv(M, cfg.block_m), N, dtype=reference.accumulator(pre))
@@ -253,13 +283,19 @@ def gemm_gelu_backward(
     return dpre, act, pre.new_empty(0) if partial is None else partial.sum(0).to(pre.dtype)
 
 
-def _configuration(a: Tensor, weight: Tensor, M: int, N: int, K: int, descriptors: bool | None) -> GemmLaunch:
+def _configuration(
+    kernel: Any, a: Tensor, weight: Tensor, M: int, N: int, K: int, descriptors: bool | None
+) -> GemmLaunch:
     arch = capability(a)
     aligned = all(size * a.itemsize % 16 == 0 for size in (N, K))
     aligned = aligned and all(tensor.is_meta or tensor.data_ptr() % 16 == 0 for tensor in (a, weight))
     if descriptors is None:
         descriptors = aligned and (arch == 0 or arch >= 90)
-    return gemm_launch(M, N, K, a.itemsize, arch, aligned, descriptors)
+    heuristic = gemm_launch(M, N, K, a.itemsize, arch, aligned, descriptors)
+    if not aligned or a.itemsize != 2:
+        return heuristic
+    sizes = (("rows", next_power_of_2(max(M, 1))), ("N", N), ("K", K))
+    return tuned.config_for(kernel, sizes, a.dtype, heuristic, arch)
 
 
 def _programs(on: Tensor, arch: int) -> int:

@@ -60,7 +60,7 @@ def choose_epilogue(
     )
     if measured == "":
         return Choice("separate", "auto: no tuned table of this device has measured this shape")
-    if measured == "cublaslt" and not cublaslt.installed():
+    if measured == "cublaslt" and not tuned.require(cublaslt.installed(), "nvmath-python"):
         return Choice(
             "separate",
             "auto: the tuned table says cublaslt, whose nvmath-python is not installed (extra 'epilogues')",

@@ -129,6 +129,15 @@ def _config(kernel: Any, key: str, default: Any, capability: int) -> Any:
         return _ignored(f"{where}: {error}", default)
 
 
+@per_launch
+def config_for(
+    kernel: Any, sizes: tuple[tuple[str, int], ...], dtype: torch.dtype, default: C, capability: int
+) -> C:
+    """`config` for a key made of named sizes and a dtype, kept for the next launch with the same values."""
+    key = " ".join(f"{name}={size}" for name, size in sizes)
+    return config(kernel, f"{key} {str(dtype).removeprefix('torch.')}", default, capability)
+
+
 def choice(
     name: str,
     key: str,
@@ -253,6 +262,18 @@ def use_tables(on: bool) -> None:
     if _on != on:
         _on = on
         forget()
+
+
+def searching() -> bool:
+    """Whether a search gives the answers."""
+    return _search is not None
+
+
+def require(installed: bool, what: str) -> bool:
+    """`installed`; ImportError where it is not and a search asks for it, so that nothing else is timed in its name."""
+    if not installed and searching():
+        raise ImportError(f"{what} is not installed")
+    return installed
 
 
 def forget() -> None:
