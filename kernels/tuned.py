@@ -264,14 +264,9 @@ def use_tables(on: bool) -> None:
         forget()
 
 
-def searching() -> bool:
-    """Whether a search gives the answers."""
-    return _search is not None
-
-
 def require(installed: bool, what: str) -> bool:
     """`installed`; ImportError where it is not and a search asks for it, so that nothing else is timed in its name."""
-    if not installed and searching():
+    if not installed and _search is not None:
         raise ImportError(f"{what} is not installed")
     return installed
 

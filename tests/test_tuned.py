@@ -16,7 +16,9 @@ from benchmarks import compile_ahead, tune
 from benchmarks.compile_ahead import Answer, compile_answer
 from benchmarks.op_bench import Bench
 from benchmarks.tune import Measured
-from dit_fast.kernels import reference, tuned
+from dit_fast.kernels import gemm, reference, tuned
+from dit_fast.kernels.attention_short import backward_launch, forward_launch
+from dit_fast.kernels.gemm import gemm_launch
 from dit_fast.kernels.launch import (
     Products,
     RowLaunch,
@@ -149,7 +151,16 @@ def test_choice(folder: Path) -> None:
         assert chosen() == "sdpa"
 
 
-@pytest.mark.parametrize("launch_type", [RowLaunch(8, 1024, 128, 4, 2), TileLaunch(64, 64, 16, 4)])
+@pytest.mark.parametrize(
+    "launch_type",
+    [
+        RowLaunch(8, 1024, 128, 4, 2),
+        TileLaunch(64, 64, 16, 4),
+        forward_launch(256, 256, 16),
+        backward_launch(256, 72),
+        gemm_launch(65536, 4608, 1152, 2, 90, True, True),
+    ],
+)
 def test_candidates_are_valid_and_hold_the_heuristic(launch_type: Any) -> None:
     found = list(launch_type.candidates())
     assert launch_type in found
@@ -292,6 +303,87 @@ def test_an_answer_is_compiled_where_a_launch_looks(tmp_path: Path, monkeypatch:
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == seen
     finally:
         launched.kernel.device_caches.clear()
+
+
+def test_a_provider_is_asked_what_it_asks_itself() -> None:
+    """Launches of a provider that is not the default, with the answer that leads to them; one that is not there asks
+    nothing and is never timed in another's name.
+    """
+    kernel, default = recorded().kernel, RowLaunch(8, 1024, 128, 4, 2)
+
+    class Asking:
+        def kernel(self) -> None:
+            word = tuned.choice("operation", KEY, "", options=("fast", "absent"), capability=90)
+            tuned.require(word != "absent", "the library")
+            if word == "fast":
+                tuned.config(kernel, KEY, default, 90)
+
+    found = tune.questions(Asking(), 90)  # type: ignore[arg-type]
+    assert [(request.name, given) for request, given in found] == [
+        (FORWARD, {("choices", "operation"): "fast"}), ("operation", {}),
+    ]  # fmt: skip
+    assert tuned.require(False, "the library") is False
+    with tuned.search({}), pytest.raises(ImportError, match="the library is not installed"):
+        tuned.require(False, "the library")
+
+
+def test_providers_are_compared_with_their_best_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a timer for which every second answer is quick, the best launch is not the heuristic's."""
+    seen: list[tuple[str, Any]] = []
+    measure = tune.measure
+
+    def measured(bench: Any, request: Any, *rest: Any) -> Measured:
+        seen.append((request.name, rest[-1]))
+        return measure(bench, request, *rest)
+
+    times = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(tune, "measure", measured)
+    found = list(tune.search(["mlp"], SHAPE, ["bf16"], "meta", 90, lambda _: float(next(times))))
+    names = ["_gemm_gelu_fwd_kernel", "_gemm_gelu_bwd_kernel", "mlp"]
+    assert [item.request.name for item in found if item.request.name in names] == names
+    given = dict(seen)["mlp"]
+    for item in found[:2]:
+        assert given["launches", item.request.name] == item.best
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel", "key", "fields"),
+    [
+        (
+            "attention",
+            "_attention_short_fwd_kernel",
+            "T=256 K=72 heads=4096 bfloat16",
+            {"block_m": 128, "steps": 2},
+        ),
+        ("attention", "_attention_short_bwd_kernel", "T=256 K=72 bfloat16", {"block_m": 64, "block_n": 64}),
+        (
+            "mlp",
+            "_gemm_gelu_fwd_kernel",
+            "rows=65536 N=4608 K=1152 bfloat16",
+            {"block_m": 64, "num_stages": 3},
+        ),
+    ],
+)
+def test_tables_of_products(op: str, kernel: str, key: str, fields: dict[str, int], folder: Path) -> None:
+    """The short attention and the products of an MLP follow the tables too."""
+    bench = Bench(REGISTRY[op], SHAPE, "bf16", "meta")
+    answers = {("choices", "mlp"): "triton"}
+    with tuned.search(answers):
+        source = tuned.source_hash(bench.launches(kernel, 90)[0].kernel)
+    launches = {kernel: {"source": source, "entries": {key: {"config": fields}}}}
+    choices = {"mlp": {"source": tuned.source_hash(*gemm.KERNELS), "entries": {}}}
+    write(
+        folder,
+        {"schema": 1, "architecture": "sm90", **tuned.versions(), "launches": launches, "choices": choices},
+    )
+    spec = REGISTRY[op]
+    keywords = {"epilogue": "triton"} if op == "mlp" else {}
+    with warnings.catch_warnings(), record_launches(90) as found:
+        warnings.simplefilter("error")
+        bench.run(spec.op, kernels="triton", **keywords)
+    (launched,) = [each for each in found if each.kernel.fn.__name__ == kernel]
+    seen = {name.lower(): value for name, value in {**launched.arguments, **launched.options}.items()}
+    assert {name: seen[name] for name in fields} == fields
 
 
 def test_an_answer_that_does_not_compile_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

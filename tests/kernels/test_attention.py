@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,22 @@ def test_tiles_of_keys_and_query_steps(T, monkeypatch) -> None:
     several = by_kernels(attention_short, qkv, 1, bias, dout)
     assert_exact(one, exact)
     assert_exact(several, exact)
+
+
+@only_interpreted
+@pytest.mark.parametrize("T", [48, 64], ids=["odd", "even"])
+def test_every_tile_that_a_search_tries(T, monkeypatch) -> None:
+    """Warps aside, which the interpreter has none of."""
+    qkv, bias, dout = inputs(1, T, 2, 24)
+    exact = by_autograd(reference.attention, qkv, 2, bias, dout)
+    forward, backward = attention_short.forward_launch(1, T, 2), attention_short.backward_launch(256, 24)
+    tried = [(cfg, backward) for cfg in forward.candidates()] + [
+        (forward, cfg) for cfg in backward.candidates()
+    ]
+    for cfg in dict.fromkeys((replace(a, num_warps=4), replace(b, num_warps=4)) for a, b in tried):
+        monkeypatch.setattr(attention_short, "forward_launch", lambda *_, cfg=cfg: cfg[0])
+        monkeypatch.setattr(attention_short, "backward_launch", lambda *_, cfg=cfg: cfg[1])
+        assert_exact(by_kernels(attention_short, qkv, 2, bias, dout), exact)
 
 
 @PATHS
