@@ -221,7 +221,7 @@ def test_tiles_are_copied_by_descriptor_only_where_rows_are_aligned(size, offset
         pytest.skip("no descriptors before sm_90")
     N, K = size
     a = draw(4 * K + offset, dtype=torch.float16)[offset:].view(4, K)
-    cfg = gemm._configuration(a, draw(N, K, dtype=torch.float16), 4, N, K, None)
+    cfg = gemm._configuration(gemm.KERNELS[0], a, draw(N, K, dtype=torch.float16), 4, N, K, None)
     assert cfg.descriptors is descriptors
 
 
