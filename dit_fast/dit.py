@@ -24,6 +24,8 @@ from dit_fast.model_files import load_weights, read_model, write_model
 from dit_fast.options import OPTIONS, PAPER, check_sizes, one_of
 from dit_fast.positions import ROTARY, SINES, check_rotary
 
+_LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class DiT(Gridded):
     """Diffusion model with a transformer backbone, told a class, a caption or nothing.
@@ -69,10 +71,15 @@ class DiT(Gridded):
         recompute: str = "none",
     ):
         super().__init__()
-        check_sizes(
-            mlp_ratio, class_dropout_prob, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size,
-            depth=depth, num_heads=num_heads, num_classes=num_classes, caption_dim=caption_dim,
+        sizes = check_sizes(
+            patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth, num_heads=num_heads,
+            mlp_ratio=mlp_ratio, class_dropout_prob=class_dropout_prob, num_classes=num_classes,
+            learn_sigma=learn_sigma, caption_dim=caption_dim,
         )  # fmt: skip
+        patch_size, in_channels, hidden_size = sizes["patch_size"], sizes["in_channels"], sizes["hidden_size"]
+        depth, num_heads, mlp_ratio = sizes["depth"], sizes["num_heads"], sizes["mlp_ratio"]
+        class_dropout_prob, num_classes = sizes["class_dropout_prob"], sizes["num_classes"]
+        learn_sigma, caption_dim = sizes["learn_sigma"], sizes["caption_dim"]
         one_of("kernels", kernels, KERNEL_MODES)
         self.learn_sigma = learn_sigma
         self.in_channels = in_channels
@@ -198,6 +205,7 @@ class DiT(Gridded):
         the model's own has its positions made as `regrid` does. In training mode a share `class_dropout_prob` of the
         labels becomes the null class, or of the captions the null caption.
         """
+        self._check_inputs(x, t, y)
         c = self.condition(self.t_embedder(t), self.embed_labels(y, self.training))
         return self._leave(self._through(self._enter(x, c), c), self.x_embedder.grid_of(x.shape[-2:]))
 
@@ -208,6 +216,8 @@ class DiT(Gridded):
         answer depends on no other image (NaViT, Dehghani et al. 2023, with one image to a row).
         """
         c = self.condition(self.t_embedder(t), self.embed_labels(y, self.training))
+        if not images:
+            return []
         parts = [self._embed(image[None]) for image in images]
         tokens = pad_sequence([tokens[0] for tokens, _ in parts], batch_first=True)
         turned = [angles for _, angles in parts if angles is not None]
@@ -217,12 +227,32 @@ class DiT(Gridded):
         grids = [self.x_embedder.grid_of(image.shape[-2:]) for image in images]
         return [self._leave(row[None], grid)[0] for row, grid in zip(out, grids, strict=True)]
 
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+        """ConfigError for inputs that do not go together, or with the model; values are not read."""
+        weight = self.pos_embed
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ConfigError(
+                f"x is {tuple(x.shape)}: give images (N, {self.in_channels}, height, width), of the model's channels"
+            )
+        if not isinstance(t, Tensor) or tuple(t.shape) != tuple(x.shape[:1]):
+            found = tuple(t.shape) if isinstance(t, Tensor) else repr(t)
+            raise ConfigError(f"t is {found}: give a tensor of {len(x)} timesteps, one for each image")
+        for name, tensor in (("x", x), ("t", t), ("y", y)):
+            if not isinstance(tensor, Tensor) or (name == "y" and self.y_embedder is None):
+                continue
+            if len(tensor) != len(x):
+                raise ConfigError(f"{name} has {len(tensor)} rows, x {len(x)}: give one for each image")
+            if tensor.device.type != weight.device.type:
+                raise ConfigError(
+                    f"{name} is on {tensor.device}, the model on {weight.device}: move one of them"
+                )
+
     def embed_labels(self, y: Tensor | None, train: bool = False) -> Tensor | None:
         """Embedded labels (N, D) or captions (N, S, D), some dropped where `train`; None for an unconditional model."""
         if self.y_embedder is None:
             return None
         if (
-            y is None
+            not isinstance(y, Tensor)
             or y.ndim != (3 if self.caption_dim else 1)
             or (y.ndim == 3 and y.shape[2] != self.caption_dim)
         ):
@@ -231,7 +261,13 @@ class DiT(Gridded):
                 if self.caption_dim
                 else f"has {self.num_classes} classes, give a label for each image"
             )
-            raise ValueError(f"y is {y if y is None else tuple(y.shape)}: the model {wanted}")
+            raise ConfigError(
+                f"y is {tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}: the model {wanted}"
+            )
+        if not self.caption_dim:
+            if y.dtype not in _LABELS:
+                raise ConfigError(f"y is {y.dtype}: give labels of an integer dtype")
+            y = y if y.dtype in (torch.int64, torch.int32) else y.long()
         return self.y_embedder(y, train)
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
@@ -362,6 +398,10 @@ class DiT(Gridded):
         if not self.has_null:
             raise ConfigError(
                 "guidance needs a null class: num_classes (or caption_dim) and class_dropout_prob above 0"
+            )
+        if len(x) % 2:
+            raise ConfigError(
+                f"a batch of {len(x)}: guidance takes pairs, a conditional half and a null half; give an even number"
             )
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast import kernels
+from dit_fast.errors import ConfigError
+from dit_fast.values import MANY, Pair, Whole
+
+_SIDES = Pair(Whole(-MANY))
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size given as one number or as two."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    return _SIDES.check("size", size)
 
 
 class PatchEmbed(nn.Module):
     """Image to patch tokens: a convolution whose kernel and stride are one patch.
 
     `forward(x, pos=None)` takes (N, C, H, W) and returns (N, T, D), tokens in row-major order, plus `pos`
-    (1, T, D) when given. Raises ValueError when a side of the image is not a multiple of the patch.
+    (1, T, D) when given. Raises ConfigError when a side of the image is not a multiple of the patch.
     """
 
     def __init__(
@@ -42,17 +45,17 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def set_img_size(self, img_size: int | tuple[int, int]) -> None:
-        """Expect images of this size from now on; ValueError when it is not a multiple of the patch."""
+        """Expect images of this size from now on; ConfigError when it is not a multiple of the patch."""
         self.img_size = as_pair(img_size)
         self.grid_size = self.grid_of(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def grid_of(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of the patches of an image; ValueError when its size is not a multiple of the patch."""
+        """(rows, columns) of the patches of an image; ConfigError when its size is not a multiple of the patch."""
         (height, width), patch = img_size, self.patch_size[0]
         if height < 1 or width < 1 or height % patch or width % patch:
             near = "x".join(str(patch * max(1, round(side / patch))) for side in (height, width))
-            raise ValueError(
+            raise ConfigError(
                 f"input_size {height}x{width} is not a positive multiple of patch_size {patch}: "
                 f"change one of them, for example to {near}"
             )
@@ -119,7 +122,13 @@ class LabelEmbedder(nn.Module):
     def forward(self, labels: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
         if (train and self.dropout_prob > 0) or force_drop_ids is not None:
             labels = self.token_drop(labels, force_drop_ids)
-        return self.embedding_table(labels)
+        try:
+            return self.embedding_table(labels)
+        except IndexError:  # On CUDA the device stops instead.
+            found = f"{int(labels.min())} to {int(labels.max())}"
+            raise ConfigError(
+                f"labels are {found}: the model has {self.num_classes} classes, 0 to {self.num_classes - 1}"
+            ) from None
 
 
 class CaptionEmbedder(nn.Module):

@@ -7,6 +7,7 @@ from dit_fast.conditioning import CONDITIONING
 from dit_fast.errors import ConfigError
 from dit_fast.kernels import ACTIVATIONS, NORMS
 from dit_fast.positions import POSITIONS
+from dit_fast.values import FLAG, Number, Value, Whole
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "conditioning": CONDITIONING,
@@ -19,6 +20,22 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 
 MOST_MLP = 1 << 10
 """What nobody's MLP is wider than, over the model's width: a mistyped ratio is refused before memory is asked for."""
+
+SIZES: dict[str, Value] = {
+    "patch_size": Whole(1, 1 << 12),
+    "in_channels": Whole(1, 1 << 12),
+    "hidden_size": Whole(1, 1 << 16),
+    "depth": Whole(0, 1 << 12),
+    "num_heads": Whole(1, 1 << 12),
+    "num_classes": Whole(0, 1 << 24),
+    "caption_dim": Whole(0, 1 << 16),
+    "mlp_ratio": Number(0, MOST_MLP, above=True),
+    "class_dropout_prob": Number(0, 1),
+    "learn_sigma": FLAG,
+}
+"""Sizes of a model. The largest are what nobody means to exceed: a mistyped or hostile one is refused before memory is
+asked for it.
+"""
 
 PAPER: dict[str, Any] = {name: words[0] for name, words in OPTIONS.items()}
 
@@ -33,16 +50,9 @@ def beyond_the_paper(config: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in others.items())
 
 
-def check_sizes(mlp_ratio: float, class_dropout_prob: float, **counts: int) -> None:
-    """ConfigError for sizes of a `DiT` that no model has, as the constructor's arguments by name."""
-    for name, value in counts.items():
-        least = 0 if name in ("depth", "num_classes", "caption_dim") else 1
-        if value < least:
-            raise ConfigError(f"{name} {value}: give at least {least}")
-    if not 0 < mlp_ratio <= MOST_MLP:
-        raise ConfigError(f"mlp_ratio {mlp_ratio}: give a number above 0, up to {MOST_MLP}")
-    if not 0 <= class_dropout_prob <= 1:
-        raise ConfigError(f"class_dropout_prob {class_dropout_prob}: give a number from 0 to 1")
+def check_sizes(**sizes: Any) -> dict[str, Any]:
+    """Sizes of a `DiT`, the constructor's arguments by name, in Python's types; ConfigError for what no model has."""
+    return {name: SIZES[name].check(name, value) for name, value in sizes.items()}
 
 
 def one_of(name: str, value: Any, words: tuple[Any, ...]) -> Any:

@@ -137,15 +137,16 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
 
 def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
     """(B, height * width, P * P * C) -> (B, C, height * P, width * P); a token holds its patch as (P, P, C)."""
-    tokens = tokens.reshape(tokens.shape[0], height, width, patch, patch, -1)
-    return tokens.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, height * patch, width * patch)
+    B, _, values = tokens.shape
+    tokens = tokens.reshape(B, height, width, patch, patch, values // patch**2)
+    return tokens.permute(0, 5, 1, 3, 2, 4).reshape(B, values // patch**2, height * patch, width * patch)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     """The inverse and the transpose of `unpatchify`: (B, C, H, W) -> (B, T, P * P * C)."""
     B, C, H, W = images.shape
     images = images.reshape(B, C, H // patch, patch, W // patch, patch)
-    return images.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
+    return images.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // patch) * (W // patch), patch * patch * C)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports point from a higher level to the same or a lower one. "" is dit_fast itself.
 LEVELS = {
-    "": 0, "errors": 0, "files": 0, "keyed": 0, "locks": 0, "schema": 0, "terminal": 0,
+    "": 0, "errors": 0, "files": 0, "keyed": 0, "locks": 0, "schema": 0, "terminal": 0, "values": 0,
     "kernels": 1,
     "models": 2, "counting": 2, "dit": 2, "model_files": 2, "blocks": 2, "layers": 2, "positions": 2, "options": 2,
     "switches": 2, "grid": 2, "conditioning": 2, "embedders": 2, "diffusion": 2, "sampling": 2,

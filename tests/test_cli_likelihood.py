@@ -94,8 +94,6 @@ def test_a_sample_s_probes_do_not_depend_on_its_batch():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num", "0"], "--num 0: choose at least 1"),
-        (["--probes", "0"], "--probes 0: choose at least 1"),
         (["--data", "nowhere"], "nowhere is neither a folder nor a built-in set"),
     ],
 )

@@ -104,7 +104,6 @@ def test_flags_override_a_preset(tmp_path, monkeypatch):
         ([*TINY, "--patch-size", "3"], "image size 8 is not a multiple of the patch size 3"),
         ([*TINY, "--num-classes", "1000"], "--num-classes 1000 contradicts digits, which has 10 classes"),
         ([*TINY, "--batch-size", "9999"], "fewer than a batch of 9999"),
-        ([*TINY, "--lr", "-1"], "--lr -1.0: give a positive number"),
         ([*TINY, "--resume", "nowhere"], "--resume nowhere: no such run folder"),
         ([*TINY, "--results-dir", "elsewhere"], "both set the run folder: give one"),
         (["--resume", "nowhere", "--preset", "demo"], "--resume continues a run where it is: leave out --"),

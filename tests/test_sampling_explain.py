@@ -183,8 +183,6 @@ def test_the_command_writes_its_pictures(tmp_path, capsys):
     [
         (["--block", "7"], "block 7: the model has blocks 0 to 1"),
         (["--step-counts", "3", "9"], "9 steps: choose 1 to 6"),
-        (["--frames", "1"], "--frames 1: choose at least 2"),
-        (["--scales", "2", "nan"], "guidance scale nan"),
         (["--steps", "1"], "--steps 1: there is no way to show in one step"),
     ],
 )

@@ -101,13 +101,16 @@ def test_an_interval_changes_nothing_outside_it():
     [
         (
             {"interval": (0.2, 1.5)},
-            r"guidance interval 0\.2 to 1\.5: give two noise levels between 0 \(data\) and 1",
+            r"guidance interval \(0\.2, 1\.5\): give two noise levels between 0 \(data\) and 1",
         ),
-        ({"interval": (0.7, 0.2)}, "guidance interval 0.7 to 0.2"),
-        ({"interval": (float("nan"), 1.0)}, "guidance interval nan to 1"),
+        ({"interval": (0.7, 0.2)}, r"guidance interval \(0\.7, 0\.2\)"),
+        ({"interval": (float("nan"), 1.0)}, r"guidance interval \(nan, 1\.0\)"),
         ({"scale": float("inf")}, "guidance scale inf"),
-        ({"channels": 0}, "guided channels 0: choose at least 1, or all"),
-        ({"schedule": "square"}, "guidance schedule 'square': choose constant, linear, cosine, power-cosine"),
+        ({"channels": 0}, "guidance channels 0: give a whole number from 1"),
+        (
+            {"schedule": "square"},
+            "guidance schedule 'square': give one of constant, linear, cosine, power-cosine",
+        ),
     ],
 )
 def test_impossible_guidance_is_refused(options, line):

@@ -256,7 +256,7 @@ def test_bad_nodes_and_options_are_refused():
         Nodes(nodes.times, nodes.levels, nodes.alphas, nodes.sigmas, prediction="noise")
     with pytest.raises(ConfigError, match="the velocity is a derivative by time"):
         Nodes(nodes.times, nodes.levels, nodes.alphas, nodes.sigmas, prediction="velocity")
-    with pytest.raises(ConfigError, match="0 steps: ask for at least one"):
+    with pytest.raises(ConfigError, match="steps 0: give a whole number from 1"):
         flow_nodes(0)
-    with pytest.raises(ConfigError, match=r"shift 0\.0: choose a number above 0"):
+    with pytest.raises(ConfigError, match=r"shift 0\.0: give a number above 0"):
         flow_nodes(4, shift=0.0)

@@ -288,7 +288,7 @@ def test_runs_without_averages_and_other_files_are_refused(tmp_path):
     load_model(tmp_path / "plain")[0].save_pretrained(tmp_path / "saved")
     with pytest.raises(ConfigError, match="is no run of dit-fast train"):
         load_model(tmp_path / "saved", weights="ema:0.08")
-    with pytest.raises(ConfigError, match="--ema-snapshot-every 0: give at least 1"):
+    with pytest.raises(ConfigError, match="--ema-snapshot-every 0: give a whole number from 1"):
         TrainConfig(**{**TINY, "ema_snapshot_every": 0})
     with pytest.raises(CheckpointError, match="--ema-snapshot-every is None there and 10 here"):
         resume(tmp_path / "plain", {"ema_snapshot_every": 10, "steps": 2})

@@ -127,7 +127,7 @@ def test_what_cannot_be_scored_is_said_before_the_first_step(tmp_path, options):
         ConfigError, match="--evaluate-features inception with --evaluate-weights None: inception"
     ):
         tiny(**{**options, "evaluate_weights": None})
-    with pytest.raises(ConfigError, match=r"--evaluate-samples 1: give at least 2"):
+    with pytest.raises(ConfigError, match=r"--evaluate-samples 1: give a whole number from 2"):
         tiny(**{**options, "evaluate_samples": 1})
     each = trainer(**options)
     each.world = OneOfTwo(rank=0, size=64)

@@ -6,7 +6,7 @@ import torch
 
 from dit_fast.cli.train import add_conversion_options
 from dit_fast.data.embed import embed
-from dit_fast.data.encode import PRECISIONS, EncodeConfig, encode
+from dit_fast.data.encode import PRECISIONS, RANGES, EncodeConfig, encode
 from dit_fast.data.shards import DTYPES
 from dit_fast.terminal import say
 from dit_fast.training.world import choose_device, local_rank, ranks
@@ -22,24 +22,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         "--data-path",
+        type=RANGES["data"],
         required=True,
         metavar="FOLDER",
         help="folder of class sub-folders, or of images with captions (NAME.txt beside each, or metadata.jsonl)",
     )
     parser.add_argument(
         "--out",
+        type=RANGES["out"],
         required=True,
         metavar="DIR",
         help="folder of the latent set; with --vae none a .safetensors file",
     )
     parser.add_argument(
         "--vae",
+        type=RANGES["vae"],
         default="ema",
         help="ema, mse (published), or a folder with a diffusers AutoencoderKL (default: ema); none: embeddings of "
         "captions alone, FOLDER/embeddings.safetensors of training on the images themselves",
     )
     parser.add_argument(
-        "--size", "--image-size", dest="image_size", type=int, default=256, metavar="S",
+        "--size", "--image-size", dest="image_size", type=RANGES["image_size"], default=256, metavar="S",
         help="images are scaled and cropped to S x S (default: 256)",
     )  # fmt: skip
     parser.add_argument(
@@ -49,26 +52,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, default="tf32", help="of the autoencoder (default: tf32)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="B", help="images at a time (default: 32)"
+        "--batch-size",
+        type=RANGES["batch_size"],
+        default=32,
+        metavar="B",
+        help="images at a time (default: 32)",
     )
     parser.add_argument(
-        "--shard-size", type=int, default=4096, metavar="M", help="images in a file (default: 4096)"
+        "--shard-size",
+        type=RANGES["shard_size"],
+        default=4096,
+        metavar="M",
+        help="images in a file (default: 4096)",
     )
     parser.add_argument(
         "--text-encoder",
+        type=RANGES["text_encoder"],
         metavar="NAME",
         help="store embeddings of captions in place of classes, by a CLIP or T5 of transformers (hub name or folder), "
         "or from a .safetensors or .npz of arrays (tokens, width) named as the images are",
     )
     parser.add_argument(
         "--caption-tokens",
-        type=int,
+        type=RANGES["caption_tokens"],
         metavar="S",
         help="tokens of a caption (default: as many as the encoder takes, at most 120)",
     )
     parser.add_argument(
         "--num-classes",
-        type=int,
+        type=RANGES["num_classes"],
         metavar="N",
         help="0: images need no sub-folders, and no class is told of them (default: a class for each sub-folder)",
     )
@@ -76,13 +88,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(background=EncodeConfig.background)
     parser.add_argument(
         "--skip-unreadable",
-        type=int,
+        type=RANGES["skip_unreadable"],
         default=0,
         metavar="N",
         help="go on without up to N images that cannot be read (default: 0)",
     )
     parser.add_argument(
-        "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
+        "--num-workers",
+        type=RANGES["num_workers"],
+        metavar="N",
+        help="threads that decode images (default: one a core)",
     )
     parser.add_argument(
         "--device",

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from dit_fast.cli import sample
+from dit_fast.cli.sample_options import RESPACING
 from dit_fast.cli.train import add_conversion_options
 from dit_fast.data import Conversion, Size, apportion, parse_buckets
 from dit_fast.errors import ConfigError
@@ -34,10 +35,13 @@ from dit_fast.evaluation.archives import Archive
 from dit_fast.evaluation.image_sources import JoinedImages, archive_images
 from dit_fast.files import check_output, write_atomically
 from dit_fast.sampling import PRECISIONS, SOLVERS
+from dit_fast.sampling.guidance import SCALE
+from dit_fast.sampling.sampler import BATCH_SIZE
 from dit_fast.terminal import say
 from dit_fast.training.checkpoint import find_checkpoint, step_folders
 from dit_fast.training.manifest import MANIFEST, read_manifest
 from dit_fast.training.world import choose_device, ranks
+from dit_fast.values import PATH, SEED, SIDE, SOURCE, TEXT, Whole, check_memory
 
 _EPILOG = """inception     torch-fidelity's Inception-v3 (extra 'evaluation'), that of FID; --weights is its weight file
 efficientnet  proxy: EfficientNet-Lite0, whose weights come with the extra 'evaluation'
@@ -51,58 +55,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "samples",
+        type=SOURCE,
         nargs="?",
         help="folder of images or of dit-fast sample, or .npz archive with arr_0 (or give --ckpt)",
     )
     parser.add_argument(
         "--against",
+        type=SOURCE,
         metavar="REFERENCE",
         help="real images: a folder, an .npz with arr_0, statistics (mu, sigma) or both as ADM's, or mnist, digits",
     )
     parser.add_argument("--features", choices=FEATURES, default="inception", help="default: inception")
-    parser.add_argument("--weights", type=Path, metavar="PATH", help="weight file of --features inception")
+    parser.add_argument("--weights", type=PATH, metavar="PATH", help="weight file of --features inception")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that can be had")
     parser.add_argument(
-        "--splits", type=int, default=10, help="parts of the Inception score (default: 10, as published)"
+        "--splits",
+        type=Whole(1, 1 << 16),
+        default=10,
+        help="parts of the Inception score (default: 10, as published)",
     )
     parser.add_argument(
-        "--neighbours", type=int, default=3, metavar="K", help="of precision and recall (default: 3)"
+        "--neighbours",
+        type=Whole(1, 1 << 16),
+        default=3,
+        metavar="K",
+        help="of precision and recall (default: 3)",
     )
     parser.add_argument(
-        "--image-size", type=int, metavar="S", help="scale and crop all images to S x S, as in training"
+        "--image-size", type=SIDE, metavar="S", help="scale and crop all images to S x S, as in training"
     )
     parser.add_argument(
         "--buckets",
+        type=TEXT,
         metavar="SIZES",
         help="scale and crop each image to the nearest of HEIGHTxWIDTH,..., as dit-fast train --buckets does (default: "
         "the checkpoint's own, in their proportion in its training)",
     )
     add_conversion_options(parser)
     parser.set_defaults(raw_pixels=None)
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--batch-size", type=BATCH_SIZE, default=64, help="images at a time (default: 64)")
     parser.add_argument(
-        "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
+        "--num-workers",
+        type=Whole(1, 1 << 12),
+        metavar="N",
+        help="threads that decode images (default: one a core)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="also write the scores to this file")
+    parser.add_argument("--out", type=PATH, metavar="JSON", help="also write the scores to this file")
     parser.add_argument(
-        "--save-statistics", type=Path, metavar="NPZ", help="write the samples' statistics, for --against"
+        "--save-statistics", type=PATH, metavar="NPZ", help="write the samples' statistics, for --against"
     )
     group = parser.add_argument_group(
         "samples of a checkpoint", "For more options, dit-fast sample --npz first."
     )
-    group.add_argument("--ckpt", help="draw the samples from this checkpoint, as dit-fast sample does")
-    group.add_argument("--num", type=int, help="number of samples, of random classes or captions")
-    group.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale (default: 1, none)")
-    group.add_argument("--steps", help="sampling steps (default: 250, or all if fewer)")
+    group.add_argument(
+        "--ckpt", type=SOURCE, help="draw the samples from this checkpoint, as dit-fast sample does"
+    )
+    group.add_argument("--num", type=Whole(2), help="number of samples, of random classes or captions")
+    group.add_argument("--cfg-scale", type=SCALE, default=1.0, help="guidance scale (default: 1, none)")
+    group.add_argument("--steps", type=RESPACING, help="sampling steps (default: 250, or all if fewer)")
     group.add_argument(
         "--solver", choices=SOLVERS, help="(default: ddpm of diffusion, euler of flow matching)"
     )
     group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
-    group.add_argument("--vae", help="decoder of a latent model: ema, mse (the default) or a folder")
-    group.add_argument("--seed", type=int, default=0)
     group.add_argument(
-        "--sample-dir", type=Path, help="keep the samples here; killed, the same command goes on there"
+        "--vae", type=SOURCE, help="decoder of a latent model: ema, mse (the default) or a folder"
+    )
+    group.add_argument("--seed", type=SEED, default=0)
+    group.add_argument(
+        "--sample-dir", type=PATH, help="keep the samples here; killed, the same command goes on there"
     )
 
 
@@ -152,6 +173,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.image_size is not None:
+        check_memory(4 * 3 * args.image_size**2, f"an image with --image-size {args.image_size}")
     if (args.samples is None) == (args.ckpt is None):
         raise ConfigError("give either a folder or archive of samples, or --ckpt")
     if args.buckets is not None and (args.image_size is not None or args.ckpt is not None):
@@ -174,10 +197,6 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.features != "inception" and args.weights is not None:
         raise ConfigError(f"--weights is for --features inception, not {args.features}")
-    for flag in ("image_size", "batch_size", "splits", "neighbours", "num_workers"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')} {value}: choose at least 1")
 
 
 def _check_sizes(source: ImageSource, reference: Reference) -> None:

@@ -22,11 +22,14 @@ from dit_fast.sampling.explain import (
     thinned,
 )
 from dit_fast.sampling.grid import save_grid, short_label
+from dit_fast.sampling.guidance import SCALE
 from dit_fast.sampling.output import prepare_folder
 from dit_fast.terminal import say
 from dit_fast.training.world import ranks
+from dit_fast.values import Whole
 
 _MOST_LABELS = 8
+_MOST_LOOKED_AT = 4096
 _EPILOG = """OUT/film.png       each image on its way from noise
 OUT/guidance.png   the same noise under several guidance scales (not with --cfg-scale 1)
 OUT/steps.png      the same noise with several numbers of steps
@@ -41,35 +44,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "pictures", f"Of one image a class or prompt, of the first {_MOST_LABELS}."
     )
-    group.add_argument("--frames", type=int, default=10, help="points of a trajectory (default: 10)")
+    group.add_argument(
+        "--frames", type=Whole(2, 1 << 12), default=10, help="points of a trajectory (default: 10)"
+    )
     group.add_argument(
         "--scales",
-        type=float,
+        type=SCALE,
         nargs="+",
         default=(1.0, 1.5, 2.0, 4.0, 8.0),
         help="guidance scales to compare",
     )
     group.add_argument(
         "--step-counts",
-        type=int,
+        type=Whole(1, 1 << 20),
         nargs="+",
         help="numbers of steps to compare (default: all, 1/2, 1/5, 1/10)",
     )
-    group.add_argument("--block", type=int, help="block of the attention maps (default: the middle one)")
-    group.add_argument("--head", type=int, help="its head (default: the mean of all)")
+    group.add_argument(
+        "--block", type=Whole(0, 1 << 12), help="block of the attention maps (default: the middle one)"
+    )
+    group.add_argument("--head", type=Whole(0, 1 << 12), help="its head (default: the mean of all)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw the pictures; 0, or a DitFastError. All that can be refused is refused before sampling begins."""
     if ranks()[1] > 1:
         raise ConfigError("dit-fast explain runs in one process, not under torchrun")
-    if args.frames < 2:
-        raise ConfigError(f"--frames {args.frames}: choose at least 2")
     with tempfile.TemporaryDirectory(prefix="dit-fast-") as folder:
         # The plan keeps parts of many samples in its folder; here there are none, and those in OUT are another's.
         plan = make_plan(argparse.Namespace(**{**vars(args), "out": Path(folder)}))
     sampler, names = plan.sampler, plan.names
-    shown = list(dict.fromkeys(plan.labels.tolist()))[:_MOST_LABELS]
+    shown = list(dict.fromkeys(plan.labels.first(_MOST_LOOKED_AT).tolist()))[:_MOST_LABELS]
     titles = [short_label(names[label]) if names else f"class {label}" for label in shown]
     labels = plan.told(torch.tensor(shown))
     steps = len(sampler.nodes)

@@ -16,6 +16,7 @@ from dit_fast.interop.objective import ASKED
 from dit_fast.models import DiT
 from dit_fast.options import beyond_the_paper
 from dit_fast.terminal import say
+from dit_fast.values import PATH, SOURCE, TEXT, Whole
 
 _EPILOG = """safetensors  a folder with config.json and model.safetensors, for DiT.from_pretrained
 pt           one file as the reference publishes them: torch.load gives the state dict that its DiT loads, or SiT's
@@ -29,18 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--ckpt",
+        type=SOURCE,
         required=True,
         help="run folder (its newest whole checkpoint), step folder, or any file that dit-fast sample takes",
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder or file to write; must not exist")
+    parser.add_argument("--out", required=True, type=PATH, help="folder or file to write; must not exist")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: safetensors)")
     parser.add_argument(
         "--weights",
+        type=TEXT,
         default="ema",
         metavar="SET",
         help="ema, model, or ema:WIDTH, an average of any width of a run with --ema-snapshot-every (default: ema)",
     )
-    parser.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
+    parser.add_argument(
+        "--num-heads", type=Whole(1, 1 << 12), help="attention heads, where the checkpoint does not tell"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

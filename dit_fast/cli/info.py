@@ -17,6 +17,7 @@ from dit_fast.models import DiT, DiT_models
 from dit_fast.terminal import say
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.precision import RESIDUALS
+from dit_fast.values import SIDE, SOURCE, Whole
 
 _EPILOG = """Conventions: a multiply-add (MAC) is two FLOPs, and the paper's "Gflops" are MACs. Counted are linear
 layers, patch projection and attention's two products. Training is three times the forward pass. GB are 10^9 bytes.
@@ -40,20 +41,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument(
         "source",
+        type=SOURCE,
         nargs="?",
         metavar="MODEL",
         help="size and patch, e.g. DiT-XL/2, or anything that dit-fast sample takes as --ckpt",
     )
     add_model_options(parser.add_argument_group("model, where MODEL is no checkpoint"))
     inputs = parser.add_argument_group("its inputs")
-    inputs.add_argument("--input-size", type=int, metavar="S", help="side of latents or images (default: 32)")
-    inputs.add_argument("--in-channels", type=int, metavar="C", help="(default: 4, of latents)")
-    inputs.add_argument("--caption-dim", type=int, metavar="E", help="captions of this width, not classes")
     inputs.add_argument(
-        "--caption-tokens", type=int, default=77, metavar="S", help="tokens of a caption (default: 77)"
+        "--input-size", type=SIDE, metavar="S", help="side of latents or images (default: 32)"
+    )
+    inputs.add_argument("--in-channels", type=Whole(1, 1 << 12), metavar="C", help="(default: 4, of latents)")
+    inputs.add_argument(
+        "--caption-dim", type=Whole(0, 1 << 16), metavar="E", help="captions of this width, not classes"
+    )
+    inputs.add_argument(
+        "--caption-tokens",
+        type=Whole(1, 1 << 16),
+        default=77,
+        metavar="S",
+        help="tokens of a caption (default: 77)",
     )
     step = parser.add_argument_group("training step")
-    step.add_argument("--batch-size", type=int, default=256, metavar="B", help="on one GPU (default: 256)")
+    step.add_argument(
+        "--batch-size", type=Whole(1, 1 << 24), default=256, metavar="B", help="on one GPU (default: 256)"
+    )
     step.add_argument(
         "--precision", choices=tuple(PRECISIONS), default="bf16", help="of the arithmetic (default: bf16)"
     )
@@ -79,10 +91,11 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--table is of the paper's models: leave out {_flags(options)}")
         say(*(_table_json() if as_json else _table_text()).splitlines())
         return 0
-    if step["batch_size"] < 1:
-        raise ConfigError(f"--batch-size {step['batch_size']}: give at least 1")
     name, model = _open(options)
-    counts = count(model, tokens)
+    try:
+        counts = count(model, tokens)
+    except ValueError as error:  # Kernels refuse tensors beyond their offsets.
+        raise ConfigError(f"{name}: {error}; give a smaller --input-size or a larger --patch-size") from None
     kept = kept_bytes(
         model.config,
         step["batch_size"],
@@ -111,14 +124,7 @@ def _open(options: dict[str, Any]) -> tuple[str, DiT]:
         options.pop("num_classes", 1000),
         options.pop("caption_dim", 0),
     )
-    for flag, value, least in (
-        ("input-size", shape.image_size, 1),
-        ("in-channels", shape.channels, 1),
-        ("caption-dim", shape.caption_dim, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"--{flag} {value}: give at least {least}")
-    config = TrainConfig(data="", **({"model": source} if source is not None else {}), **options)
+    config = TrainConfig(data="(none)", **({"model": source} if source is not None else {}), **options)
     with torch.device("meta"):
         return "of the options" if options.keys() - {"model"} else config.model, build_model(config, shape)
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,8 +19,10 @@ from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.files import check_output, write_atomically
 from dit_fast.interop import ModelInfo, load_model
 from dit_fast.models import DiT
+from dit_fast.sampling.sampler import BATCH_SIZE
 from dit_fast.terminal import say
 from dit_fast.training.world import choose_device
+from dit_fast.values import PATH, SEED, SOURCE, TEXT, Whole
 
 _EPILOG = """A model of flow matching: the likelihood by its ODE (Heun's method; Hutchinson's estimate of the
 divergence), of images that are dequantised, uniform within their grey levels: an upper bound of the bits.
@@ -32,23 +33,22 @@ Example: dit-fast likelihood --ckpt demo/run --num 64"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--ckpt", required=True, help="as of dit-fast sample; a model of pixels")
-    parser.add_argument("--weights", default="ema", help="ema, model or ema:WIDTH (default: ema)")
+    parser.add_argument("--ckpt", type=SOURCE, required=True, help="as of dit-fast sample; a model of pixels")
+    parser.add_argument("--weights", type=TEXT, default="ema", help="ema, model or ema:WIDTH (default: ema)")
     add_objective_options(parser)
-    parser.add_argument("--data", metavar="SOURCE", help="labelled images (default: what it was trained on)")
-    parser.add_argument("--num", type=int, default=64, help="images, held-out ones first (default: 64)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at a time (default: 16)")
-    parser.add_argument("--steps", type=int, default=100, help="of the ODE (default: 100)")
-    parser.add_argument("--probes", type=int, default=1, help="of the divergence (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--data", type=SOURCE, metavar="SOURCE", help="labelled images (default: what it was trained on)"
+    )
+    parser.add_argument("--num", type=Whole(1), default=64, help="images, held-out ones first (default: 64)")
+    parser.add_argument("--batch-size", type=BATCH_SIZE, default=16, help="images at a time (default: 16)")
+    parser.add_argument("--steps", type=Whole(1, 1 << 20), default=100, help="of the ODE (default: 100)")
+    parser.add_argument("--probes", type=Whole(1, 1 << 20), default=1, help="of the divergence (default: 1)")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="also write the figures to this file")
+    parser.add_argument("--out", type=PATH, metavar="JSON", help="also write the figures to this file")
 
 
 def run(args: argparse.Namespace) -> int:
-    for flag in ("num", "batch_size", "steps", "probes"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: choose at least 1")
     device = choose_device(args.device)
     model, info = load_model(args.ckpt, weights=args.weights, device=device, objective=asked_objective(args))
     data = _images(args, model, info)

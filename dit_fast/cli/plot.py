@@ -6,12 +6,13 @@ from pathlib import Path
 from dit_fast.errors import ConfigError, OutputError
 from dit_fast.terminal import say
 from dit_fast.training.progress import plot_losses, read_log
+from dit_fast.values import PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or its log.jsonl")
+    parser.add_argument("runs", nargs="+", type=PATH, metavar="RUN", help="run folder, or its log.jsonl")
     parser.add_argument(
-        "--out", type=Path, default=Path("losses.png"), help="the picture (default: losses.png)"
+        "--out", type=PATH, default=Path("losses.png"), help="the picture (default: losses.png)"
     )
 
 

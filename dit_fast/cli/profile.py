@@ -22,6 +22,7 @@ from dit_fast.training.precision import choose_precision
 from dit_fast.training.prefetch import prefetch
 from dit_fast.training.ranges import mark_blocks, profiler_ranges
 from dit_fast.training.world import choose_device
+from dit_fast.values import PATH, Whole
 
 _OF_A_RUN = ("out", "results_dir", "resume")
 Steps = Callable[[Callable[[], None]], None]
@@ -35,12 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Takes the options of dit-fast train; writes no checkpoint. Open the trace at ui.perfetto.dev."
     )
     trace = parser.add_argument_group("trace")
-    trace.add_argument("--trace", type=Path, default=Path("trace.json"), help="(default: trace.json)")
+    trace.add_argument("--trace", type=PATH, default=Path("trace.json"), help="(default: trace.json)")
     trace.add_argument(
-        "--first", type=int, default=10, metavar="N", help="steps before the traced ones (default: 10)"
+        "--first", type=Whole(0), default=10, metavar="N", help="steps before the traced ones (default: 10)"
     )
-    trace.add_argument("--count", type=int, default=3, metavar="N", help="steps to trace (default: 3)")
-    trace.add_argument("--top", type=int, default=20, metavar="N", help="kernels to print (default: 20)")
+    trace.add_argument(
+        "--count", type=Whole(1, 1 << 20), default=3, metavar="N", help="steps to trace (default: 3)"
+    )
+    trace.add_argument(
+        "--top", type=Whole(1, 1 << 20), default=20, metavar="N", help="kernels to print (default: 20)"
+    )
     trace.add_argument(
         "--sample",
         action="store_true",
@@ -59,9 +64,6 @@ def run(args: argparse.Namespace) -> int:
     )
     if given := [f"--{name.replace('_', '-')}" for name in _OF_A_RUN if options.pop(name, None) is not None]:
         raise ConfigError(f"dit-fast profile keeps no run: leave out {', '.join(given)}")
-    for name, value, least in (("first", first, 0), ("count", count, 1), ("top", top, 1)):
-        if value < least:
-            raise ConfigError(f"--{name} {value}: give at least {least}")
     options = {**PRESETS.get(options.pop("preset", ""), {}), **options}
     if "data" not in options:
         raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")

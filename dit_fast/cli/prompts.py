@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dit_fast import keyed
+from dit_fast.cli.labels import Labels
 from dit_fast.cli.sample_options import PER_CLASS
 from dit_fast.data import captions_of
 from dit_fast.data.captions import EMBEDDINGS
@@ -21,12 +21,12 @@ from dit_fast.models import DiT
 
 @dataclass(frozen=True)
 class Prompts:
-    """names: captions in words; labels: the place among them of each sample's, int64 (num,); read: the embeddings
+    """names: captions in words; labels: the place among them of each sample's; read: the embeddings
     (M, S, E) of places (M,); sha256: of what they are.
     """
 
     names: Sequence[str]
-    labels: Tensor
+    labels: Labels
     read: Callable[[Tensor], Tensor]
     sha256: str
 
@@ -67,7 +67,7 @@ def _given(args: argparse.Namespace, model: DiT, info: ModelInfo, device: torch.
             f"SHA-256 {str(trained.get('sha256'))[:12]}): give that one"
         )
     made = encoder(args.prompt, args.prompt)
-    labels = torch.arange(PER_CLASS * len(made) if args.num is None else args.num) % len(made)
+    labels = Labels.in_turn(PER_CLASS * len(made) if args.num is None else args.num, list(range(len(made))))
     return Prompts(args.prompt, labels, made.__getitem__, hashlib.sha256(made.numpy().tobytes()).hexdigest())
 
 
@@ -80,9 +80,7 @@ def _of_training(args: argparse.Namespace, info: ModelInfo) -> Prompts:
         raise ConfigError(
             f"{source} does not have the captions (any more) that {info.path} was trained on: give --prompt"
         )
-    labels = keyed.integers(
-        keyed.key(args.seed, "sampling labels"), torch.arange(args.num), len(captions.texts)
-    )
+    labels = Labels.random(args.num, args.seed, len(captions.texts))
     return Prompts(
         captions.texts,
         labels,

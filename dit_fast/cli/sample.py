@@ -106,7 +106,7 @@ def _draw(args: argparse.Namespace, plan: Plan) -> None:
         for part in shards:
             numbers = torch.tensor(list(parts.numbers(part)))
             samples = sampler(
-                plan.told(plan.labels[numbers]),
+                plan.told(plan.labels.of(numbers)),
                 seed=args.seed,
                 numbers=numbers,
                 batch_size=parts.batch_size,
@@ -141,7 +141,7 @@ def _as_kept(plan: Plan, samples: Tensor) -> np.ndarray:
 
 def _write_grid(args: argparse.Namespace, plan: Plan, images: np.ndarray) -> None:
     """OUT/sample.png: a row for each class or prompt, or rows of the only one."""
-    labels, names, total = plan.labels[: len(images)], plan.names, plan.parts.num
+    labels, names, total = plan.labels.first(len(images)), plan.names, plan.parts.num
     rows: list[tuple[str, np.ndarray]] = []
     classes = list(dict.fromkeys(labels.tolist()))[:_MOST_ROWS]
     for number in classes:
@@ -171,7 +171,10 @@ def _write_images(args: argparse.Namespace, plan: Plan) -> None:
         for array in plan.parts:
             images = array if array.dtype == np.uint8 else to_uint8(torch.from_numpy(array[:, :3].copy()))
             for image in images:
-                path = partial / f"{number:06d}-{_tag(int(plan.labels[number]), plan.names)}.png"
+                path = (
+                    partial
+                    / f"{number:06d}-{_tag(int(plan.labels.of(torch.tensor([number]))), plan.names)}.png"
+                )
                 to_pil(np.asarray(image)).save(path)
                 number += 1
         if folder.exists():  # the same command's, which was stopped after it had written them
@@ -206,7 +209,7 @@ def _write_film(args: argparse.Namespace, plan: Plan) -> None:
 
     every = max(1, len(plan.sampler.nodes) // _FRAMES)
     plan.sampler(
-        plan.told(plan.labels[numbers]),
+        plan.told(plan.labels.of(numbers)),
         seed=args.seed,
         numbers=numbers,
         batch_size=len(numbers),
@@ -234,7 +237,7 @@ def _score(args: argparse.Namespace, plan: Plan, scorer: Scorer, images: np.ndar
     levels.
     """
     pixels = to_pixels(torch.from_numpy(images).permute(0, 3, 1, 2))
-    scores = scorer(pixels, plan.labels)
+    scores = scorer(pixels, plan.labels.first(len(pixels)))
     for line in scores.lines():
         say(line)
     request = {

@@ -2,13 +2,17 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from dit_fast.diffusion.objectives import OBJECTIVES
 from dit_fast.diffusion.paths import PATHS, PREDICTIONS
 from dit_fast.download import pretrained_models
 from dit_fast.sampling import MODES, PRECISIONS, SOLVERS
-from dit_fast.sampling.guidance import SCHEDULES
+from dit_fast.sampling.guidance import LEVEL, SCALE, SCHEDULES
+from dit_fast.sampling.nodes import SHIFT
+from dit_fast.sampling.sampler import BATCH_SIZE, ETA
 from dit_fast.sampling.solvers import LAST_STEPS
+from dit_fast.values import PATH, SEED, SIDE, SOURCE, TEXT, Pair, Pattern, Whole
 
 OWN_DATA = "(the checkpoint's own data)"
 # All classes of a small set are shown; of ImageNet's thousand, this many evenly spaced ones.
@@ -17,6 +21,21 @@ CFG_SCALE = 4.0
 ALL_CLASSES = 20
 SHOWN_CLASSES = 8
 PER_CLASS = 8
+
+
+RESPACING = Pattern(
+    r"(ddim)?\d{1,7}|\d{1,7}(,\d{1,7})*",
+    "a number, of diffusion also numbers with commas, or ddim and a number",
+)
+"""Steps of sampling, as `dit_fast.sampling.sampling_nodes` takes them."""
+
+
+class ImageSize(Pair):
+    """The side that "256" says, or the sides of "192x320"."""
+
+    def accept(self, value: Any) -> Any:
+        sides = super().accept(value)
+        return sides if len(value) == 2 else sides[0]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,32 +50,41 @@ def _model_options(group: argparse._ArgumentGroup) -> None:
     published = ", ".join(sorted(pretrained_models))
     group.add_argument(
         "--ckpt",
+        type=SOURCE,
         help="run folder, step folder, save_pretrained folder, folder of diffusers, .safetensors or .pt file, id of "
         f"the Hugging Face hub (organisation/name or organisation/name@revision), or a published name ({published})",
     )
     group.add_argument(
         "--weights",
+        type=TEXT,
         default="ema",
         metavar="SET",
         help="ema, model, or ema:WIDTH, an average of any width of a run with --ema-snapshot-every (default: ema)",
     )
-    group.add_argument("--model", help="registry name, e.g. DiT-XL/2; the checkpoint must be of it")
+    group.add_argument(
+        "--model", type=TEXT, help="registry name, e.g. DiT-XL/2; the checkpoint must be of it"
+    )
     group.add_argument(
         "--image-size",
-        type=image_size,
+        type=ImageSize(SIDE),
         metavar="SIZE",
         help="side of the images, which the checkpoint must be of; or HEIGHTxWIDTH, whatever it is of",
     )
-    group.add_argument("--num-classes", type=int, help="number of classes; the checkpoint must have as many")
-    group.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
+    group.add_argument(
+        "--num-classes", type=Whole(0, 1 << 24), help="number of classes; the checkpoint must have as many"
+    )
+    group.add_argument(
+        "--num-heads", type=Whole(1, 1 << 12), help="attention heads, where the checkpoint does not tell"
+    )
     add_objective_options(group)
     group.add_argument(
         "--vae",
+        type=SOURCE,
         help="decoder of a latent model: ema, mse, a folder, or none (default: the checkpoint's own, else mse)",
     )
     group.add_argument(
         "--latent-stats",
-        type=Path,
+        type=PATH,
         metavar="FILE",
         help="LightningDiT's latents_stats.pt: mean and deviation of each channel that its latents were normalised by "
         "(default: the checkpoint's own, else the autoencoder's)",
@@ -88,12 +116,13 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
         "--num-samples",
         "--num-fid-samples",
         dest="num",
-        type=int,
+        type=Whole(1),
         help=f"number of images (default: {PER_CLASS} of each class); torchrun takes --num for its own --numa-binding, "
         "so write --num-samples there",
     )
     group.add_argument(
         "--classes",
+        type=TEXT,
         nargs="+",
         metavar="CLASS",
         help="class numbers or names in turn; all; or random, as for FID (default: all, of more than "
@@ -101,27 +130,30 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--prompt",
+        type=TEXT,
         nargs="+",
         metavar="TEXT",
         help="captions, of a model that was trained on them, in turn (with --npz default: random ones of its training)",
     )
     group.add_argument(
         "--text-encoder",
+        type=SOURCE,
         metavar="NAME",
         help="what encodes them, as of dit-fast encode (default: what encoded the training's captions)",
     )
     group.add_argument(
         "--cfg-scale",
-        type=float,
+        type=SCALE,
         help="guidance scale; 1 is none (default: 4.0, or 1 of a model that is always told its class, or never)",
     )
     group.add_argument(
         "--cfg-channels",
+        type=Pattern(r"all|[1-9]\d{0,5}", "a positive number, or all"),
         help="noise channels that are guided: a number, or all (default: 3; of diffusers' models all)",
     )
     group.add_argument(
         "--cfg-interval",
-        type=float,
+        type=LEVEL,
         nargs=2,
         metavar=("LOW", "HIGH"),
         default=(0.0, 1.0),
@@ -137,11 +169,12 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
         "--steps",
         "--num-sampling-steps",
         dest="steps",
+        type=RESPACING,
         help="sampling steps, or of diffusion a respacing such as ddim50 or 10,20,30 (default: 250, or all if fewer)",
     )
     group.add_argument(
         "--shift",
-        type=float,
+        type=SHIFT,
         default=1.0,
         help="of flow: above 1, more of the steps near noise (default: 1); LightningDiT's timestep_shift is 1 over it",
     )
@@ -155,7 +188,7 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
         help="of the sde solvers: without noise, along the flow, to the predicted image, or left out (default: mean)",
     )
     group.add_argument(
-        "--eta", type=float, default=0.0, help="share of fresh noise with --solver ddim (default: 0)"
+        "--eta", type=ETA, default=0.0, help="share of fresh noise with --solver ddim (default: 0)"
     )
     group.add_argument(
         "--mode",
@@ -168,7 +201,7 @@ def _drawing_options(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="clamp the predicted image at each step (default: yes in pixel space)",
     )
-    group.add_argument("--seed", "--global-seed", dest="seed", type=int, default=0)
+    group.add_argument("--seed", "--global-seed", dest="seed", type=SEED, default=0)
 
 
 def _machine_options(group: argparse._ArgumentGroup) -> None:
@@ -176,12 +209,15 @@ def _machine_options(group: argparse._ArgumentGroup) -> None:
         "--batch-size",
         "--per-proc-batch-size",
         dest="batch_size",
-        type=int,
+        type=BATCH_SIZE,
         default=64,
         help="images at a time (default: 64)",
     )
     group.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
+        "--device",
+        type=Pattern(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:NUMBER"),
+        default="auto",
+        help="cpu, cuda, cuda:1, ... (default: cuda if there is one)",
     )
     group.add_argument(
         "--precision",
@@ -204,12 +240,15 @@ def _output_options(group: argparse._ArgumentGroup) -> None:
         "--out",
         "--sample-dir",
         dest="out",
-        type=Path,
+        type=PATH,
         default=Path("samples"),
         help="folder for sample.png (default: samples); killed, the same command goes on there",
     )
     group.add_argument(
-        "--columns", type=int, default=10, help="most images of one class in the grid (default: 10)"
+        "--columns",
+        type=Whole(1, 1 << 12),
+        default=10,
+        help="most images of one class in the grid (default: 10)",
     )
     group.add_argument("--save-images", action="store_true", help="also write each image to OUT/images")
     group.add_argument(
@@ -218,14 +257,9 @@ def _output_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gif", action="store_true", help="also write OUT/trajectory.gif of the first images")
     group.add_argument(
         "--compare-to",
+        type=SOURCE,
         nargs="?",
         const=OWN_DATA,
         metavar="DATA",
         help="score the samples against the real images DATA (default: those that it was trained on)",
     )
-
-
-def image_size(text: str) -> int | tuple[int, int]:
-    """The side that "256" says, or the sides of "192x320"."""
-    height, by, width = text.partition("x")
-    return (int(height), int(width)) if by else int(text)

@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from dit_fast.terminal import say
 from dit_fast.training.presets import PRESETS
 from dit_fast.training.scaling import LADDER, Ladder, Rung, Study
 from dit_fast.training.world import join_world
+from dit_fast.values import TEXT, Number
 
 _EPILOG = """Takes the options of dit-fast train, for all models alike; --out is the study's folder (default: scaling).
 Example, on the demo's data and recipe:
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ladder = parser.add_argument_group("ladder")
     ladder.add_argument(
         "--sizes",
+        type=TEXT,
         nargs="+",
         default=list(LADDER),
         metavar="SIZE",
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ladder.add_argument(
         "--budget",
-        type=float,
+        type=Number(0, 1e36, above=True),
         default=None,
         metavar="FLOP",
         help="training compute of all models together, instead of --steps",
@@ -58,10 +59,8 @@ def run(args: argparse.Namespace) -> int:
         )
     preset = PRESETS.get(asked.pop("preset", ""), {})
     length = {name for name in ("steps", "epochs") if name in asked}
-    if budget is not None and (length or not (math.isfinite(budget) and budget > 0)):
-        raise ConfigError(
-            f"--budget {budget:g}: give a positive number of FLOPs, and neither --steps nor --epochs"
-        )
+    if budget is not None and length:
+        raise ConfigError(f"--budget {budget:g} sets the length: give neither --steps nor --epochs")
     options = {**{name: value for name, value in preset.items() if name not in _OF_A_PRESET}, **asked}
     if "data" not in options:
         raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")

@@ -8,10 +8,11 @@ from typing import Any
 
 from dit_fast.errors import ConfigError
 from dit_fast.terminal import say
-from dit_fast.training.config import CHOICES, TrainConfig
+from dit_fast.training.config import CHOICES, RANGES, TrainConfig
 from dit_fast.training.loop import TrainResult, device_of, resume, train_or_resume
 from dit_fast.training.presets import PRESETS
 from dit_fast.training.world import World, join_world
+from dit_fast.values import SOURCE
 
 _EPILOG = """The reference's flags --data-path, --results-dir, --global-batch-size and --global-seed work too.
 Example: dit-fast train --data photos --image-size 64 --model DiT-S/4 --out runs/photos"""
@@ -28,13 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     place.add_argument(
         "--data",
         "--data-path",
+        type=RANGES["data"],
         metavar="SOURCE",
         help="mnist, digits, a folder of class sub-folders, or latents (dit-fast encode)",
     )
-    place.add_argument("--out", metavar="RUN", help="folder of the new run (default: results/NNN-MODEL)")
-    place.add_argument("--results-dir", metavar="FOLDER", help="parent of numbered run folders")
     place.add_argument(
-        "--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint"
+        "--out", type=SOURCE, metavar="RUN", help="folder of the new run (default: results/NNN-MODEL)"
+    )
+    place.add_argument("--results-dir", type=SOURCE, metavar="FOLDER", help="parent of numbered run folders")
+    place.add_argument(
+        "--resume",
+        type=SOURCE,
+        metavar="RUN",
+        help="continue the run in this folder from its newest checkpoint",
     )
     place.add_argument(
         "--preset", choices=sorted(PRESETS), help="start from these options; flags given here win"
@@ -50,12 +57,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(model: argparse._ArgumentGroup) -> None:
     """The model; `dit-fast info` takes them too."""
-    model.add_argument("--model", metavar="NAME", help="size and patch, e.g. DiT-XL/2 (default: DiT-S/2)")
-    model.add_argument("--hidden-size", type=int, metavar="D", help="width instead of the model's")
-    model.add_argument("--depth", type=int, metavar="N", help="number of blocks instead of the model's")
-    model.add_argument("--num-heads", type=int, metavar="N", help="attention heads instead of the model's")
-    model.add_argument("--patch-size", type=int, metavar="P", help="patch side instead of the model's")
-    model.add_argument("--mlp-ratio", type=float, metavar="R", help="hidden width of the MLP over the width")
+    model.add_argument(
+        "--model",
+        type=RANGES["model"],
+        metavar="NAME",
+        help="size and patch, e.g. DiT-XL/2 (default: DiT-S/2)",
+    )
+    model.add_argument(
+        "--hidden-size", type=RANGES["hidden_size"], metavar="D", help="width instead of the model's"
+    )
+    model.add_argument(
+        "--depth", type=RANGES["depth"], metavar="N", help="number of blocks instead of the model's"
+    )
+    model.add_argument(
+        "--num-heads", type=RANGES["num_heads"], metavar="N", help="attention heads instead of the model's"
+    )
+    model.add_argument(
+        "--patch-size", type=RANGES["patch_size"], metavar="P", help="patch side instead of the model's"
+    )
+    model.add_argument(
+        "--mlp-ratio", type=RANGES["mlp_ratio"], metavar="R", help="hidden width of the MLP over the width"
+    )
     _choice(model, "--conditioning", "how blocks learn of timestep and class (default: adaln_zero)")
     _choice(model, "--positions", "sines, a learned table, rotary, or sines and rotary (default: sincos)")
     _choice(model, "--norm", "layer norm or RMSNorm (default: layernorm)")
@@ -63,7 +85,7 @@ def add_model_options(model: argparse._ArgumentGroup) -> None:
     _switch(model, "--qk-norm", "RMSNorm of each head's queries and keys (default: off)")
     model.add_argument(
         "--num-classes",
-        type=int,
+        type=RANGES["num_classes"],
         metavar="N",
         help="checked against the data; 0: the model is told no class, and images need no sub-folders",
     )
@@ -74,29 +96,38 @@ def add_data_options(data: argparse._ArgumentGroup) -> None:
     """How the data are read."""
     data.add_argument(
         "--vae",
+        type=RANGES["vae"],
         metavar="NAME",
         help="make latents of the images as they are read: ema, mse, or a folder with a diffusers AutoencoderKL",
     )
-    data.add_argument("--image-size", type=int, metavar="S", help="images are scaled and cropped to S x S")
+    data.add_argument(
+        "--image-size", type=RANGES["image_size"], metavar="S", help="images are scaled and cropped to S x S"
+    )
     data.add_argument(
         "--buckets",
+        type=RANGES["buckets"],
         metavar="SIZES",
         help="shapes of images of many aspect ratios, HEIGHTxWIDTH,...: each has the nearest, a batch is of one",
     )
-    data.add_argument("--channels", type=int, metavar="C", help="1 grey, 3 RGB (default: as the files are)")
     data.add_argument(
-        "--holdout", type=float, metavar="F", help="share of each class that is never trained on"
+        "--channels", type=RANGES["channels"], metavar="C", help="1 grey, 3 RGB (default: as the files are)"
+    )
+    data.add_argument(
+        "--holdout", type=RANGES["holdout"], metavar="F", help="share of each class that is never trained on"
     )
     add_conversion_options(data)
     data.add_argument(
         "--skip-unreadable",
-        type=int,
+        type=RANGES["skip_unreadable"],
         metavar="N",
         help="go on without up to N files that cannot be read (default: 0, the first ends the run, saved)",
     )
     _switch(data, "--flip", "mirror half of the images (default: folders yes, digits no)")
     data.add_argument(
-        "--num-workers", type=int, metavar="N", help="threads that decode images (default: one a core)"
+        "--num-workers",
+        type=RANGES["num_workers"],
+        metavar="N",
+        help="threads that decode images (default: one a core)",
     )
 
 
@@ -104,6 +135,7 @@ def add_conversion_options(group: argparse._ArgumentGroup | argparse.ArgumentPar
     """How image files become pixels, see `dit_fast.data.Conversion`."""
     group.add_argument(
         "--background",
+        type=RANGES["background"],
         metavar="COLOUR",
         help="what transparent images lie on, a name or #rrggbb (default: white)",
     )
@@ -116,45 +148,70 @@ def add_conversion_options(group: argparse._ArgumentGroup | argparse.ArgumentPar
 
 def add_recipe_options(recipe: argparse._ArgumentGroup) -> None:
     """Length, optimiser, loss and draws."""
-    recipe.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default: 400000)")
-    recipe.add_argument("--epochs", type=int, metavar="N", help="passes over the images, instead of --steps")
     recipe.add_argument(
-        "--batch-size", "--global-batch-size", type=int, metavar="B", help="images a step (default: 256)"
+        "--steps", type=RANGES["steps"], metavar="N", help="optimiser steps (default: 400000)"
     )
-    recipe.add_argument("--lr", type=float, help="learning rate of AdamW (default: 1e-4)")
+    recipe.add_argument(
+        "--epochs", type=RANGES["epochs"], metavar="N", help="passes over the images, instead of --steps"
+    )
+    recipe.add_argument(
+        "--batch-size",
+        "--global-batch-size",
+        type=RANGES["batch_size"],
+        metavar="B",
+        help="images a step (default: 256)",
+    )
+    recipe.add_argument("--lr", type=RANGES["lr"], help="learning rate of AdamW (default: 1e-4)")
     _choice(recipe, "--lr-schedule", "constant, or half a cosine to 0 at the last step (default: constant)")
-    recipe.add_argument("--warmup-steps", type=int, metavar="N", help="steps of linear warm-up (default: 0)")
-    recipe.add_argument("--beta1", type=float, help="AdamW's first decay (default: 0.9)")
-    recipe.add_argument("--beta2", type=float, help="AdamW's second decay (default: 0.999)")
-    recipe.add_argument("--weight-decay", type=float, help="AdamW's weight decay (default: 0)")
+    recipe.add_argument(
+        "--warmup-steps",
+        type=RANGES["warmup_steps"],
+        metavar="N",
+        help="steps of linear warm-up (default: 0)",
+    )
+    recipe.add_argument("--beta1", type=RANGES["beta1"], help="AdamW's first decay (default: 0.9)")
+    recipe.add_argument("--beta2", type=RANGES["beta2"], help="AdamW's second decay (default: 0.999)")
+    recipe.add_argument(
+        "--weight-decay", type=RANGES["weight_decay"], help="AdamW's weight decay (default: 0)"
+    )
     recipe.add_argument(
         "--max-grad-norm",
-        type=float,
+        type=RANGES["max_grad_norm"],
         metavar="N",
         help="clip the gradients' norm to N (default: not clipped)",
     )
     recipe.add_argument(
         "--skip-nonfinite",
-        type=int,
+        type=RANGES["skip_nonfinite"],
         metavar="N",
         help="leave out up to N steps whose loss or gradient is not finite (default: 0, the first ends the run)",
     )
-    recipe.add_argument("--ema-decay", type=float, help="decay of the averaged weights (default: 0.9999)")
+    recipe.add_argument(
+        "--ema-decay", type=RANGES["ema_decay"], help="decay of the averaged weights (default: 0.9999)"
+    )
     recipe.add_argument(
         "--ema-snapshot-every",
-        type=int,
+        type=RANGES["ema_snapshot_every"],
         metavar="N",
         help="keep snapshots of two more averages, for --weights ema:WIDTH of dit-fast sample (default: none)",
     )
     recipe.add_argument(
-        "--class-dropout-prob", type=float, metavar="P", help="share of labels dropped (default: 0.1)"
+        "--class-dropout-prob",
+        type=RANGES["class_dropout_prob"],
+        metavar="P",
+        help="share of labels dropped (default: 0.1)",
     )
     recipe.add_argument(
-        "--noise-schedule", metavar="NAME", help="linear or squaredcos_cap_v2 (default: linear)"
+        "--noise-schedule",
+        type=RANGES["noise_schedule"],
+        metavar="NAME",
+        help="linear or squaredcos_cap_v2 (default: linear)",
     )
-    recipe.add_argument("--diffusion-steps", type=int, metavar="T", help="noise levels (default: 1000)")
     recipe.add_argument(
-        "--seed", "--global-seed", type=int, help="of initial weights and all draws (default: 0)"
+        "--diffusion-steps", type=RANGES["diffusion_steps"], metavar="T", help="noise levels (default: 1000)"
+    )
+    recipe.add_argument(
+        "--seed", "--global-seed", type=RANGES["seed"], help="of initial weights and all draws (default: 0)"
     )
 
 
@@ -180,7 +237,10 @@ def add_objective_options(objective: argparse._ArgumentGroup) -> None:
         "min-snr of diffusion; velocity or likelihood of flow's other predictions (default: none)",
     )
     objective.add_argument(
-        "--min-snr-gamma", type=float, metavar="G", help="of --loss-weighting min-snr (default: 5)"
+        "--min-snr-gamma",
+        type=RANGES["min_snr_gamma"],
+        metavar="G",
+        help="of --loss-weighting min-snr (default: 5)",
     )
     _switch(objective, "--direction-loss", "also the angle to the velocity, of flow (default: off)")
     _choice(objective, "--timestep-sampling", "uniform, by recent losses, or logit-normal (default: uniform)")
@@ -205,7 +265,10 @@ def add_machine_options(machine: argparse._ArgumentGroup) -> None:
     )
     _choice(machine, "--residual", "dtype of the residual stream; bf16 with bf16 or fp8 (default: fp32)")
     machine.add_argument(
-        "--accumulate", type=int, metavar="K", help="micro-batches that a batch is cut into (default: 1)"
+        "--accumulate",
+        type=RANGES["accumulate"],
+        metavar="K",
+        help="micro-batches that a batch is cut into (default: 1)",
     )
     _choice(
         machine,
@@ -226,18 +289,30 @@ def add_machine_options(machine: argparse._ArgumentGroup) -> None:
         "how the ranks of torchrun share the model (default: auto, fsdp for several)",
     )
     machine.add_argument(
-        "--timeout", type=float, metavar="S", help="seconds to wait for a rank that hangs (default: 600)"
+        "--timeout",
+        type=RANGES["timeout"],
+        metavar="S",
+        help="seconds to wait for a rank that hangs (default: 600)",
     )
-    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads of PyTorch")
+    machine.add_argument("--threads", type=RANGES["threads"], metavar="N", help="CPU threads of PyTorch")
     machine.add_argument(
-        "--ckpt-every", type=int, metavar="N", help="steps between checkpoints (default: 5000)"
+        "--ckpt-every",
+        type=RANGES["ckpt_every"],
+        metavar="N",
+        help="steps between checkpoints (default: 5000)",
     )
     machine.add_argument(
-        "--keep-checkpoints", type=int, metavar="N", help="newest checkpoints to keep, 0 for all (default: 2)"
+        "--keep-checkpoints",
+        type=RANGES["keep_checkpoints"],
+        metavar="N",
+        help="newest checkpoints to keep, 0 for all (default: 2)",
     )
 
     machine.add_argument(
-        "--milestone-every", type=int, metavar="N", help="also keep the steps that N divides (default: none)"
+        "--milestone-every",
+        type=RANGES["milestone_every"],
+        metavar="N",
+        help="also keep the steps that N divides (default: none)",
     )
     _switch(machine, "--async-checkpoint", "write checkpoints beside the training (default: on)")
     _switch(
@@ -249,27 +324,43 @@ def add_machine_options(machine: argparse._ArgumentGroup) -> None:
 
 def add_watch_options(watch: argparse._ArgumentGroup) -> None:
     """What the run says about itself."""
-    watch.add_argument("--log-every", type=int, metavar="N", help="steps between log lines (default: 100)")
     watch.add_argument(
-        "--sample-every", type=int, metavar="N", help="steps between grids of samples (default: none)"
+        "--log-every", type=RANGES["log_every"], metavar="N", help="steps between log lines (default: 100)"
     )
     watch.add_argument(
-        "--sample-steps", type=int, metavar="N", help="noise levels of all sampling (default: 50)"
+        "--sample-every",
+        type=RANGES["sample_every"],
+        metavar="N",
+        help="steps between grids of samples (default: none)",
+    )
+    watch.add_argument(
+        "--sample-steps",
+        type=RANGES["sample_steps"],
+        metavar="N",
+        help="noise levels of all sampling (default: 50)",
     )
     watch.add_argument(
         "--evaluate-every",
-        type=int,
+        type=RANGES["evaluate_every"],
         metavar="N",
         help="steps between Frechet distances (FID) of samples of the averaged weights (default: none)",
     )
-    watch.add_argument("--evaluate-samples", type=int, metavar="K", help="samples for each (default: 1000)")
+    watch.add_argument(
+        "--evaluate-samples",
+        type=RANGES["evaluate_samples"],
+        metavar="K",
+        help="samples for each (default: 1000)",
+    )
     watch.add_argument(
         "--evaluate-against",
+        type=RANGES["evaluate_against"],
         metavar="REFERENCE",
         help="as dit-fast evaluate --against: a folder, an .npz of images or statistics (default: the --data)",
     )
     _choice(watch, "--evaluate-features", "efficientnet and classifier are proxies (default: inception)")
-    watch.add_argument("--evaluate-weights", metavar="PATH", help="weight file of inception")
+    watch.add_argument(
+        "--evaluate-weights", type=RANGES["evaluate_weights"], metavar="PATH", help="weight file of inception"
+    )
     _switch(watch, "--tensorboard", "also log to RUN/tensorboard (default: off)")
     _switch(watch, "--wandb", "also log to Weights & Biases (default: off)")
     _switch(watch, "--nvtx", "NVTX ranges around the parts of a step, for nsys and ncu (default: off)")

@@ -18,6 +18,7 @@ from dit_fast.data.shards import MANIFEST, SETTINGS
 from dit_fast.data.stream import BatchStream
 from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError, DataError
+from dit_fast.values import SOURCE
 
 __all__ = [
     "BUILTIN",
@@ -75,6 +76,7 @@ def open_images(
 
     Raises DataError for data that is missing or unreadable, ConfigError for options that contradict it.
     """
+    SOURCE.check("--data", source)
     if image_size is not None and min(as_pair(image_size)) < 1:
         raise ConfigError(f"--image-size {image_size} is not a positive number of pixels")
     if channels not in (None, 1, 3):
@@ -141,7 +143,7 @@ def open_data(
     Options as `open_images`; of latents, `image_size` and `channels` are checked where given. encoder: makes latents
     of images as they are read. Raises DataError and ConfigError.
     """
-    folder = Path(source)
+    folder = Path(SOURCE.check("--data", source))
     encoded, embedded = (
         any((folder / name).is_file() for name in names) for names in ((MANIFEST, SETTINGS), EMBEDDED)
     )

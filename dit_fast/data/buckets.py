@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from torch import Tensor
 from dit_fast.data.images import PixelSource
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import ConfigError
+from dit_fast.values import SIDE, Whole
 
 Size = tuple[int, int]
+_STEP = Whole(0)
 
 
 def parse_buckets(text: str) -> tuple[Size, ...]:
@@ -30,7 +33,10 @@ def parse_buckets(text: str) -> tuple[Size, ...]:
         raise ConfigError(
             f"--buckets {text}: {wrong[0]!r} is no HEIGHTxWIDTH; give for example 256x256,192x320"
         )
-    sizes = tuple((int(height), int(width)) for height, width in (word.split("x") for word in words))
+    sizes = tuple(
+        (SIDE.check("--buckets: side", int(height[:9])), SIDE.check("--buckets: side", int(width[:9])))
+        for height, width in (word.split("x") for word in words)
+    )
     if len(set(sizes)) < len(sizes):
         raise ConfigError(f"--buckets {text}: a size is named twice")
     return sizes
@@ -92,12 +98,24 @@ class BucketOrder:
         self.batch_size = batch_size
         self.order = order
         self.sizes: list[int] = bucket_of.bincount().tolist()
+        self._open_caches()
+
+    def _open_caches(self) -> None:
         # A batch touches the epochs around its step only, unless its bucket is smaller than the batch.
         self._queues = functools.lru_cache(3)(self._make_queues)
         self._batches = functools.lru_cache(2)(self._make_batches)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the caches: a copy, or a worker that is spawned, opens its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_queues", "_batches")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_caches()
+
     def indices(self, step: int) -> Tensor:
         """The samples of a step, int64 (B,); steps count from 0."""
+        step = _STEP.check("step", step)
         # `_before` grows by N / B an epoch, up to one for each bucket.
         most = (step + len(self.sizes) + 1) * self.batch_size // len(self.bucket_of) + 2
         epoch = bisect.bisect_right(range(most), step, key=lambda epoch: sum(self._before(epoch))) - 1

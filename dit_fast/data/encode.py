@@ -49,9 +49,30 @@ from dit_fast.errors import ConfigError, DataError
 from dit_fast.interop.vae import LatentEncoder
 from dit_fast.locks import FolderLock
 from dit_fast.sampling.output import prepare_folder
+from dit_fast.values import FLAG, SIDE, SOURCE, TEXT, OneOf, Value, Whole, check_fields, check_memory, flag_of
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 _FLIPS = (False, True)
+
+
+RANGES: dict[str, Value] = {
+    "data": SOURCE,
+    "out": SOURCE,
+    "vae": SOURCE,
+    "image_size": SIDE,
+    "dtype": OneOf(tuple(DTYPES)),
+    "precision": OneOf(PRECISIONS),
+    "batch_size": Whole(1, 1 << 24),
+    "shard_size": Whole(1, 1 << 24),
+    "num_workers": Whole(1, 1 << 12),
+    "num_classes": Whole(0, 1 << 24),
+    "background": TEXT,
+    "raw_pixels": FLAG,
+    "skip_unreadable": Whole(0),
+    "text_encoder": SOURCE,
+    "caption_tokens": Whole(1, 1 << 16),
+}
+"""The value of each field of `EncodeConfig`."""
 
 
 @dataclass(frozen=True)
@@ -92,25 +113,12 @@ class EncodeConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for field, flag in (
-            ("image_size", "size"),
-            ("batch_size", ""),
-            ("shard_size", ""),
-            ("num_workers", ""),
-            ("caption_tokens", ""),
-        ):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{flag or field.replace('_', '-')} {value}: give at least 1")
+        check_fields(self, RANGES, lambda field: "--size" if field == "image_size" else flag_of(field))
+        images = 4 * 3 * self.batch_size * self.image_size**2
+        check_memory(images, f"a batch with --size {self.image_size} --batch-size {self.batch_size}")
         if self.num_classes not in (None, 0):
             raise ConfigError(f"--num-classes {self.num_classes}: sub-folders are classes; give 0 for none")
-        if self.skip_unreadable < 0:
-            raise ConfigError(f"--skip-unreadable {self.skip_unreadable}: give a number from 0")
         self.conversion()
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype {self.dtype}: give one of {', '.join(DTYPES)}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"--precision {self.precision}: give one of {', '.join(PRECISIONS)}")
 
     def conversion(self) -> Conversion:
         """How files become pixels."""

@@ -18,6 +18,9 @@ from dit_fast.data.told import Captions, ToldSet, ToldSplit
 from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError, DataError
+from dit_fast.values import Number, check_memory
+
+HOLDOUT = Number(0, 1, below=True)
 
 
 class PixelSource(Protocol):
@@ -189,10 +192,7 @@ def make_set(
     Raises DataError for fewer than two classes without captions, a label outside 0..num_classes-1 or a class
     without samples, ConfigError for a held-out fraction outside [0, 1).
     """
-    if not 0.0 <= holdout < 1.0:
-        raise ConfigError(
-            f"--holdout {holdout} is not a fraction: give a number from 0 up to, not including, 1"
-        )
+    HOLDOUT.check("--holdout", holdout)
     if len(class_names) < 2 and captions is None and labelled:
         raise DataError(
             f"{name}: {len(class_names)} class found; class-conditional training needs at least 2"
@@ -259,6 +259,7 @@ def from_arrays(
         )
     fingerprint = hashlib.sha256(images.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
     size = as_pair(image_size or images.shape[1])
+    check_memory(len(images) * size[0] * size[1], f"{name} with --image-size {'x'.join(map(str, size))}")
     if images.shape[1:3] != size:
         if resize is None:
             raise DataError(

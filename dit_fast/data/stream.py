@@ -19,6 +19,7 @@ from dit_fast.data.buckets import BucketOrder
 from dit_fast.data.images import Split
 from dit_fast.data.keyed import generator
 from dit_fast.errors import DataError
+from dit_fast.values import SEED, Whole
 
 READ_AHEAD = 2
 
@@ -30,6 +31,7 @@ class BatchStream:
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, flip: bool):
+        batch_size, seed = Whole(1).check("batch_size", batch_size), SEED.check("seed", seed)
         if len(split) < batch_size:
             raise DataError(
                 f"the training set has {len(split)} images, fewer than a batch of {batch_size}; "

@@ -55,7 +55,7 @@ def create_diffusion(
             f"prediction {prediction!r} is not of diffusion in discrete steps: choose {', '.join(PREDICTIONS)}"
         )
     betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
-    if timestep_respacing is None or timestep_respacing == "":
+    if timestep_respacing is None or (isinstance(timestep_respacing, str) and not timestep_respacing):
         timestep_respacing = [diffusion_steps]
 
     if use_kl:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_fast.errors import ConfigError
+from dit_fast.values import Whole
 
 # DDPM, section 4: the range of the linear schedule for 1000 steps.
 _LINEAR_STEPS = 1000
@@ -15,7 +16,8 @@ _LINEAR_END = 0.02
 # Improved DDPM, eq. 17: the offset that keeps beta from vanishing near t = 0.
 _COSINE_OFFSET = 0.008
 
-_NAMED_SCHEDULES = ("linear", "squaredcos_cap_v2")
+DIFFUSION_STEPS = Whole(1, 1 << 20)
+NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")
 _WARMUP_FRACTIONS = {"warmup10": 0.1, "warmup50": 0.5}
 
 
@@ -50,7 +52,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
             num_diffusion_timesteps,
             lambda u: math.cos((u + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2,
         )
-    raise ConfigError(f"unknown noise schedule {schedule_name!r}; known: {', '.join(_NAMED_SCHEDULES)}")
+    raise ConfigError(f"unknown noise schedule {schedule_name!r}; known: {', '.join(NOISE_SCHEDULES)}")
 
 
 def get_beta_schedule(
@@ -107,7 +109,4 @@ def betas_for_alpha_bar(
 
 
 def _check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ConfigError(
-            f"the number of diffusion steps must be a whole number of at least 1, not {steps!r}"
-        )
+    DIFFUSION_STEPS.check("diffusion steps", steps)

@@ -1,6 +1,5 @@
 """Respacing: a process over some of another's timesteps, for faster sampling (Improved DDPM, section 4)."""
 
-import operator
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,7 +10,9 @@ from torch import Tensor
 from dit_fast.diffusion.coefficients import DeviceTable
 from dit_fast.diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from dit_fast.errors import ConfigError
+from dit_fast.values import Whole, shown
 
+_COUNT = Whole(0)
 _DDIM_PREFIX = "ddim"
 
 
@@ -33,7 +34,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int] | in
             return _strided(num_timesteps, section_counts)
         parts: Sequence[str | int] = section_counts.split(",")
     else:
-        parts = [section_counts] if isinstance(section_counts, int) else section_counts
+        parts = section_counts if isinstance(section_counts, Iterable) else [section_counts]
     counts = [_count(part, section_counts) for part in parts]
     if sum(counts) == 0:
         raise ConfigError(f"timestep respacing {section_counts!r} keeps no step; ask for at least one")
@@ -77,15 +78,12 @@ def _strided(num_timesteps: int, respacing: str) -> set[int]:
 
 def _count(part: str | int, respacing: object) -> int:
     try:
-        count = int(part) if isinstance(part, str) else operator.index(part)
+        return _COUNT.accept(_COUNT.parse(part) if isinstance(part, str) else part)
     except (TypeError, ValueError):
-        count = -1
-    if count < 0:
         raise ConfigError(
-            f"timestep respacing {respacing!r} is not understood at {part!r}; "
+            f"timestep respacing {shown(respacing)} is not understood at {shown(part)}; "
             "write a number, numbers with commas, or ddim and a number"
-        )
-    return count
+        ) from None
 
 
 class SpacedDiffusion(GaussianDiffusion):

@@ -23,6 +23,7 @@ from dit_fast.training.checkpoint import find_checkpoint, read_part, step_folder
 from dit_fast.training.ema import WIDEST, Profile, reconstruct
 from dit_fast.training.manifest import MANIFEST, read_manifest, verify_files
 from dit_fast.training.tensor_files import part_files
+from dit_fast.values import SOURCE, TEXT
 
 WEIGHTS = ("ema", "model")
 WIDTH = "ema:"
@@ -95,7 +96,8 @@ def load_model(
     Raises CheckpointError for a file that is damaged, unsafe, no DiT, or not as `expected`; all differing
     fields and all missing, unexpected and misshaped tensors are listed at once.
     """
-    if weights not in WEIGHTS:
+    path = SOURCE.check("path", path)
+    if TEXT.check("weights", weights) not in WEIGHTS:
         _width(weights)
     path = fetch_hub_model(str(path)) if is_hub_id(path) else Path(path)
     if not path.exists():

@@ -1,15 +1,15 @@
 """Guidance: classifier-free (Ho & Salimans 2022) and by a classifier (Dhariwal & Nichol 2021)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.errors import ConfigError
 from dit_fast.sampling.nodes import Array, Nodes
+from dit_fast.values import Number, OneOf, Value, Whole, check_fields
 
 # How much of (scale - 1) is applied, by the share of the way from noise to data.
 SCHEDULES: dict[str, Callable[[Array], Array]] = {
@@ -19,6 +19,32 @@ SCHEDULES: dict[str, Callable[[Array], Array]] = {
     "power-cosine": lambda way: (1 - np.cos(np.pi * way**4)) / 2,
 }
 """Linear and cosine rise: Wang et al. 2024 (arXiv:2404.13040), section 4; power-cosine: Gao et al. 2023 (MDT)."""
+
+
+SCALE = Number(0, 1e6)
+LEVEL = Number(0, 1)
+
+
+class Interval(Value):
+    """Two noise levels from 0 (data) to 1 (noise), the lower one first."""
+
+    def accept(self, value: Any) -> tuple[float, float]:
+        low, high = (LEVEL.accept(level) for level in value)
+        if low > high:
+            raise ValueError
+        return low, high
+
+    def __str__(self) -> str:
+        return "two noise levels between 0 (data) and 1 (noise), the lower one first"
+
+
+INTERVAL = Interval()
+_RANGES: dict[str, Value] = {
+    "scale": SCALE,
+    "channels": Whole(1, 1 << 12),
+    "interval": INTERVAL,
+    "schedule": OneOf(tuple(SCHEDULES)),
+}
 
 
 @dataclass(frozen=True)
@@ -41,20 +67,7 @@ class Guidance:
     schedule: str = "constant"
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or self.scale < 0:
-            raise ConfigError(
-                f"guidance scale {self.scale}: choose a finite number of at least 0 (1 is no guidance)"
-            )
-        if self.channels is not None and self.channels < 1:
-            raise ConfigError(f"guided channels {self.channels}: choose at least 1, or all")
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise ConfigError(
-                f"guidance interval {low:g} to {high:g}: give two noise levels between 0 (data) and 1 (noise), "
-                "the lower one first"
-            )
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"guidance schedule {self.schedule!r}: choose {', '.join(SCHEDULES)}")
+        check_fields(self, _RANGES, lambda field: f"guidance {field}")
 
     @property
     def active(self) -> bool:

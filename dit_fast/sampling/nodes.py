@@ -16,11 +16,16 @@ from dit_fast.diffusion import FlowMatching, GaussianDiffusion, SpacedDiffusion,
 from dit_fast.diffusion.gaussian_diffusion import ModelVarType
 from dit_fast.diffusion.paths import PATHS, Point, determinant, shares
 from dit_fast.errors import ConfigError
+from dit_fast.values import Number, Whole
 
 Array = NDArray[np.float64]
 
 STEPS = 250
 """Sampling steps unless others are asked for, as in the reference and in SiT."""
+
+STEPS_OF_FLOW = Whole(1, 1 << 20)
+_START_TIME = Number(0, 1, below=True)
+SHIFT = Number(0, 1e6, above=True)
 
 LAST_STEP = 0.04
 """Length in t of an SDE's last step, as in SiT."""
@@ -140,11 +145,10 @@ def flow_nodes(
     Raises ConfigError for values out of range.
     """
     FlowMatching(path, prediction)
-    if steps < 1:
-        raise ConfigError(f"{steps} steps: ask for at least one")
-    if not shift > 0:
-        raise ConfigError(f"shift {shift}: choose a number above 0 (1 is none)")
-    if start is None:
+    steps, shift = STEPS_OF_FLOW.check("steps", steps), SHIFT.check("shift", shift)
+    if start is not None:
+        start = _START_TIME.check("start", start)
+    else:
         start = _START if path != "vp" and prediction in ("epsilon", "score") else 0.0
     if last_step is None:
         # On this path sigma falls like the root of 1 - t: equal steps would leave a long way to the last one.

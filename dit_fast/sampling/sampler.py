@@ -9,8 +9,9 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +26,27 @@ from dit_fast.sampling.nodes import Nodes, diffusion_nodes
 from dit_fast.sampling.noise import KeyedNoise, ReferenceNoise
 from dit_fast.sampling.program import SOLVERS, CondFn, Evaluate, Program, ProgramKey, evaluate
 from dit_fast.sampling.solvers import LAST_STEPS
+from dit_fast.values import FLAG, SEED, Number, OneOf, Value, Whole, check_fields, shown
 
 MODES = ("fast", "reference")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 GRAPHS = ("auto", "never")
+
+
+ETA = Number(0, 1)
+BATCH_SIZE = Whole(1, 1 << 24)
+_RANGES: dict[str, Value] = {
+    "solver": OneOf(SOLVERS),
+    "eta": ETA,
+    "last_step": OneOf(LAST_STEPS),
+    "clip": FLAG,
+    "mode": OneOf(MODES),
+    "precision": OneOf(tuple(PRECISIONS)),
+    "graph": OneOf(GRAPHS),
+    "compile": FLAG,
+    "offload": FLAG,
+    "table_bytes": Whole(1),
+}
 
 
 @dataclass(frozen=True)
@@ -65,20 +83,23 @@ class SamplerConfig:
     table_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        words = (
-            ("solver", self.solver, SOLVERS),
-            ("last step", self.last_step, LAST_STEPS),
-            ("sampling mode", self.mode, MODES),
-            ("precision", self.precision, (None, *PRECISIONS)),
-            ("graph", self.graph, GRAPHS),
-        )
-        for name, value, known in words:
-            if value not in known:
-                raise ConfigError(f"unknown {name} {value!r}: choose {', '.join(map(str, known))}")
-        if not 0 <= self.eta <= 1:
-            raise ConfigError(f"eta {self.eta}: choose a number from 0 (deterministic) to 1")
-        if self.table_bytes < 1:
-            raise ConfigError(f"table_bytes {self.table_bytes}: choose at least 1")
+        check_fields(self, _RANGES, str)
+        if not isinstance(self.guidance, Guidance):
+            raise ConfigError(f"guidance {self.guidance!r}: give a Guidance, for example Guidance(4.0)")
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _as_tensor(name: str, values: Any) -> Tensor:
+    """`values` on the CPU; ConfigError for what is no tensor, array or sequence of numbers."""
+    try:
+        if not isinstance(values, Tensor):
+            array = np.asarray(values if hasattr(values, "__len__") else list(values))
+            values = torch.from_numpy(array.astype(np.int64) if array.size == 0 else array)
+        return values.cpu()
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ConfigError(f"{name} {shown(values)}: give a tensor or a sequence of integers") from None
 
 
 class Step(NamedTuple):
@@ -109,6 +130,17 @@ class Sampler:
         cond_fn: CondFn | None = None,
         backend: GraphBackend | None = None,
     ) -> None:
+        if not isinstance(model, DiT):
+            raise ConfigError(f"model {shown(model)}: give a DiT, as `load_model` or `FastDiT` has it")
+        if not isinstance(process, Nodes | GaussianDiffusion):
+            raise ConfigError(
+                f'process {shown(process)}: give a diffusion process, for example create_diffusion("25"), or '
+                "noise schedule nodes, for example flow_nodes(25)"
+            )
+        if not isinstance(config, SamplerConfig | None):
+            raise ConfigError(
+                f"config {shown(config)}: give a SamplerConfig, for example SamplerConfig(eta=0.5)"
+            )
         self.model = model
         self.nodes = process if isinstance(process, Nodes) else diffusion_nodes(process)
         self.config = config or SamplerConfig()
@@ -125,17 +157,19 @@ class Sampler:
         """ConfigError when the model cannot draw these labels (M,) or captions (M, S, E) with the present `config`."""
         classes, width = self.model.num_classes, self.model.caption_dim
         if width:
-            if labels.ndim != 3 or 0 in labels.shape or labels.shape[2] != width:
+            if labels.ndim != 3 or 0 in labels.shape[1:] or labels.shape[2] != width:
                 raise ConfigError(
                     f"captions are {tuple(labels.shape)}, expected (images, tokens, {width}): the model was trained on "
                     "captions"
                 )
             if not labels.isfinite().all():
                 raise ConfigError("captions hold NaN or infinity: make them again, or in float32")
-        elif labels.ndim != 1 or labels.numel() == 0 or labels.dtype.is_floating_point:
+        elif labels.ndim != 1 or labels.dtype not in _INTEGERS:
             raise ConfigError(
                 f"labels are {labels.dtype} {tuple(labels.shape)}, expected one integer per image"
             )
+        elif len(labels) == 0:
+            pass
         elif (low := int(labels.min())) < 0 or (high := int(labels.max())) >= max(classes, 1):
             known = f"the model has {classes} classes, 0 to {classes - 1}"
             raise ConfigError(
@@ -143,10 +177,8 @@ class Sampler:
                 + (known if classes else "the model is unconditional, give 0 for each image")
             )
         self.check_config()
-        if not 0 <= seed < 2**63:
-            raise ConfigError(f"seed {seed}: choose a number from 0 to 2**63 - 1")
-        if batch_size < 1:
-            raise ConfigError(f"batch size {batch_size}: choose at least 1")
+        SEED.check("seed", seed)
+        BATCH_SIZE.check("batch_size", batch_size)
 
     def check_config(self) -> None:
         """ConfigError when the present model, nodes and `config` do not go together."""
@@ -193,15 +225,21 @@ class Sampler:
         Raises ConfigError for a request that the model cannot meet and NonFiniteError when it answers NaN or
         infinity. The global random generators are not touched.
         """
-        labels = torch.as_tensor(labels if isinstance(labels, Tensor) else list(labels)).cpu()
+        labels = _as_tensor("labels", labels)
         self.check(labels, seed, batch_size)
-        if every < 1:
-            raise ConfigError(f"every {every}: choose at least 1")
-        numbers = torch.arange(len(labels)) if numbers is None else numbers.cpu()
+        every = Whole(1).check("every", every)
+        numbers = torch.arange(len(labels)) if numbers is None else _as_tensor("numbers", numbers)
         if numbers.shape != labels.shape[:1] or numbers.dtype != torch.int64:
             raise ConfigError(
                 f"numbers are {numbers.dtype} {tuple(numbers.shape)}, expected int64 ({len(labels)},)"
             )
+        if len(numbers) and int(numbers.min()) < 0:
+            raise ConfigError(f"numbers hold {int(numbers.min())}: samples are numbered from 0")
+        if not len(labels):
+            shape = (0, self.model.in_channels, *self.model.x_embedder.img_size)
+            return torch.empty(shape, device=self.model.pos_embed.device)
+        # An embedding takes int32 and int64 alone.
+        labels = labels if labels.is_floating_point() else labels.long()
         made = []
         with torch.no_grad():
             for first in range(0, len(labels), batch_size):

@@ -10,17 +10,33 @@ import torch
 
 from dit_fast.blocks import RECOMPUTE
 from dit_fast.data import Conversion, ImageSet, LatentSet, open_data, parse_buckets
+from dit_fast.diffusion.beta_schedules import DIFFUSION_STEPS, NOISE_SCHEDULES
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.evaluation import FEATURES
 from dit_fast.interop.vae import LatentEncoder
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
+from dit_fast.models import SIZES as MODEL_SIZES
 from dit_fast.models import DiT, DiT_models
-from dit_fast.options import MOST_MLP, OPTIONS
+from dit_fast.options import OPTIONS, SIZES
 from dit_fast.training.objective import OBJECTIVE_CHOICES, ObjectiveConfig
 from dit_fast.training.parallel import PARALLEL
 from dit_fast.training.precision import PRECISIONS, RESIDUALS
 from dit_fast.training.rates import SCHEDULES
 from dit_fast.training.torch_optimizer import OPTIMIZERS
+from dit_fast.values import (
+    FLAG,
+    SEED,
+    SIDE,
+    SOURCE,
+    TEXT,
+    Number,
+    OneOf,
+    Value,
+    Whole,
+    check_fields,
+    check_memory,
+    flag_of,
+)
 
 MOST_COMPILED = 8
 """Shapes that torch.compile specialises a function for before it gives up."""
@@ -43,11 +59,74 @@ CHOICES = {
 }
 """The values that a field may have, where they are a list."""
 
-MOST = {
-    "hidden_size": 1 << 16, "depth": 1 << 12, "num_heads": 1 << 12, "patch_size": 1 << 12, "image_size": 1 << 16,
-    "diffusion_steps": 1 << 20,
-}  # fmt: skip
-"""What nobody means to exceed: a mistyped or hostile size is refused before memory is asked for it."""
+_FRACTION = Number(0, 1, below=True)
+_RATE = Number(0, 1e6, above=True)
+_STEPS = Whole(1)
+_THREADS = Whole(1, 1 << 10)
+RANGES: dict[str, Value] = {
+    **{field: OneOf(values) for field, values in CHOICES.items()},
+    **dict.fromkeys(
+        (
+            "learned_range",
+            "sigma_small",
+            "use_kl",
+            "direction_loss",
+            "learn_sigma",
+            "qk_norm",
+            "flip",
+            "compile",
+        )
+        + ("cuda_graph", "async_checkpoint", "stop_on_save_failure", "tensorboard", "wandb", "nvtx"),
+        FLAG,
+    ),
+    **dict.fromkeys(
+        (
+            "steps",
+            "epochs",
+            "ema_snapshot_every",
+            "log_every",
+            "ckpt_every",
+            "sample_every",
+            "evaluate_every",
+        ),
+        _STEPS,
+    ),
+    **dict.fromkeys(("warmup_steps", "skip_nonfinite", "skip_unreadable", "milestone_every"), Whole(0)),
+    **dict.fromkeys(("beta1", "beta2", "ema_decay", "class_dropout_prob", "holdout"), _FRACTION),
+    "data": SOURCE,
+    "vae": SOURCE,
+    "evaluate_against": SOURCE,
+    "evaluate_weights": SOURCE,
+    "model": TEXT,
+    "noise_schedule": OneOf(NOISE_SCHEDULES),
+    "diffusion_steps": DIFFUSION_STEPS,
+    "min_snr_gamma": Number(0, 1e6, above=True),
+    **{
+        field: SIZES[field]
+        for field in ("hidden_size", "num_heads", "patch_size", "mlp_ratio", "num_classes")
+    },
+    "depth": Whole(1, 1 << 12),
+    "image_size": SIDE,
+    "buckets": TEXT,
+    "background": TEXT,
+    "raw_pixels": FLAG,
+    "channels": Whole(1, 1 << 12),
+    "batch_size": Whole(1, 1 << 24),
+    "accumulate": Whole(1, 1 << 24),
+    "lr": _RATE,
+    "weight_decay": Number(0, 1e6),
+    "max_grad_norm": Number(0, above=True),
+    "timeout": Number(0, 1e7, above=True),
+    "seed": SEED,
+    "threads": _THREADS,
+    "num_workers": Whole(0, 1 << 12),
+    "keep_checkpoints": Whole(2, besides=(0,)),
+    "sample_steps": Whole(1, 1 << 20),
+    "evaluate_samples": Whole(2, 10**7),
+}
+"""The value of each field, for the command line and for `TrainConfig`. The largest sizes are what nobody means to
+exceed: a mistyped or hostile one is refused before memory is asked for it.
+"""
 
 
 @dataclass(frozen=True)
@@ -171,42 +250,10 @@ class TrainConfig(ObjectiveConfig):
     nvtx: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, RANGES, flag_of)
         self.choose_defaults()
-        positive = ("batch_size", "accumulate", "log_every", "ckpt_every", "sample_steps", "steps", "epochs")
-        for field in (*positive, "ema_snapshot_every", "threads", "sample_every", "evaluate_every"):
-            value = getattr(self, field)
-            _require(self, field, value is None or value >= 1, "at least 1")
-        for field, most in MOST.items():
-            value = getattr(self, field)
-            _require(self, field, value is None or 1 <= value <= most, f"from 1 to {most}")
-        _require(self, "lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
-        norm = self.max_grad_norm
-        _require(
-            self, "max_grad_norm", norm is None or (math.isfinite(norm) and norm > 0), "a positive number"
-        )
-        _require(self, "timeout", math.isfinite(self.timeout) and self.timeout > 0, "a positive number")
-        ratio = self.mlp_ratio
-        _require(self, "mlp_ratio", ratio is None or 0 < ratio <= MOST_MLP, f"above 0, up to {MOST_MLP}")
-        for field in (
-            "weight_decay",
-            "warmup_steps",
-            "skip_nonfinite",
-            "skip_unreadable",
-            "milestone_every",
-            "num_workers",
-        ):
-            value = getattr(self, field)
-            _require(self, field, value is None or (math.isfinite(value) and value >= 0), "a number from 0")
-        for field in ("beta1", "beta2", "ema_decay", "class_dropout_prob"):
-            _require(self, field, 0 <= getattr(self, field) < 1, "from 0 up to, not including, 1")
-        _require(self, "seed", 0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1")
-        keep = self.keep_checkpoints
-        _require(self, "keep_checkpoints", keep == 0 or keep >= 2, "0 (all) or at least 2")
-        for field, values in CHOICES.items():
-            _require(self, field, getattr(self, field) in values, f"one of {', '.join(map(str, values))}")
         if self.residual == "bf16" and self.precision in ("fp16", "fp32", "tf32"):
             raise ConfigError(f"--residual bf16 goes with --precision bf16 or fp8, not {self.precision}")
-        _require(self, "evaluate_samples", self.evaluate_samples >= 2, "at least 2")
         if self.evaluate_every and (self.evaluate_features == "inception") != bool(self.evaluate_weights):
             raise ConfigError(
                 f"--evaluate-features {self.evaluate_features} with --evaluate-weights {self.evaluate_weights}: "
@@ -300,9 +347,10 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
     if "steps" in asked or "epochs" in asked:
         saved = {**saved, "steps": None, "epochs": None}
     try:
-        return TrainConfig(**{**saved, **asked})
-    except TypeError as error:
-        raise CheckpointError(f"{source} has options of the wrong type: {error}") from None
+        TrainConfig(**saved)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{source} has options that cannot be: {error}") from None
+    return TrainConfig(**{**saved, **asked})
 
 
 def open_set(config: TrainConfig) -> ImageSet | LatentSet:
@@ -375,6 +423,13 @@ def build_model(config: TrainConfig, data: Samples) -> DiT:
             f"give --image-size {near}"
             + (f" or one of --patch-size {', '.join(map(str, fitting))}" if fitting else "")
         )
+    # A lower bound: a block's attention and MLP, and the positions; weights, averages and two moments of float32.
+    named = MODEL_SIZES[config.model.removeprefix("DiT-").partition("/")[0]]
+    width, depth = config.hidden_size or named["hidden_size"], config.depth or named["depth"]
+    per_block = (4 + 2 * (config.mlp_ratio or 4.0)) * width**2
+    tokens = (data.image_size // patch_size) ** 2
+    if not torch.empty(0).is_meta:
+        check_memory(16 * depth * per_block + 4 * tokens * width, f"a model of width {width}, depth {depth}")
     return DiT_models[config.model](
         input_size=data.buckets[0] if data.buckets else data.image_size,
         in_channels=data.channels,
@@ -389,8 +444,3 @@ def build_model(config: TrainConfig, data: Samples) -> DiT:
         recompute=config.recompute,
         **overrides,
     )
-
-
-def _require(config: TrainConfig, field: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"--{field.replace('_', '-')} {getattr(config, field)}: give {expected}")

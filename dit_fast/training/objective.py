@@ -4,11 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from dit_fast.diffusion import GaussianDiffusion
 from dit_fast.diffusion.flow_matching import FLOW_WEIGHTINGS
 from dit_fast.diffusion.objectives import OBJECTIVES, create_objective
 from dit_fast.diffusion.paths import PATHS, PREDICTIONS
 from dit_fast.diffusion.timesteps import TIMESTEP_SAMPLING, TimestepSampling
 from dit_fast.errors import ConfigError
+from dit_fast.sampling.nodes import diffusion_nodes
 
 _OF_FLOW = FLOW_WEIGHTINGS[1:]
 OBJECTIVE_CHOICES = {
@@ -83,7 +85,16 @@ class ObjectiveConfig:
             raise ConfigError("--sigma-small is a variance that is not learned: give --no-learn-sigma too")
         if not (self.learned_range or self.learn_sigma):
             raise ConfigError("--no-learned-range is of a learned variance: leave out --no-learn-sigma")
-        TimestepSampling(create_objective(**self.objective_arguments()), 0, self.timestep_sampling)
+        objective = create_objective(**self.objective_arguments())
+        TimestepSampling(objective, 0, self.timestep_sampling)
+        if isinstance(objective, GaussianDiffusion):
+            try:
+                diffusion_nodes(objective)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"--diffusion-steps {self.diffusion_steps}: the model could be trained but never sampled, {error}; "
+                    "give more steps, or --prediction x0 or v"
+                ) from None
 
     def objective_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `create_objective`, which checkpoints keep.
