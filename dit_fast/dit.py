@@ -205,7 +205,7 @@ class DiT(Gridded):
         the model's own has its positions made as `regrid` does. In training mode a share `class_dropout_prob` of the
         labels becomes the null class, or of the captions the null caption.
         """
-        self._check_inputs(x, t, y)
+        t = self._check_inputs(x, t, y)
         c = self.condition(self.t_embedder(t), self.embed_labels(y, self.training))
         return self._leave(self._through(self._enter(x, c), c), self.x_embedder.grid_of(x.shape[-2:]))
 
@@ -227,14 +227,16 @@ class DiT(Gridded):
         grids = [self.x_embedder.grid_of(image.shape[-2:]) for image in images]
         return [self._leave(row[None], grid)[0] for row, grid in zip(out, grids, strict=True)]
 
-    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-        """ConfigError for inputs that do not go together, or with the model; values are not read."""
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """Timesteps (N,), of one or of N; ConfigError for inputs that do not fit each other or the model."""
         weight = self.pos_embed
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ConfigError(
                 f"x is {tuple(x.shape)}: give images (N, {self.in_channels}, height, width), of the model's channels"
             )
-        if not isinstance(t, Tensor) or tuple(t.shape) != tuple(x.shape[:1]):
+        if isinstance(t, Tensor) and t.shape == (1,):
+            t = t.expand(len(x))
+        if not isinstance(t, Tensor) or t.shape != x.shape[:1]:
             found = tuple(t.shape) if isinstance(t, Tensor) else repr(t)
             raise ConfigError(f"t is {found}: give a tensor of {len(x)} timesteps, one for each image")
         for name, tensor in (("x", x), ("t", t), ("y", y)):
@@ -246,6 +248,7 @@ class DiT(Gridded):
                 raise ConfigError(
                     f"{name} is on {tensor.device}, the model on {weight.device}: move one of them"
                 )
+        return t
 
     def embed_labels(self, y: Tensor | None, train: bool = False) -> Tensor | None:
         """Embedded labels (N, D) or captions (N, S, D), some dropped where `train`; None for an unconditional model."""

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from dit_fast import keyed
+from dit_fast.cli.labels import Labels
 from dit_fast.data import from_arrays, open_data, open_images, open_stream
 from dit_fast.data.encode import RANGES as ENCODE_RANGES
 from dit_fast.data.encode import EncodeConfig
@@ -319,3 +321,21 @@ def test_what_cannot_be_sampled_is_not_trained(options: dict[str, Any], fits: bo
         return
     with pytest.raises(ConfigError, match=r"diffusion.steps"):
         TrainConfig(data="digits", **options)
+
+
+def test_labels_of_any_number_of_samples_are_computed_where_they_are_read() -> None:
+    many = 3 * 10**11
+    drawn = Labels.random(many, 7, 10)
+    numbers = torch.tensor([0, 5, many - 1])
+    assert torch.equal(drawn.of(numbers), keyed.integers(keyed.key(7, "sampling labels"), numbers, 10))
+    assert torch.equal(drawn.first(6)[5], drawn.of(numbers)[1])
+    turn = Labels.in_turn(many, [4, 2])
+    assert turn.of(numbers).tolist() == [4, 2, 2]
+    assert turn.first(5).tolist() == [4, 2, 4, 2, 4]
+    assert len(Labels.in_turn(3, [1]).first(5)) == 3
+    assert len({turn.rule, drawn.rule, Labels.in_turn(3, [4]).rule}) == 3
+
+
+def test_one_timestep_is_that_of_the_batch(model: DiT) -> None:
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(model(x, torch.tensor([3]), Y), model(x, torch.tensor([3, 3]), Y))
