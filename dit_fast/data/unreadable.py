@@ -8,6 +8,7 @@ the files alone, so that any number of ranks, and a run that continues, read the
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,14 @@ class Unreadable:
         self.reasons: dict[int, str] = {}
         self.known: dict[str, str] = {}
         self._before = 0
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock, which belongs to one process: a copy has its own."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self._lock = threading.Lock()
 
     def add(self, error: UnreadableError) -> None:
