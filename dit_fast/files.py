@@ -15,8 +15,9 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -75,7 +76,7 @@ def check_file(
 
 def open_file(
     path: str | Path, raises: type[DitFastError], most: int | None = None, what: str = "a regular file"
-) -> BinaryIO:
+) -> BufferedReader:
     """`path` opened for reading, after `check_file`; Args and Raises as there."""
     check_file(path, raises, most, what)
     try:

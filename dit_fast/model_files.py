@@ -1,6 +1,7 @@
 """What a saved model's files hold: its configuration, checked, and its weights, fitted to a model."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_fast.errors import CheckpointError
-from dit_fast.files import utf8_name
-from dit_fast.options import OPTIONS
+from dit_fast.files import check_file, read_object, utf8_name, write_atomically
+from dit_fast.options import MOST_MLP, OPTIONS
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The constructor's arguments from a `config.json`; CheckpointError for anything that is not a DiT's."""
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist: a saved model is config.json and model.safetensors"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path} does not exist: a saved model is config.json and model.safetensors")
+    config = read_object(path, CheckpointError, what="a model's configuration")
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     number = (int, float)
     expected: dict[str, type | tuple[type, ...]] = {
@@ -32,7 +26,7 @@ def read_config(path: Path) -> dict[str, Any]:
         "learn_sigma": bool, **{name: type(words[0]) for name, words in OPTIONS.items()},
         "caption_dim": int,
     }  # fmt: skip
-    problems = [f"unknown key {key!r}" for key in sorted(config.keys() - expected.keys())]
+    problems = [f"unknown key {key!r:.80}" for key in sorted(config.keys() - expected.keys())]
     # An option that is not named is the paper's.
     required = expected.keys() - OPTIONS.keys() - {"caption_dim"}
     problems += [f"missing key {key!r}" for key in expected if key in required - config.keys()]
@@ -41,8 +35,13 @@ def read_config(path: Path) -> dict[str, Any]:
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
         # No classes: an unconditional model.
         wrong = wrong or (kinds is int and not (key != "num_classes") <= value < 1 << 24)
+        wrong = wrong or (kinds is number and not 0 <= value <= MOST_MLP)
+        wrong = wrong or (key == "class_dropout_prob" and value > 1)
+        if kinds is list and not wrong:
+            sides = [side for side in value if type(side) is int and 0 < side < 1 << 16]
+            wrong = not len(value) == len(sides) == 2
         if wrong or value not in OPTIONS.get(key, (value,)):
-            problems.append(f"{key} = {value!r}")
+            problems.append(f"{key} = {value!r:.80}")
     if problems:
         raise CheckpointError(f"{path} is not the configuration of a DiT: {', '.join(problems)}")
     return config
@@ -67,8 +66,11 @@ def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
     """Write `config.json` and `model.safetensors` to `folder`, made when missing."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_atomically(
+        folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    )
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(folder / "config.json", lambda path: path.write_text(text))
 
 
 def read_model(folder: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor], str]:
@@ -78,11 +80,12 @@ def read_model(folder: Path, weights: str) -> tuple[dict[str, Any], dict[str, Te
     """
     config = read_config(folder / "config.json")
     path = folder / f"{weights}.safetensors"
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path} does not exist: is {folder} a saved model?")
+    check_file(path, CheckpointError, what="a safetensors file")
     try:
         with utf8_name(path) as name:
             state = load_file(name)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: is {folder} a saved model?") from None
     except Exception as error:  # safetensors raises its own class, which is not public in every version
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}

@@ -109,7 +109,7 @@ def table(item: Check, key: str | None = None) -> Check:
             return
         for name, inner in value.items():
             if key is not None and not re.fullmatch(key, name):
-                yield f"{_place(where)}has the key {_shown(name)}, expected names like {key}"
+                yield f"{_place(where)}has the key {shown(name)}, expected names like {key}"
             yield from item(inner, _below(where, name))
 
     return check
@@ -135,7 +135,7 @@ def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
 
 
 def _below(where: str, name: str) -> str:
-    plain = name if name.isprintable() and len(name) <= 60 else _shown(name)
+    plain = name if name.isprintable() and len(name) <= 60 else shown(name)
     return f"{where}.{plain}" if where else plain
 
 
@@ -144,8 +144,9 @@ def _place(where: str) -> str:
 
 
 def _wrong(where: str, value: Any, expected: str) -> str:
-    return f"{_place(where)}is {_shown(value)}, expected {expected}"
+    return f"{_place(where)}is {shown(value)}, expected {expected}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value from a file, short enough for a message and on one line."""
     return " ".join(reprlib.repr(value).split())[:100]

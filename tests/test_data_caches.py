@@ -174,7 +174,7 @@ def test_damaged_fast_dit(fast_dit, name, damage, message):
         ),
         (lambda p: np.save(p, np.full((1, 4, 8, 8), np.nan, "f4")), r"7\.npy: the latent holds NaN"),
         (lambda p: p.write_bytes(p.read_bytes()[:200]), r"7\.npy cannot be read \(200 bytes\)"),
-        (Path.unlink, r"7\.npy cannot be read \(0 bytes\): .*No such file"),
+        (Path.unlink, r"7\.npy: no such file"),
     ],
 )
 def test_latents_that_are_bad_when_they_are_read(fast_dit, damage, message):

@@ -113,7 +113,7 @@ def test_pipes_and_devices_are_not_waited_for(name, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="neither a file nor a folder"):
         load_model(tmp_path / name)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"is no file|no such file"):
+    with pytest.raises(CheckpointError, match=r"a pipe|a device|no such file"):
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match="/dev/zero: neither a file nor a folder"):
         load_model("/dev/zero")

@@ -10,7 +10,7 @@ Layouts as those projects' code and documentation describe them; nothing is unpi
 """
 
 import hashlib
-import json
+import os
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Sequence
@@ -29,7 +29,7 @@ from dit_fast.data.latents import LatentSet, make_latent_set
 from dit_fast.data.posterior import Posterior
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import CheckpointError, DataError
-from dit_fast.files import utf8_name
+from dit_fast.files import MOST_LIST_BYTES, check_file, open_file, parse_json, read_json, utf8_name
 
 # Rombach et al. 2022: the scale of the Stable Diffusion autoencoders, and what they divide an image's side by.
 _SD_SCALE = 0.18215
@@ -215,7 +215,7 @@ def _open_repa(folder: Path) -> _Cache:
     root = folder if (folder / _REPA_LABELS).is_file() else folder / _REPA_FOLDER
     index = root / _REPA_LABELS
     try:
-        entries = json.loads(index.read_bytes())["labels"]
+        entries = read_json(index, DataError, MOST_LIST_BYTES)["labels"]
         labels = {str(name): label for name, label in entries}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{index} is not {{"labels": [[name, label], ...]}}: {error!r}') from None
@@ -309,6 +309,7 @@ def _open_lightning(folder: Path) -> _Cache:
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, mapped, not read."""
+    check_file(path, DataError, what="a safetensors file")
     try:
         with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             shard = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -328,9 +329,9 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
 def _expected_size(path: Path) -> str:
     """What a damaged safetensors file should measure, as far as its header tells."""
     try:
-        with path.open("rb") as file:
+        with open_file(path, DataError) as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(min(length, 1 << 24)))
+            header: dict[str, Any] = parse_json(file.read(min(length, 1 << 24)), "its header", DataError)
         end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
         return f" ({path.stat().st_size} bytes, expected {8 + length + end})"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
@@ -345,7 +346,7 @@ def read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]
     # Imported here: interop's package imports the trainer, which imports this one.
     from dit_fast.interop.weight_file import read_weight_file
 
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise DataError(
             f"{path} is missing: LightningDiT writes it beside its shards, and latents cannot be normalised, nor "
             "decoded later, without it"
@@ -358,7 +359,7 @@ def read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]
     if (
         len(mean) != channels
         or len(deviation) != channels
-        or not (deviation > 0).all()
+        or not ((deviation > 0) & deviation.isfinite()).all()
         or not mean.isfinite().all()
     ):
         raise DataError(
@@ -369,6 +370,7 @@ def read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]
 
 
 def _load(path: Path) -> np.ndarray:
+    check_file(path, DataError, what="an .npy file")
     try:
         array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):

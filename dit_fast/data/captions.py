@@ -8,7 +8,7 @@ file at the folder's top (`EMBEDDED`), for training on the images themselves, or
 
 import functools
 import hashlib
-import json
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from dit_fast.data.folder import refuse_splits
 from dit_fast.data.image_files import FORMATS, find_images
-from dit_fast.data.shards import MANIFEST, NAMES, TEXTS, map_npy, read_json
+from dit_fast.data.shards import MANIFEST, MANIFEST_CHECK, NAMES, TEXTS, map_npy, read_json
 from dit_fast.data.told import Captions
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.files import utf8_name
+from dit_fast.files import MOST_LIST_BYTES, open_file, parse_json, read_bytes, read_text, utf8_name
 
 METADATA = "metadata.jsonl"
 EMBEDDINGS = (".safetensors", ".npz")
@@ -101,23 +101,21 @@ def _texts(root: Path, names: Sequence[str]) -> list[str | None]:
     texts: list[str | None] = []
     for name in names:
         path = (root / name).with_suffix(".txt")
-        try:
-            text = listed[name] if name in listed else path.read_text(encoding="utf-8")
-            texts.append(text.strip())
-        except FileNotFoundError:
+        if name not in listed and not os.path.lexists(path):
             texts.append(None)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is no text in UTF-8: {error}") from None
+            continue
+        text = listed[name] if name in listed else read_text(path, DataError, what="a caption")
+        texts.append(text.strip())
     return texts
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     captions: dict[str, str] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path, DataError, MOST_LIST_BYTES).splitlines(), start=1):
         try:
-            entry = json.loads(line) if line.strip() else None
+            entry = parse_json(line, "it", DataError) if line.strip() else None
             if entry is not None:
                 name, text = entry["file_name"], entry["text"]
                 if not isinstance(name, str) or not isinstance(text, str):
@@ -145,7 +143,7 @@ class EmbeddingFile:
         self._read: Callable[[str], np.ndarray]
         said = None
         try:
-            with path.open("rb") as file:
+            with open_file(path, DataError, what="a file of embeddings") as file:
                 self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             if path.suffix == ".npz":
                 archive = np.load(path, allow_pickle=False)
@@ -155,7 +153,9 @@ class EmbeddingFile:
                     tensors = safe_open(name, framework="pt")
                 self.names = frozenset(tensors.keys())
                 self._read = lambda name: tensors.get_tensor(name).float().numpy()
-                said = json.loads((tensors.metadata() or {}).get("encoder", "null"))
+                said = parse_json(
+                    (tensors.metadata() or {}).get("encoder", "null"), "its metadata", DataError
+                )
             shapes = {name: self._array(name).shape for name in self.names}
         except DataError:
             raise
@@ -289,10 +289,7 @@ class CaptionShards:
 
     @functools.cached_property
     def texts(self) -> Sequence[str]:
-        try:
-            texts = json.loads(self.words.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{self.words} is missing or damaged: {error}") from None
+        texts = parse_json(read_bytes(self.words, DataError, MOST_LIST_BYTES), str(self.words), DataError)
         if not isinstance(texts, list) or len(texts) != sum(map(len, self.arrays)):
             raise DataError(f"{self.words} does not have one line for each caption; encode the set again")
         return [str(text) for text in texts]
@@ -329,5 +326,5 @@ def captions_of(source: str | Path) -> Captions | None:
     """The captions of a latent set or a folder, None of one without. Raises DataError."""
     folder = Path(source)
     if (folder / MANIFEST).is_file():
-        return open_captions(folder, read_json(folder / MANIFEST))
+        return open_captions(folder, read_json(folder / MANIFEST, MANIFEST_CHECK))
     return find_captions(folder)

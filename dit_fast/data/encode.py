@@ -29,8 +29,11 @@ from dit_fast.data.shards import (
     FORMAT,
     LABELS,
     MANIFEST,
+    MANIFEST_CHECK,
     NAMES,
+    RECORD_CHECK,
     SETTINGS,
+    SETTINGS_CHECK,
     TEXTS,
     HashingFile,
     digest_file,
@@ -49,6 +52,7 @@ from dit_fast.errors import ConfigError, DataError
 from dit_fast.interop.vae import LatentEncoder
 from dit_fast.locks import FolderLock
 from dit_fast.sampling.output import prepare_folder
+from dit_fast.schema import shown
 from dit_fast.values import FLAG, SIDE, SOURCE, TEXT, OneOf, Value, Whole, check_fields, check_memory, flag_of
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -236,10 +240,10 @@ class _Run:
         """Compare with how the set was begun, or write that down."""
         path = self.out / SETTINGS
         try:
-            begun = read_json(path)
+            begun = read_json(path, SETTINGS_CHECK)
         except FileNotFoundError:
             write_json(path, {"format": FORMAT, "vae": self.encoder.identity(), "settings": self.settings})
-            begun = read_json(path)
+            begun = read_json(path, SETTINGS_CHECK)
         there, here = begun["settings"], self.settings
         if there["vae_sha256"] != here["vae_sha256"]:
             raise DataError(
@@ -249,13 +253,13 @@ class _Run:
             )
         if there != here:
             changed = [
-                f"{key} is {there.get(key)} there and {value} here"
+                f"{key} is {shown(there.get(key))} there and {value} here"
                 for key, value in here.items()
                 if there.get(key) != value
             ]
             raise DataError(f"{self.out} was begun otherwise: {'; '.join(changed)}; give another --out")
         if (self.out / MANIFEST).exists():
-            whole = read_json(self.out / MANIFEST)
+            whole = read_json(self.out / MANIFEST, MANIFEST_CHECK)
             if whole["listing_sha256"] != self._listing_digest():
                 raise DataError(
                     f"{self.out} is a finished set of {whole['images']} images that are not those of "
@@ -377,7 +381,7 @@ class _Run:
     def _record(self, shard: int) -> dict[str, Any] | None:
         """The record of a shard of these images and settings, if there is one."""
         try:
-            record = read_json(self.out / record_name(shard))
+            record = read_json(self.out / record_name(shard), RECORD_CHECK)
         except (FileNotFoundError, DataError):
             return None
         return record if {key: record.get(key) for key in ("settings", "images")} == self._of(shard) else None

@@ -6,7 +6,6 @@ of a mirrored image is not the mirrored latent. Which of the two a step takes, a
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,23 @@ from dit_fast.data.captions import caption_name, open_captions
 from dit_fast.data.decode import Conversion
 from dit_fast.data.images import count_shapes, describe_shapes, heldout_mask
 from dit_fast.data.posterior import Posterior
-from dit_fast.data.shards import LABELS, MANIFEST, NAMES, TEXTS, digest_file, map_npy, read_json, shard_name
+from dit_fast.data.shards import (
+    LABELS,
+    MANIFEST,
+    MANIFEST_CHECK,
+    NAMES,
+    TEXTS,
+    digest_file,
+    map_npy,
+    read_json,
+    shard_name,
+)
 from dit_fast.data.stream import BatchStream
 from dit_fast.data.told import Captions, ToldSet, ToldSplit
 from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.errors import ConfigError, DataError
+from dit_fast.files import MOST_LIST_BYTES, parse_json, read_bytes
+from dit_fast.schema import array, require, text
 
 
 class LatentSource(Protocol):
@@ -212,7 +223,7 @@ def open_latents(
     """
     folder = Path(folder)
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST, MANIFEST_CHECK)
     except FileNotFoundError:
         raise DataError(
             f"{folder} is not a finished latent set: it has no {MANIFEST}; run dit-fast encode (again)"
@@ -245,7 +256,7 @@ def open_latents(
         manifest["class_names"],
         shape[2:],
         Posterior("logvar", tuple(vae["shift"]), tuple(vae["scale"])),
-        sample_ids=lambda: json.loads((folder / NAMES).read_bytes()),
+        sample_ids=lambda: _names(folder / NAMES, images),
         flips=True,
         flip=flip,
         num_classes=num_classes,
@@ -360,6 +371,12 @@ def make_latent_set(
     )
 
 
+def _names(path: Path, images: int) -> list[str]:
+    names: list[str] = parse_json(read_bytes(path, DataError, MOST_LIST_BYTES), str(path), DataError)
+    require(names, array(text(), images), path, DataError)
+    return names
+
+
 def _layout(
     folder: Path, manifest: dict[str, Any]
 ) -> tuple[int, list[dict[str, Any]], tuple[int, ...], dict[str, Any]]:
@@ -381,6 +398,11 @@ def _layout(
     if len(shape) != 5 or shape[:2] != (2, 2) or channels != (shape[2], shape[2]):
         raise DataError(
             f"{path}: sample shape {shape} with {channels} shifts and scales; expected (2, 2, C, H, W)"
+        )
+    if not all(manifest["vae"]["scale"]) or settings["image_size"] % shape[3]:
+        raise DataError(
+            f"{path}: scales {manifest['vae']['scale']}, and latents of {shape[3]}x{shape[4]} of images of "
+            f"{settings['image_size']}x{settings['image_size']}"
         )
     if any(count != counts[0] for count in counts[:-1]) or names != [
         shard_name(i) for i in range(len(shards))

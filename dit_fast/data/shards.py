@@ -22,6 +22,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dit_fast.errors import DataError
-from dit_fast.files import TEMPORARY, write_atomically
+from dit_fast.files import TEMPORARY, check_file, open_file, read_object, write_atomically
+from dit_fast.schema import Check, anything, array, fields, integer, maybe, number, one_of, require, text
 
 FORMAT = "dit_fast latents 1"
 MANIFEST = "manifest.json"
@@ -39,6 +41,30 @@ LABELS = "labels.npy"
 NAMES = "names.json"
 TEXTS = "texts.json"
 DTYPES = ("float16", "float32")
+_SHA = {"sha256": text(r"[0-9a-f]{64}")}
+_FILE = fields({**_SHA, "bytes": integer()})
+MANIFEST_CHECK = fields(
+    {
+        "images": integer(),
+        "class_names": array(text()),
+        "sample_shape": array(integer(1, 1 << 16), 5),
+        "settings": fields({"image_size": integer(1, 1 << 16), "dtype": one_of(*DTYPES)}),
+        "vae": fields(
+            {name: maybe(text()) for name in ("name", "source", "sha256")}
+            | {name: array(number(-1e9, 1e9)) for name in ("shift", "scale")}
+        ),
+        "shards": array(fields({"file": text(), "images": integer(), **_SHA}, {"captions": _FILE})),
+        "labels": _FILE,
+        "names": _FILE,
+    },
+    {
+        "texts": _FILE,
+        "captions": fields({"tokens": integer(1, 1 << 16), "width": integer(1, 1 << 24)}),
+        "listing_sha256": text(),
+    },
+)
+SETTINGS_CHECK = fields({"vae": fields({"name": text()}), "settings": fields({"vae_sha256": text()})})
+RECORD_CHECK = fields({"settings": fields({}), "images": anything, "file": _FILE}, {"captions": _FILE})
 
 
 def shard_name(index: int) -> str:
@@ -115,14 +141,14 @@ def map_npy(path: Path, shape: Sequence[int], dtype: str) -> np.ndarray:
     """A read-only map of `path`. Raises DataError when its size, shape or type is not the one expected."""
     expected = npy_bytes(shape, dtype)
     try:
-        size = path.stat().st_size
+        if not os.path.lexists(path):
+            raise DataError(f"{path} is missing; encode the set again")
+        size = check_file(path, DataError)
         if size != expected:
             raise DataError(
                 f"{path} has {size} bytes, expected {expected}: it is damaged; encode the set again"
             )
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; encode the set again") from None
     except DataError:
         raise
     except (OSError, ValueError, EOFError) as error:
@@ -134,7 +160,7 @@ def map_npy(path: Path, shape: Sequence[int], dtype: str) -> np.ndarray:
 
 def digest_file(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
+    with open_file(path, DataError) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": sha256}
 
@@ -149,18 +175,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     publish(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The content that `write_json` wrote. Raises FileNotFoundError, and DataError if it was changed."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or content.pop("own_sha256", None) != digest_json(content):
+def read_json(path: Path, check: Check = anything) -> dict[str, Any]:
+    """The content that `write_json` wrote. Raises FileNotFoundError, and DataError if it was changed or not as `check`
+    expects.
+    """
+    if not os.path.lexists(path):
+        raise FileNotFoundError(path)
+    content = read_object(path, DataError)
+    if content.pop("own_sha256", None) != digest_json(content):
         raise DataError(
             f"{path} was changed or damaged: its content does not match its own SHA-256; encode the set again"
         )
     if content.get("format") != FORMAT:
         raise DataError(f"{path} has format {content.get('format')!r}; this version reads {FORMAT!r}")
+    require(content, check, f"{path} is not as dit-fast encode writes it", DataError)
     return content

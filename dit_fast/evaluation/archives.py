@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 
 from dit_fast.errors import DataError
+from dit_fast.files import check_file
 
 # Deflate packs zeros a thousandfold, images hardly at all; a small member is harmless however it is packed.
 _MOST_RATIO = 100
@@ -47,6 +48,7 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_file(path, DataError, what="an .npz archive")
         with self._reading(), zipfile.ZipFile(path) as archive:
             self._infos = {
                 info.filename.removesuffix(".npy"): info

@@ -59,7 +59,14 @@ def _gaussian(archive: Archive, mean_key: str, covariance_key: str) -> GaussianS
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise DataError(f"{archive.path}: {mean_key} or {covariance_key} has NaN or infinite values")
+    symmetric = np.abs(covariance - covariance.T).max() <= 1e-3 * max(np.abs(covariance).max(), 1e-30)
+    if not len(mean) or not symmetric or (covariance.diagonal() < 0).any():
+        raise DataError(
+            f"{archive.path}: {covariance_key} is no covariance: not symmetric, or with negative variances"
+        )
     num = int(archive.read("num")) if "num" in archive and archive.member("num").shape == () else None
+    if num is not None and num < 1:
+        raise DataError(f"{archive.path}: num is {num}, expected a number of images")
     return GaussianStatistics(
         torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance.astype(np.float64)), num
     )

@@ -126,7 +126,7 @@ def config_from_diffusers(config: Mapping[str, Any], source: str) -> tuple[dict[
             if value != _FIXED[key]:
                 problems.append(f"{key}={value!r} (a DiT has {_FIXED[key]!r})")
         elif value is not None and value is not False:
-            problems.append(f"unknown {key}={value!r}")
+            problems.append(f"unknown {key!r}={value!r:.60}")
     values: dict[str, Any] = {}
     for key, (kinds, default) in _DEFAULTS.items():
         value = values[key] = config.get(key, default)

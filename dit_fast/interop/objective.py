@@ -6,6 +6,7 @@ from typing import Any
 from dit_fast.diffusion.objectives import create_objective
 from dit_fast.diffusion.paths import PATHS
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.interop.weight_file import first_line
 
 ASKED = ("objective", "prediction", "path")
 """What a caller may say: arguments of `create_objective`."""
@@ -35,7 +36,9 @@ def settled_objective(
         try:
             create_objective(**told)
         except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"{source}: what it says of its objective cannot be: {error}") from None
+            raise CheckpointError(
+                f"{source}: what it says of its objective cannot be: {first_line(error)}"
+            ) from None
         return dict(told)
     if unknown := sorted(wanted.keys() - set(ASKED)):
         raise ConfigError(f"objective: unknown {', '.join(unknown)}; it has {', '.join(ASKED)}")

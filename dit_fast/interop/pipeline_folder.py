@@ -91,7 +91,8 @@ def _diffusion(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         ends = [config.get(key, default) for key, default in (("beta_start", 1e-4), ("beta_end", 0.02))]
         wanted = [0.1 / steps, 20 / steps]
         if not all(
-            isinstance(a, int | float) and abs(a - b) <= 1e-6 * b for a, b in zip(ends, wanted, strict=True)
+            isinstance(a, int | float) and 0 < a < 1 and abs(a - b) <= 1e-6 * b
+            for a, b in zip(ends, wanted, strict=True)
         ):
             problems.append(f"betas {ends[0]!r} to {ends[1]!r} ({wanted[0]:g} to {wanted[1]:g} known)")
     if schedule not in _SCHEDULES or config.get("trained_betas") is not None:

@@ -6,6 +6,7 @@ asks for; only then `torch.load(weights_only=True)` builds the tensors. There is
 """
 
 import argparse
+import os
 import pickletools
 import zipfile
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_fast.errors import CheckpointError
-from dit_fast.files import utf8_name
+from dit_fast.files import open_file, utf8_name
 
 # XL/2 with EMA and optimiser needs 0.3 MB of pickle in 50,000 instructions, and 0.04 MB of safetensors header for
 # 292 tensors (560 in diffusers' layout). Many small entries cost seconds long before they cost memory.
@@ -65,16 +66,8 @@ def read_weight_file(path: str | Path, weights: str = "ema") -> WeightFile:
     half or double precision is cast to float32. Raises CheckpointError for anything else.
     """
     path = Path(path)
-    if not path.is_file():
-        # Opening a pipe would wait for ever, and a device may never end.
-        found = "is a folder" if path.is_dir() else "is no file" if path.exists() else "no such file"
-        raise CheckpointError(f"{path}: {found}, expected a weight file")
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    with open_file(path, CheckpointError, what="a weight file") as file:
+        size, head = os.fstat(file.fileno()).st_size, file.read(8)
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty (0 bytes); copy or download it again")
     if path.suffix == ".safetensors":
@@ -281,5 +274,5 @@ def _listed(names: list[Any], most: int = 8) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says, shortened to one line; its class where it says nothing."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
     return text[:200]

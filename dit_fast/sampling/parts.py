@@ -19,6 +19,7 @@ import numpy as np
 
 from dit_fast.errors import OutputError
 from dit_fast.files import MOST_LIST_BYTES, TEMPORARY, read_bytes, read_object, write_atomically
+from dit_fast.schema import shown
 
 # Of every member of an archive, so that equal samples give equal bytes: the first date that zip can hold.
 _DATE = (1980, 1, 1, 0, 0, 0)
@@ -85,7 +86,10 @@ class Parts:
         wanted = json.loads(self._text)
         keys = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         if keys:
-            differing = ", ".join(f"{k} {found.get(k)!r} there, {wanted.get(k)!r} requested" for k in keys)
+            differing = ", ".join(
+                f"{k if k.isidentifier() else shown(k)} {shown(found.get(k))} there, {shown(wanted.get(k))} requested"
+                for k in keys
+            )
             raise OutputError(
                 f"{self.folder} holds samples of another request: {differing}; remove it or choose another --out"
             )

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from dit_fast.errors import MissingExtraError
+from dit_fast.errors import DataError, MissingExtraError
+from dit_fast.files import read_text
 from dit_fast.training.best_effort import BestEffort
 from dit_fast.training.config import TrainConfig
 
@@ -68,7 +69,7 @@ class WeightsAndBiases:
             ) from error
         self.wandb: Any = wandb
         remembered = run / "wandb_id"
-        held = remembered.read_text() if remembered.exists() else None
+        held = read_text(remembered, DataError, 1 << 10).strip() if remembered.exists() else None
         self.session = wandb.init(
             project="dit-fast", name=run.name, id=held, resume="allow", dir=str(run),
             config=dataclasses.asdict(config),
