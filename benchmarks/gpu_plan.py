@@ -141,6 +141,8 @@ def _ladder(kinds: Sequence[str], only: Sequence[str], *options: str, dry: bool)
     tiny = ("--models", "DiT-S/8", "--depth", "1", "--image-sizes", "64", "--batch", "1", "--images", "1")
     size = (*tiny, "--repeats", "1", "--steps", "1") if dry else options
     flags = tuple(option for option in options if option == "--compile-only") if dry else ()
+    # A dry run on a CPU looks at one dtype.
+    size = (*size, "--dtypes", "fp32")
     return (*MODULE, "benchmarks.ladder", "--out", "{out}", "--kinds", *kinds, *size, *flags, "--only", *only)
 
 

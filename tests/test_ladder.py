@@ -41,7 +41,8 @@ def small(*_: object) -> DiT:
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small model in the place of every one, and no compiler."""
+    """A small model in the place of every one, no compiler, and the dtypes of a CPU without bfloat16."""
+    monkeypatch.setattr("benchmarks.ladder.__main__.cpu_has_bf16", lambda: False)
     monkeypatch.setattr(climbing, "random_model", small)
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
 
@@ -89,6 +90,26 @@ def test_a_cpu_computes_in_float32_and_has_no_graphs(kind: str) -> None:
     assert {row.dtype for name, row in rows.items() if name not in left_out} == {"fp32"}
     assert rows["ours + CUDA graph + fp8"].dtype == "fp8"
     assert all(row.median for name, row in rows.items() if name not in left_out)
+
+
+@pytest.mark.parametrize("kind", ["train", "sample-cfg"])
+def test_a_cpu_computes_in_bfloat16_where_asked_to(kind: str) -> None:
+    """The same rungs but the plain one in float32, which the other case of a command has."""
+    rows = {row.provider: row for row in climbed(kind, bf16=True) if row.failed != "needs a CUDA device"}
+    assert set(rows) == {
+        rung.name for rung in Case(kind, "", 64, 1).rungs() if rung.bf16 and not rung.needs_gpu
+    }
+    assert {row.dtype for row in rows.values()} == {"bf16"}
+    assert all(row.median for row in rows.values())
+
+
+def test_dtypes_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, expected in ((True, [False, True]), (False, [False])):
+        monkeypatch.setattr("benchmarks.ladder.__main__.cpu_has_bf16", lambda has=has: has)
+        assert [case.bf16 for case in cases(parser().parse_args(["--kinds", "train"]))] == expected
+    assert [case.bf16 for case in cases(parser().parse_args(["--kinds", "train", "--dtypes", "bf16"]))] == [
+        True
+    ]
 
 
 def test_models_of_all_rungs_are_one(tmp_path: Path, device_with_everything: list[Any]) -> None:

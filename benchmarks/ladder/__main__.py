@@ -11,7 +11,7 @@ import torch
 from benchmarks import ladder
 from benchmarks.environment import commit, environment
 from benchmarks.ladder.climb import climb
-from benchmarks.ladder.rungs import KINDS, RUNGS, Case
+from benchmarks.ladder.rungs import KINDS, RUNGS, Case, cpu_has_bf16
 from benchmarks.report import Group, steps
 from benchmarks.rows import Recorder, Results, Row, device_of, read_results
 from dit_fast.errors import DitFastError
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if recorder.path.exists():
                 known = {row.key: row for row in read_results(recorder.path).rows}
         for case in cases(args):
-            say(f"{case.kind}, {case.name}, {case.image_size} px, batch {case.batch}")
+            say(f"{case.kind}, {case.name}, {case.image_size} px, batch {case.batch}" + ", bf16" * case.bf16)
             repeats = 0 if args.compile_only else args.repeats
             rows = climb(case, case.rungs(args.only), repeats, args.steps, say, keep, known)
             if args.compile_only:
@@ -58,7 +58,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             for kind in args.kinds:
                 train = max(1, args.batch * 256**2 // image_size**2)
                 for batch in (train,) if kind.startswith("train") else args.images:
-                    yield Case(kind, model, image_size, batch, args.depth)
+                    for dtype in args.dtypes:
+                        yield Case(kind, model, image_size, batch, args.depth, dtype == "bf16")
 
 
 def say(text: str) -> None:
@@ -75,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="(default: all)")
     made.add_argument("--models", nargs="+", default=[one], help=f"e.g. {' '.join(EVERY)} (default: {one})")
+    made.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("fp32", "bf16"),
+        default=["fp32", "bf16"] if not on_gpu and cpu_has_bf16() else ["fp32"],
+        help="of the products on a CPU (default: both where it has bfloat16 instructions, else fp32)",
+    )
     made.add_argument("--image-sizes", nargs="+", type=int, default=[256], help="pixels (default: 256)")
     batch = 128 if on_gpu else 8
     made.add_argument(

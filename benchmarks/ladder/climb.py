@@ -54,7 +54,7 @@ def climb(
     has its figures there is left out. `repeats` 0: every rung is only built, so that all its compilers have run.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = {rung.name: row_of(case, rung.on(device), Found(failed="not begun")) for rung in rungs}
+    rows = {rung.name: row_of(case, rung.on(device, case.bf16), Found(failed="not begun")) for rung in rungs}
     rows |= {name: known[row.key] for name, row in rows.items() if _is_whole(known.get(row.key), repeats)}
     missing = [rung for rung in rungs if rows[rung.name].failed is not None or repeats == 0]
     if not missing:
@@ -68,7 +68,7 @@ def climb(
         say(f"{rung.name}: {'built' if repeats == 0 and not kept[rung.name].failed else said}")
 
     def add(rung: Rung) -> None:
-        rows[rung.name] = row = row_of(case, rung.on(device), kept[rung.name], model, device)
+        rows[rung.name] = row = row_of(case, rung.on(device, case.bf16), kept[rung.name], model, device)
         if repeats > 0:
             keep(row)
 
@@ -91,7 +91,8 @@ def climb(
         alone = case.trains and device.type == "cuda"
         visits = [[rung] for rung in (*able, *(able[::-1] if repeats > 0 else ()))] if alone else [able]
         for visit in visits:
-            time_together(work.build, visit, kept, repeats if alone else 2 * repeats, device, add)
+            build = lambda rung: work.build(rung.on(device, case.bf16))  # noqa: E731
+            time_together(build, visit, kept, repeats if alone else 2 * repeats, device, add)
             for rung in visit:
                 found(rung)
             clear()
@@ -150,7 +151,7 @@ def time_together(
 
     def make(rung: Rung) -> None:
         before = _most_memory(device)
-        climber = build(rung.on(device))
+        climber = build(rung)
         # Not "greater than": NaN is no small difference.
         if not climber.gap <= climber.most:
             what = f"{climber.gap:.2g} off the plain model in float32, where {climber.most:g} is rounding"

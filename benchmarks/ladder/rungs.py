@@ -47,10 +47,15 @@ class Rung:
         """Whether the rung differs from the others in training alone."""
         return self.tuned or (self.recompute, self.attention, self.epilogue) != ("none", "auto", "auto")
 
-    def on(self, device: torch.device) -> "Rung":
-        """The rung as it runs there: on a CPU in float32. One that needs a GPU stays as it is."""
+    def on(self, device: torch.device, bf16: bool = False) -> "Rung":
+        """The rung as it runs there: on a CPU in float32 unless `bf16`. One that needs a GPU stays as it is."""
         as_it_is = device.type == "cuda" or self.needs_gpu
-        return self if as_it_is else replace(self, tf32=False, bf16=False, fp8=False)
+        return self if as_it_is else replace(self, tf32=False, bf16=self.bf16 and bf16, fp8=False)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16 (AMX or AVX-512 BF16); PyTorch emulates it elsewhere."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _low(name: str, model: str = "plain", **settings: object) -> Rung:
@@ -82,7 +87,7 @@ RUNGS = (
 class Case:
     """What is timed: one of KINDS, of a model of `DiT_models` at a number of pixels; batch: images.
 
-    depth: blocks in place of the model's own, for a look in seconds.
+    depth: blocks in place of the model's own, for a look in seconds. bf16: on a CPU, bfloat16 in place of float32.
     """
 
     kind: str
@@ -90,6 +95,7 @@ class Case:
     image_size: int
     batch: int
     depth: int | None = None
+    bf16: bool = False
 
     @property
     def name(self) -> str:
@@ -116,7 +122,11 @@ class Case:
 
     def rungs(self, names: list[str] | None = None) -> tuple[Rung, ...]:
         """Those of RUNGS that differ from the others here; of these, those of `names`, in their order."""
-        here = {rung.name: rung for rung in RUNGS if self.trains or not rung.training_only}
+        here = {
+            rung.name: rung
+            for rung in RUNGS
+            if (self.trains or not rung.training_only) and (rung.bf16 or not self.bf16)
+        }
         return tuple(here[name] for name in (here if names is None else names) if name in here)
 
 
