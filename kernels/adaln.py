@@ -33,7 +33,7 @@ from dit_fast.kernels.device import (
     store_vector,
     token_rows,
 )  # fmt: skip
-from dit_fast.kernels.launch import accumulator, as_vectors, cdiv, launch, tuned_rows
+from dit_fast.kernels.launch import accumulator, as_vectors, cast, cdiv, launch, tuned_rows
 from dit_fast.kernels.op import check_shapes, define_op, is_centred, uses_triton
 
 
@@ -276,7 +276,7 @@ def _backward(
         B=B, T=T, stride_scale=scale.stride(0),
         SPLITS=cfg.splits, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
-    return dx, partial.sum(2).to(scale.dtype)
+    return dx, cast(partial.sum(2), scale.dtype)
 
 
 def _backward_reference(
@@ -310,7 +310,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dx, dmod = _backward_op(dy, *ctx.saved_tensors, ctx.centred)
-    return dx, dmod[0].to(ctx.shift_dtype), dmod[1], None, None
+    return dx, cast(dmod[0], ctx.shift_dtype), dmod[1], None, None
 
 
 _forward_op = define_op(

@@ -25,7 +25,7 @@ from dit_fast.kernels.attention_backends import (
     flash_attention,
     sdpa_attention,
 )
-from dit_fast.kernels.launch import capability
+from dit_fast.kernels.launch import capability, cast
 from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 
 MAX_HEAD_DIM = 128
@@ -59,7 +59,7 @@ def _attention_backward(
     """d_qkv, d_bias; d_bias is empty without a bias."""
     contiguous = None if bias is None else bias.contiguous()
     dqkv, shares = _path(qkv, num_heads).backward(dout.contiguous(), qkv, num_heads, contiguous, out, lse)
-    return dqkv, qkv.new_empty(0) if bias is None else shares.sum((0, 1)).to(bias.dtype)
+    return dqkv, qkv.new_empty(0) if bias is None else cast(shares.sum((0, 1)), bias.dtype)
 
 
 def _attention_backward_reference(

@@ -67,7 +67,7 @@ def choose_backend(
     if device.type != "cuda":
         return Choice("sdpa", f"auto on {device.type}: PyTorch's kernels are the ones made for it")
     bucket = next((bound for bound in (256, 1024, 4096) if tokens <= bound), 0)
-    measured = _tuned_backend(f"{dtype}-K{head_dim}-T{bucket or 'more'}", _index(device))
+    measured = _tuned_backend(dtype, head_dim, bucket, _index(device))
     if measured == "":
         cudnn = (
             device_capability(_index(device)) // 10 in (9, 10) and dtype in FLASH_DTYPES and head_dim % 8 == 0
@@ -89,8 +89,13 @@ def _index(device: torch.device) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _tuned_backend(key: str, index: int) -> str:
-    """The tuned table's word, "" without one."""
+def _tuned_backend(dtype: torch.dtype, head_dim: int, bucket: int, index: int) -> str:
+    """The tuned table's word for at most `bucket` tokens (0: more), "" without one."""
+    return _measured_backend(dtype, head_dim, bucket, device_capability(index))
+
+
+@tuned.per_launch
+def _measured_backend(dtype: torch.dtype, head_dim: int, bucket: int, capability: int) -> str:
     kernels = (
         attention_short._attention_short_fwd_kernel,
         attention_short._attention_short_bwd_kernel,
@@ -98,9 +103,10 @@ def _tuned_backend(key: str, index: int) -> str:
         attention_long._attention_long_bwd_queries_kernel,
         attention_long._attention_long_bwd_keys_kernel,
     )
+    key = f"{dtype}-K{head_dim}-T{bucket or 'more'}"
     return tuned.choice(
         "attention", key, "", options=("sdpa", "cudnn", "triton", "flash"), kernels=kernels,
-        capability=device_capability(index),
+        capability=capability,
     )  # fmt: skip
 
 

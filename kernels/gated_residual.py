@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.device import column_sum, load_vector, part, split_tokens, store_vector, token_rows
-from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cdiv, launch, tuned_rows
+from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cast, cdiv, launch, tuned_rows
 from dit_fast.kernels.op import check_shapes, define_op, uses_triton
 
 
@@ -170,12 +170,12 @@ def _residual_backward(
         B=B, T=T, stride_gate=gate.stride(0),
         SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(dout),
     )  # fmt: skip
-    return dbranch, partial[0].sum(1).to(gate.dtype), bias_gradient(partial[1:], bias, gate)
+    return dbranch, cast(partial[0].sum(1), gate.dtype), bias_gradient(partial[1:], bias, gate)
 
 
 def bias_gradient(shares: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
     """The sum of (1, B, SPLITS, D) shares over samples and splits; empty without a bias."""
-    return like.new_empty(0) if bias is None else shares[0].sum((0, 1)).to(bias.dtype)
+    return like.new_empty(0) if bias is None else cast(shares[0].sum((0, 1)), bias.dtype)
 
 
 def _residual_backward_fake(

@@ -37,7 +37,7 @@ from dit_fast.kernels.gated_residual import (
     load_sum,
     store_gate_sums,
 )  # fmt: skip
-from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cdiv, launch, tuned_rows
+from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cast, cdiv, launch, tuned_rows
 from dit_fast.kernels.op import define_op, is_centred, uses_triton
 
 
@@ -239,7 +239,7 @@ def _backward(
         B=B, T=T, stride_gate=gate.stride(0), stride_scale=scale.stride(0),
         SPLITS=cfg.splits, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(out),
     )  # fmt: skip
-    return dx, dbranch, partial[:3].sum(2).to(scale.dtype), bias_gradient(partial[3:], bias, gate)
+    return dx, dbranch, cast(partial[:3].sum(2), scale.dtype), bias_gradient(partial[3:], bias, gate)
 
 
 def _backward_reference(
@@ -284,7 +284,7 @@ def _autograd(
     dout = torch.zeros_like(out) if dout is None else dout
     dy = torch.zeros_like(out, dtype=scale.dtype) if dy is None else dy
     dx, dbranch, dmod, dbias = _backward_op(dout, dy, out, branch, gate, scale, mean, rstd, bias, ctx.centred)
-    dshift, dscale, dgate = dmod[0].to(ctx.shift_dtype), dmod[1], dmod[2].to(gate.dtype)
+    dshift, dscale, dgate = cast(dmod[0], ctx.shift_dtype), dmod[1], cast(dmod[2], gate.dtype)
     return dx, dbranch, dgate, dshift, dscale, None if bias is None else dbias, None, None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.activation import define_activation
-from dit_fast.kernels.launch import accumulator, as_bias, cdiv, elementwise_launch, launch
+from dit_fast.kernels.launch import accumulator, as_bias, cast, cdiv, elementwise_launch, launch
 from dit_fast.kernels.op import uses_triton
 
 
@@ -146,7 +146,7 @@ def gelu_backward(
         act_ptr=act if activation else None, partial_ptr=partial,
         N=N, F=F, SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(pre),
     )  # fmt: skip
-    return dpre, act, like.new_empty(0) if partial is None else partial.sum(0).to(like.dtype)
+    return dpre, act, like.new_empty(0) if partial is None else cast(partial.sum(0), like.dtype)
 
 
 _gelu = define_activation("gelu", gelu_forward, gelu_backward)

@@ -172,6 +172,11 @@ def accumulator(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`; without a call of PyTorch's, a microsecond of the host, where nothing changes."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def as_vectors(x: Tensor) -> Tensor:
     """(B, D) or (D,) with contiguous rows; the views that `chunk` makes pass as they are."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -305,16 +310,22 @@ def launch(
     """
     if 0 in grid:
         return
-    options = {"num_warps": num_warps, "maxnreg": max_registers(num_warps)}
-    if num_stages is not None:
-        options["num_stages"] = num_stages
+    options = _options(num_warps, num_stages)
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, arguments, options, products))
+        _recording.launches.append(Launch(kernel, grid, arguments, dict(options), products))
         return
     kernel.launch_metadata = describe
     _products.set(products)
+    arguments |= options
     if not on.is_cuda or on.get_device() == torch.cuda.current_device():
-        kernel[grid](**arguments, **options)
+        kernel[grid](**arguments)
     else:
         with torch.cuda.device_of(on):
-            kernel[grid](**arguments, **options)
+            kernel[grid](**arguments)
+
+
+@functools.cache
+def _options(num_warps: int, num_stages: int | None) -> dict[str, int]:
+    """What the compiler is given with a launch."""
+    options = {"num_warps": num_warps, "maxnreg": max_registers(num_warps)}
+    return options if num_stages is None else {**options, "num_stages": num_stages}

@@ -27,7 +27,7 @@ from torch import Tensor
 from dit_fast.kernels import cublaslt, gemm, reference, tuned
 from dit_fast.kernels.attention_backends import Choice
 from dit_fast.kernels.gelu import gelu_backward, gelu_forward
-from dit_fast.kernels.launch import device_capability
+from dit_fast.kernels.launch import cast, device_capability
 from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments
 from dit_fast.kernels.swiglu import swiglu_backward, swiglu_forward
@@ -52,12 +52,7 @@ def choose_epilogue(
         return Choice(epilogue, "asked for")
     rows, width, hidden = shape
     capability = device_capability(device.index or 0) if device.type == "cuda" else 0
-    key = (
-        f"D={width} F={hidden} rows={1 << max(rows, 1).bit_length() - 1} {str(dtype).removeprefix('torch.')}"
-    )
-    measured = tuned.choice(
-        "mlp", key, "", options=EPILOGUES[1:], kernels=gemm.KERNELS, capability=capability
-    )
+    measured = _measured_epilogue(1 << max(rows, 1).bit_length() - 1, width, hidden, dtype, capability)
     if measured == "":
         return Choice("separate", "auto: no tuned table of this device has measured this shape")
     if measured == "cublaslt" and not tuned.require(cublaslt.installed(), "nvmath-python"):
@@ -66,6 +61,13 @@ def choose_epilogue(
             "auto: the tuned table says cublaslt, whose nvmath-python is not installed (extra 'epilogues')",
         )
     return Choice(measured, "auto: fastest in this device's tuned table")
+
+
+@tuned.per_launch
+def _measured_epilogue(rows: int, width: int, hidden: int, dtype: torch.dtype, capability: int) -> str:
+    """The tuned table's word for a power of two of rows, "" without one."""
+    key = f"D={width} F={hidden} rows={rows} {str(dtype).removeprefix('torch.')}"
+    return tuned.choice("mlp", key, "", options=EPILOGUES[1:], kernels=gemm.KERNELS, capability=capability)
 
 
 def mlp_epilogue(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> str:
@@ -320,7 +322,7 @@ def mlp(
     if not uses_triton(kernels, x):
         return reference.mlp(x, fc1_weight, fc1_bias, fc2_weight, activation)
     check_mlp(x, fc1_weight, fc1_bias, fc2_weight, activation)
-    inputs = [x, *(tensor.to(x.dtype) for tensor in (fc1_weight, fc1_bias, fc2_weight))]
+    inputs = [x, *[cast(tensor, x.dtype) for tensor in (fc1_weight, fc1_bias, fc2_weight)]]
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     # Detached: the gradient reaches them through x.
     parts = () if recipe is None or not training else [part.detach() for part in recipe]

@@ -173,9 +173,10 @@ def _differentiable(
         def backward(ctx: Any, *gradients: Any) -> Any:
             if backward is None:
                 raise RuntimeError(f"{name} has no gradient; for one of second order use kernels='reference'")
-            if all(gradient is None for gradient in gradients):
-                return (None,) * len(ctx.needs_input_grad)
-            return backward(ctx, *gradients)
+            for gradient in gradients:
+                if gradient is not None:
+                    return backward(ctx, *gradients)
+            return (None,) * len(ctx.needs_input_grad)
 
     return Operation
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from dit_fast.kernels import reference
 from dit_fast.kernels.attention import MAX_HEAD_DIM, check_packed
 from dit_fast.kernels.device import part, row_sum, split_tokens
-from dit_fast.kernels.launch import accumulator, as_bias, cdiv, launch, row_parts
+from dit_fast.kernels.launch import accumulator, as_bias, cast, cdiv, launch, row_parts
 from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 
 
@@ -325,8 +325,8 @@ def _backward(
     )  # fmt: skip
     return (
         dqkv,
-        dout.new_empty(0) if bias is None else dbias.sum(0).flatten().to(bias.dtype),
-        dout.new_empty(0) if weight is None else dweight.sum((0, 2)).to(weight.dtype),
+        dout.new_empty(0) if bias is None else cast(dbias.sum(0).flatten(), bias.dtype),
+        dout.new_empty(0) if weight is None else cast(dweight.sum((0, 2)), weight.dtype),
     )
 
 

@@ -36,7 +36,11 @@ def device(monkeypatch: pytest.MonkeyPatch):
 def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The tuned table's words by key; a key that is not there has not been measured."""
     words: dict[str, str] = {}
-    monkeypatch.setattr(attention_backends, "_tuned_backend", lambda key, index: words.get(key, ""))
+    monkeypatch.setattr(
+        attention_backends,
+        "_tuned_backend",
+        lambda dtype, K, bucket, index: words.get(f"{dtype}-K{K}-T{bucket or 'more'}", ""),
+    )
     return words
 
 
