@@ -4,6 +4,7 @@ Records what each operation launches, forward and backward, at the sizes of DiT-
 each architecture: registers, spills, shared memory, occupancy, accesses to memory, tensor-core and
 float64 instructions in the machine code, and the bytes moved against the least possible. Compiled binaries stay in
 Triton's cache, by the hash of their source. `--check` exits with 1 and names each hard line that is broken.
+`--matrix` compiles every kernel for all that Triton specializes a launch on (benchmarks/specializations.py).
 """
 
 import argparse
@@ -21,12 +22,17 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.specializations import (
+    compile_matrix,
+    meta,
+    record_adamw,
+    record_recomputed_norm,
+    swiglu_mlp_inputs,
+)
 from benchmarks.static_table import Row, Traffic, markdown
-from dit_fast.kernels import AdamWSettings, AdamWTensors, adamw_ema, grad_square_sum
 from dit_fast.kernels.aot import MAX_SHARED, Compiled, compile_launch
 from dit_fast.kernels.launch import Launch, record_launches, tensor_arguments
-from dit_fast.kernels.recompute import adaln_from_moments
-from dit_fast.kernels.registry import REGISTRY, Make, OpSpec, Shape
+from dit_fast.kernels.registry import REGISTRY, OpSpec
 from dit_fast.layers import swiglu_width
 
 BATCH = 256
@@ -64,14 +70,6 @@ HEAD_CASES = tuple(
     if K != 72 or T == 64
 )
 """Other heads than DiT's and fewer tokens; 4096 tokens are the machine code of 1024."""
-
-
-def swiglu_mlp_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Tensor, ...]:
-    """What `mlp` takes for a SwiGLU as wide as a model's."""
-    B, T, D = shape
-    F = swiglu_width(4 * D)
-    weights = make(2 * F, D, dtype=stream), make(2 * F, dtype=stream), make(D, F, dtype=stream)
-    return make(B, T, D, dtype=low), *weights
 
 
 CASES = {
@@ -122,10 +120,6 @@ class Setting:
         return f"{self.op}{label} {self.dtypes} D={self.width} sm_{self.capability}"
 
 
-def meta(*size: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
-
-
 def record(case: Case, setting: Setting) -> dict[str, list[Launch]]:
     """What the operation launches in each direction, every floating-point input wanting a gradient."""
     if setting.op in STEPS:
@@ -159,34 +153,17 @@ def attention_inputs(case: Case, setting: Setting) -> tuple[Tensor, int, Tensor]
     return meta(BATCH, case.tokens, packed, dtype=low), heads, meta(packed, dtype=stream)
 
 
-def record_recomputed_norm(setting: Setting) -> None:
-    stream, low = DTYPES[setting.dtypes]
-    x, moments = meta(BATCH, 256, setting.width, dtype=stream), meta(BATCH, 256, dtype=torch.float32)
-    shift, scale = meta(BATCH, 2 * setting.width, dtype=low).chunk(2, dim=1)
-    adaln_from_moments(x, moments, moments, shift, scale)
-
-
-def record_adamw(setting: Setting) -> None:
+def record_step(setting: Setting) -> None:
     """float32 parameters; "fp32" without a copy, otherwise gradients of the stream's dtype and a bfloat16 copy."""
     grad_dtype, low = DTYPES[setting.dtypes]
-    shapes = ((4 * setting.width, setting.width), (setting.width,))
-
-    def tensors(dtype: torch.dtype) -> list[Tensor]:
-        return [meta(*shape, dtype=dtype) for shape in shapes]
-
-    params, exp_avgs, exp_avg_sqs, averages = (tensors(torch.float32) for _ in range(4))
-    steps = [meta(dtype=torch.float32) for _ in shapes]
-    copies = tensors(low) if low == torch.bfloat16 else None
-    state = AdamWTensors(params, exp_avgs, exp_avg_sqs, steps, averages, copies)
-    grads, scalar = tensors(grad_dtype), meta(dtype=torch.float32)
-    square_sum = grad_square_sum(state, grads, kernels="triton")
-    settings = AdamWSettings(weight_decay=0.1, ema_warmup=True, max_norm=1.0)
-    adamw_ema(state, grads, scalar, settings, square_sum=square_sum, found_inf=scalar, kernels="triton")
+    record_adamw(setting.width, grad_dtype, low if low == torch.bfloat16 else None)
 
 
 STEPS: dict[str, Callable[[Setting], None]] = {
-    "adaln_from_moments": record_recomputed_norm,
-    "adamw_ema": record_adamw,
+    "adaln_from_moments": lambda setting: record_recomputed_norm(
+        (BATCH, 256, setting.width), *DTYPES[setting.dtypes]
+    ),
+    "adamw_ema": record_step,
 }
 """Operations without a gradient, and so without an `OpSpec`: what launches them."""
 
@@ -355,7 +332,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a hard line is broken")
     parser.add_argument("--out", type=Path, help="folder for static_report.md and static_report.json")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument(
+        "--matrix",
+        action="store_true",
+        help="compile every kernel for all that Triton specializes on instead",
+    )
     args = parser.parse_args(arguments)
+    if args.matrix:
+        return compile_matrix(args.jobs)
     if args.small:
         settings = small_settings(args.op)
     else:

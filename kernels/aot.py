@@ -17,21 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime.jit import create_function_from_signature
 
 from dit_fast.kernels.launch import Launch, record_launches
-
-TYPES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
-    torch.bool: "u1",
-}  # fmt: skip
 
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that one block may have, in bytes (CUDA C++ Programming Guide, compute capabilities)."""
@@ -127,22 +121,38 @@ def ahead_of_time(run: Callable[[], Any], capability: int) -> list[Compiled]:
     return [compile_launch(launch, capability) for launch in launches]
 
 
+def specialize(launch: Launch, capability: int) -> ASTSource:
+    """What Triton compiles for a launch: signature, constants and attributes from the binder that its launcher has.
+
+    1 and None become constants; integers that are multiples of 16, and pointers aligned to 16 bytes, are marked as
+    such. A fresh meta tensor counts as aligned, a view of one by its offset.
+    """
+    kernel, backend = launch.kernel, make_backend(target(capability))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keywords = {**launch.arguments, **launch.options}
+    _, signature, constants, attributes = kernel._pack_args(backend, keywords, *binder(**keywords))
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def target(capability: int) -> GPUTarget:
+    """sm_<capability>, as Triton names it."""
+    return GPUTarget("cuda", capability, 32)
+
+
+def lower(launch: Launch, capability: int) -> str:
+    """The TTIR of a launch: Triton's front end alone, which reads the Python source; a tenth of a compilation."""
+    source, backend, context = specialize(launch, capability), make_backend(target(capability)), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(launch.options)
+    helpers = backend.get_codegen_implementation(options), backend.get_module_map()
+    return str(source.make_ir(target(capability), options, *helpers, context))
+
+
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    """Compile one launch as Triton's own binder would specialise it, for sm_<capability>."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        signature[parameter.name] = kind = argument_type(value)
-        if kind.startswith(("*", "i")) and (isinstance(value, Tensor) or value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    """Compile one launch for sm_<capability> as Triton's launcher would."""
+    source = specialize(launch, capability)
+    binary = triton.compile(source, target=target(capability), options=launch.options)
     registers, spills = resources(binary.asm["cubin"])
     return Compiled(
         kernel=launch.kernel.fn.__name__,
@@ -151,24 +161,11 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         registers=registers,
         spills=spills,
         shared=binary.metadata.shared,
-        tensors=tuple(name for name, kind in signature.items() if kind.startswith("*")),
+        tensors=tuple(name for name, kind in source.signature.items() if kind.startswith("*")),
         ttir=binary.asm["ttir"],
         ptx=binary.asm["ptx"],
         cubin=binary.asm["cubin"],
     )
-
-
-def argument_type(value: Any) -> str:
-    """Triton's name of an argument's type."""
-    if isinstance(value, Tensor):
-        return f"*{TYPES[value.dtype]}"
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
-    if isinstance(value, bool):
-        return "u1"
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def global_accesses(ptx: str) -> Iterator[tuple[str, str]]:
