@@ -1,13 +1,15 @@
 """What every test starts from: the same random numbers, one thread, compiler caches of its own."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
 
-# Tensors here are small and pytest-xdist uses the cores.
-torch.set_num_threads(1)
+# Tensors here are small and pytest-xdist uses the cores; OMP_NUM_THREADS asks for another number.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

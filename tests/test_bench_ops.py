@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from patience import PATIENCE
 
 from benchmarks import bench_ops, clock, conftest, op_bench, operations, peers
 from benchmarks.bench_ops import Measured, report
@@ -298,7 +299,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         f"--benchmark-json={out}",
         f"--results={tmp_path}",
     ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE)
     data = json.loads(out.read_text())
     (found,) = data["benchmarks"]
     info = found["extra_info"]

@@ -387,7 +387,7 @@ def test_two_ranks_train_on_captions_as_one_process(photos, tmp_path, parallel):
         "--steps",
         "3",
     ]
-    words += ["--class-dropout-prob", "0.4", "--threads", "1", "--log-every", "1", "--timeout", "60"]
+    words += ["--class-dropout-prob", "0.4", "--threads", "1", "--log-every", "1", "--timeout", "600"]
     words += ["--sample-every", "3", "--sample-steps", "2"]
     ended = train_on_ranks(
         tmp_path / "two", 2, [*words, "--parallel", parallel, "--out", tmp_path / "two" / "run"]

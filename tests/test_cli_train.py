@@ -5,11 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE, wait_until
 from PIL import Image
 
 from dit_fast.cli import main
@@ -190,13 +190,9 @@ def test_a_signal_saves_and_the_run_resumes_exactly(tmp_path, number, status):
     run = tmp_path / "a run"
     process = start(*TINY, "--steps", 100_000, "--log-every", 5, "--out", run)
     try:
-        deadline = time.monotonic() + 60
-        while not read_log(run / "log.jsonl"):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: read_log(run / "log.jsonl"), process, what="a line of the log")
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == status, err

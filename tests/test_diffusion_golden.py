@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tolerance import assert_close
 
 from dit_fast.diffusion import create_diffusion
 from tests.golden import GOLDEN, golden_model, seeded
@@ -21,10 +22,6 @@ def four_timesteps(steps: int) -> torch.Tensor:
     return torch.tensor([0, 1, steps // 2, steps - 1])
 
 
-def assert_close(actual, expected, name: str = "") -> None:
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5, err_msg=name)
-
-
 @pytest.mark.parametrize("respacing", RESPACINGS)
 def test_timesteps_and_betas(respacing):
     diffusion = create_diffusion(respacing)
@@ -40,7 +37,7 @@ def test_training_losses(model, respacing):
     terms = diffusion.training_losses(model, X, t, {"y": LABELS}, noise=seeded("an", 4, 4, 8, 8))
     assert set(terms) == {"loss", "mse", "vb"}
     for name, value in terms.items():
-        assert_close(value, GOLDEN[f"a.loss.{respacing}.{name}"], name)
+        assert_close(value, GOLDEN[f"a.loss.{respacing}.{name}"], what=name)
 
 
 @torch.no_grad()
@@ -50,10 +47,11 @@ def test_posterior(model, respacing):
     t = four_timesteps(diffusion.num_timesteps)
     out = diffusion.p_mean_variance(model, X, t, clip_denoised=False, model_kwargs={"y": LABELS})
     for name in ("mean", "variance", "log_variance"):
-        assert_close(out[name], GOLDEN[f"a.pmv.{respacing}.{name}"], name)
+        assert_close(out[name], GOLDEN[f"a.pmv.{respacing}.{name}"], what=name)
     # x_0 takes up to 157 times the model's output, and its rounding errors too.
     gain = diffusion.sqrt_recip_alphas_cumprod[t].reshape(4, 1, 1, 1)
-    assert_close(out["pred_xstart"].numpy() / gain, GOLDEN[f"a.pmv.{respacing}.pred_xstart"] / gain)
+    expected = GOLDEN[f"a.pmv.{respacing}.pred_xstart"] / gain
+    assert_close(out["pred_xstart"].numpy() / gain, expected, dtype=torch.float32)
 
 
 def test_posterior_from_the_recorded_model_output():
@@ -65,7 +63,9 @@ def test_posterior_from_the_recorded_model_output():
     )
     for name in ("mean", "variance", "log_variance", "pred_xstart"):
         expected = GOLDEN[f"a.pmv..{name}"][rows]
-        np.testing.assert_allclose(out[name], expected, rtol=3e-7, atol=1e-9, err_msg=name)
+        # Row by row, for their sizes differ; a value is a sum of two products, of which one is a sum of two.
+        for row in range(3):
+            assert_close(out[name][row], expected[row], terms=4, what=f"{name} of row {row}")
 
 
 def test_ddim_trajectory(model):
@@ -73,11 +73,10 @@ def test_ddim_trajectory(model):
     arguments = {"clip_denoised": False, "model_kwargs": {"y": LABELS}, "device": "cpu", "eta": 0.0}
     sample = diffusion.ddim_sample_loop(model, X.shape, noise=X, **arguments).numpy()
     expected = GOLDEN["a.ddim25"]
-    # Values run to 359, where float32 numbers are 3e-5 apart: 1e-5 is relative to the largest.
-    scale = np.abs(expected).max()
-    assert_close(sample / scale, expected / scale)
+    assert_close(sample, expected)
 
     exact = diffusion.ddim_sample_loop(
         golden_model().double(), X.shape, noise=X.double(), **arguments
     ).numpy()
-    assert np.abs(sample - exact).max() <= 2 * np.abs(expected - exact).max()
+    # The recorded one has the rounding of another machine: one of the same size, not the same.
+    assert np.abs(sample - exact).max() <= 4 * np.abs(expected - exact).max()

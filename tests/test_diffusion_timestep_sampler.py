@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE
 
 from dit_fast.diffusion import create_diffusion
 from dit_fast.diffusion.timestep_sampler import (
@@ -103,7 +104,7 @@ def test_ranks_share_their_losses_in_rank_order(tmp_path):
         )
         for rank in range(2)
     ]
-    answers = [json.loads(worker.communicate(timeout=60)[0]) for worker in workers]
+    answers = [json.loads(worker.communicate(timeout=PATIENCE)[0]) for worker in workers]
     # Batches of 3 and 2: step 0 saw 0.5, 1.5, 3.5, 4.5 in this order and keeps the last three.
     expected = [[[4.5, 1.5, 3.5], [2.5, 0.0, 0.0], [0.0] * 3, [0.0] * 3], [4, 1, 0, 0]]
     assert answers == [expected, expected]

@@ -4,10 +4,10 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, wait_until
 
 from dit_fast.training.checkpoint import latest_checkpoint, load_checkpoint
 from dit_fast.training.progress import read_log
@@ -21,7 +21,7 @@ def pids(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"^pid (\d+)$", text, re.MULTILINE)]
 
 
-def end(process: subprocess.Popen, limit: float = 150) -> str:
+def end(process: subprocess.Popen, limit: float = PATIENCE) -> str:
     try:
         return process.communicate(timeout=limit)[0]
     finally:
@@ -53,7 +53,7 @@ def test_ten_of_ten_restarts_go_on(tmp_path) -> None:
     faults = ",".join(f"kill:{attempt % 2}:{2 * attempt + 4}" for attempt in range(10))
     options = [*TINY, "--steps", "24"]
     arguments = [WORKER, faults, *options, "--out", str(tmp_path / "run")]
-    text = end(process := torchrun(arguments, 2, ["--max-restarts", "10"]), limit=1800)
+    text = end(process := torchrun(arguments, 2, ["--max-restarts", "10"]), limit=4 * PATIENCE)
     assert process.returncode == 0, text
     assert len(pids(text)) == 22, text
     assert alive(pids(text)) == []
@@ -68,9 +68,7 @@ def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path, number) -> N
     options = ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
     arguments = [WORKER, "none", *TINY, "--steps", "100000", "--ckpt-every", "50", "--out", str(run)]
     process = torchrun(arguments, 2, options, SLURM_JOB_ID="1")
-    deadline = time.monotonic() + 100
-    while steps_of(run) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: steps_of(run) >= 3, process, what="step 3")
     process.send_signal(number)
     text = end(process)
     assert process.returncode != 0

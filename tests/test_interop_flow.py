@@ -21,6 +21,7 @@ from dit_fast.interop.lightningdit import state_to_lightningdit
 from dit_fast.models import DiT
 from dit_fast.sampling import flow_nodes, to_uint8
 from dit_fast.sampling.nodes import sampling_nodes
+from dit_fast.sampling.parts import Parts
 from tests import reference_layout
 from tests.latent_sets import save_vae
 from tests.lightningdit_layout import PUBLISHED, LightningDiT, answer
@@ -284,12 +285,27 @@ def test_samples_of_two_objectives_are_not_mixed(
 ) -> None:
     sit(tmp_path / "SiT.pt")
 
-    def killed(*_: object) -> None:
+    write = Parts.write
+
+    def killed(*arguments: object) -> None:
+        write(*arguments)
         raise ConfigError("killed")
 
-    monkeypatch.setattr(sample, "_draw", killed)
+    monkeypatch.setattr(Parts, "write", killed)
     common = ("sample", "--ckpt", tmp_path / "SiT.pt", "--num-heads", 4, "--objective", "flow", "--steps", 2)
-    common = (*common, "--vae", "none", "--device", "cpu", "--out", tmp_path / "out")
+    common = (
+        *common,
+        "--vae",
+        "none",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "out",
+        "--num",
+        2,
+        "--batch-size",
+        1,
+    )
     for other, differs in [
         ((), "killed"),
         (("--path", "gvp"), "objective {"),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from dit_fast.cli import COMMANDS, main
 from dit_fast.errors import DataError
@@ -158,7 +159,9 @@ sys.exit(main({arguments!r}))
 @pytest.mark.parametrize("module", ["dit_fast.cli.info", "numpy.linalg", "triton"])
 def test_ctrl_c_during_imports_is_one_line(module):
     code = _INTERRUPTED.format(module=module, arguments=["info", "DiT-S/2"])
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 130
     assert done.stderr == "dit-fast: interrupted; complete checkpoints, shards and parts are kept\n"
     assert done.stdout == ""
@@ -168,7 +171,9 @@ def test_an_ignored_ctrl_c_stays_ignored():
     """A shell starts what it puts in the background with SIGINT ignored."""
     before = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     code = before + _INTERRUPTED.format(module="dit_fast.cli.plot", arguments=["plot", "x"])
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 1
     assert done.stderr == "dit-fast: error: x: no run folder with a log.jsonl, and no such file\n"
 

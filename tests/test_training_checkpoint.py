@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save_checkpoint
+from patience import PATIENCE
 
 from dit_fast.errors import CheckpointError, OutputError
 from dit_fast.models import DiT
@@ -259,7 +260,7 @@ def test_the_end_waits_for_a_save_and_what_ended_the_training_is_kept(tmp_path, 
     write_pieces, may_write = checkpoint.write_pieces, threading.Event()
 
     def waiting(path, pieces):
-        assert may_write.wait(60)
+        assert may_write.wait(PATIENCE)
         write_pieces(path, pieces)
 
     monkeypatch.setattr(checkpoint, "write_pieces", waiting)

@@ -24,6 +24,7 @@ from dit_fast.training.manifest import read_manifest
 from dit_fast.training.optimizer import AdamWEma
 from dit_fast.training.parallel import groups_of, micro_batch, parallelize, rank_rows, whole
 from dit_fast.training.world import World, join_world
+from tests.patience import PATIENCE
 from tests.tolerance import rounding
 
 STEPS, BATCH = 4, 8
@@ -194,7 +195,7 @@ def checkpoints(world: World, folder: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with join_world("cpu", start_timeout=60) as world:
+    with join_world("cpu", start_timeout=PATIENCE) as world:
         modes(world)
         checkpoints(world, Path(sys.argv[1]))
         print("all equal", flush=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.distributed.faulty import rank_main
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 120
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def start(command: Sequence[str], size: int, **extra: str) -> list[subprocess.Po
     ]  # fmt: skip
 
 
-def finish(processes: Sequence[subprocess.Popen], limit: float = LIMIT) -> Ended:
+def finish(processes: Sequence[subprocess.Popen], limit: float = PATIENCE) -> Ended:
     """Wait for all of them; none outlives the limit."""
     deadline = time.monotonic() + limit
     outputs: list[str] = []
@@ -82,7 +82,7 @@ def stop(process: subprocess.Popen, number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def launch(command: Sequence[str], size: int, limit: float = LIMIT, **extra: str) -> Ended:
+def launch(command: Sequence[str], size: int, limit: float = PATIENCE, **extra: str) -> Ended:
     return finish(start(command, size, **extra), limit)
 
 
@@ -148,7 +148,7 @@ class Ranks:
             process.kill()
             process.join()
 
-    def wait(self, limit: float = LIMIT, ranks: Sequence[int] | None = None) -> Ended:
+    def wait(self, limit: float = PATIENCE, ranks: Sequence[int] | None = None) -> Ended:
         """How they, or some of them, ended."""
         deadline = time.monotonic() + limit
         chosen = range(len(self.processes)) if ranks is None else ranks

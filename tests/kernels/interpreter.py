@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from numpy.typing import ArrayLike, NDArray
+from patience import PATIENCE
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -120,7 +121,7 @@ class Child(NamedTuple):
     answer: Any
 
 
-def in_child(function: Callable[[], Any], seconds: float = 120) -> Child:
+def in_child(function: Callable[[], Any], seconds: float = PATIENCE) -> Child:
     """Run `function` in a fork of this process, which a crash ends; its answer travels as JSON.
 
     A child that does not end in time is killed: status -SIGKILL.
