@@ -16,12 +16,13 @@ TORCH := $(call version,torch)
 TRITON := $(call version,triton)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs gpu clean
+.PHONY: help demo test test-isa check docs gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small Diffusion Transformer on handwritten digits, then draw and score samples"
 	@echo "make test    run the tests"
+	@echo "make test-isa  the tests that depend on the order of sums, as other CPUs add"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation as web pages, in site/"
 	@echo "make gpu     correctness, training steps and operations on one NVIDIA GPU in 7 minutes, with the python3 that"
@@ -62,6 +63,18 @@ test: .venv/.test
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 tests/kernels || failed=1; \
 	if [ $$failed = 1 ]; then echo "== Some tests FAILED"; else echo "== All tests passed"; fi; \
 	exit $$failed
+
+# The tests that depend most on the order of sums, as CPUs without AVX-512 and without AVX2 add.
+ISA_TESTS := $(addprefix tests/test_,$(addsuffix .py,tolerance models model_options sampling sampling_explain \
+    sampling_guidance sampling_solvers captions conditioning swiglu diffusion_golden interop_flow accelerate))
+
+test-isa: .venv/.test
+	@failed=0; export OMP_NUM_THREADS=1; \
+	for setting in "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE" \
+	    "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2" \
+	    "ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"; do \
+	    echo "== $$setting"; env $$setting $(PY) -m pytest -q -n 2 -m "not slow" $(ISA_TESTS) || failed=1; \
+	done; exit $$failed
 
 check: .venv/.test
 	$(PY) -m ruff check .
