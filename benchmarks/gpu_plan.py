@@ -189,7 +189,10 @@ def _part1(dry: bool, cores: int) -> list[Stage]:
         Stage("compile: operations", _operations(some, "--once", dry=dry), 110, beside=True, gib=40),
         Stage("ladder: training", _ladder(["train"], rungs, dry=dry), 85, gib=70),
         Stage(
-            "tune: attention, mlp", _tune(["attention", "mlp"], ("bf16", "autocast"), cores, dry), 70, gib=40
+            "tune: attention, mlp",
+            _tune(["attention"] if dry else ["attention", "mlp"], ("bf16", "autocast"), cores, dry),
+            70,
+            gib=40,
         ),
         Stage("ladder: tuned, options", _ladder(["train"], OPTIONS, "--repeats", "3", dry=dry), 70, gib=70),
         Stage(
