@@ -256,7 +256,7 @@ def test_exporting_the_references_weights_is_asked_for(tmp_path) -> None:
         ({"norm_eps": float("nan")}, "norm2_eps=nan"),
         ({"mlp_ratio": 1e300}, "mlp_ratio=1e"),
         ({"attention_head_dim": 2**20}, r"width 4194304, its pos_embed\.proj\.bias is \(32,\)"),
-        ({"_target_": "os.system", "target": "os.system"}, "unknown target='os.system'"),
+        ({"_target_": "os.system", "target": "os.system"}, "unknown 'target'='os.system'"),
     ],
 )
 def test_hostile_configurations_are_one_line(change, line, tmp_path) -> None:

@@ -289,7 +289,7 @@ def test_models_that_do_not_fit_the_request(diffusion):
         draw(plain, flow_nodes(4), [0], scale=1.0)
     fixed = create_diffusion("6", learn_sigma=False)
     assert draw(plain, fixed, [0], scale=1.0).isfinite().all()
-    with pytest.raises(ConfigError, match="every 0: choose at least 1"):
+    with pytest.raises(ConfigError, match="every 0: give a whole number from 1"):
         Sampler(plain, fixed, SamplerConfig(guidance=Guidance(1.0)))([0], every=0)
 
 

@@ -15,7 +15,7 @@ from dit_fast.data import LatentSet
 from dit_fast.errors import ConfigError
 from dit_fast.evaluation import features
 from dit_fast.training import TrainConfig, Trainer, loop, resume, train
-from dit_fast.training.evaluate import Evaluation, score_line
+from dit_fast.training.evaluate import Evaluation, EvaluationError, score_line
 from dit_fast.training.progress import read_log, read_scores
 from dit_fast.training.world import World
 
@@ -106,7 +106,7 @@ def test_ranks_share_the_samples(options):
     shared = evaluations[0].score()
     assert shared.fid == pytest.approx(alone.fid, rel=1e-6)
     object.__setattr__(each.world, "said", "2 of 5 samples have NaN")
-    with pytest.raises(ArithmeticError, match="rank 1: 2 of 5 samples have NaN"):
+    with pytest.raises(EvaluationError, match="rank 1: 2 of 5 samples have NaN"):
         evaluations[0].score()
 
 
@@ -118,7 +118,7 @@ def test_samples_that_are_not_finite_are_said_and_the_run_goes_on(tmp_path, opti
         lambda self: {name: t * np.nan for name, t in average(self).items()},
     )
     result = train(tiny(steps=2, **options), tmp_path / "run")
-    assert "step 2: no score: 10 of 10 samples have NaN or infinite values" in caplog.text
+    assert "the score of samples: 10 of 10 samples have NaN or infinite values" in caplog.text
     assert result.step == 2
 
 
