@@ -2,7 +2,8 @@
 
 Records what each operation launches, forward and backward, at the sizes of DiT-S, B, L and XL, and compiles it for
 each architecture: registers, spills, shared memory, occupancy, accesses to memory, tensor-core and
-float64 instructions in the machine code, and the bytes moved against the least possible. Compiled binaries stay in
+float64 instructions in the machine code, what bounds a pass over memory besides its bytes (barriers, instructions,
+loads in flight), and the bytes moved against the least possible. Compiled binaries stay in
 Triton's cache, by the hash of their source. `--check` exits with 1 and names each hard line that is broken.
 `--matrix` compiles every kernel for all that Triton specializes a launch on (benchmarks/specializations.py).
 """
@@ -10,6 +11,7 @@ Triton's cache, by the hash of their source. `--check` exits with 1 and names ea
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -101,6 +103,12 @@ FLOAT64 = {
 }
 """Kernels that may compute in float64 on other inputs than float64, with the reason."""
 
+ISSUE_SLOTS = 132 * 4 * 1.755e9 * 0.6
+"""Warp instructions a second of an H200: multiprocessors, schedulers, clock, and what schedulers reach of it."""
+
+COPY_BANDWIDTH = 4.3e12
+"""Bytes a second that a copy reads and writes on an H200."""
+
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA", "HMMA")}
 """What a product of 16-bit factors has to become."""
 
@@ -175,6 +183,29 @@ def token_tensors(launch: Launch) -> dict[str, Tensor]:
     return {name: x for name, x in tensors.items() if 4 * x.numel() * x.itemsize >= largest > 0}
 
 
+def issued(kernel: Compiled, launch: Launch) -> dict[str, Any]:
+    """What bounds a kernel without products besides its bytes, as `Row` has it: empty where tiles are no rows.
+
+    A row is one of the largest token tensor. On sm_90 the time that its instructions take to issue is compared with
+    that of its bytes; above 0.7 a kernel is likely not bound by memory.
+    """
+    arguments, tensors = launch.arguments, tensor_arguments(launch.arguments).values()
+    columns = arguments.get("BLOCK_F", arguments.get("D"))
+    if kernel.products() or columns is None or "ROWS" not in arguments:
+        return {}
+    largest = max(tensors, key=lambda x: x.numel() * x.itemsize)
+    figures, programs = kernel.figures(), math.prod(launch.grid)
+    tiles = largest.numel() / (arguments["ROWS"] * columns) if figures.tile else 0
+    instructions = (tiles * figures.tile + programs * figures.once) * kernel.num_warps
+    memory = sum(x.numel() * x.itemsize for x in tensors) / COPY_BANDWIDTH
+    return {
+        "barriers": figures.barriers,
+        "in_flight": figures.loads_in_flight,
+        "instructions": round(instructions / (largest.numel() // largest.shape[-1])),
+        "issue": round(instructions / ISSUE_SLOTS / memory, 2) if kernel.capability == 90 else None,
+    }
+
+
 def broken_lines(kernel: Compiled, launch: Launch) -> Iterator[str]:
     """Each hard line that a kernel breaks, in words."""
     tokens = token_tensors(launch)
@@ -230,6 +261,7 @@ def examine(setting: Setting) -> tuple[list[Row], list[Traffic]]:
                 float64=kernel.float64(),
                 bytes=0 if tabled else sum(x.numel() * x.itemsize for x in tensors),
                 broken=tuple(broken_lines(kernel, launch)),
+                **issued(kernel, launch),
             )
             if row not in rows:
                 rows.append(row)

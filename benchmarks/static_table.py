@@ -33,6 +33,16 @@ are not listed as broken move vectors of one row a sample, row statistics and pa
 launch once, "-" where a kernel finds its tensors by a table of addresses.
 """
 
+ISSUED = """
+## What bounds a pass over memory besides its bytes
+
+Kernels without products, whose tiles are rows. Barriers and 128-bit loads in flight (issued before a result is
+used) are those of a tile: of the main loop where a program walks several tiles. Instructions are those of all warps for
+one row of the largest tensor, a nested loop counted once. On sm_90, t_issue is the time to issue them all on
+an H200, 132 multiprocessors x 4 schedulers x 1.755 GHz x 0.6, and t_memory that of the kernel's bytes at 4.3 TB/s:
+above 0.7 a kernel is likely not bound by memory.
+"""
+
 TRAFFIC = """
 ## Bytes moved against the least possible
 
@@ -43,7 +53,11 @@ token tensors alone. A tensor that a kernel reads twice comes from the cache the
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel in a setting. Sizes in bytes; `accesses` by `Compiled.machine_accesses`; `bytes`: each tensor once."""
+    """One kernel in a setting. Sizes in bytes; `accesses` by `Compiled.machine_accesses`; `bytes`: each tensor once.
+
+    `barriers` and 128-bit loads `in_flight` of a tile, `instructions` of all warps for a row, on sm_90 `issue`,
+    t_issue / t_memory. None where a kernel's tiles are no rows.
+    """
 
     op: str
     case: str
@@ -62,6 +76,10 @@ class Row:
     float64: dict[str, int]
     bytes: int
     broken: tuple[str, ...]
+    barriers: int | None = None
+    in_flight: int | None = None
+    instructions: int | None = None
+    issue: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,14 @@ def markdown(rows: Sequence[Row], traffic: Sequence[Traffic], version: str) -> s
          "accesses", "tensor cores", "float64", "MB", "broken"),
         kernel_cells(rows),
     )  # fmt: skip
+    counted_rows = [row for row in rows if row.instructions is not None]
+    if counted_rows:
+        lines.append(ISSUED)
+        lines += table(
+            ("operation", "pass", "kernel", "dtypes", "D", "warps", "registers", "occupancy", "barriers a tile",
+             "instructions a row", "loads in flight", "t_issue / t_memory"),
+            issued_cells(counted_rows),
+        )  # fmt: skip
     if traffic:
         lines.append(TRAFFIC)
         lines += table(
@@ -127,8 +153,10 @@ def summary_cells(rows: Sequence[Row]) -> Iterable[tuple[Any, ...]]:
         )  # fmt: skip
 
 
-def kernel_cells(rows: Sequence[Row]) -> Iterable[tuple[Any, ...]]:
-    """Cells of the second table; the architectures of one kernel, dtypes and width share a row."""
+def by_architecture(
+    rows: Sequence[Row], columns: Sequence[Callable[[Row], str]]
+) -> Iterable[tuple[Any, ...]]:
+    """Cells of one row for each kernel, dtypes and width: their names, then `columns`, merged over architectures."""
 
     def identity(row: Row) -> tuple[Any, ...]:
         return named(row), row.direction, short_name(row), row.dtypes, row.width
@@ -136,7 +164,14 @@ def kernel_cells(rows: Sequence[Row]) -> Iterable[tuple[Any, ...]]:
     order = {key: number for number, key in enumerate(dict.fromkeys(map(identity, rows)))}
     for key, group in groupby(sorted(rows, key=lambda row: order[identity(row)]), identity):
         members = sorted(group, key=lambda row: row.capability)
-        columns: tuple[Callable[[Row], str], ...] = (
+        yield *key, *(merged([column(row) for row in members]) for column in columns)
+
+
+def kernel_cells(rows: Sequence[Row]) -> Iterable[tuple[Any, ...]]:
+    """Cells of the second table."""
+    return by_architecture(
+        rows,
+        (
             lambda row: str(row.warps),
             lambda row: str(row.registers),
             lambda row: str(row.spills),
@@ -147,8 +182,25 @@ def kernel_cells(rows: Sequence[Row]) -> Iterable[tuple[Any, ...]]:
             lambda row: counted(row.float64),
             lambda row: megabytes(row.bytes),
             lambda row: "; ".join(row.broken) or "-",
-        )
-        yield *key, *(merged([column(row) for row in members]) for column in columns)
+        ),
+    )
+
+
+def issued_cells(rows: Sequence[Row]) -> Iterable[tuple[Any, ...]]:
+    """Cells of the table of what bounds a pass over memory."""
+    for *key, issue in by_architecture(
+        rows,
+        (
+            lambda row: str(row.warps),
+            lambda row: str(row.registers),
+            lambda row: f"{row.occupancy:.0%}",
+            lambda row: str(row.barriers),
+            lambda row: str(row.instructions),
+            lambda row: str(row.in_flight),
+            lambda row: "" if row.issue is None else f"{row.issue:.2f}",
+        ),
+    ):
+        yield *key, issue.strip(" /") or "-"
 
 
 def traffic_cells(traffic: Sequence[Traffic]) -> Iterable[tuple[Any, ...]]:

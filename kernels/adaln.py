@@ -22,112 +22,95 @@ from torch import Tensor
 from dit_fast.kernels import reference
 from dit_fast.kernels.device import (
     column_sum,
-    every_other,
-    interleave,
+    first_token,
+    load_part,
+    load_rows,
     load_vector,
-    part,
-    row_sum,
+    main_part,
+    no_sum,
+    of_rows,
+    row_lanes,
     row_sums,
     split_tokens,
-    squared_deviation,
-    store_vector,
-    token_rows,
+    store_part,
+    store_rows,
+    store_sum,
+    tail_part,
 )  # fmt: skip
 from dit_fast.kernels.launch import accumulator, as_vectors, cast, cdiv, launch, tuned_rows
 from dit_fast.kernels.op import check_shapes, define_op, is_centred, uses_triton
 
 
 @triton.jit
-def modulate(x, mean, rstd, shift_ptr, scale_ptr, START: tl.constexpr, D: tl.constexpr):
-    """(x - mean) * rstd * (1 + scale) + shift on one part of the columns."""
-    shift = load_vector(shift_ptr, START, x.shape[1], D, x.dtype)
-    scale = load_vector(scale_ptr, START, x.shape[1], D, x.dtype)
+def moments(main, tail, MAIN: tl.constexpr, TAIL: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr):
+    """Mean and 1 / deviation (ROWS,) of the rows of a tile; not CENTRED: 0, and the deviation is that from 0.
+
+    The variance is a second pass over registers: no cancellation.
+    """
+    mean = tl.full([MAIN.rows], 0.0, main.dtype)
+    if CENTRED:
+        total = row_lanes(main, MAIN)
+        if TAIL.size > 0:
+            total += row_lanes(tail, TAIL)
+        mean = tl.sum(total, axis=1) / MAIN.width
+    square = row_lanes(squared_deviation(main, mean, MAIN), MAIN)
+    if TAIL.size > 0:
+        square += row_lanes(squared_deviation(tail, mean, TAIL), TAIL)
+    return mean, 1 / tl.sqrt(tl.sum(square, axis=1) / MAIN.width + EPS)
+
+
+@triton.jit
+def squared_deviation(x, mean, P: tl.constexpr):
+    """(x - mean)^2, 0 beyond the last column."""
+    deviation = x - of_rows(mean, P)
+    if not P.exact:
+        o_c = tl.arange(0, P.warps)[None, :, None, None] * P.own + P.start
+        deviation = tl.where(o_c + tl.arange(0, P.size)[None, None, None, :] < P.width, deviation, 0.0)
+    return deviation * deviation
+
+
+@triton.jit
+def modulate(x, mean, rstd, shift_ptr, scale_ptr, P: tl.constexpr):
+    """(x - mean) * rstd * (1 + scale) + shift on one part; mean, rstd one value a row, as wide as x or one column."""
+    scale, shift = load_vector(scale_ptr, P, x.dtype), load_vector(shift_ptr, P, x.dtype)
     return (x - mean) * rstd * (1 + scale) + shift
 
 
 @triton.jit
-def norm_backward_sums(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, o_t, m_t, START: tl.constexpr, SIZE: tl.constexpr,
-    D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Of one part: d_shift and d_scale (1, SIZE), and the sums of g and g * h (rows,)."""
-    offsets, mask = part(o_t, m_t, START, SIZE, D)
-    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    mean = tl.load(mean_ptr + o_t, mask=m_t, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + o_t, mask=m_t, other=0.0)[:, None]
-    h = (x - mean) * rstd
-    dshift, dscale = column_sum(dy), column_sum(dy * h)
-    g = dy * (1 + load_vector(scale_ptr, START, SIZE, D, ACC))
-    sum_g, sum_gh = row_sums(g, g * h)
-    return dshift, dscale, sum_g, sum_gh
+def norm_gradient(
+    dy_ptr, x_ptr, mean_ptr, scale_ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.constexpr = ""
+):
+    """Of one part: dy, g = dy * (1 + scale), and x - mean."""
+    dy = load_part(dy_ptr, left, P, ACC, MODIFIER)
+    deviation = load_part(x_ptr, left, P, ACC, MODIFIER) - load_rows(mean_ptr, left, P)
+    return dy, dy * (1 + load_vector(scale_ptr, P, ACC)), deviation
 
 
 @triton.jit
-def norm_backward_means(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, left, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr, ACC: tl.constexpr, CENTRED: tl.constexpr,
-):  # fmt: skip
-    """First pass over a tile: d_shift and d_scale of both parts, and mean_D(g), mean_D(g * h) (ROWS,).
-
-    The main part goes by even and odd rows, which halves the registers of a tile; the tail needs all rows at
-    once for 128-bit accesses. `left` is the number of tokens from the tile's first on. Not CENTRED: 0 for mean_D(g).
-    """
-    dshift, dscale = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
-    even_g, even_gh = tl.zeros([ROWS // 2], ACC), tl.zeros([ROWS // 2], ACC)
-    odd_g, odd_gh = even_g, even_gh
-    for half in range(2):
-        even_g, even_gh = odd_g, odd_gh
-        o_t = half + 2 * tl.arange(0, ROWS // 2)
-        half_shift, half_scale, odd_g, odd_gh = norm_backward_sums(
-            dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, o_t, o_t < left, 0, MAIN, D, ACC
-        )
-        dshift += half_shift
-        dscale += half_scale
-    sum_g, sum_gh = interleave(even_g, odd_g), interleave(even_gh, odd_gh)
-    if TAIL > 0:
-        o_t = tl.arange(0, ROWS)
-        tail_shift, tail_scale, tail_g, tail_gh = norm_backward_sums(
-            dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, o_t, o_t < left, MAIN, TAIL, D, ACC
-        )
-        sum_g += tail_g
-        sum_gh += tail_gh
-    else:
-        tail_shift, tail_scale = tl.zeros([1, 1], ACC), tl.zeros([1, 1], ACC)
-    mean_g = sum_g / D if CENTRED else tl.zeros_like(sum_g)
-    return dshift, dscale, tail_shift, tail_scale, mean_g, sum_gh / D
+def norm_sums(dy, g, deviation, rstd_ptr, left, dshift, dscale, P: tl.constexpr):
+    """d_shift and d_scale with one part of a tile added; `row_lanes` of g and g * h."""
+    h = deviation * load_rows(rstd_ptr, left, P)
+    return dshift + column_sum(dy), dscale + column_sum(dy * h), row_lanes(g, P), row_lanes(g * h, P)
 
 
 @triton.jit
-def norm_backward(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, mean_g, mean_gh, o_t, m_t, START: tl.constexpr,
-    SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """d_x = rstd * (g - mean_D(g) - h * mean_D(g * h)) of one part; mean_g, mean_gh (rows, 1).
-
-    Reads the rows a second time, from the cache: keeping them from the first pass would spill registers. The
-    cache modifier, the default one, keeps the compiler from merging the two loads.
-    """
-    offsets, mask = part(o_t, m_t, START, SIZE, D)
-    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0, cache_modifier=".ca").to(ACC)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0, cache_modifier=".ca").to(ACC)
-    mean = tl.load(mean_ptr + o_t, mask=m_t, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + o_t, mask=m_t, other=0.0)[:, None]
-    g = dy * (1 + load_vector(scale_ptr, START, SIZE, D, ACC))
-    return rstd * (g - mean_g - (x - mean) * rstd * mean_gh)
+def norm_means(g, gh, D: tl.constexpr, CENTRED: tl.constexpr):
+    """mean_D(g) and mean_D(g * h) (ROWS,) of their `row_lanes`. Not CENTRED: 0 for mean_D(g)."""
+    sum_g, sum_gh = row_sums(g, gh)
+    mean_g, mean_gh = sum_g / D, sum_gh / D
+    if not CENTRED:
+        mean_g = tl.zeros_like(mean_gh)
+    return mean_g, mean_gh
 
 
 @triton.jit
-def _adaln_bwd_tile(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, mean_g, mean_gh, o_t, m_t, START: tl.constexpr,
-    SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Store d_x of one part."""
-    dx = norm_backward(
-        dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, mean_g, mean_gh, o_t, m_t, START, SIZE, D, ACC
-    )
-    offsets, mask = part(o_t, m_t, START, SIZE, D)
-    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+def norm_backward(g, deviation, mean_g, mean_gh, rstd_ptr, left, P: tl.constexpr, CENTRED: tl.constexpr):
+    """d_x = rstd * (g - mean_D(g) - h * mean_D(g * h)) of one part."""
+    rstd = load_rows(rstd_ptr, left, P)
+    away = deviation * (rstd * rstd * of_rows(mean_gh, P))
+    if CENTRED:
+        away += rstd * of_rows(mean_g, P)
+    return g * rstd - away
 
 
 @triton.jit
@@ -137,37 +120,32 @@ def _adaln_fwd_kernel(
     # sizes, strides
     T, stride_shift, stride_scale,
     # meta
-    EPS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    EVEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
+    MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
+    TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
+    b, start = first_token(tl.program_id(0), T, ROWS)
+    left = T - start
     shift_ptr += b * stride_shift
     scale_ptr += b * stride_scale
-    x_ptr += b * T * D
-    y_ptr += b * T * D
-    mean_ptr += b * T
-    rstd_ptr += b * T
+    x_ptr += (b * T + start) * D
+    y_ptr += (b * T + start) * D
+    mean_ptr += b * T + start
+    rstd_ptr += b * T + start
 
-    o_main, m_main = part(o_t, m_t, 0, MAIN, D)
-    x_main = tl.load(x_ptr + o_main, mask=m_main, other=0.0).to(ACC)
-    mean = row_sum(x_main)
-    if TAIL > 0:
-        o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
-        x_tail = tl.load(x_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
-        mean += row_sum(x_tail)
-    mean = mean / D if CENTRED else tl.zeros_like(mean)
-    variance = squared_deviation(x_main, mean, 0, MAIN, D)
-    if TAIL > 0:
-        variance += squared_deviation(x_tail, mean, MAIN, TAIL, D)
-    rstd = 1 / tl.sqrt(variance / D + EPS)
-
-    y = modulate(x_main, mean, rstd, shift_ptr, scale_ptr, 0, D)
-    tl.store(y_ptr + o_main, y.to(y_ptr.dtype.element_ty), mask=m_main)
-    if TAIL > 0:
-        y = modulate(x_tail, mean, rstd, shift_ptr, scale_ptr, MAIN, D)
-        tl.store(y_ptr + o_tail, y.to(y_ptr.dtype.element_ty), mask=m_tail)
-    tl.store(mean_ptr + o_t[:, None], mean, mask=m_t[:, None])
-    tl.store(rstd_ptr + o_t[:, None], rstd, mask=m_t[:, None])
+    main = load_part(x_ptr, left, MAIN, ACC)
+    tail = main
+    if TAIL.size > 0:
+        tail = load_part(x_ptr, left, TAIL, ACC)
+    mean, rstd = moments(main, tail, MAIN, TAIL, EPS, CENTRED)
+    y = modulate(main, of_rows(mean, MAIN), of_rows(rstd, MAIN), shift_ptr, scale_ptr, MAIN)
+    store_part(y_ptr, y, left, MAIN)
+    if TAIL.size > 0:
+        y = modulate(tail, of_rows(mean, TAIL), of_rows(rstd, TAIL), shift_ptr, scale_ptr, TAIL)
+        store_part(y_ptr, y, left, TAIL)
+    store_rows(mean_ptr, mean, left, MAIN)
+    store_rows(rstd_ptr, rstd, left, MAIN)
 
 
 @triton.jit
@@ -177,11 +155,13 @@ def _adaln_bwd_kernel(
     # sizes, strides
     B, T, stride_scale,
     # meta
-    SPLITS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr, ACC: tl.constexpr,
+    SPLITS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    EVEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
+    TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
     pid = tl.program_id(0)
-    b = (pid // SPLITS).to(tl.int64)
+    b = tl.cast(pid // SPLITS, tl.int64)
     split = pid % SPLITS
     share = split_tokens(T, SPLITS, ROWS)
     scale_ptr += b * stride_scale
@@ -190,29 +170,29 @@ def _adaln_bwd_kernel(
     dx_ptr += (b * T + split * share) * D
     mean_ptr += b * T + split * share
     rstd_ptr += b * T + split * share
-    dshift_main, dscale_main = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
-    dshift_tail, dscale_tail = tl.zeros([1, TAIL or 1], ACC), tl.zeros([1, TAIL or 1], ACC)
+    dshift_main, dscale_main = no_sum(MAIN, ACC), no_sum(MAIN, ACC)
+    if TAIL.size > 0:
+        dshift_tail, dscale_tail = no_sum(TAIL, ACC), no_sum(TAIL, ACC)
 
-    for start in range(split * share, (split + 1) * share, ROWS):
-        main_shift, main_scale, tail_shift, tail_scale, mean_g, mean_gh = norm_backward_means(
-            dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, T - start, D, ROWS, MAIN, TAIL, ACC, CENTRED
+    for start in range(split * share, tl.minimum((split + 1) * share, T), ROWS):
+        left = T - start
+        dy, g_main, x_main = norm_gradient(dy_ptr, x_ptr, mean_ptr, scale_ptr, left, MAIN, ACC)
+        dshift_main, dscale_main, g, gh = norm_sums(
+            dy, g_main, x_main, rstd_ptr, left, dshift_main, dscale_main, MAIN
         )
-        dshift_main += main_shift
-        dscale_main += main_scale
-        dshift_tail += tail_shift
-        dscale_tail += tail_scale
-        for half in range(2):
-            g, gh = every_other(mean_g, half), every_other(mean_gh, half)
-            o_t = half + 2 * tl.arange(0, ROWS // 2)
-            _adaln_bwd_tile(
-                dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, g, gh, o_t, o_t < T - start, 0, MAIN, D, ACC
-            )  # fmt: skip
-        if TAIL > 0:
-            g, gh = mean_g[:, None], mean_gh[:, None]
-            o_t = tl.arange(0, ROWS)
-            _adaln_bwd_tile(
-                dy_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, dx_ptr, g, gh, o_t, o_t < T - start, MAIN, TAIL, D, ACC
-            )  # fmt: skip
+        if TAIL.size > 0:
+            dy, g_tail, x_tail = norm_gradient(dy_ptr, x_ptr, mean_ptr, scale_ptr, left, TAIL, ACC)
+            dshift_tail, dscale_tail, tail_g, tail_gh = norm_sums(
+                dy, g_tail, x_tail, rstd_ptr, left, dshift_tail, dscale_tail, TAIL
+            )
+            g += tail_g
+            gh += tail_gh
+        mean_g, mean_gh = norm_means(g, gh, D, CENTRED)
+        dx = norm_backward(g_main, x_main, mean_g, mean_gh, rstd_ptr, left, MAIN, CENTRED)
+        store_part(dx_ptr, dx, left, MAIN)
+        if TAIL.size > 0:
+            dx = norm_backward(g_tail, x_tail, mean_g, mean_gh, rstd_ptr, left, TAIL, CENTRED)
+            store_part(dx_ptr, dx, left, TAIL)
         dy_ptr += ROWS * D
         x_ptr += ROWS * D
         dx_ptr += ROWS * D
@@ -222,17 +202,17 @@ def _adaln_bwd_kernel(
     # partial is (2, B, SPLITS, D): d_shift, then d_scale.
     partial_ptr += (b * SPLITS + split) * D
     stride_sum = tl.cast(B, tl.int64) * SPLITS * D
-    store_vector(partial_ptr, dshift_main, 0, MAIN, D)
-    store_vector(partial_ptr + stride_sum, dscale_main, 0, MAIN, D)
-    if TAIL > 0:
-        store_vector(partial_ptr, dshift_tail, MAIN, TAIL, D)
-        store_vector(partial_ptr + stride_sum, dscale_tail, MAIN, TAIL, D)
+    store_sum(partial_ptr, dshift_main, MAIN)
+    store_sum(partial_ptr + stride_sum, dscale_main, MAIN)
+    if TAIL.size > 0:
+        store_sum(partial_ptr, dshift_tail, TAIL)
+        store_sum(partial_ptr + stride_sum, dscale_tail, TAIL)
 
 
 def _forward(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, D = x.shape
+    B, T, _ = x.shape
     x, shift, scale = x.contiguous(), as_vectors(shift), as_vectors(scale)
     y = torch.empty_like(x, dtype=scale.dtype)
     mean = x.new_empty(B, T, dtype=reference.accumulator(x))
@@ -242,7 +222,7 @@ def _forward(
         _adaln_fwd_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, shift_ptr=shift, scale_ptr=scale, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         T=T, stride_shift=shift.stride(0), stride_scale=scale.stride(0),
-        EPS=eps, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(x),
+        EPS=eps, CENTRED=centred, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -268,13 +248,13 @@ def _backward(
     B, T, D = x.shape
     dy, x, scale = dy.contiguous(), x.contiguous(), as_vectors(scale)
     dx = torch.empty_like(x)
-    cfg = tuned_rows(_adaln_bwd_kernel, x, dy)
+    cfg = tuned_rows(_adaln_bwd_kernel, x, dy, sums=2)
     partial = x.new_empty(2, B, cfg.splits, D, dtype=mean.dtype)
     launch(
         _adaln_bwd_kernel, (B * cfg.splits,), on=x, num_warps=cfg.num_warps,
         dy_ptr=dy, x_ptr=x, scale_ptr=scale, mean_ptr=mean, rstd_ptr=rstd, dx_ptr=dx, partial_ptr=partial,
         B=B, T=T, stride_scale=scale.stride(0),
-        SPLITS=cfg.splits, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(x),
+        SPLITS=cfg.splits, CENTRED=centred, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
     return dx, cast(partial.sum(2), scale.dtype)
 

@@ -2,8 +2,8 @@
 
 `ahead_of_time(run, capability)` carries out `run()` on meta tensors, so that each launcher chooses its own
 configuration, and compiles what would have been launched with Triton's own ptxas. Of each kernel it tells
-registers, spilled bytes, shared memory, occupancy, the instructions of the machine code (SASS), and the width of
-the accesses to each tensor.
+registers, spilled bytes, shared memory, occupancy, the instructions of the machine code (SASS), those of its main loop
+(sass.py), and the width of the accesses to each tensor.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import create_function_from_signature
 
+from dit_fast.kernels import sass
 from dit_fast.kernels.launch import Launch, record_launches
 
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -72,6 +73,10 @@ class Compiled:
     def instructions(self) -> dict[str, int]:
         """How often each instruction of interest is in the machine code, its modifiers included."""
         return machine_instructions(self.cubin)
+
+    def figures(self) -> sass.Figures:
+        """Barriers, instructions and loads in flight of the main loop."""
+        return machine_figures(self.cubin)
 
     def machine_accesses(self) -> dict[str, int]:
         """`accesses` counted in the machine code; "tma" are bulk copies by descriptor."""
@@ -231,6 +236,16 @@ def machine_instructions(cubin: bytes) -> dict[str, int]:
     counts = dict(Counter(instruction for instruction in code if re.fullmatch(pattern, instruction)))
     cache.put(json.dumps(counts), "instructions.json", binary=False)
     return counts
+
+
+def machine_figures(cubin: bytes) -> sass.Figures:
+    """`sass.figures` of a binary, kept in Triton's cache."""
+    cache = get_cache_manager(hashlib.sha256(Path(sass.__file__).read_bytes() + cubin).hexdigest())
+    if (found := cache.get_file("figures.json")) is not None:
+        return sass.Figures(**json.loads(Path(found).read_text()))
+    figures = sass.figures(cuda_tool("cuobjdump", "-sass", cubin))
+    cache.put(json.dumps(asdict(figures)), "figures.json", binary=False)
+    return figures
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

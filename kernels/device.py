@@ -1,22 +1,103 @@
-"""Device code that several kernels share: rows of D columns, cut into a main and a tail part.
+"""Device code that several kernels share: rows of D columns, and how a program holds a tile of them.
 
-A row is D = MAIN + TAIL, two powers of two, so that D = 1152 is 1024 + 128 and not 2048 with 44 % of the lanes
-idle; TAIL = 0 where one part suffices. A kernel treats its parts one after the other, which keeps few registers
-alive. Grammar: `o_` offsets, `m_` masks. Pointers move to their sample in int64; offsets within a sample are int32,
-since 64-bit addresses for each row of each tensor would take the registers that the rows need.
+How a tile lies on warps. Each warp owns D / WARPS neighbouring columns of every row of the tile, as a main and a tail
+part, two powers of two: 1152 columns on 4 warps are 4 x (256 + 32), no lane is idle and every access has 128 bits.
+A part is a tensor (A, WARPS, L, SIZE), row a * L + l. Triton gives the axes of a tensor that it loads to lanes, warps
+and registers from the last axis on, so that the shape says who has what: SIZE fills the lanes of a warp, together with
+L rows where it is narrower than one access of the warp, and A is left to the registers of a thread. Hence
+
+- a column belongs to one thread, or to L lanes of one warp: a sum over tokens stays in registers up to the end;
+- a sum over the columns of a row is one exchange between lanes and then between warps, of which a single warp has
+  none. `row_lanes` brings each part to (ROWS, WARPS * 32), what each lane has of each row, for both parts to be summed
+  at once; `of_rows` brings a value of each row back. Neither moves anything between threads.
+
+Pointers move to their sample in int64; offsets within a sample are int32, since 64-bit addresses for each row of
+each tensor would take the registers that the rows need. Grammar: `o_` offsets, `m_` masks; MAIN, TAIL, P parts.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 
+class Part(NamedTuple):
+    """Columns `start` to `start` + `size` of the `own` columns of each warp, in a tile of `rows` rows.
+
+    The rows have `width` columns. `even`: no tile reaches beyond the last token.
+    """
+
+    rows: int
+    warps: int
+    width: int
+    even: bool
+    own: int
+    start: int
+    size: int
+
+    @property
+    def lane_rows(self) -> int:
+        """L, the neighbouring rows that lie on the lanes of one warp."""
+        return max(1, self.access // self.size)
+
+    @property
+    def steps(self) -> int:
+        """A, the rows that lie in the registers of a thread."""
+        return self.rows // self.lane_rows
+
+    @property
+    def vector(self) -> int:
+        """Neighbouring columns of a thread: 128 bits of 16-bit elements."""
+        return 8
+
+    @property
+    def access(self) -> int:
+        """Columns of a warp's 32 threads."""
+        return 256
+
+    @property
+    def exact(self) -> bool:
+        """Whether no warp owns columns beyond the last."""
+        return self.warps * self.own == self.width
+
+
+@triton.constexpr_function
+def parts_of(width, rows, warps):
+    """Sizes of the main and the tail part of a warp's columns, the tail's 0 where one part suffices.
+
+    Neither is too narrow for `rows` rows of it to fill the lanes of a warp.
+    """
+    own, least = -(-width // warps), 256 // min(rows, 32)
+    main = max(1 << (own.bit_length() - 1), least)
+    tail = max(triton.next_power_of_2(own - main), least) if own > main else 0
+    return (2 * main, 0) if tail == main else (main, tail)
+
+
+@triton.constexpr_function
+def main_part(D, ROWS, WARPS, EVEN):
+    """The first part, which there always is."""
+    main, tail = parts_of(D, ROWS, WARPS)
+    return Part(ROWS, WARPS, D, EVEN, main + tail, 0, main)
+
+
+@triton.constexpr_function
+def tail_part(D, ROWS, WARPS, EVEN):
+    """The part behind the main one, of size 0 where there is none."""
+    main, tail = parts_of(D, ROWS, WARPS)
+    return Part(ROWS, WARPS, D, EVEN, main + tail, main, tail)
+
+
+@triton.constexpr_function
+def halves(P, ptr):
+    """2 for 32-bit elements, of which a thread's neighbouring columns take two accesses, else 1."""
+    return 2 if P.vector * ptr.dtype.element_ty.primitive_bitwidth == 256 else 1
+
+
 @triton.jit
-def token_rows(pid, T, ROWS: tl.constexpr):
-    """Sample index (int64), token offsets (ROWS,) and their mask, of tile `pid` of a (B, T, D) tensor."""
+def first_token(pid, T, ROWS: tl.constexpr):
+    """Sample index (int64) and first token of tile `pid` of a (B, T, D) tensor."""
     tiles = tl.cdiv(T, ROWS)
-    b = (pid // tiles).to(tl.int64)
-    o_t = (pid % tiles) * ROWS + tl.arange(0, ROWS)
-    return b, o_t, o_t < T
+    return tl.cast(pid // tiles, tl.int64), (pid % tiles) * ROWS
 
 
 @triton.jit
@@ -26,8 +107,181 @@ def split_tokens(T, SPLITS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def masked_load(ptr, mask, MODIFIER: tl.constexpr):
+    """Load, 0 where not `mask`; None: everywhere."""
+    if mask is None:
+        x = tl.load(ptr, cache_modifier=MODIFIER)
+    else:
+        x = tl.load(ptr, mask=mask, other=0.0, cache_modifier=MODIFIER)
+    return x
+
+
+@triton.jit
+def inside(o_t, o_c, left, P: tl.constexpr):
+    """Which of rows `o_t` and columns `o_c` there are, `left` rows from the tile's first on; None: all."""
+    if P.even:
+        mask = None if P.exact else o_c < P.width
+    else:
+        mask = o_t < left
+        if not P.exact:
+            mask = mask & (o_c < P.width)
+    return mask
+
+
+@triton.jit
+def rows_of(P: tl.constexpr):
+    """Offsets (A, 1, L, 1) of the rows of a tile."""
+    o_a = tl.arange(0, P.steps)[:, None, None, None] * P.lane_rows
+    return o_a + tl.arange(0, P.lane_rows)[None, None, :, None]
+
+
+@triton.jit
+def load_columns(ptr, o_t, STRIDE: tl.constexpr, left, P: tl.constexpr, MODIFIER: tl.constexpr):
+    """Part P of rows `o_t` (A, 1, L, 1), STRIDE apart.
+
+    A thread takes two accesses for its neighbouring columns of a float32 tensor, so that it lies on the threads as a
+    bfloat16 tensor does.
+    """
+    o_warp = tl.arange(0, P.warps)[None, :, None, None] * P.own + P.start
+    if halves(P, ptr) == 2:
+        HALF: tl.constexpr = P.vector // 2
+        o_c = (
+            o_warp[:, :, :, :, None] + tl.arange(0, P.size // P.vector)[None, None, None, :, None] * P.vector
+        )
+        o_c += tl.arange(0, HALF)[None, None, None, None, :]
+        o_t = o_t[:, :, :, :, None]
+        low = masked_load(ptr + (o_t * STRIDE + o_c), inside(o_t, o_c, left, P), MODIFIER)
+        o_c += HALF
+        high = masked_load(ptr + (o_t * STRIDE + o_c), inside(o_t, o_c, left, P), MODIFIER)
+        x = tl.permute(tl.join(low, high), (0, 1, 2, 3, 5, 4))
+        x = tl.reshape(x, [o_t.shape[0], P.warps, P.lane_rows, P.size])
+    else:
+        o_c = o_warp + tl.arange(0, P.size)[None, None, None, :]
+        x = masked_load(ptr + (o_t * STRIDE + o_c), inside(o_t, o_c, left, P), MODIFIER)
+    return x
+
+
+@triton.jit
+def widened(x, ACC: tl.constexpr):
+    """x in ACC. A bfloat16 is the upper half of a float32: said so, two of them take two instructions, not three."""
+    if x.dtype == tl.bfloat16 and tl.float32 == ACC:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(ACC)
+
+
+@triton.jit
+def load_part(ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.constexpr = ""):
+    """Part P of a tile of tokens in ACC; `left` tokens from the tile's first on, 0 beyond."""
+    return widened(load_columns(ptr, rows_of(P), P.width, left, P, MODIFIER), ACC)
+
+
+@triton.jit
+def store_part(ptr, x, left, P: tl.constexpr):
+    """Store part P of a tile of tokens.
+
+    Of 32-bit elements each of two accesses covers neighbouring columns, to which lanes pass on what they have. What the
+    second one stores, half of the columns or of the rows, comes before the warps: it stays in its warp.
+    """
+    TWO: tl.constexpr = halves(P, ptr)
+    ROWS_FIRST: tl.constexpr = TWO if P.lane_rows > 1 else 1
+    COLUMNS_FIRST: tl.constexpr = P.size * TWO // P.access if ROWS_FIRST < TWO else 1
+    L: tl.constexpr = P.lane_rows // ROWS_FIRST
+    SIZE: tl.constexpr = P.size // COLUMNS_FIRST
+    x = tl.reshape(x.to(ptr.dtype.element_ty), [P.steps, P.warps, ROWS_FIRST, L, COLUMNS_FIRST, SIZE])
+    x = tl.permute(x, (0, 2, 4, 1, 3, 5))
+    o_t = tl.arange(0, P.steps)[:, None, None, None, None, None] * P.lane_rows
+    o_t += tl.arange(0, ROWS_FIRST)[None, :, None, None, None, None] * L
+    o_t += tl.arange(0, L)[None, None, None, None, :, None]
+    o_c = tl.arange(0, COLUMNS_FIRST)[None, None, :, None, None, None] * SIZE + P.start
+    o_c += tl.arange(0, P.warps)[None, None, None, :, None, None] * P.own
+    o_c += tl.arange(0, SIZE)[None, None, None, None, None, :]
+    tl.store(ptr + (o_t * P.width + o_c), x, mask=inside(o_t, o_c, left, P))
+
+
+@triton.jit
+def load_vector(ptr, P: tl.constexpr, ACC: tl.constexpr):
+    """Part P of one row of D values, (1, WARPS, L, SIZE) in ACC: the L lanes of a column all have it."""
+    o_t = tl.arange(0, P.lane_rows)[None, None, :, None] * 0
+    return widened(load_columns(ptr, o_t, 0, 1, P, ""), ACC)
+
+
+@triton.jit
+def load_rows(ptr, left, P: tl.constexpr):
+    """(A, 1, L, 1) values of the rows of a tile, 0 beyond the last."""
+    return masked_load(ptr + rows_of(P), None if P.even else rows_of(P) < left, "")
+
+
+@triton.jit
+def store_rows(ptr, value, left, P: tl.constexpr):
+    """Store (ROWS,) values."""
+    o_t = tl.arange(0, P.rows)
+    tl.store(ptr + o_t, value, mask=o_t < left)
+
+
+@triton.jit
+def row_lanes(x, P: tl.constexpr):
+    """(ROWS, WARPS * 32): what each lane has of the sum of each row of part P, to be summed over axis 1."""
+    L: tl.constexpr = P.lane_rows
+    x = tl.reshape(x, [P.steps, P.warps, L, P.size * L // P.access, 32 // L, P.vector])
+    x = tl.reshape(tl.sum(tl.sum(x, 5), 3), [P.steps, 1, P.warps, 32])
+    if L > 1:
+        x = tl.where(has_row(P), x, 0.0)
+    return tl.reshape(x, [P.rows, P.warps * 32])
+
+
+@triton.jit
+def of_rows(value, P: tl.constexpr):
+    """(ROWS,) values as a part: (A, WARPS, L, SIZE), each column the value of its row."""
+    L: tl.constexpr = P.lane_rows
+    value = tl.reshape(tl.broadcast_to(value[:, None], [P.rows, P.warps * 32]), [P.steps, L, P.warps, 32])
+    if L > 1:
+        value = tl.where(has_row(P), value, 0.0)
+    value = tl.reshape(tl.sum(value, 1), [P.steps, P.warps, L, 1, 32 // L, 1])
+    value = tl.broadcast_to(value, [P.steps, P.warps, L, P.size * L // P.access, 32 // L, P.vector])
+    return tl.reshape(value, [P.steps, P.warps, L, P.size])
+
+
+@triton.jit
+def has_row(P: tl.constexpr):
+    """(1, L, 1, 32): which of L neighbouring rows each lane has."""
+    o_l = tl.arange(0, P.lane_rows)[None, :, None, None]
+    return tl.arange(0, 32)[None, None, None, :] // (32 // P.lane_rows) == o_l
+
+
+@triton.jit
+def add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def row_sums(x, y):
+    """(ROWS,) sums of two (ROWS, WARPS * 32) in one exchange."""
+    return tl.reduce((x, y), 1, add_pairs)
+
+
+@triton.jit
+def no_sum(P: tl.constexpr, ACC: tl.constexpr):
+    """A sum over tokens of part P before the first of them: (1, WARPS, L, SIZE), what each thread has added."""
+    return tl.full([1, P.warps, P.lane_rows, P.size], 0.0, ACC)
+
+
+@triton.jit
+def column_sum(x):
+    """What a tile adds to a sum over tokens, (1, WARPS, L, SIZE)."""
+    return tl.sum(x, axis=0)[None, :, :, :]
+
+
+@triton.jit
+def store_sum(ptr, value, P: tl.constexpr):
+    """Store a sum over tokens of part P to one row of D values."""
+    o_c = tl.arange(0, P.warps)[:, None] * P.own + P.start + tl.arange(0, P.size)[None, :]
+    value = tl.reshape(tl.sum(value, 2), [P.warps, P.size])
+    tl.store(ptr + o_c, value.to(ptr.dtype.element_ty), mask=o_c < P.width)
+
+
+@triton.jit
 def part(o_t, m_t, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    """Offsets (ROWS, SIZE) and mask of columns START .. START + SIZE of tokens `o_t` of a sample (T, D)."""
+    """Offsets (ROWS, SIZE) and mask of columns START .. START + SIZE of rows `o_t` of D columns."""
     o_columns = START + tl.arange(0, SIZE)[None, :]
     mask = m_t[:, None]
     if START + SIZE > D:
@@ -36,54 +290,6 @@ def part(o_t, m_t, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_vector(ptr, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
-    """Columns START .. START + SIZE of one contiguous row of D values, (1, SIZE) in ACC."""
-    o_columns = START + tl.arange(0, SIZE)[None, :]
-    return tl.load(ptr + o_columns, mask=o_columns < D, other=0.0).to(ACC)
-
-
-@triton.jit
-def store_vector(ptr, value, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    """Store (1, SIZE) to columns START .. START + SIZE of one contiguous row of D values."""
-    o_columns = START + tl.arange(0, SIZE)[None, :]
-    tl.store(ptr + o_columns, value.to(ptr.dtype.element_ty), mask=o_columns < D)
-
-
-@triton.jit
 def row_sum(x):
     """(ROWS, 1) sums over the columns of a tile."""
     return tl.sum(x, axis=1)[:, None]
-
-
-@triton.jit
-def row_sums(x, y):
-    """(ROWS,) sums over the columns of two tiles, in one exchange between warps."""
-    return tl.split(tl.sum(tl.join(x, y), axis=1))
-
-
-@triton.jit
-def interleave(even, odd):
-    """(ROWS,) values of all rows from those of the even and of the odd rows."""
-    return tl.reshape(tl.join(even, odd), [2 * even.shape[0]])
-
-
-@triton.jit
-def every_other(x, first):
-    """(ROWS / 2, 1) values of the even (first = 0) or odd (1) rows."""
-    even, odd = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
-    return tl.where(first == 0, even, odd)[:, None]
-
-
-@triton.jit
-def column_sum(x):
-    """(1, SIZE) sums over the rows of a tile."""
-    return tl.sum(x, axis=0)[None, :]
-
-
-@triton.jit
-def squared_deviation(x, mean, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    """(ROWS, 1) sums of (x - mean)^2 over the columns below D: a second pass over registers, no cancellation."""
-    deviation = x - mean
-    if START + SIZE > D:
-        deviation = tl.where(START + tl.arange(0, SIZE)[None, :] < D, deviation, 0.0)
-    return row_sum(deviation * deviation)

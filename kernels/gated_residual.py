@@ -17,46 +17,46 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.device import column_sum, load_vector, part, split_tokens, store_vector, token_rows
+from dit_fast.kernels.device import (
+    column_sum,
+    first_token,
+    load_part,
+    load_vector,
+    main_part,
+    no_sum,
+    split_tokens,
+    store_part,
+    store_sum,
+    tail_part,
+)  # fmt: skip
 from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cast, cdiv, launch, tuned_rows
 from dit_fast.kernels.op import check_shapes, define_op, uses_triton
 
 
 @triton.jit
-def load_sum(
-    x_ptr, branch_ptr, bias_ptr, gate_ptr, offsets, mask, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, left, P: tl.constexpr, ACC: tl.constexpr):
     """x + gate * (branch + bias) on one part of the columns; bias_ptr None means no bias."""
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    branch = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    x, branch = load_part(x_ptr, left, P, ACC), load_part(branch_ptr, left, P, ACC)
     if bias_ptr is not None:
-        branch += load_vector(bias_ptr, START, SIZE, D, ACC)
-    return x + load_vector(gate_ptr, START, SIZE, D, ACC) * branch
+        branch += load_vector(bias_ptr, P, ACC)
+    return x + load_vector(gate_ptr, P, ACC) * branch
 
 
 @triton.jit
-def store_gate_sums(
-    partial_ptr, stride_sum, dx_branch, dx_sum, gate_ptr, bias_ptr, START: tl.constexpr, SIZE: tl.constexpr,
-    D: tl.constexpr,
-):  # fmt: skip
+def branch_backward(dx, branch_ptr, dbranch_ptr, gate_ptr, left, dx_branch, dx_sum, P: tl.constexpr):
+    """Store d_branch = gate * dx of one part; the sums over tokens of dx * branch and of dx with this tile added."""
+    branch = load_part(branch_ptr, left, P, dx.dtype)
+    store_part(dbranch_ptr, load_vector(gate_ptr, P, dx.dtype) * dx, left, P)
+    return dx_branch + column_sum(dx * branch), dx_sum + column_sum(dx)
+
+
+@triton.jit
+def store_gate_sums(partial_ptr, stride_sum, dx_branch, dx_sum, gate_ptr, bias_ptr, P: tl.constexpr):
     """d_gate = sum(dx * branch) + bias * sum(dx), and gate * sum(dx), which is the bias gradient's share."""
     if bias_ptr is not None:
-        dx_branch += load_vector(bias_ptr, START, SIZE, D, dx_sum.dtype) * dx_sum
-        dbranch_sum = load_vector(gate_ptr, START, SIZE, D, dx_sum.dtype) * dx_sum
-        store_vector(partial_ptr + stride_sum, dbranch_sum, START, SIZE, D)
-    store_vector(partial_ptr, dx_branch, START, SIZE, D)
-
-
-@triton.jit
-def branch_backward(
-    dx, branch_ptr, dbranch_ptr, gate_ptr, offsets, mask, START: tl.constexpr, D: tl.constexpr
-):
-    """Store d_branch = gate * dx; return the sums over rows of dx * branch and of dx."""
-    gate = load_vector(gate_ptr, START, dx.shape[1], D, dx.dtype)
-    branch = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(dx.dtype)
-    tl.store(dbranch_ptr + offsets, (gate * dx).to(dbranch_ptr.dtype.element_ty), mask=mask)
-    return column_sum(dx * branch), column_sum(dx)
+        dx_branch += load_vector(bias_ptr, P, dx_sum.dtype) * dx_sum
+        store_sum(partial_ptr + stride_sum, load_vector(gate_ptr, P, dx_sum.dtype) * dx_sum, P)
+    store_sum(partial_ptr, dx_branch, P)
 
 
 @triton.jit
@@ -66,20 +66,20 @@ def _gated_residual_fwd_kernel(
     # sizes, strides
     T, stride_gate,
     # meta
-    D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
+    MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
+    TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
+    b, start = first_token(tl.program_id(0), T, ROWS)
+    left = T - start
     gate_ptr += b * stride_gate
-    x_ptr += b * T * D
-    branch_ptr += b * T * D
-    out_ptr += b * T * D
-    o_main, m_main = part(o_t, m_t, 0, MAIN, D)
-    out = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_main, m_main, 0, MAIN, D, ACC)
-    tl.store(out_ptr + o_main, out.to(out_ptr.dtype.element_ty), mask=m_main)
-    if TAIL > 0:
-        o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
-        out = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_tail, m_tail, MAIN, TAIL, D, ACC)
-        tl.store(out_ptr + o_tail, out.to(out_ptr.dtype.element_ty), mask=m_tail)
+    x_ptr += (b * T + start) * D
+    branch_ptr += (b * T + start) * D
+    out_ptr += (b * T + start) * D
+    store_part(out_ptr, load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, left, MAIN, ACC), left, MAIN)
+    if TAIL.size > 0:
+        store_part(out_ptr, load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, left, TAIL, ACC), left, TAIL)
 
 
 @triton.jit
@@ -89,37 +89,34 @@ def _gated_residual_bwd_kernel(
     # sizes, strides
     B, T, stride_gate,
     # meta
-    SPLITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    SPLITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
+    TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
     pid = tl.program_id(0)
-    b = (pid // SPLITS).to(tl.int64)
+    b = tl.cast(pid // SPLITS, tl.int64)
     split = pid % SPLITS
     share = split_tokens(T, SPLITS, ROWS)
     gate_ptr += b * stride_gate
     dout_ptr += (b * T + split * share) * D
     branch_ptr += (b * T + split * share) * D
     dbranch_ptr += (b * T + split * share) * D
-    branch_main, dx_main = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
-    if TAIL > 0:
-        branch_tail, dx_tail = tl.zeros([1, TAIL], ACC), tl.zeros([1, TAIL], ACC)
+    branch_main, dx_main = no_sum(MAIN, ACC), no_sum(MAIN, ACC)
+    if TAIL.size > 0:
+        branch_tail, dx_tail = no_sum(TAIL, ACC), no_sum(TAIL, ACC)
 
-    o_t = tl.arange(0, ROWS)
-    for start in range(split * share, (split + 1) * share, ROWS):
-        m_t = start + o_t < T
-        o_main, m_main = part(o_t, m_t, 0, MAIN, D)
-        dx = tl.load(dout_ptr + o_main, mask=m_main, other=0.0).to(ACC)
-        dx_branch, dx_sum = branch_backward(dx, branch_ptr, dbranch_ptr, gate_ptr, o_main, m_main, 0, D)
-        branch_main += dx_branch
-        dx_main += dx_sum
-        if TAIL > 0:
-            o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
-            dx = tl.load(dout_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
-            dx_branch, dx_sum = branch_backward(
-                dx, branch_ptr, dbranch_ptr, gate_ptr, o_tail, m_tail, MAIN, D
+    for start in range(split * share, tl.minimum((split + 1) * share, T), ROWS):
+        left = T - start
+        dx = load_part(dout_ptr, left, MAIN, ACC)
+        branch_main, dx_main = branch_backward(
+            dx, branch_ptr, dbranch_ptr, gate_ptr, left, branch_main, dx_main, MAIN
+        )
+        if TAIL.size > 0:
+            dx = load_part(dout_ptr, left, TAIL, ACC)
+            branch_tail, dx_tail = branch_backward(
+                dx, branch_ptr, dbranch_ptr, gate_ptr, left, branch_tail, dx_tail, TAIL
             )
-            branch_tail += dx_branch
-            dx_tail += dx_sum
         dout_ptr += ROWS * D
         branch_ptr += ROWS * D
         dbranch_ptr += ROWS * D
@@ -127,13 +124,13 @@ def _gated_residual_bwd_kernel(
     # partial is (2, B, SPLITS, D): d_gate, then the bias gradient's shares.
     partial_ptr += (b * SPLITS + split) * D
     stride_sum = tl.cast(B, tl.int64) * SPLITS * D
-    store_gate_sums(partial_ptr, stride_sum, branch_main, dx_main, gate_ptr, bias_ptr, 0, MAIN, D)
-    if TAIL > 0:
-        store_gate_sums(partial_ptr, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, MAIN, TAIL, D)
+    store_gate_sums(partial_ptr, stride_sum, branch_main, dx_main, gate_ptr, bias_ptr, MAIN)
+    if TAIL.size > 0:
+        store_gate_sums(partial_ptr, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, TAIL)
 
 
 def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
-    B, T, D = x.shape
+    B, T, _ = x.shape
     x, branch, gate = x.contiguous(), branch.contiguous(), as_vectors(gate)
     out = torch.empty_like(x)
     cfg = tuned_rows(_gated_residual_fwd_kernel, x, branch)
@@ -141,7 +138,7 @@ def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> T
         _gated_residual_fwd_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias), out_ptr=out,
         T=T, stride_gate=gate.stride(0),
-        D=D, **cfg.meta, ACC=accumulator(x),
+        **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
     return out
 
@@ -161,14 +158,14 @@ def _residual_backward(
     B, T, D = dout.shape
     dout, branch, gate = dout.contiguous(), branch.contiguous(), as_vectors(gate)
     dbranch = torch.empty_like(branch)
-    cfg = tuned_rows(_gated_residual_bwd_kernel, dout, branch)
+    cfg = tuned_rows(_gated_residual_bwd_kernel, dout, branch, sums=2)
     partial = dout.new_empty(1 if bias is None else 2, B, cfg.splits, D, dtype=reference.accumulator(dout))
     launch(
         _gated_residual_bwd_kernel, (B * cfg.splits,), on=dout, num_warps=cfg.num_warps,
         dout_ptr=dout, branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias),
         dbranch_ptr=dbranch, partial_ptr=partial,
         B=B, T=T, stride_gate=gate.stride(0),
-        SPLITS=cfg.splits, D=D, **cfg.meta, ACC=accumulator(dout),
+        SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(dout),
     )  # fmt: skip
     return dbranch, cast(partial[0].sum(1), gate.dtype), bias_gradient(partial[1:], bias, gate)
 

@@ -20,15 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.adaln import modulate, norm_backward, norm_backward_means
+from dit_fast.kernels.adaln import modulate, moments, norm_backward, norm_gradient, norm_means, norm_sums
 from dit_fast.kernels.device import (
-    every_other,
-    part,
-    row_sum,
+    first_token,
+    load_part,
+    main_part,
+    no_sum,
+    of_rows,
     split_tokens,
-    squared_deviation,
-    store_vector,
-    token_rows,
+    store_part,
+    store_rows,
+    store_sum,
+    tail_part,
 )  # fmt: skip
 from dit_fast.kernels.gated_residual import (
     bias_gradient,
@@ -42,67 +45,66 @@ from dit_fast.kernels.op import define_op, is_centred, uses_triton
 
 
 @triton.jit
+def _store_stream(x_ptr, branch_ptr, bias_ptr, gate_ptr, out_ptr, left, P: tl.constexpr, ACC: tl.constexpr):
+    """Store one part of the new residual stream; return it as it is stored, rounded, in ACC."""
+    out = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, left, P, ACC).to(out_ptr.dtype.element_ty)
+    store_part(out_ptr, out, left, P)
+    return out.to(ACC)
+
+
+@triton.jit
 def _gated_residual_adaln_fwd_kernel(
     # pointers
     x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
     # sizes, strides
     T, stride_gate, stride_shift, stride_scale,
     # meta
-    EPS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    EVEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
+    MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
+    TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
+    b, start = first_token(tl.program_id(0), T, ROWS)
+    left = T - start
     gate_ptr += b * stride_gate
     shift_ptr += b * stride_shift
     scale_ptr += b * stride_scale
-    x_ptr += b * T * D
-    branch_ptr += b * T * D
-    out_ptr += b * T * D
-    y_ptr += b * T * D
-    mean_ptr += b * T
-    rstd_ptr += b * T
+    x_ptr += (b * T + start) * D
+    branch_ptr += (b * T + start) * D
+    out_ptr += (b * T + start) * D
+    y_ptr += (b * T + start) * D
+    mean_ptr += b * T + start
+    rstd_ptr += b * T + start
 
-    o_main, m_main = part(o_t, m_t, 0, MAIN, D)
-    out_main = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_main, m_main, 0, MAIN, D, ACC)
-    out_main = out_main.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + o_main, out_main, mask=m_main)
-    out_main = out_main.to(ACC)
-    mean = row_sum(out_main)
-    if TAIL > 0:
-        o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
-        out_tail = load_sum(x_ptr, branch_ptr, bias_ptr, gate_ptr, o_tail, m_tail, MAIN, TAIL, D, ACC)
-        out_tail = out_tail.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + o_tail, out_tail, mask=m_tail)
-        out_tail = out_tail.to(ACC)
-        mean += row_sum(out_tail)
-    mean = mean / D if CENTRED else tl.zeros_like(mean)
-    variance = squared_deviation(out_main, mean, 0, MAIN, D)
-    if TAIL > 0:
-        variance += squared_deviation(out_tail, mean, MAIN, TAIL, D)
-    rstd = 1 / tl.sqrt(variance / D + EPS)
-
-    y = modulate(out_main, mean, rstd, shift_ptr, scale_ptr, 0, D)
-    tl.store(y_ptr + o_main, y.to(y_ptr.dtype.element_ty), mask=m_main)
-    if TAIL > 0:
-        y = modulate(out_tail, mean, rstd, shift_ptr, scale_ptr, MAIN, D)
-        tl.store(y_ptr + o_tail, y.to(y_ptr.dtype.element_ty), mask=m_tail)
-    tl.store(mean_ptr + o_t[:, None], mean, mask=m_t[:, None])
-    tl.store(rstd_ptr + o_t[:, None], rstd, mask=m_t[:, None])
+    main = _store_stream(x_ptr, branch_ptr, bias_ptr, gate_ptr, out_ptr, left, MAIN, ACC)
+    tail = main
+    if TAIL.size > 0:
+        tail = _store_stream(x_ptr, branch_ptr, bias_ptr, gate_ptr, out_ptr, left, TAIL, ACC)
+    mean, rstd = moments(main, tail, MAIN, TAIL, EPS, CENTRED)
+    y = modulate(main, of_rows(mean, MAIN), of_rows(rstd, MAIN), shift_ptr, scale_ptr, MAIN)
+    store_part(y_ptr, y, left, MAIN)
+    if TAIL.size > 0:
+        y = modulate(tail, of_rows(mean, TAIL), of_rows(rstd, TAIL), shift_ptr, scale_ptr, TAIL)
+        store_part(y_ptr, y, left, TAIL)
+    store_rows(mean_ptr, mean, left, MAIN)
+    store_rows(rstd_ptr, rstd, left, MAIN)
 
 
 @triton.jit
-def _gated_residual_adaln_bwd_tile(
+def _backward_part(
     dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
-    mean_g, mean_gh, o_t, m_t, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+    mean_g, mean_gh, left, dx_branch, dx_sum, P: tl.constexpr, ACC: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Store d_x and d_branch of one part; return the sums over rows of d_x * branch and of d_x."""
-    dx = norm_backward(
-        dy_ptr, out_ptr, mean_ptr, rstd_ptr, scale_ptr, mean_g, mean_gh, o_t, m_t, START, SIZE, D, ACC
-    )
-    offsets, mask = part(o_t, m_t, START, SIZE, D)
-    dx += tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    return branch_backward(dx, branch_ptr, dbranch_ptr, gate_ptr, offsets, mask, START, D)
+    """Store d_x and d_branch of one part; the sums over tokens of d_x * branch and of d_x with this tile added.
+
+    Reads the rows a second time, from the cache: beside four sums over tokens a thread has no registers to keep them.
+    The cache modifier, the default one, keeps the compiler from merging the two loads.
+    """
+    _, g, deviation = norm_gradient(dy_ptr, out_ptr, mean_ptr, scale_ptr, left, P, ACC, ".ca")
+    dx = norm_backward(g, deviation, mean_g, mean_gh, rstd_ptr, left, P, CENTRED)
+    dx += load_part(dout_ptr, left, P, ACC)
+    store_part(dx_ptr, dx, left, P)
+    return branch_backward(dx, branch_ptr, dbranch_ptr, gate_ptr, left, dx_branch, dx_sum, P)
 
 
 @triton.jit
@@ -113,11 +115,13 @@ def _gated_residual_adaln_bwd_kernel(
     # sizes, strides
     B, T, stride_gate, stride_scale,
     # meta
-    SPLITS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr, ACC: tl.constexpr,
+    SPLITS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    EVEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
+    TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
     pid = tl.program_id(0)
-    b = (pid // SPLITS).to(tl.int64)
+    b = tl.cast(pid // SPLITS, tl.int64)
     split = pid % SPLITS
     share = split_tokens(T, SPLITS, ROWS)
     gate_ptr += b * stride_gate
@@ -130,37 +134,37 @@ def _gated_residual_adaln_bwd_kernel(
     dbranch_ptr += (b * T + split * share) * D
     mean_ptr += b * T + split * share
     rstd_ptr += b * T + split * share
-    dshift_main, dscale_main = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
-    branch_main, dx_main = tl.zeros([1, MAIN], ACC), tl.zeros([1, MAIN], ACC)
-    dshift_tail, dscale_tail = tl.zeros([1, TAIL or 1], ACC), tl.zeros([1, TAIL or 1], ACC)
-    branch_tail, dx_tail = tl.zeros([1, TAIL or 1], ACC), tl.zeros([1, TAIL or 1], ACC)
+    dshift_main, dscale_main, branch_main, dx_main = (
+        no_sum(MAIN, ACC), no_sum(MAIN, ACC), no_sum(MAIN, ACC), no_sum(MAIN, ACC)
+    )  # fmt: skip
+    if TAIL.size > 0:
+        dshift_tail, dscale_tail, branch_tail, dx_tail = (
+            no_sum(TAIL, ACC), no_sum(TAIL, ACC), no_sum(TAIL, ACC), no_sum(TAIL, ACC)
+        )  # fmt: skip
 
-    for start in range(split * share, (split + 1) * share, ROWS):
-        main_shift, main_scale, tail_shift, tail_scale, mean_g, mean_gh = norm_backward_means(
-            dy_ptr, out_ptr, mean_ptr, rstd_ptr, scale_ptr, T - start, D, ROWS, MAIN, TAIL, ACC, CENTRED
+    for start in range(split * share, tl.minimum((split + 1) * share, T), ROWS):
+        left = T - start
+        dy, g, deviation = norm_gradient(dy_ptr, out_ptr, mean_ptr, scale_ptr, left, MAIN, ACC)
+        dshift_main, dscale_main, g, gh = norm_sums(
+            dy, g, deviation, rstd_ptr, left, dshift_main, dscale_main, MAIN
         )
-        dshift_main += main_shift
-        dscale_main += main_scale
-        dshift_tail += tail_shift
-        dscale_tail += tail_scale
-        for half in range(2):
-            g, gh = every_other(mean_g, half), every_other(mean_gh, half)
-            o_t = half + 2 * tl.arange(0, ROWS // 2)
-            dx_branch, dx_sum = _gated_residual_adaln_bwd_tile(
+        if TAIL.size > 0:
+            dy, tail_g, deviation = norm_gradient(dy_ptr, out_ptr, mean_ptr, scale_ptr, left, TAIL, ACC)
+            dshift_tail, dscale_tail, tail_g, tail_gh = norm_sums(
+                dy, tail_g, deviation, rstd_ptr, left, dshift_tail, dscale_tail, TAIL
+            )
+            g += tail_g
+            gh += tail_gh
+        mean_g, mean_gh = norm_means(g, gh, D, CENTRED)
+        branch_main, dx_main = _backward_part(
+            dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
+            mean_g, mean_gh, left, branch_main, dx_main, MAIN, ACC, CENTRED,
+        )  # fmt: skip
+        if TAIL.size > 0:
+            branch_tail, dx_tail = _backward_part(
                 dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
-                g, gh, o_t, o_t < T - start, 0, MAIN, D, ACC
+                mean_g, mean_gh, left, branch_tail, dx_tail, TAIL, ACC, CENTRED,
             )  # fmt: skip
-            branch_main += dx_branch
-            dx_main += dx_sum
-        if TAIL > 0:
-            g, gh = mean_g[:, None], mean_gh[:, None]
-            o_t = tl.arange(0, ROWS)
-            dx_branch, dx_sum = _gated_residual_adaln_bwd_tile(
-                dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
-                g, gh, o_t, o_t < T - start, MAIN, TAIL, D, ACC
-            )  # fmt: skip
-            branch_tail += dx_branch
-            dx_tail += dx_sum
         dout_ptr += ROWS * D
         dy_ptr += ROWS * D
         out_ptr += ROWS * D
@@ -173,14 +177,14 @@ def _gated_residual_adaln_bwd_kernel(
     # partial is (4, B, SPLITS, D): d_shift, d_scale, d_gate, then the bias gradient's shares.
     partial_ptr += (b * SPLITS + split) * D
     stride_sum = tl.cast(B, tl.int64) * SPLITS * D
-    store_vector(partial_ptr, dshift_main, 0, MAIN, D)
-    store_vector(partial_ptr + stride_sum, dscale_main, 0, MAIN, D)
-    gate_ptr_sums = partial_ptr + 2 * stride_sum
-    store_gate_sums(gate_ptr_sums, stride_sum, branch_main, dx_main, gate_ptr, bias_ptr, 0, MAIN, D)
-    if TAIL > 0:
-        store_vector(partial_ptr, dshift_tail, MAIN, TAIL, D)
-        store_vector(partial_ptr + stride_sum, dscale_tail, MAIN, TAIL, D)
-        store_gate_sums(gate_ptr_sums, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, MAIN, TAIL, D)
+    store_sum(partial_ptr, dshift_main, MAIN)
+    store_sum(partial_ptr + stride_sum, dscale_main, MAIN)
+    partial_gate = partial_ptr + 2 * stride_sum
+    store_gate_sums(partial_gate, stride_sum, branch_main, dx_main, gate_ptr, bias_ptr, MAIN)
+    if TAIL.size > 0:
+        store_sum(partial_ptr, dshift_tail, TAIL)
+        store_sum(partial_ptr + stride_sum, dscale_tail, TAIL)
+        store_gate_sums(partial_gate, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, TAIL)
 
 
 def _forward(
@@ -188,7 +192,7 @@ def _forward(
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, y, and the mean and 1 / deviation (B, T) of each row of out."""
-    B, T, D = x.shape
+    B, T, _ = x.shape
     x, branch = x.contiguous(), branch.contiguous()
     gate, shift, scale = as_vectors(gate), as_vectors(shift), as_vectors(scale)
     out, y = torch.empty_like(x), torch.empty_like(x, dtype=scale.dtype)
@@ -200,7 +204,7 @@ def _forward(
         x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=as_bias(bias),
         out_ptr=out, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         T=T, stride_gate=gate.stride(0), stride_shift=shift.stride(0), stride_scale=scale.stride(0),
-        EPS=eps, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(x),
+        EPS=eps, CENTRED=centred, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
     return out, y, mean, rstd
 
@@ -230,14 +234,14 @@ def _backward(
     dout, dy, out, branch = dout.contiguous(), dy.contiguous(), out.contiguous(), branch.contiguous()
     gate, scale = as_vectors(gate), as_vectors(scale)
     dx, dbranch = torch.empty_like(out), torch.empty_like(branch)
-    cfg = tuned_rows(_gated_residual_adaln_bwd_kernel, out, branch, dy)
+    cfg = tuned_rows(_gated_residual_adaln_bwd_kernel, out, branch, dy, sums=4)
     partial = out.new_empty(3 if bias is None else 4, B, cfg.splits, D, dtype=mean.dtype)
     launch(
         _gated_residual_adaln_bwd_kernel, (B * cfg.splits,), on=out, num_warps=cfg.num_warps,
         dout_ptr=dout, dy_ptr=dy, out_ptr=out, branch_ptr=branch, gate_ptr=gate, scale_ptr=scale,
         mean_ptr=mean, rstd_ptr=rstd, bias_ptr=as_bias(bias), dx_ptr=dx, dbranch_ptr=dbranch, partial_ptr=partial,
         B=B, T=T, stride_gate=gate.stride(0), stride_scale=scale.stride(0),
-        SPLITS=cfg.splits, CENTRED=centred, D=D, **cfg.meta, ACC=accumulator(out),
+        SPLITS=cfg.splits, CENTRED=centred, **cfg.meta, ACC=accumulator(out),
     )  # fmt: skip
     return dx, dbranch, cast(partial[:3].sum(2), scale.dtype), bias_gradient(partial[3:], bias, gate)
 

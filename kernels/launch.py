@@ -34,34 +34,39 @@ def require_powers_of_two(**ranges: tuple[int, int, int]) -> None:
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """One tile of a row kernel: `rows` rows of `main` + `tail` columns on `num_warps` warps.
+    """One tile of a row kernel: `rows` rows of `width` columns on `num_warps` warps, of `tokens` tokens a sample.
 
     `splits` programs share the tokens of one sample in kernels that reduce over tokens. Raises ValueError for sizes
     that the kernels cannot run.
     """
 
     rows: int
-    main: int
-    tail: int
     num_warps: int
+    width: int
+    tokens: int
     splits: int
 
     # Not `splits`: how a sum over tokens is cut stays a function of the shape.
     tunable: ClassVar = ("rows", "num_warps")
 
     def __post_init__(self) -> None:
-        # The backward kernels walk over even and odd rows: two at least.
         require_powers_of_two(rows=(self.rows, 2, 64), num_warps=(self.num_warps, 1, 16))
 
     @property
     def meta(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "MAIN": self.main, "TAIL": self.tail}
+        """A row kernel's meta parameters; EVEN: no tile reaches beyond the last token, nothing is masked."""
+        return {
+            "D": self.width,
+            "ROWS": self.rows,
+            "WARPS": self.num_warps,
+            "EVEN": self.tokens % self.rows == 0,
+        }
 
     def candidates(self) -> Iterator["RowLaunch"]:
-        """What a search tries: other rows and warps that give a thread 4 to 128 values of a tile."""
+        """What a search tries: other rows and warps that give a thread 4 to 144 values of a tile."""
         for rows in (2, 4, 8, 16):
             for num_warps in (1, 2, 4, 8):
-                if 4 <= rows * self.main // (32 * num_warps) <= 128:
+                if 4 <= rows * self.width // (32 * num_warps) <= 144:
                     yield replace(self, rows=rows, num_warps=num_warps)
 
 
@@ -132,37 +137,50 @@ def row_parts(width: int) -> tuple[int, int]:
     return (2 * main, 0) if tail == main else (main, tail)
 
 
-def row_launch(batch: int, tokens: int, width: int, itemsize: int) -> RowLaunch:
+def row_launch(batch: int, tokens: int, width: int, itemsize: int = 2, sums: int = 0) -> RowLaunch:
     """The launch for (batch, tokens, width) token tensors whose narrowest dtype has `itemsize` bytes.
 
-    A function of the shape alone, so that the order of every sum, hence every bit, is the same on any device. sm_80,
-    sm_90 and sm_100 agree in what it rests on: 64 Ki registers and 64 warps a multiprocessor, 128-bit accesses.
+    `sums`: how many sums over tokens the kernel makes. A function of shape and dtypes alone, so that the order of
+    every sum, hence every bit, is the same on any device. sm_80, sm_90 and sm_100 agree in what it rests on: 64 Ki
+    registers and 64 warps a multiprocessor, 128-bit accesses.
     """
-    main, tail = row_parts(width)
-    # A warp covers 256 columns with 8 elements a thread: a column then lives in one thread for every row of the
-    # tile, and sums over rows stay in registers.
-    num_warps = min(max(main // 256, 1), 8)
-    vector = 16 // max(itemsize, 2)
-    # The tail fills 128-bit accesses only when enough rows share it: 8 rows for 128 columns on 4 warps.
-    rows = max(4, num_warps * 32 * vector // tail) if tail else 4
-    rows = min(rows, 8, max(2, next_power_of_2(tokens)))
-    # About 4 programs for each of 132 multiprocessors; partial sums stay a few percent of the tokens' bytes.
-    splits = min(cdiv(512, max(batch, 1)), max(cdiv(tokens, rows), 1))
-    return RowLaunch(rows=rows, main=main, tail=tail, num_warps=num_warps, splits=splits)
+    if sums:
+        # Few columns a thread: their sums stay in its registers.
+        num_warps = min(power_of_two_below(width // 256), 16)
+    else:
+        # One warp: a sum over the columns of a row needs no barrier.
+        num_warps = 1 if width <= 1536 else min(power_of_two_below(width // 256), 16)
+    # 72 values a thread of each tensor; half of them for whatever takes registers beside a sum: two more sums, masks,
+    # tensors that are all wide.
+    values = 72
+    if sums:
+        values >>= (sums > 2) + (tokens % 8 > 0) + (itemsize > 2)
+    rows = min(power_of_two_below(32 * values * num_warps // width), 8, next_power_of_2(max(tokens, 1)))
+    rows = max(rows, 2)
+    # About 4 programs for each of 132 multiprocessors, 8 of a single warp; partial sums stay a few percent of the
+    # tokens' bytes.
+    programs = 1024 if num_warps == 1 else 512
+    splits = min(cdiv(programs, max(batch, 1)), max(cdiv(tokens, rows), 1)) if sums else 1
+    return RowLaunch(rows, num_warps, width, tokens, splits)
 
 
-def tuned_rows(kernel: Any, *streams: Tensor) -> RowLaunch:
+def power_of_two_below(value: int) -> int:
+    """The greatest power of two up to `value`, 1 at least."""
+    return 1 << max(value.bit_length() - 1, 0)
+
+
+def tuned_rows(kernel: Any, *streams: Tensor, sums: int = 0) -> RowLaunch:
     """The launch of row kernel `kernel` over (B, T, D) tensors `streams`: the tuned table's, else `row_launch`'s."""
     x = streams[0]
-    return _tuned_rows(kernel, x.shape, tuple([x.dtype for x in streams]), capability(x))
+    return _tuned_rows(kernel, x.shape, tuple([x.dtype for x in streams]), capability(x), sums)
 
 
 @tuned.per_launch
 def _tuned_rows(
-    kernel: Any, shape: torch.Size, dtypes: tuple[torch.dtype, ...], capability: int
+    kernel: Any, shape: torch.Size, dtypes: tuple[torch.dtype, ...], capability: int, sums: int
 ) -> RowLaunch:
     B, T, D = shape
-    heuristic = row_launch(B, T, D, min(dtype.itemsize for dtype in dtypes))
+    heuristic = row_launch(B, T, D, min(dtype.itemsize for dtype in dtypes), sums)
     names = ",".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return tuned.config(kernel, f"D={D} {names}", heuristic, capability)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.adaln import modulate
-from dit_fast.kernels.device import part, token_rows
+from dit_fast.kernels.device import first_token, load_part, load_rows, main_part, store_part, tail_part
 from dit_fast.kernels.launch import accumulator, as_vectors, cdiv, launch, tuned_rows
 from dit_fast.kernels.op import define_op
 
@@ -32,34 +32,42 @@ class NormRecipe(NamedTuple):
 
 
 @triton.jit
+def _from_moments_part(
+    x_ptr, mean_ptr, rstd_ptr, shift_ptr, scale_ptr, y_ptr, left, P: tl.constexpr, ACC: tl.constexpr
+):
+    """Store y of one part of the columns."""
+    mean, rstd = load_rows(mean_ptr, left, P), load_rows(rstd_ptr, left, P)
+    y = modulate(load_part(x_ptr, left, P, ACC), mean, rstd, shift_ptr, scale_ptr, P)
+    store_part(y_ptr, y, left, P)
+
+
+@triton.jit
 def _adaln_from_moments_kernel(
     # pointers
     x_ptr, mean_ptr, rstd_ptr, shift_ptr, scale_ptr, y_ptr,
     # sizes, strides
     T, stride_shift, stride_scale,
     # meta
-    D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    b, o_t, m_t = token_rows(tl.program_id(0), T, ROWS)
+    MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
+    TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
+    b, start = first_token(tl.program_id(0), T, ROWS)
+    left = T - start
     shift_ptr += b * stride_shift
     scale_ptr += b * stride_scale
-    x_ptr += b * T * D
-    y_ptr += b * T * D
-    mean = tl.load(mean_ptr + b * T + o_t, mask=m_t, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + b * T + o_t, mask=m_t, other=0.0)[:, None]
-    o_main, m_main = part(o_t, m_t, 0, MAIN, D)
-    x = tl.load(x_ptr + o_main, mask=m_main, other=0.0).to(ACC)
-    y = modulate(x, mean, rstd, shift_ptr, scale_ptr, 0, D)
-    tl.store(y_ptr + o_main, y.to(y_ptr.dtype.element_ty), mask=m_main)
-    if TAIL > 0:
-        o_tail, m_tail = part(o_t, m_t, MAIN, TAIL, D)
-        x = tl.load(x_ptr + o_tail, mask=m_tail, other=0.0).to(ACC)
-        y = modulate(x, mean, rstd, shift_ptr, scale_ptr, MAIN, D)
-        tl.store(y_ptr + o_tail, y.to(y_ptr.dtype.element_ty), mask=m_tail)
+    x_ptr += (b * T + start) * D
+    y_ptr += (b * T + start) * D
+    mean_ptr += b * T + start
+    rstd_ptr += b * T + start
+    _from_moments_part(x_ptr, mean_ptr, rstd_ptr, shift_ptr, scale_ptr, y_ptr, left, MAIN, ACC)
+    if TAIL.size > 0:
+        _from_moments_part(x_ptr, mean_ptr, rstd_ptr, shift_ptr, scale_ptr, y_ptr, left, TAIL, ACC)
 
 
 def _from_moments(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    B, T, D = x.shape
+    B, T, _ = x.shape
     x, shift, scale = x.contiguous(), as_vectors(shift), as_vectors(scale)
     y = torch.empty_like(x, dtype=scale.dtype)
     cfg = tuned_rows(_adaln_from_moments_kernel, x, y)
@@ -67,7 +75,7 @@ def _from_moments(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: T
         _adaln_from_moments_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
         x_ptr=x, mean_ptr=mean.contiguous(), rstd_ptr=rstd.contiguous(), shift_ptr=shift, scale_ptr=scale, y_ptr=y,
         T=T, stride_shift=shift.stride(0), stride_scale=scale.stride(0),
-        D=D, **cfg.meta, ACC=accumulator(x),
+        **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
     return y
 

@@ -70,12 +70,12 @@ def write(folder: Path, data: Any) -> None:
 
 def test_without_a_table_the_heuristic_decides(folder: Path) -> None:
     found = recorded()
-    heuristic = row_launch(*SHAPE, 2)
+    heuristic = row_launch(*SHAPE)
     assert (found.arguments["ROWS"], found.num_warps) == (heuristic.rows, heuristic.num_warps)
 
 
 def test_a_table_decides_on_its_architecture_alone(folder: Path) -> None:
-    heuristic = row_launch(*SHAPE, 2)
+    heuristic = row_launch(*SHAPE)
     assert (heuristic.rows, heuristic.num_warps) != (4, 8)
     write(folder, table())
     with warnings.catch_warnings():
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_ignored_with_one_warning(
     write(folder, make())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        heuristic = row_launch(*SHAPE, 2)
+        heuristic = row_launch(*SHAPE)
         for _ in range(2):
             found = recorded()
             assert (found.arguments["ROWS"], found.num_warps) == (heuristic.rows, heuristic.num_warps)
@@ -154,7 +154,7 @@ def test_choice(folder: Path) -> None:
 @pytest.mark.parametrize(
     "launch_type",
     [
-        RowLaunch(8, 1024, 128, 4, 2),
+        RowLaunch(8, 4, 1152, 256, 2),
         TileLaunch(64, 64, 16, 4),
         forward_launch(256, 256, 16),
         backward_launch(256, 72),
@@ -290,7 +290,7 @@ def test_an_answer_is_compiled_where_a_launch_looks(tmp_path: Path, monkeypatch:
     """By Triton's own launcher: once compiled for an architecture, it is found in the cache."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     launched = recorded()
-    option = RowLaunch(4, 1024, 128, 8, 1)
+    option = RowLaunch(4, 8, 1152, 256, 1)
     answer = Answer("gated_residual", SHAPE, "bf16", FORWARD, option)
     try:
         assert compile_answer(answer, 90) is None
@@ -309,7 +309,7 @@ def test_a_provider_is_asked_what_it_asks_itself() -> None:
     """Launches of a provider that is not the default, with the answer that leads to them; one that is not there asks
     nothing and is never timed in another's name.
     """
-    kernel, default = recorded().kernel, RowLaunch(8, 1024, 128, 4, 2)
+    kernel, default = recorded().kernel, RowLaunch(8, 4, 1152, 256, 2)
 
     class Asking:
         def kernel(self) -> None:
