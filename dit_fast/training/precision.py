@@ -44,19 +44,20 @@ def on_copies(model: DiT, optimizer: AdamWEma) -> DiT:
 
     Autocast casts every matrix in every step and casts its gradient back; here `adamw_ema` writes the copies when it
     updates the weights, the products read them, and the optimizer takes the gradients as the products wrote them. The
-    values are those of autocast, to the bit. All other parameters (embedding tables, biases, norms) are those of
-    `model`, which holds the weights in float32 and is not run.
+    values are those of autocast, to the bit. All other parameters (embedding tables, biases, norms, and the patch
+    projection, which the kernels read in float32) are those of `model`, which holds the weights in float32 and is not
+    run.
 
     Args:
         model: The model with the weights, on its device.
         optimizer: Optimizer of its parameters, with `low_precision_copy`.
 
     Returns:
-        A model that shares everything with `model` but the weights of its linear and convolutional layers.
+        A model that shares everything with `model` but the weights of its linear layers.
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.requires_grad:
+        if isinstance(module, nn.Linear) and module.weight.requires_grad:
             shared[id(module.weight)] = optimizer.copy(module.weight).requires_grad_()
     # Where the memo has an entry for an object, deepcopy takes that instead of copying the object.
     return copy.deepcopy(model, shared)
