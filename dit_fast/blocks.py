@@ -79,10 +79,19 @@ def normed(
 ) -> Normed:
     """Add what is pending, then norm(stream) * (1 + scale) + shift.
 
-    Of `norm` its kind and eps count; `affine_modulation` has its weight and bias.
+    Of a norm that was built here its kind and eps count; `affine_modulation` has its weight and bias. Another one in
+    its place, or one with hooks, is called.
     """
+    if not is_built_here(norm):
+        x = stream.add(kernels)
+        return Normed(x, modulate(norm(x), shift, scale).to(scale.dtype), None)
     kind = "rmsnorm" if isinstance(norm, RMSNorm) else "layernorm"
     return stream.norm_modulate(shift, scale, norm.eps, kernels, kind)
+
+
+def is_built_here(norm: nn.Module) -> bool:
+    """Whether the norm is exactly what `make_norm` builds, so that a fused operation may stand for it."""
+    return is_plain(norm, nn.LayerNorm) or is_plain(norm, RMSNorm)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -93,10 +102,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def affine_modulation(norm: nn.LayerNorm | RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     """(shift, scale), each (N, D), that make `normed` compute norm(x) * weight + bias of an affine norm.
 
-    Under autocast the scale is of its dtype, which is then the dtype of the norm's output.
+    Zeros for a norm that `normed` calls. Under autocast the scale is of its dtype, which is then the dtype of the
+    norm's output.
     """
-    bias = torch.zeros_like(norm.weight) if isinstance(norm, RMSNorm) else norm.bias
-    shift, scale = bias.expand(x.shape[0], -1), (norm.weight - 1).expand(x.shape[0], -1)
+    if not is_built_here(norm):
+        shift = scale = x.new_zeros(1, x.shape[-1]).expand(x.shape[0], -1)
+    else:
+        bias = torch.zeros_like(norm.weight) if isinstance(norm, RMSNorm) else norm.bias
+        shift, scale = bias.expand(x.shape[0], -1), (norm.weight - 1).expand(x.shape[0], -1)
     if torch.is_autocast_enabled(x.device.type):
         scale = scale.to(torch.get_autocast_dtype(x.device.type))
     return shift, scale

@@ -235,15 +235,17 @@ class DiT(Gridded):
                 f"x is {tuple(x.shape)}: give images (N, {self.in_channels}, height, width), of the model's channels"
             )
         if isinstance(t, Tensor) and t.shape == (1,):
-            t = t.expand(len(x))
+            t = t.expand(x.shape[0])
         if not isinstance(t, Tensor) or t.shape != x.shape[:1]:
             found = tuple(t.shape) if isinstance(t, Tensor) else repr(t)
-            raise ConfigError(f"t is {found}: give a tensor of {len(x)} timesteps, one for each image")
+            raise ConfigError(f"t is {found}: give a tensor of {x.shape[0]} timesteps, one for each image")
         for name, tensor in (("x", x), ("t", t), ("y", y)):
             if not isinstance(tensor, Tensor) or (name == "y" and self.y_embedder is None):
                 continue
-            if len(tensor) != len(x):
-                raise ConfigError(f"{name} has {len(tensor)} rows, x {len(x)}: give one for each image")
+            if tensor.shape[0] != x.shape[0]:
+                raise ConfigError(
+                    f"{name} has {tensor.shape[0]} rows, x {x.shape[0]}: give one for each image"
+                )
             if tensor.device.type != weight.device.type:
                 raise ConfigError(
                     f"{name} is on {tensor.device}, the model on {weight.device}: move one of them"

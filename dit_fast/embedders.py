@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dit_fast import kernels
 from dit_fast.errors import ConfigError
+from dit_fast.layers import is_plain
 from dit_fast.values import MANY, Pair, Whole
 
 _SIDES = Pair(Whole(-MANY))
@@ -65,6 +66,10 @@ class PatchEmbed(nn.Module):
         rows, columns = self.grid_of((x.shape[-2], x.shape[-1]))
         if pos is None:
             pos = x.new_zeros(1, rows * columns, self.proj.out_channels, dtype=self.proj.weight.dtype)
+        if not is_plain(self.proj, nn.Conv2d):
+            tokens = self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+            # The convolution's own order would stay the residual stream's, see `reference.patch_embed`.
+            return tokens.contiguous() + pos
         bias = cast(Tensor, self.proj.bias)
         return kernels.patch_embed(x, self.proj.weight, bias, pos, kernels=self.kernels)
 

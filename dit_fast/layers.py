@@ -23,7 +23,13 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
 
     Not so for a subclass or another module in its place (LoRA, float8), hooks, or a forward that was replaced.
     """
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
     return type(module) is kind and not hooked
 
 

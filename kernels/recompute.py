@@ -120,6 +120,8 @@ def linear(y: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: NormRe
     """
     if recipe is None:
         return F.linear(y, weight, bias)
-    bias = None if bias is None else bias.to(y.dtype)
+    weight, bias = weight.to(y.dtype), None if bias is None else bias.to(y.dtype)
+    if not torch.is_grad_enabled():
+        return F.linear(y, weight, bias)
     # Detached: the gradient reaches them through y.
-    return _RecomputingLinear.apply(y, weight.to(y.dtype), bias, *[part.detach() for part in recipe])
+    return _RecomputingLinear.apply(y, weight, bias, *[part.detach() for part in recipe])

@@ -351,6 +351,97 @@ def test_hooks_inside_a_block_take_effect(path: str, pre: bool) -> None:
     assert_close(model(images(), T, Y), out)
 
 
+@pytest.mark.parametrize("path", ["attn", "attn.proj", "attn.qkv", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2"])
+def test_backward_hooks_inside_a_block_take_effect(path: str) -> None:
+    found = []
+    for mode in MODES:
+        model = golden_model(kernels=mode)
+        for block in model.blocks:
+            block.get_submodule(path).register_full_backward_hook(lambda module, into, out: (2 * into[0],))
+        found.append(gradients(model))
+    plain = gradients(golden_model(kernels="reference"))
+    assert any(not torch.equal(found[0][name], plain[name]) for name in plain)
+    assert_same_gradients(found[1], found[0], 1e-5)
+
+
+class Scaled(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "cross_attention"])
+@pytest.mark.parametrize("path", ["blocks.0.norm1", "blocks.1.norm2", "final_layer.norm_final"])
+def test_a_replaced_norm_or_one_with_a_hook_is_called(path: str, conditioning: str, mode: str) -> None:
+    """A norm that computes something else was taken for a layer norm."""
+    built = {"kernels": mode, "conditioning": conditioning}
+    model = golden_model(**built)
+    plain = model.get_submodule(path)
+    before = model(images(), T, Y)
+    plain.register_forward_hook(lambda module, args, out: 3 * out)
+    hooked = model(images(), T, Y)
+    assert (hooked - before).abs().max() > 1e-4
+    model = golden_model(**built)
+    other = Scaled(plain.normalized_shape, plain.eps, plain.elementwise_affine)
+    other.load_state_dict(plain.state_dict())
+    model.set_submodule(path, other)
+    assert_close(model(images(), T, Y), hooked)
+
+
+class Adapted(nn.Module):
+    """A convolution with an adapter, as libraries of adapters put it in a layer's place: `weight` is the layer's."""
+
+    def __init__(self, base: nn.Conv2d):
+        super().__init__()
+        self.base = base
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * self.scale
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapted_patch_projection_is_called(mode: str) -> None:
+    model, scaled = golden_model(kernels=mode), golden_model(kernels=mode)
+    adapted = Adapted(model.x_embedder.proj)
+    model.x_embedder.proj = adapted
+    with torch.no_grad():
+        for parameter in scaled.x_embedder.proj.parameters():
+            parameter.mul_(2)
+    assert_close(model(images(), T, Y), scaled(images(), T, Y))
+    model(images(), T, Y).square().sum().backward()
+    assert adapted.scale.grad is not None
+    assert adapted.scale.grad != 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_exported_model_takes_other_batches(mode: str) -> None:
+    model, batch = golden_model(kernels=mode), torch.export.Dim("batch", min=2)
+    inputs = (images(), T, Y)
+    exported = torch.export.export(
+        model, inputs, dynamic_shapes=({0: batch}, {0: batch}, {0: batch})
+    ).module()
+    more = tuple(torch.cat([tensor, tensor, tensor]) for tensor in inputs)
+    assert_close(exported(*more), model(*more))
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "blocks"])
+def test_vmap_without_gradients(recompute: str) -> None:
+    model = golden_model(kernels="triton", recompute=recompute)
+    many = torch.stack([images(), 2 * images()])
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda x: model(x, T, Y))(many)
+        assert_close(mapped, torch.stack([model(x, T, Y) for x in many]))
+
+
 # Another size
 
 
