@@ -75,11 +75,23 @@ def _attention_backward_fake(
     return qkv.new_empty(qkv.shape), dbias
 
 
+def _attention_flops(qkv: tuple[int, ...], *rest: Any, **kw: Any) -> int:
+    """Of q k^T and of the values' sums."""
+    batch, tokens, packed = qkv
+    return 2 * 2 * batch * tokens**2 * (packed // 3)
+
+
+def _attention_backward_flops(dout: Any, qkv: tuple[int, ...], *rest: Any, **kw: Any) -> int:
+    """Five products for two: the scores are computed again."""
+    return _attention_flops(qkv) * 5 // 2
+
+
 _attention_backward_op = define_op(
     "attention_backward",
     triton_impl=_attention_backward,
     reference_impl=_attention_backward_reference,
     fake=_attention_backward_fake,
+    flops=_attention_backward_flops,
 )
 
 
@@ -104,6 +116,7 @@ _attention_op = define_op(
     fake=_attention_fake,
     backward=_attention_autograd,
     setup_context=_attention_context,
+    flops=_attention_flops,
 )
 
 

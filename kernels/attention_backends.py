@@ -210,9 +210,18 @@ def _flash4_backward_fake(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -
     return qkv.new_empty(qkv.shape)
 
 
+def _flash4_flops(qkv: tuple[int, ...], *rest: Any, **kw: Any) -> int:
+    B, T, _, H, K = qkv
+    return 2 * 2 * B * T**2 * H * K
+
+
+def _flash4_backward_flops(dout: Any, qkv: tuple[int, ...], *rest: Any, **kw: Any) -> int:
+    return _flash4_flops(qkv) * 5 // 2
+
+
 _flash4_backward_op = define_op(
     "attention_flash4_backward", triton_impl=_flash4_backward, reference_impl=_flash4_backward,
-    fake=_flash4_backward_fake,
+    fake=_flash4_backward_fake, flops=_flash4_backward_flops,
 )  # fmt: skip
 
 
@@ -227,5 +236,5 @@ def _flash4_autograd(ctx: Any, dout: Tensor, _: Tensor | None) -> Tensor:
 
 _flash4_op = define_op(
     "attention_flash4", triton_impl=_flash4, reference_impl=_flash4, fake=_flash4_fake,
-    backward=_flash4_autograd, setup_context=_flash4_context,
+    backward=_flash4_autograd, setup_context=_flash4_context, flops=_flash4_flops,
 )  # fmt: skip

@@ -137,9 +137,10 @@ def _mlp(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     epilogue = _provider(epilogue, x, fc1_weight.shape[0])
     pre, act = _expand(rows, fc1_weight, fc1_bias, training, epilogue, activation)
-    out = act @ fc2_weight.t()
+    # A product of this shape owns its memory; a view of one could not be changed in place by who called.
+    out = act.view(*x.shape[:-1], act.shape[-1]) @ fc2_weight.t()
     kept = act if training and keep_activation else x.new_empty(0)
-    return out.view(*x.shape[:-1], out.shape[-1]), pre, kept
+    return out, pre, kept
 
 
 def _mlp_reference(
@@ -250,11 +251,25 @@ def _mlp_backward_fake(
     )
 
 
+def _mlp_flops(
+    x: tuple[int, ...], fc1: tuple[int, ...], _: Any, fc2: tuple[int, ...], *rest: Any, **kw: Any
+) -> int:
+    return 2 * math.prod(x[:-1]) * (math.prod(fc1) + math.prod(fc2))
+
+
+def _mlp_backward_flops(
+    dout: Any, x: tuple[int, ...], pre: Any, act: Any, fc1: tuple[int, ...], fc2: tuple[int, ...], weights: bool,
+    *rest: Any, **kw: Any,
+) -> int:  # fmt: skip
+    return (1 + weights) * _mlp_flops(x, fc1, None, fc2)
+
+
 _mlp_backward_op = define_op(
     "mlp_backward",
     triton_impl=_mlp_backward,
     reference_impl=_mlp_backward_reference,
     fake=_mlp_backward_fake,
+    flops=_mlp_backward_flops,
 )
 
 
@@ -285,6 +300,7 @@ _mlp_op = define_op(
     fake=_mlp_fake,
     backward=_mlp_autograd,
     setup_context=_mlp_context,
+    flops=_mlp_flops,
 )
 
 

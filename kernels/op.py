@@ -1,5 +1,6 @@
 """define_op: the one way an operation reaches PyTorch, and the one switch between kernel and reference."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import triton
 from torch import _C, Tensor
 from torch.autograd import Function, _profiler_enabled
 from torch.nn import Parameter
+from torch.utils.flop_counter import register_flop_formula
 
 from dit_fast.kernels.launch import recording
 
@@ -50,6 +52,10 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """The function that launches an operation's kernels, by the operation's name: for tools that count launches."""
 
 
+_VMAP_MODE = _C._dispatch_key_parse("VmapMode")
+"""Included while `torch.autograd.grad(is_grads_batched=True)` runs: its tensors look plain and have no memory."""
+
+
 def define_op(
     name: str,
     *,
@@ -58,6 +64,7 @@ def define_op(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
     """Register `torch.ops.dit_fast.<name>` for CUDA (Triton), CPU (reference), fake tensors and autograd.
 
@@ -77,15 +84,21 @@ def define_op(
         backward: backward(ctx, *gradients of the outputs) returns a gradient or None for each input; None for an
             operation that has no gradient.
         setup_context: setup_context(ctx, inputs, output) keeps what `backward` needs.
+        flops: Multiplications and additions of the matrix products, of the arguments with shapes in the place of
+            tensors, for PyTorch's `FlopCounterMode`; None for an operation without products.
 
     Returns:
         The operation, a function of the arguments of `triton_impl` by position.
     """
-    cpu_impl = triton_impl if triton.knobs.runtime.interpret else reference_impl
+    cpu_impl = triton_impl if triton.knobs.runtime.interpret else _owning_outputs(reference_impl)
     schema = torch.library.infer_schema(triton_impl, mutates_args=())
     IMPLEMENTATIONS[name] = triton_impl
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    overload = getattr(torch.ops.dit_fast, name).default
+    packet = getattr(torch.ops.dit_fast, name)
+    overload = packet.default
+    if flops is not None:
+        # The counter adds `out_shape`, and leaves out arguments that are equal to their defaults.
+        register_flop_formula(packet)(flops)
     # A backend's kernel called by code that torch.compile left alone is no code to compile.
     _library.impl(name, torch.compiler.disable(triton_impl), "CUDA")
     _library.impl(name, torch.compiler.disable(cpu_impl), "CPU")
@@ -113,11 +126,14 @@ def define_op(
         # The dispatcher drops arguments that are equal to their defaults.
         args += defaults[len(args) :]
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if differentiated and _C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{name} has no derivative for torch.func's transforms; use kernels='reference'"
+            )
         if fwAD._current_level >= 0 and any(fwAD.unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(f"{name} has no forward-mode derivative; use kernels='reference'")
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return dispatched(*args)
-        return below_autograd(*args)
+        return dispatched(*args) if differentiated else below_autograd(*args)
 
     _library.impl(name, autograd, "Autograd")
 
@@ -130,6 +146,7 @@ def define_op(
             or _C._get_tracing_state() is not None
             or fwAD._current_level >= 0
             or _profiler_enabled()
+            or _C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
         ):
             return overload(*args)
         gradient = cuda = False
@@ -139,6 +156,9 @@ def define_op(
                 if arg.is_cuda:
                     cuda = True
                 elif not arg.is_cpu:
+                    return overload(*args)
+                if arg.is_neg():
+                    # Half of a conjugate's view, whose memory holds the values with the other sign.
                     return overload(*args)
                 gradient = gradient or arg.requires_grad
             elif isinstance(arg, Tensor):
@@ -151,6 +171,25 @@ def define_op(
     return call
 
 
+def _owning_outputs(reference_impl: Callable[..., Any]) -> Callable[..., Any]:
+    """`reference_impl` whose outputs are views of nothing, as the kernels' are: autograd would refuse to change them
+    in place.
+    """
+
+    @functools.wraps(reference_impl)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        outputs = reference_impl(*args, **kwargs)
+        if isinstance(outputs, Tensor):
+            return _owned(outputs)
+        return tuple(_owned(output) for output in outputs)
+
+    return run
+
+
+def _owned(output: Tensor) -> Tensor:
+    return output if output._base is None else output.clone()
+
+
 def _differentiable(
     name: str,
     run: Callable[..., Any],
@@ -159,26 +198,24 @@ def _differentiable(
 ) -> type[Function]:
     """`run` with the gradient `backward`; without one, an error where a gradient is asked for."""
 
-    class Operation(Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            # Else the engine fills the gradients of outputs that have none with zeros: a pass over `pre` of an MLP.
-            ctx.set_materialize_grads(False)
-            output = run(*args)
-            if setup_context is not None:
-                setup_context(ctx, args, output)
-            return output
+    def forward(ctx: Any, *args: Any) -> Any:
+        # Else the engine fills the gradients of outputs that have none with zeros: a pass over `pre` of an MLP.
+        ctx.set_materialize_grads(False)
+        output = run(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            if backward is None:
-                raise RuntimeError(f"{name} has no gradient; for one of second order use kernels='reference'")
-            for gradient in gradients:
-                if gradient is not None:
-                    return backward(ctx, *gradients)
-            return (None,) * len(ctx.needs_input_grad)
+    def run_backward(ctx: Any, *gradients: Any) -> Any:
+        if backward is None:
+            raise RuntimeError(f"{name} has no gradient; for one of second order use kernels='reference'")
+        for gradient in gradients:
+            if gradient is not None:
+                return backward(ctx, *gradients)
+        return (None,) * len(ctx.needs_input_grad)
 
-    return Operation
+    # Autograd's errors and gradient functions bear the name of the class.
+    return type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(run_backward)})
 
 
 def check_tensors(op: str, **tensors: Tensor | None) -> None:

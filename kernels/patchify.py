@@ -11,6 +11,7 @@ Numerics  products and sums in float32 (float64 for float64), never TF32, one ro
           the promoted dtype of weight and pos. d_weight and d_bias come from partial sums in a fixed order.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -254,11 +255,23 @@ def _embed_backward_fake(
     return dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
+def _embed_flops(x: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **kw: Any) -> int:
+    """Each element of the image is multiplied by a column of the projection."""
+    return 2 * math.prod(x) * weight[0]
+
+
+def _embed_backward_flops(
+    dtokens: Any, x: tuple[int, ...], weight: tuple[int, ...], image: bool, **kw: Any
+) -> int:
+    return (1 + image) * _embed_flops(x, weight)
+
+
 _embed_backward_op = define_op(
     "patch_embed_backward",
     triton_impl=_embed_backward,
     reference_impl=_embed_backward_reference,
     fake=_embed_backward_fake,
+    flops=_embed_backward_flops,
 )
 
 
@@ -283,6 +296,7 @@ _embed_op = define_op(
     fake=_embed_fake,
     backward=_embed_autograd,
     setup_context=_embed_context,
+    flops=_embed_flops,
 )
 
 

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from dit_fast.kernels import gated_residual_adaln, gelu, mlp, reference
-from dit_fast.kernels.op import define_op
+from dit_fast.kernels import attention, gated_residual_adaln, gelu, mlp, patch_embed, reference
+from dit_fast.kernels.launch import record_launches
+from dit_fast.kernels.op import IMPLEMENTATIONS, define_op
+from dit_fast.kernels.registry import REGISTRY
 
 
 class Dispatched(TorchDispatchMode):
@@ -173,6 +176,103 @@ def test_derivatives_that_do_not_exist_are_refused() -> None:
             gelu(dual, bias, kernels="triton")
         # A tensor without a tangent is a constant.
         assert torch.equal(gelu(x, bias, kernels="triton"), out)
+
+
+def test_functions_of_torch_func_are_refused_in_one_line() -> None:
+    x, bias = inputs()
+    with pytest.raises(RuntimeError, match=r"gelu has no derivative for torch.func.*kernels='reference'"):
+        torch.func.grad(lambda x: gelu(x, bias, kernels="triton").sum())(x)
+
+
+def test_an_output_can_be_changed_in_place() -> None:
+    """What hooks and adapters do, called directly and through the dispatcher."""
+    x, w1, b1, w2 = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16), torch.randn(8, 16)
+    for run in (
+        lambda *tensors: mlp(*tensors, kernels="triton"),
+        lambda *tensors: torch.ops.dit_fast.mlp(*tensors)[0],
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, w1, b1, w2)]
+        out = run(*leaves)
+        expected = torch.autograd.grad(2 * out.sum(), leaves, retain_graph=True)
+        found = torch.autograd.grad(out.mul_(2).sum(), leaves)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly", "ignore:Error detected")
+def test_autograd_names_the_operation() -> None:
+    x, bias = inputs()
+    out = gelu(x.requires_grad_(), bias, kernels="triton")
+    assert type(out.grad_fn).__name__ == "geluBackward"
+    with (
+        torch.autograd.detect_anomaly(),
+        pytest.raises(RuntimeError, match="'geluBackward' returned nan"),
+    ):
+        gelu(x * torch.nan, bias, kernels="triton").sum().backward()
+
+
+@pytest.mark.parametrize("key", REGISTRY)
+def test_outputs_own_their_memory(key: str) -> None:
+    """Autograd refuses to change a view that an operation returned in place, which hooks and adapters do."""
+    spec = REGISTRY[key]
+    given = spec.make_inputs((2, 4, 40), torch.float32, torch.float32, torch.randn)
+    wanted = zip(given, spec.differentiable(given), strict=True)
+    leaves = [value.detach().requires_grad_() if needed else value for value, needed in wanted]
+    for inputs in (given, leaves):
+        outputs = spec.op(*inputs, kernels="triton")
+        for output in outputs if isinstance(outputs, tuple) else (outputs,):
+            assert output._base is None
+
+
+def test_the_kernels_outputs_own_their_memory() -> None:
+    """As above, on the device: of the products, which are PyTorch's."""
+    shapes = (2, 4, 64), (256, 64), (256,), (64, 256)
+    with record_launches():
+        out, *_ = IMPLEMENTATIONS["mlp"](*[torch.empty(shape, device="meta") for shape in shapes])
+    assert out._base is None
+    assert out.shape == (2, 4, 64)
+
+
+def test_tensors_whose_memory_is_not_their_values_pass_the_dispatcher(dispatcher: Counter[str]) -> None:
+    """A negated view, and the batches of `is_grads_batched`: a kernel that read their memory would be wrong."""
+    x, bias = inputs()
+    negated = torch.complex(x, x).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(gelu(negated, bias, kernels="triton"), reference.gelu(-x, bias))
+    assert dispatcher["dit_fast::gelu"] > 0
+    out = gelu(x.requires_grad_(), bias, kernels="triton")
+    vectors = torch.randn(3, *out.shape)
+    (found,) = torch.autograd.grad(out, x, vectors, is_grads_batched=True, retain_graph=True)
+    assert dispatcher["dit_fast::gelu_backward"] > 0
+    single = [torch.autograd.grad(out, x, vector, retain_graph=True)[0] for vector in vectors]
+    assert torch.equal(found, torch.stack(single))
+
+
+def test_flops_are_those_of_pytorchs_products() -> None:
+    """`FlopCounterMode` knew none of the operations, and left most of a step out."""
+    x, w1, b1, w2 = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16), torch.randn(8, 16)
+    images, weight, bias, pos = (
+        torch.randn(2, 4, 8, 8), torch.randn(16, 4, 2, 2), torch.randn(16), torch.zeros(1, 16, 16)
+    )  # fmt: skip
+    counts: dict[str, list[int]] = {}
+    for kernels in ("triton", "reference"):
+        for frozen in (False, True):
+            for function, inputs in ((mlp, (x, w1, b1, w2)), (patch_embed, (images, weight, bias, pos))):
+                leaves = [
+                    tensor.detach().requires_grad_(i == 0 or not frozen) for i, tensor in enumerate(inputs)
+                ]
+                if function is patch_embed and frozen:
+                    leaves[0].requires_grad_(False)
+                    leaves[1].requires_grad_()
+                with FlopCounterMode(display=False) as counter:
+                    function(*leaves, kernels=kernels).sum().backward()
+                counts.setdefault(kernels, []).append(counter.get_total_flops())
+    assert counts["triton"] == counts["reference"]
+    qkv = torch.randn(2, 5, 3 * 2 * 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        attention(qkv, 2, backend="triton", kernels="triton").sum().backward()
+    shape = (2, 2, 5, 8)
+    expected = sdpa_flop_count(shape, shape, shape) + sdpa_backward_flop_count(shape, shape, shape, shape)
+    assert counter.get_total_flops() == expected
 
 
 def test_an_operation_without_a_gradient_takes_plain_tensors() -> None:
