@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import latent_sets
 import pytest
 from latent_sets import contents, write_images, write_vae
+from patience import PATIENCE, wait_until
 
 from dit_fast.cli import encode as encode_command
 from dit_fast.cli import main
@@ -17,16 +17,20 @@ from dit_fast.data import open_data
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "16", "--shard-size", "3", "--batch-size", "2", "--device", "cpu"]
-# The command with the stand-in for diffusers; each convolution takes a while, so that it can be interrupted.
+# The command with the stand-in for diffusers. "hang": after its first shard it waits for a signal; "run": it does not,
+# but each convolution takes a while, so that two processes work side by side.
 SLOW_COMMAND = """
-import sys, time, types
+import pathlib, sys, time, types
 sys.path.insert(0, sys.argv[1])
 import latent_sets, torch
 sys.modules["diffusers"] = types.SimpleNamespace(AutoencoderKL=latent_sets.StandInVae)
-forward = torch.nn.Conv2d.forward
-torch.nn.Conv2d.forward = lambda *args: (time.sleep(0.1), forward(*args))[1]
+forward, first = torch.nn.Conv2d.forward, pathlib.Path(sys.argv[3])
+def slow(*args):
+    time.sleep(1000 if sys.argv[2] == "hang" and first.exists() else 0.1)
+    return forward(*args)
+torch.nn.Conv2d.forward = slow
 from dit_fast.cli import main
-sys.exit(main(["encode", *sys.argv[2:]]))
+sys.exit(main(["encode", *sys.argv[4:]]))
 """
 
 
@@ -85,12 +89,15 @@ def test_two_processes_at_once(work):
     for rank in range(2):
         environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
         ranks.append(start(work, environment))
-    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    assert [rank.wait(PATIENCE) for rank in ranks] == [0, 0]
     assert contents(work / "set") == contents(work / "alone")
 
 
-def start(work: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SLOW_COMMAND, str(ROOT / "tests"), *arguments(work)]
+def start(
+    work: Path, environment: dict[str, str] | None = None, after_a_shard: str = "run"
+) -> subprocess.Popen[str]:
+    words = [str(ROOT / "tests"), after_a_shard, str(work / "set" / "shard-00000.json"), *arguments(work)]
+    command = [sys.executable, "-c", SLOW_COMMAND, *words]
     # A shell's background job, and what it starts, ignores Ctrl-C.
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment, preexec_fn=listen
@@ -103,14 +110,10 @@ def listen() -> None:
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_goes_on(work, sent, capsys):
-    process = start(work)
-    deadline = time.monotonic() + 60
-    while not (work / "set" / "shard-00000.json").exists():
-        assert time.monotonic() < deadline, "no shard after a minute"
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    process = start(work, after_a_shard="hang")
+    wait_until((work / "set" / "shard-00000.json").exists, process, what="a shard")
     process.send_signal(sent)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=PATIENCE)[1]
     if sent is signal.SIGINT:
         assert process.returncode == 130
         assert error == (

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE, wait_until
 from torch.distributed.run import parse_args as torchrun
 
 from dit_fast.cli import main, sample, sample_plan
@@ -145,14 +146,30 @@ def arguments(checkpoint, out, *more) -> list[str]:
     return ["sample", "--ckpt", *map(str, (checkpoint, *options, "--out", out, *more))]
 
 
-def start_ranks(command: list[str], world: int) -> list[subprocess.Popen]:
+# A rank of the command that waits to be killed once it wrote so many shards; -1 for never.
+RANK = """
+import sys, time
+from dit_fast.cli import main
+from dit_fast.sampling.parts import Parts
+write, written = Parts.write, []
+def held(self, part, samples):
+    if len(written) == int(sys.argv[1]):
+        time.sleep(1000)
+    written.append(part)
+    return write(self, part, samples)
+Parts.write = held
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def start_ranks(command: list[str], world: int, hold_after: int = -1) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "dit_fast.cli", *command],
+            [sys.executable, "-c", RANK, str(hold_after), *command],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -176,32 +193,33 @@ def test_two_ranks_killed_and_resumed_make_every_sample_once(checkpoint, tmp_pat
     command = arguments(checkpoint, out, "--steps", "100")
     assert main(arguments(checkpoint, tmp_path / "long", "--steps", "100")) == 0
     expected_long = (tmp_path / "long" / "samples.npz").read_bytes()
-    ranks = start_ranks(command, 2)
-    wanted = 1 + np.random.default_rng(os.getpid()).integers(6)
-    deadline = time.monotonic() + 120
-    while len(list((out / "parts").glob("[0-9]*.npy"))) < wanted and time.monotonic() < deadline:
-        time.sleep(0.02)
+    each = int(np.random.default_rng(os.getpid()).integers(1, 4))
+    ranks = start_ranks(command, 2, hold_after=each)
+    wait_until(
+        lambda: len(list((out / "parts").glob("[0-9]*.npy"))) == 2 * each,
+        *ranks,
+        what=f"{each} shards of each",
+    )
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
         rank.communicate()
     left = sorted((out / "parts").glob("[0-9]*.npy"))
-    assert wanted <= len(left) < 15, "killed in the middle"
+    assert len(left) == 2 * each, "killed in the middle"
     assert not (out / "samples.npz").exists()
 
     damaged = bytearray(left[0].read_bytes())
     damaged[200] ^= 1
     left[0].write_bytes(damaged)
     ranks = start_ranks(command, 2)
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    if len(left) > 1:
-        assert f"{4 * (len(left) - 1)} of 60 images are there already: resuming" in outputs[0]
+    assert f"{4 * (len(left) - 1)} of 60 images are there already: resuming" in outputs[0]
     assert (out / "samples.npz").read_bytes() == expected_long
     assert sorted(path.name for path in out.iterdir()) == ["sample.png", "samples.npz"]
 
     # Unmarked, two ranks from the beginning: the bytes of one process.
     ranks = start_ranks(arguments(checkpoint, tmp_path / "two"), 2)
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
     assert (tmp_path / "two" / "samples.npz").read_bytes() == expected, outputs
     assert expected != expected_long
 
@@ -209,13 +227,11 @@ def test_two_ranks_killed_and_resumed_make_every_sample_once(checkpoint, tmp_pat
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_other_at_once_and_is_named(checkpoint, tmp_path):
     command = arguments(checkpoint, tmp_path, "--steps", "100")
-    first, second = start_ranks(command, 2)
-    deadline = time.monotonic() + 240
-    while not list((tmp_path / "parts").glob("[0-9]*.npy")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    first, second = start_ranks(command, 2, hold_after=1)
+    wait_until(lambda: len(list((tmp_path / "parts").glob("[0-9]*.npy"))) == 2, first, second, what="shards")
     second.kill()
     second.communicate()
-    output = first.communicate(timeout=240)[0]
+    output = first.communicate(timeout=PATIENCE)[0]
     assert first.returncode == 1, output
     error = output.strip().splitlines()[-1]
     assert error.startswith("dit-fast: error: sampling: rank 1 does not answer"), output

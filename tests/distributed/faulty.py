@@ -2,8 +2,8 @@
 
 A fault is "kind:rank:step[:where]"; "none" for none. Kinds: open (no data), kill, hang, fail (DataError), nan (in the
 batch), term (a SIGTERM to this rank alone), save (SIGKILL within the save of that step, `where` a stage of it), fsize
-(no file may grow in the save of that step), slow (that save takes a second), record (write down what is drawn, in
-every step).
+(no file may grow in the save of that step), slow (that save waits for the file `where`), record (write down what is
+drawn, in every step).
 """
 
 import hashlib
@@ -15,6 +15,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.patience import wait_until
 
 STAGES = ("write", "written", "publish", "published")
 
@@ -106,7 +108,7 @@ def faulty_save(checkpoint, checkpoint_writer, fault: Fault) -> None:
 
     def partly(path, pieces):
         if fault.kind == "slow":
-            time.sleep(0.5)
+            wait_until(Path(fault.where).exists, what=fault.where)
         write_pieces(path, pieces)
         if fault.where == "write":
             os.truncate(path, path.stat().st_size // 2)
