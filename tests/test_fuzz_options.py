@@ -18,13 +18,12 @@ from typing import Any
 
 import latent_sets
 import pytest
+from patience import PATIENCE
 
 from dit_fast.cli import COMMANDS, main
 from dit_fast.values import Number, OneOf, Place, Text, Value, Whole
 
 BAD_VALUES = 8
-SECONDS = 120
-"""How long a refusal may take: imports aside it takes milliseconds, and a hang is endless."""
 TINY = [
     *("--data", "digits", "--hidden-size", "16", "--depth", "1", "--num-heads", "2", "--patch-size", "4"),
     *("--batch-size", "4", "--threads", "1", "--device", "cpu", "--diffusion-steps", "30"),
@@ -146,7 +145,7 @@ def fuzz(command: str, calls: Callable[[], list[str]], capsys: Any) -> tuple[Cou
                 arguments.append(f"{name}={word}")
             capsys.readouterr()
             try:
-                with time_limit(SECONDS):
+                with time_limit(int(PATIENCE)):
                     status = ended(arguments)
                 printed = capsys.readouterr()
                 lines = printed.err.splitlines()
@@ -233,7 +232,7 @@ def test_no_option_takes_memory_in_proportion_to_its_value(
         words = [repr(action.type.most)] * count
         capsys.readouterr()
         try:
-            with time_limit(SECONDS), memory_limit(ROOM):
+            with time_limit(int(PATIENCE)), memory_limit(ROOM):
                 status = ended([command, *base[command](), action.option_strings[0], *words])
             lines = capsys.readouterr().err.splitlines()
             outcome = "" if status == 0 or len(lines) == 1 else f"{lines}"

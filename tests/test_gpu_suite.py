@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE, wait_until
 
 from benchmarks import gpu_plan, gpu_suite
 from benchmarks.gpu_plan import FIRST, MINUTES, OPTIONS, Machine, Stage, stages
@@ -239,10 +239,8 @@ def test_stage_that_hangs_is_killed_with_its_children(session: bool, tmp_path: P
     outcome = run_stage(tmp_path, python(code), 10)
     assert (outcome.state, outcome.summary) == ("cut off", "begun")
     assert (tmp_path / "x.json").read_text() == "[2]"
-    pid, deadline = (tmp_path / "pid").read_text(), time.monotonic() + 60
-    while not is_gone(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    pid = (tmp_path / "pid").read_text()
+    wait_until(lambda: is_gone(pid), what="its end")
 
 
 def test_stages_side_by_side(tmp_path: Path) -> None:
@@ -251,7 +249,7 @@ def test_stages_side_by_side(tmp_path: Path) -> None:
     code = "open(r'{out}/%s', 'w'); " + "exec(" + repr(wait) + ")"
     a = replace(python(code.replace("%s", "a", 1).replace("%s", "b")), name="a")
     b = replace(python(code.replace("%s", "b", 1).replace("%s", "a")), name="b", beside=True)
-    found = run_step(tmp_path, Machine(), [a, b], 120)
+    found = run_step(tmp_path, Machine(), [a, b], PATIENCE)
     assert [(outcome.name, outcome.state) for outcome in found] == [("a", "done"), ("b", "done")]
     hangs = replace(python("import time; time.sleep(600)"), name="hangs")
     found = run_step(tmp_path, Machine(), [hangs, replace(python("print(1)"), name="quick")], 15)
@@ -433,16 +431,14 @@ import sys
 from benchmarks import gpu_suite
 from benchmarks.gpu_plan import Stage
 sleep = "import os, time; open(r'{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(600)"
-gpu_suite.stages = lambda part, dry, cores: [Stage("sleeps", (sys.executable, "-c", sleep), 60)]
+gpu_suite.stages = lambda part, dry, cores: [Stage("sleeps", (sys.executable, "-c", sleep), 600)]
 gpu_suite.main(["--dry-run", "--work", r"{tmp_path}/work", "--out", r"{tmp_path}/work"])
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=gpu_suite.ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text(), process, what="a stage")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    assert process.wait(PATIENCE) == 143
     assert is_gone((tmp_path / "pid").read_text())
 
 

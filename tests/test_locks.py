@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 from test_training_step import TINY, image_set
 
 from dit_fast import locks
@@ -72,7 +73,7 @@ def test_within_a_process_too(tmp_path):
 
 def forked(folder: str, ready: Any, done: Any) -> None:
     ready.set()
-    done.wait(60)
+    done.wait(PATIENCE)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -94,7 +95,7 @@ def test_a_child_that_outlives_its_parent_keeps_no_lock(tmp_path):
     # Before its first line it may still have what it closes.
     assert program.stdout.readline() == b"\n"
     try:
-        assert ready.wait(60)
+        assert ready.wait(PATIENCE)
         # The parent has it still, and nobody does once the parent's descriptor is closed, as by its death.
         with pytest.raises(OutputError):
             FolderLock(tmp_path, "train").acquire()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE
 
 from dit_fast import keyed
 from dit_fast.cli.labels import Labels
@@ -297,8 +298,8 @@ def test_a_stream_goes_to_a_worker_that_is_spawned() -> None:
     results = context.Queue()
     worker = context.Process(target=_first, args=(stream, results))
     worker.start()
-    images, labels = results.get(timeout=600)
-    worker.join(600)
+    images, labels = results.get(timeout=PATIENCE)
+    worker.join(PATIENCE)
     assert np.array_equal(images, stream.batch(3)[0].numpy())
     assert np.array_equal(labels, stream.batch(3)[1].numpy())
 

@@ -1,9 +1,9 @@
 """One rank of `dit-fast train`, with a fault that comes at a given step; what the tests of faults start.
 
-A fault is "kind:rank:step[:where]"; "none" for none. Kinds: open (no data), kill, hang, fail (DataError), nan (in the
-batch), term (a SIGTERM to this rank alone), save (SIGKILL within the save of that step, `where` a stage of it), fsize
-(no file may grow in the save of that step), slow (that save waits for the file `where`), record (write down what is
-drawn, in every step).
+A fault is "kind:rank:step[:where]"; "none" for none. Kinds: open (no data), kill, hang (the timeout counts from that
+step on), fail (DataError), nan (in the batch), term (a SIGTERM to this rank alone), save (SIGKILL within the save of
+that step, `where` a stage of it), fsize (no file may grow in the save of that step), slow (that save waits for the
+file `where`), record (write down what is drawn, in every step).
 """
 
 import hashlib
@@ -49,6 +49,8 @@ def install(fault: Fault, rank: int) -> None:
 
     if fault.kind == "record":
         record(TrainStep, Path(fault.where), rank)
+    if fault.kind == "hang":
+        keep_timeout_until(fault.step)
     if rank != fault.rank:
         return
     if fault.kind == "open":
@@ -83,6 +85,24 @@ def install(fault: Fault, rank: int) -> None:
         BatchStream.batch = faulty_batch
     if fault.kind in ("save", "fsize", "slow"):
         faulty_save(checkpoint, checkpoint_writer, fault)
+
+
+def keep_timeout_until(step: int) -> None:
+    """Let a timeout count from this step on, however short: before it, ranks of a busy machine may be slow."""
+    from dit_fast.training.trainer import Trainer
+    from dit_fast.training.world import World
+
+    kept: list[tuple] = []
+    train_step, set_timeout = Trainer.train_step, World.set_timeout
+
+    def set_kept_timeout(self, samples, labels):
+        if self.step + 1 == step:
+            for each in kept:
+                set_timeout(*each)
+        train_step(self, samples, labels)
+
+    Trainer.train_step = set_kept_timeout
+    World.set_timeout = lambda *arguments: kept.append(arguments)
 
 
 def faulty_save(checkpoint, checkpoint_writer, fault: Fault) -> None:

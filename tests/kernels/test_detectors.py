@@ -7,6 +7,7 @@ import pytest
 import torch
 from guarded import fenced_run
 from interpreter import in_child, interpreter_only
+from patience import PATIENCE
 from planted import planted
 from proofs import (
     agrees_in_float64,
@@ -109,7 +110,7 @@ def test_a_child_reports_how_it_ended() -> None:
     assert in_child(lambda: ["a"]) == (0, ["a"])
     assert in_child(lambda: 1 / 0) == (1, "ZeroDivisionError: division by zero")
     assert in_child(lambda: os.kill(os.getpid(), signal.SIGSEGV)).status == -signal.SIGSEGV
-    assert in_child(lambda: time.sleep(30), seconds=0.1).status == -signal.SIGKILL
+    assert in_child(lambda: time.sleep(PATIENCE), seconds=0.1).status == -signal.SIGKILL
 
 
 def test_results_are_compared_to_the_bit() -> None:
