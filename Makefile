@@ -66,7 +66,8 @@ test: .venv/.test
 
 # The tests that depend most on the order of sums, as CPUs without AVX-512 and without AVX2 add.
 ISA_TESTS := $(addprefix tests/test_,$(addsuffix .py,tolerance models model_options sampling sampling_explain \
-    sampling_guidance sampling_solvers captions conditioning swiglu diffusion_golden interop_flow accelerate))
+    sampling_guidance sampling_solvers captions conditioning swiglu diffusion_golden diffusion_process \
+    interop_flow accelerate))
 
 test-isa: .venv/.test
 	@failed=0; export OMP_NUM_THREADS=1; \

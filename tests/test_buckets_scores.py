@@ -12,6 +12,7 @@ from PIL import Image
 from test_cli_evaluate import SmallNetwork, write_npz
 from test_data_buckets import BUCKETS, SHAPES, TALL, WIDE
 from test_training_evaluate import OneOfTwo
+from tolerance import assert_close
 
 from dit_fast import keyed
 from dit_fast.cli import main
@@ -140,7 +141,7 @@ def test_each_shape_is_drawn_with_its_own_positions_and_seed(run: Path, folder: 
                 SamplerConfig(guidance=Guidance(1.0), clip=True, graph="never"),
             )(labels, seed=3 + bucket)
             assert drawn.shape == (2, 3, *size)
-            assert torch.allclose(drawn, alone, atol=1e-6)
+            assert_close(drawn, alone)
 
 
 def test_ranks_share_the_samples_of_all_shapes(folder: Path) -> None:

@@ -156,7 +156,7 @@ def test_in_the_loop_latents_and_captions_are_those_of_the_encoded_set(photos, t
     for one, other in zip(
         open_stream(stored, 4, 0).stored(1), open_stream(looped, 4, 0).stored(1), strict=True
     ):
-        assert torch.allclose(one, other, atol=1e-6)
+        assert_close(one, other)
     assert run("train", "--data", photos, "--vae", vae, "--out", tmp_path / "run", *MODEL, "--conditioning",
                "cross_attention", "--batch-size", 4, "--steps", 1) == 0  # fmt: skip
     assert load_model(tmp_path / "run")[0].config["in_channels"] == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_close
 
 from dit_fast.cli import main
 from dit_fast.interop import DIFFUSERS, ConvertedDiT, load_model
@@ -82,7 +83,7 @@ def test_diffusers_loads_its_folder(run, tmp_path, capsys) -> None:
         got = theirs(x, timestep=t, class_labels=y).sample
     same = ConvertedDiT(**build(2.0).config, conventions=DIFFUSERS).eval()
     load_weights(same, build(2.0).state_dict(), "the model")
-    torch.testing.assert_close(got, outputs(same), atol=1e-5, rtol=1e-5)
+    assert_close(got, outputs(same))
 
 
 def test_what_cannot_be_written(run, tmp_path, capsys) -> None:

@@ -1,8 +1,8 @@
 """Training on latents that are made as the images are read: the same as of an encoded set, and what is refused."""
 
 import pytest
-import torch
 from latent_sets import SIZE, install, settings, write_images, write_vae
+from tolerance import assert_close
 
 from dit_fast.data import encode_in_loop, open_data, open_images, open_stream
 from dit_fast.data.encode import encode
@@ -40,7 +40,7 @@ def test_batches_are_those_of_an_encoded_set(folder):
     made = open_stream(open_set(config(folder)), 4, seed=3)
     for step in range(4):
         for ours, theirs in zip(made.batch(step), stored.batch(step), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            assert_close(ours, theirs)
     assert made.mirrored(0).any()
 
 

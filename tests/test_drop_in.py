@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_close
 
 from dit_fast.diffusion import create_diffusion
 from dit_fast.download import find_model
@@ -61,7 +62,7 @@ def test_training_learns_and_averages(trained) -> None:
     assert sum(losses[-10:]) / 10 < 0.95 * sum(losses[:10]) / 10
     assert not any(p.requires_grad for p in ema.parameters())
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["pos_embed"]
-    torch.testing.assert_close(ema.pos_embed, model.pos_embed, rtol=1e-6, atol=1e-6)
+    assert_close(ema.pos_embed, model.pos_embed, 4)
     assert not torch.equal(ema.final_layer.linear.weight, model.final_layer.linear.weight)
 
 

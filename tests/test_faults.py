@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from patience import wait_until
+from tolerance import assert_close
 
 from dit_fast.errors import CheckpointError
 from dit_fast.interop import load_model
@@ -106,16 +107,17 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_bit_for_bit(tmp_path, clean)
 
 
 def test_a_rank_that_hangs_is_named_at_the_timeout(tmp_path) -> None:
-    # Long enough for a healthy rank of a busy machine; the log's last line is that of step 4.
-    arguments = [*TINY, "--timeout", "15", "--out", tmp_path / "run"]
+    # The fault keeps the timeout back until the step of the hang: no rank that works is waited for so briefly.
+    arguments = [*TINY, "--timeout", "2", "--out", tmp_path / "run"]
     with Ranks(tmp_path, 2, arguments, "hang:1:5") as ranks:
         ended = ranks.wait(ranks=[0])
         said = ranks.outputs[0].stat().st_mtime
     assert ended.codes == [1], ended.text
     assert "step 5: rank 1 does not answer" in errors(ended)[0]
-    assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4]
-    # The timeout and a roll call; TINY's would be ten minutes.
-    assert 14 < said - (tmp_path / "run" / "log.jsonl").stat().st_mtime < 300
+    log = tmp_path / "run" / "log.jsonl"
+    assert [line["step"] for line in read_log(log)] == [1, 2, 3, 4]
+    # File systems round times; without the option it would be ten minutes, and half an hour in the first step.
+    assert 1.9 < said - log.stat().st_mtime < 600
 
 
 @pytest.mark.parametrize("step", [1, 2, 6])
@@ -199,7 +201,7 @@ def test_any_number_of_ranks_goes_on_with_the_same_samples_and_draws(clean_run, 
     losses = [line[1] for line in finished(stopped / "run").log]
     expected = [line[1] for line in clean.log]
     assert len(losses) == len(expected) == 8
-    assert max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)) <= 1e-6
+    assert_close(losses, expected)
     digests = []
     for folder in (clean_run / "drawn", drawn):
         lines = [json.loads(line) for file in folder.iterdir() for line in file.read_text().splitlines()]

@@ -30,6 +30,7 @@ from benchmarks.traffic.__main__ import PLAIN, SETTINGS, main, parse_settings
 from dit_fast.blocks import DiTBlock, Stream
 from dit_fast.layers import Layout
 from dit_fast.positions import rotary_angles
+from tests.tolerance import assert_close
 
 SMALL = {
     "batch": 256,
@@ -269,7 +270,7 @@ def test_the_plain_block_of_lightningdit_is_ours() -> None:
     rotation = torch.stack([angles.cos(), angles.sin()], dim=-1)
     x, c = torch.randn(2, 6, 24), torch.randn(2, 24)
     ours = block(Stream(x, layout=Layout(rotation)), c).add("reference")
-    torch.testing.assert_close(plain(x, c, rotation), ours, rtol=1e-5, atol=1e-5)
+    assert_close(plain(x, c, rotation), ours)
 
 
 @pytest.mark.parametrize(("block", "file"), [("dit", "traffic"), ("lightningdit", "traffic_lightningdit")])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tolerance import assert_close, assert_trained_alike
+from tolerance import assert_close, assert_trained_alike, rounding
 from torch import Tensor
 from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,12 +55,12 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 
 def test_four_micro_batches_of_64_are_one_batch_of_256():
-    """The same draws and, to float32's rounding, the same gradients: 1e-6."""
+    """The same draws and, to float32's rounding, the same gradients."""
     whole, cut = trainer(300, batch_size=256), trainer(300, batch_size=256, accumulate=4)
     before = weights(whole)
     for each in (whole, cut):
         run(each, 1)
-    assert whole.values()[0][:4] == pytest.approx(cut.values()[0][:4], rel=1e-6)
+    assert_close(list(whole.values()[0][:4]), list(cut.values()[0][:4]))
     grads = [torch.cat([p.grad.flatten() for p in each.trained.values()]) for each in (whole, cut)]
     assert_close(grads[1], grads[0])
     assert not torch.equal(weights(whole), before)
@@ -121,8 +121,9 @@ def test_torchs_optimiser_trains_like_ours():
         run(each, 3)
     assert_trained_alike(runs[1].trained, runs[0].trained, 3 * TINY["lr"])
     assert_trained_alike(runs[1].ema_state(), runs[0].ema_state(), 3 * TINY["lr"])
+    # Of weights that may lie as far apart as above.
     assert [v.grad_norm for v in runs[1].values()] == pytest.approx(
-        [v.grad_norm for v in runs[0].values()], rel=1e-4
+        [v.grad_norm for v in runs[0].values()], rel=100 * rounding()
     )
 
 
@@ -143,7 +144,7 @@ def test_the_loss_scale_is_torchs_grad_scalers():
         assert bool(ours.found_inf) == (not math.isfinite(value))
         assert math.isfinite(value) != bool(ours.found_inf)
         if math.isfinite(value):
-            torch.testing.assert_close(mine, torch.full((3,), value))
+            assert_close(mine, value, 1)
         ours.update()
         assert ours.scale.item() == torchs.get_scale()
     copy = LossScale(torch.device("cpu"))
@@ -210,8 +211,8 @@ def test_the_loss_by_timestep_is_that_of_its_samples():
     for bucket in range(4):
         inside = (times >= 250 * bucket) & (times < 250 * (bucket + 1))
         assert value.bucket_counts[bucket] == int(inside.sum())
-        assert value.bucket_sums[bucket] == pytest.approx(float(losses[0][inside].sum()), rel=1e-5)
-    assert sum(value.bucket_sums) / 16 == pytest.approx(value.loss, rel=1e-5)
+        assert_close(value.bucket_sums[bucket], float(losses[0][inside].sum()), 16)
+    assert_close(sum(value.bucket_sums) / 16, value.loss, 16)
 
 
 WAITS = {
@@ -313,7 +314,7 @@ def test_a_compiled_loss_is_a_tenth_of_the_launches():
     print(f"launches of the loss: {len(watched.launched)}, compiled {metrics.generated_kernel_count}")
     assert metrics.generated_kernel_count < len(watched.launched) / 8
     expected = made(objective.training_losses)
-    assert compiled[0] == pytest.approx(expected[0], rel=1e-6)
+    assert_close(compiled[0], expected[0])
     assert_close(compiled[1], expected[1])
 
 
