@@ -104,7 +104,7 @@ def test_importance_sampling_is_the_same_in_micro_batches_and_on_two_ranks():
     losses = losses.detach()
     run(whole, 1)
     assert_close(weight.grad, gradient, terms=4096)
-    assert whole.values()[-1].loss == pytest.approx(float((importance * losses).mean()), rel=1e-4)
+    assert_close(whole.values()[-1].loss, float((importance * losses).mean()), terms=4096)
     # What it learns from is the loss itself; one of each timestep is its newest.
     newest = one.losses[t] - losses[:, None]
     assert (newest.abs().amin(dim=1) < 1e-4 * losses).all()

@@ -218,7 +218,7 @@ def test_the_log_and_manifest_say_what_happened(data, tmp_path, capsys):
     lines = read_log(tmp_path / "run" / "log.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 5]
     for line in lines:
-        assert line["loss"] == pytest.approx(line["mse"] + line["vb"], rel=1e-5)
+        assert_close(line["loss"], line["mse"] + line["vb"])
         assert line["lr"] == 1e-2
         assert line["images_per_second"] > 0
         assert line["grad_norm"] > 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_cli_evaluate import SmallNetwork, pictures, write_npz
 from test_training_step import TINY, image_set, run, trainer
+from tolerance import assert_same_distance
 
 from dit_fast.cli import main
 from dit_fast.data import LatentSet
@@ -73,7 +74,7 @@ def test_a_score_is_what_dit_fast_evaluate_says_of_the_same_samples(tmp_path, op
     asked = ["--against", options["evaluate_against"], "--weights", "unused.pth", "--metrics", "fid"]
     out = tmp_path / "scores.json"
     assert main(["evaluate", str(samples), *asked, "--out", str(out), "--device", "cpu"]) == 0
-    assert line["fid"] == pytest.approx(json.loads(out.read_text())["fid"], rel=1e-6)
+    assert_same_distance(json.loads(out.read_text())["fid"], line["fid"])
     assert (line["step"], line["extractor"], line["proxy"]) == (3, "small network", False)
     assert (len(evaluation.sampler.nodes), evaluation.sampler.config.guidance.active) == (3, False)
 
@@ -104,7 +105,7 @@ def test_ranks_share_the_samples(options):
     each.world = OneOfTwo(rank=0, size=2)
     object.__setattr__(each.world, "said", drawn)
     shared = evaluations[0].score()
-    assert shared.fid == pytest.approx(alone.fid, rel=1e-6)
+    assert_same_distance(shared.fid, alone.fid)
     object.__setattr__(each.world, "said", "2 of 5 samples have NaN")
     with pytest.raises(EvaluationError, match="rank 1: 2 of 5 samples have NaN"):
         evaluations[0].score()

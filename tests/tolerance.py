@@ -99,6 +99,11 @@ def assert_close(
     )
 
 
+def assert_same_distance(found: float, expected: float) -> None:
+    """Scores of the same images: a Frechet distance is what is left of sums that are up to a hundred times its size."""
+    assert_close(found, expected, scale=100 * abs(expected))
+
+
 def assert_trained_alike(
     found: Mapping[str, Any], expected: Mapping[str, Any], moved: float, terms: int = SUM
 ) -> None:

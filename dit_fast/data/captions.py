@@ -154,7 +154,7 @@ class EmbeddingFile:
                 self.names = frozenset(tensors.keys())
                 self._read = lambda name: tensors.get_tensor(name).float().numpy()
                 said = parse_json(
-                    (tensors.metadata() or {}).get("encoder", "null"), "its metadata", DataError
+                    (tensors.metadata() or {}).get("encoder", "null"), f"{path}: its metadata", DataError
                 )
             shapes = {name: self._array(name).shape for name in self.names}
         except DataError:

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from proofs import FLOAT64, FLOOR
 from torch import Tensor
 
 from dit_fast.kernels import gelu, mlp, reference, swiglu
@@ -52,7 +53,7 @@ def with_gradients(function, inputs, **kwargs) -> list[Tensor]:
     return [out.detach(), *grads]
 
 
-def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-12) -> None:
+def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float = FLOAT64) -> None:
     for one, other in zip(got, want, strict=True):
         assert one.shape == other.shape
         assert one.dtype == other.dtype
@@ -133,7 +134,7 @@ def test_mlp_is_as_accurate_as_torch(provider, activation, dtype) -> None:
     exact = with_gradients(reference.mlp, double, activation=activation)
     torchs = with_gradients(reference.mlp, inputs, activation=activation)
     ours = with_gradients(mlp, inputs, activation=activation, epilogue=provider, kernels="triton")
-    floor = 1e-6 if dtype == torch.float32 else 1e-3
+    floor = max(FLOOR, torch.finfo(dtype).eps / 2)
     for got, same, want, factor in zip(ours, torchs, exact, (2, 3, 3, 3, 3), strict=True):
         error, allowed = (got.double() - want).abs().max(), (same.double() - want).abs().max()
         assert error <= factor * allowed + floor * max(1.0, want.abs().max().item())

@@ -11,6 +11,7 @@ import torch
 from proofs import (
     DEVICE,
     DTYPES,
+    FLOAT64,
     HARD_ROWS,
     OPS,
     VARIANTS_TOO,
@@ -141,7 +142,7 @@ def test_gated_residual_without_bias(bias: bool) -> None:
         inputs = REGISTRY[name].make_inputs((2, 5, 72), torch.float64, torch.float64, draw)
         inputs = inputs if bias else inputs[:-1]
         ours, exact = fused(REGISTRY[name], inputs), evaluate(REGISTRY[name].reference, inputs)
-        assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, exact, strict=True))
+        assert all((a - b).abs().max() <= FLOAT64 for a, b in zip(ours, exact, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_patches(channels: int, patch: int, size: tuple[int, int], width: int) -
     ]  # fmt: skip
     spec = REGISTRY["patch_embed"]
     ours, exact = fused(spec, inputs), evaluate(spec.reference, inputs)
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, exact, strict=True))
+    assert all((a - b).abs().max() <= FLOAT64 for a, b in zip(ours, exact, strict=True))
     tokens = draw(2, height * columns, patch * patch * channels, dtype=torch.float64)
     spec = REGISTRY["unpatchify"]
     ours = fused(spec, (tokens, patch, height, columns))
