@@ -342,5 +342,5 @@ def test_a_training_run_names_its_conditioning(conditioning: str) -> None:
 
     config = TrainConfig("digits", hidden_size=16, depth=1, num_heads=2, conditioning=conditioning)
     assert type(build_model(config, Data()).blocks[0]) is BLOCKS[conditioning][0]
-    with pytest.raises(ConfigError, match="--conditioning film: give one of adaln_zero, adaln"):
+    with pytest.raises(ConfigError, match="--conditioning 'film': give one of adaln_zero, adaln"):
         TrainConfig("digits", conditioning="film")

@@ -383,7 +383,7 @@ def test_an_unconditional_model_has_no_labels() -> None:
 
 
 def test_a_model_with_classes_wants_labels() -> None:
-    with pytest.raises(ValueError, match="y is None: the model has 10 classes"):
+    with pytest.raises(ValueError, match="y is NoneType: the model has 10 classes"):
         model_of()(x(), T)
 
 

@@ -173,7 +173,7 @@ def test_every_objective_takes_steps(options):
         ({"objective": "flow", "loss_weighting": "velocity"}, "that of a model of the velocity is none"),
         ({"objective": "flow", "prediction": "v"}, "prediction 'v' is not of flow matching"),
         ({"objective": "flow", "timestep_sampling": "importance"}, "those of flow matching are continuous"),
-        ({"objective": "flows"}, "--objective flows: give one of diffusion, flow"),
+        ({"objective": "flows"}, "--objective 'flows': give one of diffusion, flow"),
         ({"path": "vp"}, "--path vp is of --objective flow: leave it out"),
         ({"direction_loss": True}, "--direction-loss True is of --objective flow: leave it out"),
         (
@@ -184,7 +184,10 @@ def test_every_objective_takes_steps(options):
         ({"prediction": "score"}, "prediction 'score' is not of diffusion in discrete steps"),
         ({"loss_weighting": "likelihood"}, "give none or min-snr"),
         ({"loss_weighting": "min-snr", "use_kl": True}, "the bound has weights of its own"),
-        ({"loss_weighting": "min-snr", "min_snr_gamma": -1.0}, r"min-SNR gamma -1\.0"),
+        (
+            {"loss_weighting": "min-snr", "min_snr_gamma": -1.0},
+            r"--min-snr-gamma -1\.0: give a number above 0",
+        ),
         ({"sigma_small": True}, "give --no-learn-sigma too"),
     ],
 )
