@@ -78,7 +78,7 @@ def modulate(x, mean, rstd, shift_ptr, scale_ptr, P: tl.constexpr):
 
 @triton.jit
 def norm_gradient(
-    dy_ptr, x_ptr, mean_ptr, scale_ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.constexpr = ""
+    dy_ptr, x_ptr, mean_ptr, scale_ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.constexpr = tl.constexpr("")
 ):
     """Of one part: dy, g = dy * (1 + scale), and x - mean."""
     dy = load_part(dy_ptr, left, P, ACC, MODIFIER)

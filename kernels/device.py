@@ -170,7 +170,7 @@ def widened(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_part(ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.constexpr = ""):
+def load_part(ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.constexpr = tl.constexpr("")):
     """Part P of a tile of tokens in ACC; `left` tokens from the tile's first on, 0 beyond."""
     return widened(load_columns(ptr, rows_of(P), P.width, left, P, MODIFIER), ACC)
 
