@@ -215,7 +215,11 @@ class TransformerBlock(nn.Module):
             activation=module.activation, keep_activation=keep, epilogue=module.epilogue,
             recipe=None if keep else h.recipe, kernels=self.kernels,
         )  # fmt: skip
-        return branch, last.bias
+        bias = last.bias
+        if bias is not None and hasattr(type(self), "reshard"):
+            # `fully_shard` frees a block's own parameters when it returns, and the next block adds this one.
+            bias = bias.clone()
+        return branch, bias
 
 
 class AdaptiveBlock(TransformerBlock):

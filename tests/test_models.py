@@ -4,13 +4,17 @@ import copy
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from golden import CONFIG, GOLDEN, golden_model, seeded
 from tolerance import SUM, assert_close
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.kernels.launch import record_launches
@@ -439,6 +443,31 @@ def test_vmap_without_gradients(recompute: str) -> None:
     with torch.no_grad():
         mapped = torch.func.vmap(lambda x: model(x, T, Y))(many)
         assert_close(mapped, torch.stack([model(x, T, Y) for x in many]))
+
+
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "cross_attention"])
+def test_a_sharded_block_hands_on_no_parameter_that_is_freed(conditioning: str) -> None:
+    """The next block adds the bias of an MLP, when `fully_shard` has freed its own block's parameters."""
+    built = {"kernels": "triton", "conditioning": conditioning}
+    expected = gradients(golden_model(**built))
+    model = golden_model(**built)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+        def check(module: nn.Module, args: tuple[Any, ...]) -> None:
+            pending = args[0].bias
+            assert pending is None or pending.untyped_storage().size() > 0
+
+        for module in (*model.blocks, model.final_layer):
+            module.register_forward_pre_hook(check)
+        found = {name: gradient.full_tensor() for name, gradient in gradients(model).items()}
+    finally:
+        dist.destroy_process_group()
+    assert_same_gradients(found, expected, 1e-5)
 
 
 # Another size
