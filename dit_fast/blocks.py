@@ -215,7 +215,7 @@ class TransformerBlock(nn.Module):
             activation=module.activation, keep_activation=keep, epilogue=module.epilogue,
             recipe=None if keep else h.recipe, kernels=self.kernels,
         )  # fmt: skip
-        bias = last.bias
+        bias: Tensor | None = last.bias
         if bias is not None and hasattr(type(self), "reshard"):
             # `fully_shard` frees a block's own parameters when it returns, and the next block adds this one.
             bias = bias.clone()
