@@ -343,6 +343,18 @@ def test_data_of_another_number_of_classes(run, tmp_path, capsys):
     assert "has 2 classes, the model 10" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kept", "writes"), [("images", "--save-images"), ("samples.npz", "--npz"), ("scores.json", "")]
+)
+def test_results_of_two_commands_do_not_lie_side_by_side(kept, writes, run, tmp_path, capsys):
+    """`dit-fast evaluate OUT` would score the older ones in place of those that were just drawn."""
+    (tmp_path / kept).mkdir()
+    for other in {"--save-images", "--npz", "--gif"} - ({writes} - {"--save-images"}):
+        assert command("--ckpt", run, "--out", tmp_path, other) == 1
+        assert f"{kept} of an earlier command is there already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [kept]
+
+
 def test_outputs_that_cannot_be_written(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Sampler, "__call__", lambda *a, **k: pytest.fail("sampling began"))
     (tmp_path / "file").write_text("")

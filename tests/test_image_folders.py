@@ -490,6 +490,9 @@ def test_what_the_sampler_wrote_is_scored_without_its_grid(tmp_path, caplog):
     assert "1 grids of samples are left out" in caplog.text
     put_array(out / "sample.png", noise((200, 300)))
     assert open_source(out).num == 2
+    (out / "parts").mkdir()
+    with pytest.raises(DataError, match="has not finished there"):
+        open_source(out)
 
 
 def test_a_folder_that_only_resembles_the_samplers_is_scored_whole(tmp_path):

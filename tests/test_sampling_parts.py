@@ -310,7 +310,7 @@ def test_images_of_the_same_command_do_not_block_its_second_try(checkpoint, tmp_
     assert main(command) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "sample.png", "samples.npz"]
     assert main(command) == 1
-    assert "images is there already" in capsys.readouterr().err
+    assert "images of an earlier command is there already" in capsys.readouterr().err
 
 
 def test_a_failure_before_the_first_shard_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):

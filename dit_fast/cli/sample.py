@@ -24,7 +24,7 @@ from dit_fast.evaluation import Scorer
 from dit_fast.files import TEMPORARY, write_atomically
 from dit_fast.locks import FolderLock
 from dit_fast.sampling import Step, draw_grid, save_grid, short_label, to_pil, to_uint8
-from dit_fast.sampling.output import ARCHIVE, GRID, IMAGES
+from dit_fast.sampling.output import ARCHIVE, GRID, IMAGES, SCORES
 from dit_fast.sampling.progress import Progress
 from dit_fast.terminal import say
 from dit_fast.training.world import join_world
@@ -249,7 +249,7 @@ def _score(args: argparse.Namespace, plan: Plan, scorer: Scorer, images: np.ndar
         "solver": plan.sampler.config.solver,
         "seed": args.seed,
     }
-    path = args.out / "scores.json"
+    path = args.out / SCORES
     text = json.dumps({**request, **scores.as_json()}, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
     say(f"wrote {path}")

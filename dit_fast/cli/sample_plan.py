@@ -33,7 +33,7 @@ from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
 from dit_fast.sampling.guidance import INTERVAL
 from dit_fast.sampling.nodes import Nodes
-from dit_fast.sampling.output import prepare_folder
+from dit_fast.sampling.output import ARCHIVE, IMAGES, PARTS, SCORES, prepare_folder
 from dit_fast.sampling.parts import Parts
 from dit_fast.terminal import say
 from dit_fast.training.world import local_rank, ranks
@@ -69,6 +69,22 @@ class Plan:
         return self.decoder(samples, self.info.data.get("shift"), self.info.data.get("scale"))
 
 
+def _refuse_other_results(args: argparse.Namespace) -> None:
+    """Raise OutputError for results of an earlier command that would lie beside this one's as if they were its own."""
+    # In the folder of a command that did not end, they may be its own; it is continued, and writes them again.
+    if (args.out / PARTS).exists():
+        return
+    replaced = {ARCHIVE: args.npz, SCORES: args.compare_to is not None, IMAGES: False}
+    left = [
+        str(args.out / name) for name, again in replaced.items() if not again and (args.out / name).exists()
+    ]
+    if left:
+        raise OutputError(
+            f"{' and '.join(left)} of an earlier command {'is' if len(left) == 1 else 'are'} there already; remove "
+            f"{'it' if len(left) == 1 else 'them'} or choose another --out"
+        )
+
+
 def make_plan(args: argparse.Namespace) -> Plan:
     """Load all that is needed and check it, cheapest first."""
     interval = INTERVAL.check("--cfg-interval", args.cfg_interval)
@@ -79,9 +95,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         )
     mode = args.mode or ("fast" if args.npz or world > 1 else "reference")
     device = _device(args.device, world)
-    # In the folder of a command that did not end, they may be its own; it is continued, and writes them again.
-    if args.save_images and (args.out / "images").exists() and not (args.out / "parts").exists():
-        raise OutputError(f"{args.out / 'images'} is there already; remove it or choose another --out")
+    _refuse_other_results(args)
 
     model, info = load_model(
         _checkpoint(args),

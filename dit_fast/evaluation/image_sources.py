@@ -16,7 +16,7 @@ from dit_fast.data.decode import list_failures, read_each, read_header, read_ima
 from dit_fast.data.image_files import FORMATS, image_files
 from dit_fast.errors import DataError
 from dit_fast.evaluation.archives import Archive
-from dit_fast.sampling.output import ARCHIVE, GRID, IMAGES, WRITTEN
+from dit_fast.sampling.output import ARCHIVE, GRID, IMAGES, PARTS, WRITTEN
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,11 @@ def _folder(
     if (root / GRID).is_file() and all(
         entry.name in WRITTEN or entry.name.startswith(".") for entry in root.iterdir()
     ):
+        if (root / PARTS).is_dir():
+            # What else lies there may be of an earlier command.
+            raise DataError(
+                f"{root}: dit-fast sample has not finished there ({PARTS}); run the same command again, or wait for it"
+            )
         # A folder of dit-fast sample. Its grid is not told apart by a mark where an older version drew it.
         if (root / IMAGES).is_dir():
             return _folder(root / IMAGES, image_size, num_workers, buckets, conversion)

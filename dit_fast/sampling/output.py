@@ -9,7 +9,9 @@ from dit_fast.files import sync, write_atomically  # noqa: F401 (for callers tha
 
 GRID, IMAGES, ARCHIVE = "sample.png", "images", "samples.npz"
 """What `dit-fast sample` writes to its folder: a grid, single images and an archive of them, ..."""
-WRITTEN = frozenset((GRID, IMAGES, ARCHIVE, "trajectory.gif", "latents.npy", "scores.json", "parts"))
+SCORES, PARTS = "scores.json", "parts"
+"""... scores and, until all of these are written, the shards, ..."""
+WRITTEN = frozenset((GRID, IMAGES, ARCHIVE, "trajectory.gif", "latents.npy", SCORES, PARTS))
 """... and all that it may leave there."""
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from dit_fast.errors import OutputError
 from dit_fast.files import MOST_LIST_BYTES, TEMPORARY, read_bytes, read_object, write_atomically
+from dit_fast.sampling.output import PARTS
 from dit_fast.schema import shown
 
 # Of every member of an archive, so that equal samples give equal bytes: the first date that zip can hold.
@@ -48,7 +49,7 @@ class Parts:
         shape: tuple[int, ...],
         dtype: str,
     ) -> None:
-        self.folder = folder / "parts"
+        self.folder = folder / PARTS
         self.num, self.batch_size, self.shape, self.dtype = num, batch_size, shape, np.dtype(dtype)
         self.count = -(-num // batch_size)
         self.request = {**request, "num": num, "batch_size": batch_size, "shape": list(shape), "dtype": dtype}
