@@ -159,7 +159,7 @@ def _holder(descriptor: int) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder["since"])))
         command, pid, host = (printable(holder[name])[:80] for name in ("command", "pid", "host"))
         return f"dit-fast {command}, process {pid} on {host}, writes to it since {since}"
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "another process writes to it"
 
 

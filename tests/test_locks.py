@@ -66,6 +66,14 @@ def test_another_process_is_named_and_its_death_releases_the_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"since": 1e300, "command": 0}', "[" * 4096])
+def test_a_holder_that_cannot_be_read_is_one_line_too(content, tmp_path):
+    with FolderLock(tmp_path, "train"):
+        (tmp_path / ".train.lock").write_text(content)
+        with pytest.raises(OutputError, match="is in use: another process writes to it"):
+            FolderLock(tmp_path, "train").acquire()
+
+
 def test_within_a_process_too(tmp_path):
     with FolderLock(tmp_path, "train"), pytest.raises(OutputError, match=f"process {os.getpid()} on "):
         FolderLock(tmp_path, "train").acquire()
