@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.device import (
+    PLAIN,
     column_sum,
     first_token,
     load_part,
@@ -78,7 +79,14 @@ def modulate(x, mean, rstd, shift_ptr, scale_ptr, P: tl.constexpr):
 
 @triton.jit
 def norm_gradient(
-    dy_ptr, x_ptr, mean_ptr, scale_ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.constexpr = tl.constexpr("")
+    dy_ptr,
+    x_ptr,
+    mean_ptr,
+    scale_ptr,
+    left,
+    P: tl.constexpr,
+    ACC: tl.constexpr,
+    MODIFIER: tl.constexpr = PLAIN,
 ):
     """Of one part: dy, g = dy * (1 + scale), and x - mean."""
     dy = load_part(dy_ptr, left, P, ACC, MODIFIER)

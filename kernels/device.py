@@ -61,6 +61,10 @@ class Part(NamedTuple):
         return self.warps * self.own == self.width
 
 
+# The default cache modifier of a load. Triton 3.6 takes no string for the default of a constexpr argument.
+PLAIN = tl.constexpr("")
+
+
 @triton.constexpr_function
 def parts_of(width, rows, warps):
     """Sizes of the main and the tail part of a warp's columns, the tail's 0 where one part suffices.
@@ -170,7 +174,7 @@ def widened(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_part(ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.constexpr = tl.constexpr("")):
+def load_part(ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.constexpr = PLAIN):
     """Part P of a tile of tokens in ACC; `left` tokens from the tile's first on, 0 beyond."""
     return widened(load_columns(ptr, rows_of(P), P.width, left, P, MODIFIER), ACC)
 

@@ -31,7 +31,9 @@ def test_norm_from_its_moments_is_the_norm(shape, norm) -> None:
 def test_norm_from_moments_is_a_proper_operation() -> None:
     x, shift, scale, _, _ = inputs(torch.float32)
     _, mean, rstd = adaln_with_moments(x, shift, scale)
-    checks = torch.library.opcheck(torch.ops.dit_fast.adaln_from_moments.default, (x, mean, rstd, shift, scale))
+    checks = torch.library.opcheck(
+        torch.ops.dit_fast.adaln_from_moments.default, (x, mean, rstd, shift, scale)
+    )
     assert set(checks.values()) == {"SUCCESS"}
 
 
