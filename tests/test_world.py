@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dit_fast.errors import ConfigError, OutputError, RankError
 from dit_fast.training import world as world_module
@@ -176,3 +177,23 @@ def test_what_is_said_in_a_step() -> None:
     assert [bool(flag) for flag in agreement.exchange(no, yes, None, False)] == [False, True]
     agreement.read(1.0)
     assert (agreement.stop, agreement.save_failed, agreement.bad_rank) == (None, False, 3)
+
+
+def test_ranks_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of torchrun that was killed while they started."""
+
+    def lost(*arguments, **options):
+        raise dist.DistNetworkError(
+            "Failed to recv, got 0 bytes. Connection was likely closed.\nException raised from"
+        )
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "rendezvous", lost)
+    with (
+        pytest.raises(RankError, match="rank 1 did not reach the other ranks at the start") as caught,
+        join_world("cpu", remedy="run the command again"),
+    ):
+        pass
+    assert str(caught.value).endswith("; run the command again")
+    assert "\n" not in str(caught.value)

@@ -171,18 +171,26 @@ def join_world(
         torch.cuda.set_device(chosen)
     # torchrun's agent keeps one store over restarts: without a prefix, a restarted rank finds the addresses of dead
     # ones in it (pytorch, torch/distributed/rendezvous.py).
-    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-    store = dist.PrefixStore(f"attempt_{attempt}", store)
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=limit,
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
-    control, background = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(f"attempt_{attempt}", store)
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=limit,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+        control, background = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise RankError(
+            f"rank {rank} did not reach the other ranks at the start ({reason}); {remedy}"
+        ) from error
     world = World(rank, local_rank(), size, local_size, chosen, attempt, store, control, background, remedy)
     lost = False
     try:
