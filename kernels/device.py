@@ -2,9 +2,12 @@
 
 How a tile lies on warps. Each warp owns D / WARPS neighbouring columns of every row of the tile, as a main and a tail
 part, two powers of two: 1152 columns on 4 warps are 4 x (256 + 32), no lane is idle and every access has 128 bits.
-A part is a tensor (A, WARPS, L, SIZE), row a * L + l. Triton gives the axes of a tensor that it loads to lanes, warps
-and registers from the last axis on, so that the shape says who has what: SIZE fills the lanes of a warp, together with
-L rows where it is narrower than one access of the warp, and A is left to the registers of a thread. Hence
+A part is a tensor (A, WARPS, L, SIZE), row a * L + l. In memory it is the matrix (A * WARPS * L, SIZE), whose
+contiguous columns Triton gives to lanes first and then, from the lowest bit of the row on, lanes, warps and registers.
+So the shape says who has what: SIZE fills the lanes of a warp, together with L rows where it is narrower than one
+access of the warp, and A is left to the registers of a thread. (Of more axes the order of those that are not
+contiguous is a choice of Triton's that differs between versions: 3.6 takes the first axis where 3.7 takes the last.)
+Hence
 
 - a column belongs to one thread, or to L lanes of one warp: a sum over tokens stays in registers up to the end;
 - a sum over the columns of a row is one exchange between lanes and then between warps, of which a single warp has
@@ -140,29 +143,34 @@ def rows_of(P: tl.constexpr):
 
 
 @triton.jit
-def load_columns(ptr, o_t, STRIDE: tl.constexpr, left, P: tl.constexpr, MODIFIER: tl.constexpr):
-    """Part P of rows `o_t` (A, 1, L, 1), STRIDE apart.
+def lines_of(STEPS: tl.constexpr, WARPS: tl.constexpr, L: tl.constexpr):
+    """Step, warp and row of L, (STEPS * WARPS * L, 1) each, of the rows of the matrix that a tile is in memory."""
+    o_line = tl.arange(0, STEPS * WARPS * L)[:, None]
+    return o_line // (WARPS * L), o_line // L % WARPS, o_line % L
+
+
+@triton.jit
+def load_columns(
+    ptr, STEPS: tl.constexpr, STRIDE: tl.constexpr, left, P: tl.constexpr, MODIFIER: tl.constexpr
+):
+    """Part P of STEPS * L rows that lie STRIDE apart, (STEPS, WARPS, L, SIZE).
 
     A thread takes two accesses for its neighbouring columns of a float32 tensor, so that it lies on the threads as a
     bfloat16 tensor does.
     """
-    o_warp = tl.arange(0, P.warps)[None, :, None, None] * P.own + P.start
-    if halves(P, ptr) == 2:
-        HALF: tl.constexpr = P.vector // 2
-        o_c = (
-            o_warp[:, :, :, :, None] + tl.arange(0, P.size // P.vector)[None, None, None, :, None] * P.vector
-        )
-        o_c += tl.arange(0, HALF)[None, None, None, None, :]
-        o_t = o_t[:, :, :, :, None]
-        low = masked_load(ptr + (o_t * STRIDE + o_c), inside(o_t, o_c, left, P), MODIFIER)
-        o_c += HALF
+    HALVES: tl.constexpr = halves(P, ptr)
+    # A line is a thread's columns of a float32 tensor, all columns of a row otherwise.
+    LINES: tl.constexpr = P.size // P.vector if HALVES == 2 else 1
+    WIDTH: tl.constexpr = P.vector // 2 if HALVES == 2 else P.size
+    o_a, o_warp, o_l = lines_of(STEPS, P.warps, P.lane_rows * LINES)
+    o_t = o_a * P.lane_rows + o_l // LINES
+    o_c = o_warp * P.own + P.start + o_l % LINES * P.vector + tl.arange(0, WIDTH)[None, :]
+    x = masked_load(ptr + (o_t * STRIDE + o_c), inside(o_t, o_c, left, P), MODIFIER)
+    if HALVES == 2:
+        o_c += WIDTH
         high = masked_load(ptr + (o_t * STRIDE + o_c), inside(o_t, o_c, left, P), MODIFIER)
-        x = tl.permute(tl.join(low, high), (0, 1, 2, 3, 5, 4))
-        x = tl.reshape(x, [o_t.shape[0], P.warps, P.lane_rows, P.size])
-    else:
-        o_c = o_warp + tl.arange(0, P.size)[None, None, None, :]
-        x = masked_load(ptr + (o_t * STRIDE + o_c), inside(o_t, o_c, left, P), MODIFIER)
-    return x
+        x = tl.permute(tl.join(x, high), (0, 2, 1))
+    return tl.reshape(x, [STEPS, P.warps, P.lane_rows, P.size])
 
 
 @triton.jit
@@ -176,7 +184,7 @@ def widened(x, ACC: tl.constexpr):
 @triton.jit
 def load_part(ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.constexpr = PLAIN):
     """Part P of a tile of tokens in ACC; `left` tokens from the tile's first on, 0 beyond."""
-    return widened(load_columns(ptr, rows_of(P), P.width, left, P, MODIFIER), ACC)
+    return widened(load_columns(ptr, P.steps, P.width, left, P, MODIFIER), ACC)
 
 
 @triton.jit
@@ -192,21 +200,18 @@ def store_part(ptr, x, left, P: tl.constexpr):
     L: tl.constexpr = P.lane_rows // ROWS_FIRST
     SIZE: tl.constexpr = P.size // COLUMNS_FIRST
     x = tl.reshape(x.to(ptr.dtype.element_ty), [P.steps, P.warps, ROWS_FIRST, L, COLUMNS_FIRST, SIZE])
-    x = tl.permute(x, (0, 2, 4, 1, 3, 5))
-    o_t = tl.arange(0, P.steps)[:, None, None, None, None, None] * P.lane_rows
-    o_t += tl.arange(0, ROWS_FIRST)[None, :, None, None, None, None] * L
-    o_t += tl.arange(0, L)[None, None, None, None, :, None]
-    o_c = tl.arange(0, COLUMNS_FIRST)[None, None, :, None, None, None] * SIZE + P.start
-    o_c += tl.arange(0, P.warps)[None, None, None, :, None, None] * P.own
-    o_c += tl.arange(0, SIZE)[None, None, None, None, None, :]
+    STEPS: tl.constexpr = P.steps * ROWS_FIRST * COLUMNS_FIRST
+    x = tl.reshape(tl.permute(x, (0, 2, 4, 1, 3, 5)), [STEPS * P.warps * L, SIZE])
+    o_a, o_warp, o_l = lines_of(STEPS, P.warps, L)
+    o_t = o_a // COLUMNS_FIRST * L + o_l
+    o_c = o_a % COLUMNS_FIRST * SIZE + P.start + o_warp * P.own + tl.arange(0, SIZE)[None, :]
     tl.store(ptr + (o_t * P.width + o_c), x, mask=inside(o_t, o_c, left, P))
 
 
 @triton.jit
 def load_vector(ptr, P: tl.constexpr, ACC: tl.constexpr):
     """Part P of one row of D values, (1, WARPS, L, SIZE) in ACC: the L lanes of a column all have it."""
-    o_t = tl.arange(0, P.lane_rows)[None, None, :, None] * 0
-    return widened(load_columns(ptr, o_t, 0, 1, P, ""), ACC)
+    return widened(load_columns(ptr, 1, 0, P.rows, P, ""), ACC)
 
 
 @triton.jit
