@@ -94,15 +94,15 @@ def run(args: argparse.Namespace) -> int:
     name, model = _open(options)
     try:
         counts = count(model, tokens)
+        kept = kept_bytes(
+            model.config,
+            step["batch_size"],
+            precision=step["precision"],
+            residual=step["residual"],
+            caption_tokens=tokens,
+        )
     except ValueError as error:  # Kernels refuse tensors beyond their offsets.
         raise ConfigError(f"{name}: {error}; give a smaller --input-size or a larger --patch-size") from None
-    kept = kept_bytes(
-        model.config,
-        step["batch_size"],
-        precision=step["precision"],
-        residual=step["residual"],
-        caption_tokens=tokens,
-    )
     told = 0 if model.conditioning in ADAPTIVE else model.condition_tokens(tokens)
     text = (_as_json if as_json else _as_text)(name, model, counts, told, kept, step)
     say(*text.splitlines())
