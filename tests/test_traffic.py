@@ -108,7 +108,8 @@ def test_inductor_and_ours(counted: dict[str, Traffic]) -> None:
                 whole[one.phase] += launches * (round(one.read / U) + round(one.write / U))
         assert whole == {"forward": forward, "backward": backward}
         assert forward * U <= traffic.moved("forward") <= 1.05 * forward * U
-        assert backward * U <= traffic.moved("backward") <= 1.05 * backward * U
+        # In so narrow a model the partial sums over tokens are more of it than at D = 1152.
+        assert backward * U <= traffic.moved("backward") <= 1.08 * backward * U
         library = ("gemm", "attention")
         assert (traffic.launches("forward", library), traffic.launches("backward", library)) == (5, 9)
         assert kept * U <= traffic.kept <= (kept + 0.2) * U
