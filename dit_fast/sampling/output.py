@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 from dit_fast.errors import OutputError
-from dit_fast.files import sync, write_atomically  # noqa: F401 (for callers that have not moved yet)
 
 GRID, IMAGES, ARCHIVE = "sample.png", "images", "samples.npz"
 """What `dit-fast sample` writes to its folder: a grid, single images and an archive of them, ..."""

@@ -57,10 +57,6 @@ class Parts:
         # Shards that this process has read in full once: their checksums are not computed again to count them.
         self._verified: set[int] = set()
 
-    @property
-    def _request_path(self) -> Path:
-        return self.folder / "request.json"
-
     def open(self) -> None:
         """Create the folder, or check that the existing one belongs to the same request.
 
@@ -69,7 +65,7 @@ class Parts:
         Raises:
             OutputError: The folder holds shards of another request (names what differs), or cannot be used.
         """
-        path = self._request_path
+        path = self.folder / "request.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # What a killed process had not finished writing.
