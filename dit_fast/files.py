@@ -19,6 +19,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 
 from dit_fast.errors import DitFastError, OutputError
@@ -30,6 +31,9 @@ MOST_LIST_BYTES = 4 * 2**30
 TEMPORARY = ".tmp-"
 """Prefix of everything that is not finished."""
 _DEEPEST_JSON = 64
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|]\w\d+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
+)
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -164,6 +168,33 @@ def parse_json(text: str | bytes, source: str, raises: type[DitFastError]) -> An
         if not level:
             return content
     raise raises(f"{source}: refused: JSON nested deeper than {_DEEPEST_JSON}")
+
+
+def read_npy(path: str | Path, raises: type[DitFastError], most: int = MOST_LIST_BYTES) -> np.ndarray:
+    """Array of a `.npy` file; safe in threads, which `np.load` is not.
+
+    NumPy parses a header with `ast`, and before Python 3.11.9 and 3.12.3 two threads that do so at once end in
+    `SystemError: AST constructor recursion depth mismatch` (CPython gh-106905), be the other one Triton's compiler.
+
+    Raises:
+        raises: as `check_file`, or the file is not an array of numbers as NumPy writes them
+    """
+    content = read_bytes(path, raises, most, "an .npy file")
+    try:
+        if content[:6] != b"\x93NUMPY":
+            raise ValueError("not an .npy file")
+        start = 10 if content[6:7] == b"\x01" else 12
+        stop = start + int.from_bytes(content[8:start], "little")
+        header = _NPY_HEADER.fullmatch(content[start:stop])
+        if header is None:
+            if b"'|O" in content[start:stop]:
+                raise ValueError("Object arrays are not unpickled")
+            raise ValueError(f"header {content[start:stop][:80]!r}")
+        shape = tuple(int(size) for size in header[3].decode().split(",") if size.strip())
+        array = np.frombuffer(content, np.dtype(header[1].decode()), offset=stop)
+        return array.reshape(shape, order="F" if header[2] == b"True" else "C")
+    except (ValueError, TypeError) as error:
+        raise raises(f"{path} cannot be read ({len(content)} bytes): {_reason(error)}") from None
 
 
 def _members(value: Any) -> Iterable[Any]:

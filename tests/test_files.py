@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,13 +21,14 @@ from dit_fast.files import (
     parse_json,
     read_bytes,
     read_json,
+    read_npy,
     read_object,
     read_text,
     utf8_name,
     write_atomically,
 )
 
-READERS = (check_file, open_file, read_bytes, read_text, read_json, read_object)
+READERS = (check_file, open_file, read_bytes, read_text, read_json, read_object, read_npy)
 
 
 def make_pipe(path):
@@ -74,7 +76,7 @@ def make_too_large(path):
 def test_only_regular_files_of_bounded_size_are_read(tmp_path, reader, make):
     path = tmp_path / "manifest.json"
     found = make(path)
-    bound = {"most": 64 * 2**20} if reader in (check_file, open_file) else {}
+    bound = {"most": 64 * 2**20} if reader in (check_file, open_file, read_npy) else {}
     for raises in (DataError, CheckpointError):
         with pytest.raises(raises) as error:
             reader(path, raises, **bound)
@@ -278,3 +280,51 @@ def test_a_name_that_is_not_utf8_has_one_that_is_while_it_is_read(tmp_path, name
         os.fspath(readable).encode()
         tensors = load_file(readable)
     assert tensors["x"].tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("version", [None, (2, 0), (3, 0)])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([7]),
+        np.array(3.5),
+        np.zeros((0, 4), np.float16),
+        np.arange(24, dtype=">i4").reshape(2, 3, 4),
+        np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+        np.array([True, False]),
+    ],
+    ids=["one", "scalar", "empty", "big-endian", "fortran", "bool"],
+)
+def test_npy_files_are_read_as_numpy_does_without_its_parser(tmp_path, monkeypatch, array, version):
+    """`ast` is not safe in threads before Python 3.11.9: with it, 16 readers fail now and then."""
+    path = tmp_path / "a.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, array, version=version)
+    expected = np.load(path)
+    monkeypatch.setattr("ast.parse", None)
+    read = read_npy(path, DataError)
+    assert read.dtype == expected.dtype
+    assert np.array_equal(read, expected)
+
+
+def test_npy_files_of_other_contents_are_refused(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(6.0))
+    whole = path.read_bytes()
+    structured = tmp_path / "b.npy"
+    np.save(structured, np.zeros(2, [("a", "i4")]))
+    objects = tmp_path / "c.npy"
+    np.save(objects, np.array([{}]), allow_pickle=True)
+    for content in (
+        whole[:-1],
+        whole + b"x",
+        whole[:20],
+        whole.replace(b"(6,)", b"(9,)"),
+        b"PK\x03\x04" + whole,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.npy cannot be read"):
+            read_npy(path, DataError)
+    for other in (structured, objects):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_npy(other, DataError)

@@ -6,13 +6,12 @@
     LightningDiT  *.safetensors with latents, latents_flip and labels, and latents_stats.pt with mean and std
 
 Layouts as those projects' code and documentation describe them; nothing is unpickled but tensors
-(`read_weight_file`, np.load(allow_pickle=False)).
+(`read_weight_file`).
 """
 
 import hashlib
 import os
 import struct
-import zipfile
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from dit_fast.data.latents import LatentSet, make_latent_set
 from dit_fast.data.posterior import Posterior
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import CheckpointError, DataError
-from dit_fast.files import MOST_LIST_BYTES, check_file, open_file, parse_json, read_json, utf8_name
+from dit_fast.files import MOST_LIST_BYTES, check_file, open_file, parse_json, read_json, read_npy, utf8_name
 
 # Rombach et al. 2022: the scale of the Stable Diffusion autoencoders, and what they divide an image's side by.
 _SD_SCALE = 0.18215
@@ -38,17 +37,6 @@ _READERS = 16
 _REPA_FOLDER = "vae-sd"
 _REPA_LABELS = "dataset.json"
 _STATISTICS = "latents_stats.pt"
-# What NumPy raises for damaged files: a header that is no Python, an absurd shape, a zip archive in a .npy's place.
-_NUMPY_ERRORS = (
-    OSError,
-    ValueError,
-    EOFError,
-    SyntaxError,
-    TypeError,
-    MemoryError,
-    OverflowError,
-    zipfile.BadZipFile,
-)
 
 
 def recognise(folder: Path) -> str | None:
@@ -130,7 +118,7 @@ class FileSource:
         return torch.from_numpy(moments)
 
     def _one(self, member: int, size: int) -> np.ndarray:
-        array = _load(self.paths[member])
+        array = read_npy(self.paths[member], DataError)
         if array.size != size or array.dtype != self.dtype:
             raise DataError(
                 f"{self.paths[member]} holds {array.dtype} {array.shape}, the first latent of the set "
@@ -201,7 +189,7 @@ def _open_fast_dit(folder: Path) -> _Cache:
     names = sorted(features, key=lambda name: (len(name), name) if name.isdecimal() else (1 << 30, name))
     values = np.empty(len(names), np.int64)
     with ThreadPoolExecutor(_READERS) as pool:
-        read = pool.map(_load, [labels[name] for name in names])
+        read = pool.map(lambda name: read_npy(labels[name], DataError), names)
         for row, array in enumerate(tqdm(read, f"labels of {folder.name}", len(names), disable=None)):
             if array.size != 1 or array.dtype.kind not in "iu":
                 raise DataError(
@@ -236,7 +224,7 @@ def _files(folder: Path, paths: Sequence[Path], names: Sequence[str], labels: Te
     """A cache of one file for each latent; its shape and type are those of the first."""
     if not paths:
         raise DataError(f"{folder} holds no latents")
-    first = _load(paths[0])
+    first = read_npy(paths[0], DataError)
     parts = 1 if kind == "sample" else 2
     shape = first.shape[1:] if first.ndim == 4 and first.shape[0] == 1 else first.shape
     if len(shape) != 3 or shape[0] % parts or first.dtype.kind != "f":
@@ -367,17 +355,3 @@ def read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]
             "are not finite and positive"
         )
     return mean.tolist(), deviation.tolist()
-
-
-def _load(path: Path) -> np.ndarray:
-    check_file(path, DataError, what="an .npy file")
-    try:
-        array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("an archive, not an array")
-        return array
-    except _NUMPY_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{path} cannot be read ({path.stat().st_size if path.exists() else 0} bytes): {reason}"
-        ) from error
