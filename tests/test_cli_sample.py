@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,31 +10,17 @@ import pytest
 import torch
 from checkpoints import save_checkpoint
 from PIL import Image
+from small_models import small_model as build
 
 from dit_fast.cli import main, sample
 from dit_fast.cli.sample_plan import Plan, numbers_of
 from dit_fast.data import open_images
-from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler
 
 NAMES = tuple(str(digit) for digit in range(10))
 
 
-def small_model(seed: int = 0, **changes) -> DiT:
-    sizes = {
-        "input_size": 8,
-        "patch_size": 4,
-        "in_channels": 1,
-        "hidden_size": 32,
-        "depth": 1,
-        "num_heads": 2,
-    }
-    torch.manual_seed(seed)
-    model = DiT(**{**sizes, "num_classes": 10, **changes})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+small_model = partial(build, patch_size=4, in_channels=1, num_classes=10)
 
 
 @pytest.fixture(scope="module")

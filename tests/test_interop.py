@@ -8,12 +8,14 @@ import os
 import pickle
 import random
 import zipfile
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from small_models import small_model as build
 
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop import infer_config, load_model, read_weight_file, registry_size, require_config
@@ -22,14 +24,7 @@ from dit_fast.models import DiT, DiT_models
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
 
 
-def small_model(**changes) -> DiT:
-    """A DiT with random weights everywhere, its zero-initialised layers too."""
-    torch.manual_seed(0)
-    model = DiT(**{**SMALL, **changes})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.eval()
+small_model = partial(build, std=0.05, **SMALL)
 
 
 def answer(model: DiT) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """Sampling: reproducible, guided as the reference guides, independent of batches, and refused where it cannot be."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import small_model as build
 from tolerance import assert_close
 
 from benchmarks.plain_dit import PlainDiT
@@ -28,22 +30,7 @@ from dit_fast.sampling.output import prepare_folder
 from dit_fast.sampling.progress import Progress
 from tests.golden import GOLDEN, golden_model, seeded
 
-
-def small_model(**changes) -> DiT:
-    sizes = {
-        "input_size": 4,
-        "patch_size": 2,
-        "in_channels": 4,
-        "hidden_size": 32,
-        "depth": 1,
-        "num_heads": 2,
-    }
-    torch.manual_seed(0)
-    model = DiT(**{**sizes, "num_classes": 5, **changes})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+small_model = partial(build, input_size=4)
 
 
 @pytest.fixture(scope="module")

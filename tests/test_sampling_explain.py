@@ -1,15 +1,17 @@
 """Pictures of trajectories, sweeps and attention: the right images in the right places, and the maps' own maths."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import small_model as build
 from tolerance import assert_close
 
 from dit_fast.cli import main
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
-from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, diffusion_nodes, draw_grid, to_uint8
 from dit_fast.sampling.explain import (
     attention_film,
@@ -24,20 +26,7 @@ from dit_fast.sampling.explain import (
 LABELS = torch.tensor([1, 4])
 
 
-def small_model(**changes) -> DiT:
-    sizes = {
-        "input_size": 8,
-        "patch_size": 2,
-        "in_channels": 3,
-        "hidden_size": 32,
-        "depth": 2,
-        "num_heads": 2,
-    }
-    model = DiT(**{**sizes, "num_classes": 5, **changes})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+small_model = partial(build, std=0.2, in_channels=3, depth=2)
 
 
 @pytest.fixture(scope="module")

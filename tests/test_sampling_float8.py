@@ -1,16 +1,17 @@
 """Sampling with float8 blocks: the error that rounding can make, what is replaced, and what is refused."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from small_models import small_model as build
 from torch import nn
 
 from dit_fast.cli import main
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
-from dit_fast.models import DiT
 from dit_fast.sampling import Sampler, SamplerConfig
 from dit_fast.sampling.float8 import Float8Linear, quantise, require_float8_device
 from dit_fast.sampling.modulation import loop_parameters
@@ -31,21 +32,9 @@ def rounding(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return torch.maximum(RELATIVE * x.abs(), ABSOLUTE * scales)
 
 
-def small_model(seed: int = 0, **changes) -> DiT:
-    torch.manual_seed(seed)
-    sizes = {
-        "input_size": 8,
-        "patch_size": 2,
-        "in_channels": 4,
-        "hidden_size": 64,
-        "depth": 2,
-        "num_heads": 4,
-    }
-    model = DiT(**{**sizes, "num_classes": 10, **changes})
-    for name, parameter in model.named_parameters():
-        if "adaLN" in name or "final" in name:
-            nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+small_model = partial(
+    build, std=0.2, redrawn=("adaLN", "final"), hidden_size=64, depth=2, num_heads=4, num_classes=10
+)
 
 
 def test_values_are_within_half_a_spacing():

@@ -4,9 +4,11 @@ As a CUDA graph does, it reads what lies in the memory that was captured and ove
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from small_models import small_model as build
 from tolerance import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,21 +65,7 @@ class FakeGraphs:
         return recording.replay
 
 
-def small_model(seed: int = 0, **changes) -> DiT:
-    torch.manual_seed(seed)
-    sizes = {
-        "input_size": 4,
-        "patch_size": 2,
-        "hidden_size": 16,
-        "depth": 2,
-        "num_heads": 2,
-        "num_classes": 9,
-    }
-    model = DiT(**{**sizes, **changes})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+small_model = partial(build, input_size=4, hidden_size=16, depth=2, num_classes=9)
 
 
 @pytest.fixture
