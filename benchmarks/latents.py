@@ -5,7 +5,7 @@ temporary folder and removed again; it is read once before timing, so that the p
 limit, which is copying the same bytes from one array to another. Two rates: by the clock, and by the CPU time of
 the thread, which does not count what other programs on the machine take:
 
-    moments    rows of the memory map, at random, with the flip's choice and the check for NaN
+    moments    rows of the shards, at random, with the flip's choice and the check for NaN
     batch      the same, and the posterior's sample: what the read-ahead thread does for a training step
 """
 

@@ -179,22 +179,36 @@ def read_npy(path: str | Path, raises: type[DitFastError], most: int = MOST_LIST
     Raises:
         raises: as `check_file`, or the file is not an array of numbers as NumPy writes them
     """
-    content = read_bytes(path, raises, most, "an .npy file")
+    return parse_npy(read_bytes(path, raises, most, "an .npy file"), str(path), raises)
+
+
+def parse_npy(content: bytes | bytearray | memoryview, source: str, raises: type[DitFastError]) -> np.ndarray:
+    """Array, over the same memory, of the bytes of a `.npy` file; `source` names it in errors. As `read_npy`."""
     try:
-        if content[:6] != b"\x93NUMPY":
-            raise ValueError("not an .npy file")
-        start = 10 if content[6:7] == b"\x01" else 12
-        stop = start + int.from_bytes(content[8:start], "little")
-        header = _NPY_HEADER.fullmatch(content[start:stop])
-        if header is None:
-            if b"'|O" in content[start:stop]:
-                raise ValueError("Object arrays are not unpickled")
-            raise ValueError(f"header {content[start:stop][:80]!r}")
-        shape = tuple(int(size) for size in header[3].decode().split(",") if size.strip())
-        array = np.frombuffer(content, np.dtype(header[1].decode()), offset=stop)
-        return array.reshape(shape, order="F" if header[2] == b"True" else "C")
+        dtype, shape, fortran, start = npy_header(content)
+        return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
     except (ValueError, TypeError) as error:
-        raise raises(f"{path} cannot be read ({len(content)} bytes): {_reason(error)}") from None
+        raise raises(f"{source} cannot be read ({len(content)} bytes): {_reason(error)}") from None
+
+
+def npy_header(content: bytes | bytearray | memoryview) -> tuple[np.dtype, tuple[int, ...], bool, int]:
+    """(dtype, shape, whether Fortran-ordered, start of the values) of a `.npy` file; ValueError for another."""
+    head = bytes(content[:12])
+    if head[:6] != b"\x93NUMPY":
+        raise ValueError("not an .npy file")
+    start = 10 if head[6:7] == b"\x01" else 12
+    stop = start + int.from_bytes(head[8:start], "little")
+    text = bytes(content[start:stop])
+    header = _NPY_HEADER.fullmatch(text)
+    if header is None:
+        if b"'|O" in text:
+            raise ValueError("Object arrays are not unpickled")
+        raise ValueError(f"header {text[:80]!r}")
+    shape = tuple(int(size) for size in header[3].decode().split(",") if size.strip())
+    try:
+        return np.dtype(header[1].decode()), shape, header[2] == b"True", stop
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _members(value: Any) -> Iterable[Any]:

@@ -1,6 +1,9 @@
 """Latent sets as the trainer reads them: what is drawn, what a step sees, and what damaged sets get."""
 
+import functools
 import json
+import os
+import pickle
 from pathlib import Path
 
 import latent_sets
@@ -10,7 +13,16 @@ import torch
 from latent_sets import SCALE, SHIFT, settings, write_images, write_vae
 from tolerance import assert_close
 
-from dit_fast.data import ImageSet, LatentSet, LatentStream, Posterior, open_data, open_latents, open_stream
+from dit_fast.data import (
+    ImageSet,
+    LatentSet,
+    LatentStream,
+    Posterior,
+    open_data,
+    open_latents,
+    open_stream,
+    rows,
+)
 from dit_fast.data.encode import encode
 from dit_fast.data.latents import ShardSource
 from dit_fast.data.shards import read_json, write_json
@@ -235,7 +247,7 @@ def test_arrays_of_another_kind(folder, name, fault):
     with (folder / name).open("wb") as file:
         np.save(file, array, allow_pickle=fault == "object")
         file.truncate(size)
-    with pytest.raises(DataError, match=rf"{name} (holds|cannot be read: .*Python objects)"):
+    with pytest.raises(DataError, match=rf"{name} (holds|cannot be read: Object arrays are not unpickled)"):
         open_latents(folder)
 
 
@@ -308,7 +320,42 @@ def test_a_batch_larger_than_the_set(folder):
         open_stream(open_data(folder), 8, 0)
 
 
-def test_shards_are_mapped_not_read(folder):
-    source = open_latents(folder).train.source
-    assert isinstance(source, ShardSource)
-    assert all(isinstance(array.base, np.memmap) and not array.flags.writeable for array in source.arrays)
+def test_shards_are_not_read_before_they_are_needed(folder, monkeypatch):
+    read: list[int] = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: read.append(preadv(*args)) or read[-1])
+    latents = open_latents(folder)
+    opening = sum(read)
+    assert isinstance(latents.train.source, ShardSource)
+    assert opening < 4096 * 3
+    split = latents.train
+    split.moments(torch.tensor([0, 5, 2]))
+    assert sum(read) - opening == 3 * split.moments(torch.tensor([0])).nbytes
+
+
+def test_a_set_of_more_shards_than_stay_open(folder, monkeypatch):
+    """Each is opened again when its turn comes, and must be what it was."""
+    whole = stored(folder)
+    monkeypatch.setattr(rows, "_opened", functools.lru_cache(1)(rows._opened.__wrapped__))
+    split = open_latents(folder).train
+    for _ in range(2):
+        assert torch.equal(split.moments(torch.arange(7)), whole[:, 0])
+    shard = folder / "shard-00001.npy"
+    os.utime(shard, ns=(0, 0))
+    with pytest.raises(DataError, match=r"shard-00001\.npy .* it was changed while it was in use"):
+        split.moments(torch.arange(7))
+
+
+def test_a_read_that_ends_early_is_gone_on_with(folder, monkeypatch):
+    """As a signal, or a network file system, may end it."""
+    whole, preadv = stored(folder), os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, into, at: preadv(fd, [memoryview(into[0]).cast("B")[:7]], at)
+    )
+    assert torch.equal(open_latents(folder).train.moments(torch.arange(7)), whole[:, 0])
+
+
+def test_a_set_that_is_open_can_be_pickled(folder):
+    split = open_latents(folder).train
+    again = pickle.loads(pickle.dumps(split))
+    assert torch.equal(again.moments(torch.arange(7)), split.moments(torch.arange(7)))

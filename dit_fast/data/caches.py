@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from dit_fast.data.latents import LatentSet, make_latent_set
 from dit_fast.data.posterior import Posterior
-from dit_fast.data.unreadable import UnreadableError
+from dit_fast.data.rows import Rows, bytes_of, open_tensors, raise_unreadable
 from dit_fast.errors import CheckpointError, DataError
-from dit_fast.files import MOST_LIST_BYTES, check_file, open_file, parse_json, read_json, read_npy, utf8_name
+from dit_fast.files import MOST_LIST_BYTES, check_file, open_file, parse_json, read_json, read_npy
 
 # Rombach et al. 2022: the scale of the Stable Diffusion autoencoders, and what they divide an image's side by.
 _SD_SCALE = 0.18215
@@ -113,8 +113,7 @@ class FileSource:
                 row[...] = self._one(member, row.size).reshape(self.shape)
             except DataError as error:
                 reasons[member] = str(error)
-        if reasons:
-            raise UnreadableError("; ".join(reasons.values()), reasons)
+        raise_unreadable(reasons)
         return torch.from_numpy(moments)
 
     def _one(self, member: int, size: int) -> np.ndarray:
@@ -132,24 +131,30 @@ class FileSource:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Latents (M, C, H, W) of memory-mapped safetensors shards, plain and mirrored."""
+    """Latents (M, C, H, W) of safetensors shards, plain and mirrored."""
 
-    paths: tuple[Path, ...]
-    plain: tuple[Tensor, ...]
-    mirrored: tuple[Tensor, ...]
+    plain: tuple[Rows, ...]
+    mirrored: tuple[Rows, ...]
     starts: np.ndarray
 
     def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
         first = self.plain[0]
         moments = torch.empty(len(members), 1, *first.shape[1:], dtype=first.dtype)
-        for row, member, flip in zip(moments, members, flips, strict=True):
+        reasons: dict[int, str] = {}
+        for row, member, flip in zip(
+            bytes_of(moments).reshape(len(members), -1), members, flips, strict=True
+        ):
             shard, place = self._place(member)
-            row[0] = (self.mirrored if flip else self.plain)[shard][place]
+            try:
+                (self.mirrored if flip else self.plain)[shard].read_into(place, row)
+            except DataError as error:
+                reasons[member] = str(error)
+        raise_unreadable(reasons)
         return moments
 
     def where(self, member: int) -> str:
         shard, place = self._place(member)
-        return f"{self.paths[shard]}, latent {place}"
+        return f"{self.plain[shard].file.path}, latent {place}"
 
     def _place(self, member: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self.starts, member, side="right")) - 1
@@ -256,14 +261,14 @@ def _files(folder: Path, paths: Sequence[Path], names: Sequence[str], labels: Te
 
 def _open_lightning(folder: Path) -> _Cache:
     paths = tuple(sorted(folder.glob("*.safetensors")))
-    shards = [_read_shard(path) for path in paths]
+    shards = [_open_shard(path) for path in paths]
     shape = shards[0]["latents"].shape[1:]
     for path, shard in zip(paths, shards, strict=True):
         for key in ("latents", "latents_flip"):
             tensor, count = shard[key], len(shard["labels"])
             if (
                 tensor.shape != (count, *shape)
-                or tensor.ndim != 4
+                or len(tensor.shape) != 4
                 or tensor.dtype != shards[0]["latents"].dtype
             ):
                 raise DataError(
@@ -271,13 +276,12 @@ def _open_lightning(folder: Path) -> _Cache:
                     f"{shards[0]['latents'].dtype} {(count, *shape)} as in {paths[0].name}"
                 )
     mean, deviation = read_statistics(folder / _STATISTICS, int(shape[0]))
-    labels = torch.cat([shard["labels"] for shard in shards]).to(torch.int64)
+    labels = torch.cat([_labels(shard["labels"]) for shard in shards])
     counts = [len(shard["labels"]) for shard in shards]
     digest = hashlib.sha256(labels.numpy().data)
     digest.update(repr([(path.name, path.stat().st_size) for path in paths]).encode())
     return _Cache(
         source=TensorSource(
-            paths,
             tuple(shard["latents"] for shard in shards),
             tuple(shard["latents_flip"] for shard in shards),
             np.cumsum([0, *counts[:-1]]),
@@ -295,12 +299,11 @@ def _open_lightning(folder: Path) -> _Cache:
     )
 
 
-def _read_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, mapped, not read."""
+def _open_shard(path: Path) -> dict[str, Rows]:
+    """The tensors of one safetensors file, not read."""
     check_file(path, DataError, what="a safetensors file")
     try:
-        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
-            shard = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        shard = open_tensors(path)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}{_expected_size(path)}") from error
     missing = [key for key in ("latents", "latents_flip", "labels") if key not in shard]
@@ -309,9 +312,13 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
             f"{path} has no {', '.join(missing)} (it has {', '.join(sorted(shard)) or 'nothing'})"
         )
     labels = shard["labels"]
-    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+    if len(labels.shape) != 1 or labels.dtype.is_floating_point or labels.dtype.is_complex:
         raise DataError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; expected integers (N,)")
     return shard
+
+
+def _labels(rows: Rows) -> Tensor:
+    return rows.file.read(rows.start, rows.shape, rows.dtype).to(torch.int64)
 
 
 def _expected_size(path: Path) -> str:

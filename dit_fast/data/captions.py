@@ -9,9 +9,10 @@ file at the folder's top (`EMBEDDED`), for training on the images themselves, or
 import functools
 import hashlib
 import os
+import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +24,11 @@ from torch import Tensor
 
 from dit_fast.data.folder import refuse_splits
 from dit_fast.data.image_files import FORMATS, find_images
-from dit_fast.data.shards import MANIFEST, MANIFEST_CHECK, NAMES, TEXTS, map_npy, read_json
+from dit_fast.data.rows import Rows, open_tensors, raise_unreadable
+from dit_fast.data.shards import MANIFEST, MANIFEST_CHECK, NAMES, TEXTS, open_array, read_json
 from dit_fast.data.told import Captions
-from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.files import MOST_LIST_BYTES, open_file, parse_json, read_bytes, read_text, utf8_name
+from dit_fast.files import MOST_LIST_BYTES, open_file, parse_json, parse_npy, read_bytes, read_text, utf8_name
 
 METADATA = "metadata.jsonl"
 EMBEDDINGS = (".safetensors", ".npz")
@@ -35,7 +36,8 @@ EMBEDDINGS = (".safetensors", ".npz")
 EMBEDDED = ("embeddings.safetensors", "embeddings.npz")
 """At the top of a folder of captions."""
 _READ_ERRORS = (
-    OSError, ValueError, EOFError, SyntaxError, NotImplementedError, zipfile.BadZipFile, zlib.error, SafetensorError
+    OSError, ValueError, EOFError, SyntaxError, NotImplementedError, zipfile.BadZipFile, zlib.error, SafetensorError,
+    struct.error,
 )  # fmt: skip
 _ENCODER = {"name": str, "sha256": str, "tokens": int, "width": int}
 
@@ -140,22 +142,23 @@ class EmbeddingFile:
 
     def __init__(self, path: Path, tokens: int | None = None) -> None:
         self.path = path
-        self._read: Callable[[str], np.ndarray]
+        self._archive: zipfile.ZipFile | None = None
+        self._rows: dict[str, Rows] = {}
         said = None
         try:
             with open_file(path, DataError, what="a file of embeddings") as file:
                 self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             if path.suffix == ".npz":
-                archive = np.load(path, allow_pickle=False)
-                self.names, self._read = frozenset(archive.files), archive.__getitem__
-            else:
-                with utf8_name(path) as name:
-                    tensors = safe_open(name, framework="pt")
-                self.names = frozenset(tensors.keys())
-                self._read = lambda name: tensors.get_tensor(name).float().numpy()
-                said = parse_json(
-                    (tensors.metadata() or {}).get("encoder", "null"), f"{path}: its metadata", DataError
+                self._archive = zipfile.ZipFile(path)
+                self.names = frozenset(
+                    name.removesuffix(".npy") for name in self._archive.namelist() if name.endswith(".npy")
                 )
+            else:
+                self._rows = open_tensors(path)
+                self.names = frozenset(self._rows)
+                with utf8_name(path) as name, safe_open(name, framework="pt") as tensors:
+                    metadata = tensors.metadata() or {}
+                said = parse_json(metadata.get("encoder", "null"), f"{path}: its metadata", DataError)
             shapes = {name: self._array(name).shape for name in self.names}
         except DataError:
             raise
@@ -178,6 +181,15 @@ class EmbeddingFile:
             raise ConfigError(
                 f"--caption-tokens {tokens}: {path} has captions of {longest} tokens; give that many"
             )
+
+    def _read(self, name: str) -> np.ndarray:
+        if self._archive is None:
+            rows = self._rows[name]
+            return rows.file.read(rows.start, rows.shape, rows.dtype).float().numpy()
+        member = self._archive.getinfo(f"{name}.npy")
+        if member.file_size > MOST_LIST_BYTES:
+            raise ValueError(f"refused: an array of {member.file_size} bytes")
+        return parse_npy(bytearray(self._archive.read(member)), f"{self.path}: {name}", DataError)
 
     def _array(self, name: str) -> np.ndarray:
         try:
@@ -253,8 +265,7 @@ class FileCaptions:
                 made.append(self.file([self.names[member]], []))
             except DataError as error:
                 reasons[member] = str(error)
-        if reasons:
-            raise UnreadableError("; ".join(reasons.values()), reasons)
+        raise_unreadable(reasons)
         return torch.cat(made)
 
 
@@ -275,31 +286,37 @@ def find_captions(root: Path) -> FileCaptions | None:
 
 @dataclass(frozen=True)
 class CaptionShards:
-    """The memory-mapped embeddings of a latent set: `arrays` (M, S, E), all but the last equally long; words: the file
-    of their texts, or of the images' names. As `dit_fast.data.told.Captions`.
+    """The embeddings of a latent set: `shards` (M, S, E), all but the last equally long; words: the file of their
+    texts, or of the images' names. As `dit_fast.data.told.Captions`.
     """
 
-    arrays: tuple[np.ndarray, ...]
+    shards: tuple[Rows, ...]
     encoder: dict[str, Any]
     words: Path
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.arrays[0].shape[1:]
+        _, tokens, width = self.shards[0].shape
+        return tokens, width
 
     @functools.cached_property
     def texts(self) -> Sequence[str]:
         texts = parse_json(read_bytes(self.words, DataError, MOST_LIST_BYTES), str(self.words), DataError)
-        if not isinstance(texts, list) or len(texts) != sum(map(len, self.arrays)):
+        if not isinstance(texts, list) or len(texts) != sum(map(len, self.shards)):
             raise DataError(f"{self.words} does not have one line for each caption; encode the set again")
         return [str(text) for text in texts]
 
     def read(self, members: Sequence[int]) -> Tensor:
-        made = np.empty((len(members), *self.shape), self.arrays[0].dtype)
-        for row, member in enumerate(members):
-            shard, place = divmod(member, len(self.arrays[0]))
-            made[row] = self.arrays[shard][place]
-        return torch.from_numpy(made)
+        made = torch.empty(len(members), *self.shape, dtype=self.shards[0].dtype)
+        reasons: dict[int, str] = {}
+        for row, member in zip(made.numpy(), members, strict=True):
+            shard, place = divmod(member, len(self.shards[0]))
+            try:
+                self.shards[shard].read_into(place, row)
+            except DataError as error:
+                reasons[member] = str(error)
+        raise_unreadable(reasons)
+        return made
 
 
 def caption_name(shard: int) -> str:
@@ -313,13 +330,15 @@ def open_captions(folder: Path, manifest: dict[str, Any]) -> Captions | None:
     try:
         encoder = manifest["captions"]
         shape = (int(encoder["tokens"]), int(encoder["width"]))
-        arrays = tuple(
-            map_npy(folder / caption_name(number), (shard["images"], *shape), manifest["settings"]["dtype"])
+        shards = tuple(
+            open_array(
+                folder / caption_name(number), (shard["images"], *shape), manifest["settings"]["dtype"]
+            )
             for number, shard in enumerate(manifest["shards"])
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder}: the manifest says nothing usable of its captions: {error!r}") from None
-    return CaptionShards(arrays, encoder, folder / (TEXTS if "texts" in manifest else NAMES))
+    return CaptionShards(shards, encoder, folder / (TEXTS if "texts" in manifest else NAMES))
 
 
 def captions_of(source: str | Path) -> Captions | None:

@@ -1,4 +1,4 @@
-"""Sets of latents: what `dit-fast encode` wrote, mapped into memory, for training without the autoencoder.
+"""Sets of latents: what `dit-fast encode` wrote, read as it is needed, for training without the autoencoder.
 
 A set stores the posterior of every image, not a sample of it, and of the mirrored image too, since the latent
 of a mirrored image is not the mirrored latent. Which of the two a step takes, and the sample, are keyed draws
@@ -20,6 +20,7 @@ from dit_fast.data.captions import caption_name, open_captions
 from dit_fast.data.decode import Conversion
 from dit_fast.data.images import count_shapes, describe_shapes, heldout_mask
 from dit_fast.data.posterior import Posterior
+from dit_fast.data.rows import Rows, raise_unreadable
 from dit_fast.data.shards import (
     LABELS,
     MANIFEST,
@@ -27,7 +28,7 @@ from dit_fast.data.shards import (
     NAMES,
     TEXTS,
     digest_file,
-    map_npy,
+    open_array,
     read_json,
     shard_name,
 )
@@ -35,7 +36,7 @@ from dit_fast.data.stream import BatchStream
 from dit_fast.data.told import Captions, ToldSet, ToldSplit
 from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.files import MOST_LIST_BYTES, parse_json, read_bytes
+from dit_fast.files import MOST_LIST_BYTES, parse_json, read_bytes, read_npy
 from dit_fast.schema import array, require, text
 
 
@@ -53,22 +54,26 @@ class LatentSource(Protocol):
 
 @dataclass(frozen=True)
 class ShardSource:
-    """The memory-mapped shards of a set: `arrays` (M, flips, 2, C, H, W), all but the last equally long."""
+    """The shards of a set, each (M, flips, 2, C, H, W), all but the last equally long."""
 
-    paths: tuple[Path, ...]
-    arrays: tuple[np.ndarray, ...]
+    shards: tuple[Rows, ...]
 
     def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
-        length, first = len(self.arrays[0]), self.arrays[0]
-        moments = np.empty((len(members), *first.shape[2:]), first.dtype)
-        for row, (member, flip) in enumerate(zip(members, flips, strict=True)):
+        length, first = len(self.shards[0]), self.shards[0]
+        moments = torch.empty(len(members), *first.shape[2:], dtype=first.dtype)
+        reasons: dict[int, str] = {}
+        for row, member, flip in zip(moments.numpy(), members, flips, strict=True):
             shard, place = divmod(member, length)
-            moments[row] = self.arrays[shard][place, int(flip)]
-        return torch.from_numpy(moments)
+            try:
+                self.shards[shard].read_into(place, row, int(flip))
+            except DataError as error:
+                reasons[member] = str(error)
+        raise_unreadable(reasons)
+        return moments
 
     def where(self, member: int) -> str:
-        shard, place = divmod(member, len(self.arrays[0]))
-        return f"{self.paths[shard]}, image {place}"
+        shard, place = divmod(member, len(self.shards[0]))
+        return f"{self.shards[shard].file.path}, image {place}"
 
 
 @dataclass(frozen=True)
@@ -230,12 +235,13 @@ def open_latents(
         ) from None
     images, shards, shape, settings = _layout(folder, manifest)
     paths = tuple(folder / shard["file"] for shard in shards)
-    arrays = tuple(
-        map_npy(path, (shard["images"], *shape), settings["dtype"])
+    rows = tuple(
+        open_array(path, (shard["images"], *shape), settings["dtype"])
         for path, shard in zip(paths, shards, strict=True)
     )
     captions = open_captions(folder, manifest)
-    labels = map_npy(folder / LABELS, (images,), "int64")
+    open_array(folder / LABELS, (images,), "int64")
+    labels = read_npy(folder / LABELS, DataError)
     checked = [(folder / LABELS, manifest["labels"])]
     if verify:
         checked += [(folder / NAMES, manifest["names"]), *zip(paths, shards, strict=True)]
@@ -251,7 +257,7 @@ def open_latents(
     vae = manifest["vae"]
     return make_latent_set(
         str(folder),
-        ShardSource(paths, arrays),
+        ShardSource(rows),
         torch.from_numpy(labels.astype(np.int64)),
         manifest["class_names"],
         shape[2:],

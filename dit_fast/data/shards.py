@@ -9,10 +9,9 @@
     captions-00000.npy, texts.json   of a set of captions: embeddings (M, S, E), and the words where they are known
     manifest.json      written last: class names, shapes, scaling, size and SHA-256 of every file
 
-Plain .npy, because it maps into memory with one call and nothing to parse beyond a short header, a batch is
-copied out of the page cache at the speed of memcpy, several processes share the pages, and reading one runs no
-code (allow_pickle=False). One sample's moments lie together, so a sample is one contiguous read. A safetensors
-file gives the same map, but reads whole tensors or slices of them one call at a time.
+Plain .npy, because there is nothing to parse beyond a short header, several processes share the page cache, and
+reading one runs no code. One sample's moments lie together, so a sample is one contiguous read, straight into the
+batch (`dit_fast.data.rows`).
 
 Every file is written under a temporary name, synced and renamed: it is whole or not there.
 """
@@ -30,8 +29,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dit_fast.data.rows import Rows, open_npy
 from dit_fast.errors import DataError
-from dit_fast.files import TEMPORARY, check_file, open_file, read_object, write_atomically
+from dit_fast.files import TEMPORARY, open_file, read_object, write_atomically
 from dit_fast.schema import Check, anything, array, fields, integer, maybe, number, one_of, require, text
 
 FORMAT = "dit_fast latents 1"
@@ -137,25 +137,9 @@ def npy_bytes(shape: Sequence[int], dtype: str) -> int:
     return header.tell() + math.prod(shape) * np.dtype(dtype).itemsize
 
 
-def map_npy(path: Path, shape: Sequence[int], dtype: str) -> np.ndarray:
-    """A read-only map of `path`. Raises DataError when its size, shape or type is not the one expected."""
-    expected = npy_bytes(shape, dtype)
-    try:
-        if not os.path.lexists(path):
-            raise DataError(f"{path} is missing; encode the set again")
-        size = check_file(path, DataError)
-        if size != expected:
-            raise DataError(
-                f"{path} has {size} bytes, expected {expected}: it is damaged; encode the set again"
-            )
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except DataError:
-        raise
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if array.shape != tuple(shape) or array.dtype != np.dtype(dtype):
-        raise DataError(f"{path} holds {array.dtype} {array.shape}, the manifest says {dtype} {tuple(shape)}")
-    return np.asarray(array)
+def open_array(path: Path, shape: Sequence[int], dtype: str) -> Rows:
+    """The array of `path`, not read. Raises DataError when its size, shape or type is not the one expected."""
+    return open_npy(path, shape, dtype, npy_bytes(shape, dtype))
 
 
 def digest_file(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dit_fast.errors import OutputError
-from dit_fast.files import MOST_LIST_BYTES, TEMPORARY, read_bytes, read_object, write_atomically
+from dit_fast.files import MOST_LIST_BYTES, TEMPORARY, parse_npy, read_bytes, read_object, write_atomically
 from dit_fast.sampling.output import PARTS
 from dit_fast.schema import shown
 
@@ -110,8 +110,8 @@ class Parts:
             body, checksum = memoryview(stored)[:-_CHECKSUM_BYTES], stored[-_CHECKSUM_BYTES:]
             if self._checksum(body) != checksum:
                 return None
-            array = np.load(io.BytesIO(body), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            array = parse_npy(body, str(self.path(part)), OutputError)
+        except OutputError:
             return None
         whole = array.shape == (len(self.numbers(part)), *self.shape) and array.dtype == self.dtype
         return array if whole else None

@@ -1,0 +1,159 @@
+"""Rows of a file, read from an open descriptor.
+
+A page that is mapped into memory and whose file was cut since ends the process (SIGBUS). What is read is there, or is
+an error that names the file, and a run that meets it is saved first.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dit_fast.data.unreadable import UnreadableError
+from dit_fast.errors import DataError
+from dit_fast.files import npy_header, open_file, parse_json, utf8_name
+
+# Of the files of a set that stay open at a time; a process may have 1,024 by default.
+_MOST_OPEN = 256
+
+
+class _Descriptor:
+    """A file that stays open as long as anyone reads it."""
+
+    def __init__(self, path: Path):
+        with open_file(path, DataError) as file:
+            self.number = os.dup(file.fileno())
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@functools.lru_cache(_MOST_OPEN)
+def _opened(file: "FileBytes") -> _Descriptor:
+    descriptor = _Descriptor(file.path)
+    found = os.fstat(descriptor.number)
+    if (found.st_size, found.st_mtime_ns) != (file.size, file.changed):
+        raise DataError(
+            f"{file.path} has {found.st_size} bytes, {file.size} when it was opened: it was changed while it was in use"
+        )
+    return descriptor
+
+
+class FileBytes:
+    """The bytes of a file as it was when this was made; holds no descriptor, so that it can be pickled and copied.
+
+    Raises:
+        DataError: the file cannot be opened; from `read_into`, it was cut or changed since, or cannot be read
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open_file(path, DataError) as file:
+            found = os.fstat(file.fileno())
+            self.size, self.changed = found.st_size, found.st_mtime_ns
+        _opened(self)
+
+    def read_into(self, start: int, target: np.ndarray) -> None:
+        """Fill `target`, of any shape and contiguous, with the bytes from `start` on."""
+        descriptor = _opened(self)
+        try:
+            done = os.preadv(descriptor.number, [target.data], start)
+            while done < target.nbytes:  # a signal, or a network file system, may end a read early
+                left = memoryview(target).cast("B")[done:]
+                more = os.preadv(descriptor.number, [left], start + done)
+                if not more:
+                    raise DataError(
+                        f"{self.path} has {os.fstat(descriptor.number).st_size} bytes, {self.size} when it was "
+                        "opened: it was cut while it was in use"
+                    )
+                done += more
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read ({error.strerror or error})") from None
+
+    def read(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of the bytes from `start` on."""
+        made = torch.empty(tuple(shape), dtype=dtype)
+        if made.numel():
+            self.read_into(start, bytes_of(made))
+        return made
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor, whose dtype NumPy may not have, as uint8."""
+    return tensor.flatten().view(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An array in a file: `shape`, whose first dimension counts rows, of `dtype`, from byte `start` on."""
+
+    file: FileBytes
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @functools.cached_property
+    def _width(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
+    def read_into(self, row: int, target: np.ndarray, part: int = 0) -> None:
+        """Fill `target` with its own size of the bytes of row `row`; `part`: how many such sizes to leave out."""
+        self.file.read_into(self.start + row * self._width + part * target.nbytes, target)
+
+
+def open_npy(path: Path, shape: Sequence[int], dtype: str, expected: int) -> Rows:
+    """The array of `path`, a C-ordered .npy file of `expected` bytes.
+
+    Raises DataError when its size, shape or type is not the one expected.
+    """
+    if not os.path.lexists(path):
+        raise DataError(f"{path} is missing; encode the set again")
+    file = FileBytes(path)
+    if file.size != expected:
+        raise DataError(
+            f"{path} has {file.size} bytes, expected {expected}: it is damaged; encode the set again"
+        )
+    head = np.empty(min(file.size, 4096), np.uint8)
+    file.read_into(0, head)
+    try:
+        found, size, fortran, start = npy_header(head.tobytes())
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if size != tuple(shape) or found != np.dtype(dtype) or fortran:
+        raise DataError(f"{path} holds {found} {size}, the manifest says {dtype} {tuple(shape)}")
+    return Rows(file, start, size, getattr(torch, dtype))
+
+
+def open_tensors(path: Path) -> dict[str, Rows]:
+    """The tensors of a safetensors file, none of them read. Raises DataError, SafetensorError, and OSError."""
+    file = FileBytes(path)
+    with utf8_name(path) as name, safe_open(name, framework="pt") as tensors:
+        # Of their dtypes and shapes alone: no page is touched.
+        kinds = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        length = np.empty(1, "<u8")
+        file.read_into(0, length)
+        header = np.empty(min(int(length[0]), file.size - 8), np.uint8)
+        file.read_into(8, header)
+        entries: dict[str, Any] = parse_json(header.tobytes().rstrip(b" "), f"{path}: its header", DataError)
+        return {
+            key: Rows(file, 8 + header.size + entries[key]["data_offsets"][0], tuple(kind.shape), kind.dtype)
+            for key, kind in kinds.items()
+        }
+
+
+def raise_unreadable(reasons: dict[int, str]) -> None:
+    """UnreadableError for members that could not be read, if there are any: one reason of many is said once."""
+    if reasons:
+        raise UnreadableError("; ".join(dict.fromkeys(reasons.values())), reasons)
