@@ -232,3 +232,52 @@ def test_train_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for field in train_command.TrainConfig.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text, field
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert call(*TINY, "--steps", 2, "--out", run) == 0
+    capsys.readouterr()
+    assert call("--resume", run) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f"{run} is finished already: step 2 of 2, checkpoint {run}/checkpoints/step-0000002; give more --steps to go on"
+    ]
+    assert call("--resume", run, "--steps", 3) == 0
+
+
+def test_relative_data_are_found_from_elsewhere(tmp_path, photos, monkeypatch, capsys):
+    """Where they were when the run began; else beside the run, with which they may have been moved."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    photos.rename(here / "photos")
+    monkeypatch.chdir(here)
+    words = ["--data", "photos", "--image-size", "8", *TINY[2:], "--batch-size", "4"]
+    assert call(*words, "--steps", 1, "--out", "runs/a") == 0
+    monkeypatch.chdir(there)
+    assert call("--resume", here / "runs" / "a", "--steps", 2) == 0
+    here.rename(tmp_path / "moved")
+    run = tmp_path / "moved" / "runs" / "a"
+    # Its last checkpoint has the path of the folder that is gone.
+    capsys.readouterr()
+    assert call("--resume", run, "--steps", 3) == 0
+    (tmp_path / "moved" / "photos").rename(tmp_path / "lost")
+    capsys.readouterr()
+    assert call("--resume", run, "--steps", 4) == 1
+    said = error_of(capsys)
+    assert said.endswith(f"the run was trained in {there}: give --data")
+    assert call("--resume", run, "--steps", 4, "--data", tmp_path / "lost") == 0
+
+
+def test_other_data_in_their_place_are_refused(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "photos", "--image-size", "8", *TINY[2:], "--batch-size", "4"]
+    assert call(*words, "--steps", 1, "--out", "run") == 0
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(photos, elsewhere / "photos")
+    (elsewhere / "photos" / "day" / "0.jpg").unlink()
+    monkeypatch.chdir(elsewhere)
+    capsys.readouterr()
+    assert call("--resume", tmp_path / "run", "--steps", 2) == 1
+    assert "trained on other data" in error_of(capsys)

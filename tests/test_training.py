@@ -275,8 +275,19 @@ def test_epochs_set_the_length(data, tmp_path):
     assert tiny().total_steps(20) == 400_000
     assert train(tiny(epochs=1), tmp_path / "run").step == 5
     assert resume(tmp_path / "run", {"epochs": 2}).step == 10
-    with pytest.raises(ConfigError, match="already at step 10 of 10; give more --steps"):
-        resume(tmp_path / "run", {})
+
+
+def test_a_finished_run_stays_as_it_is(data, tmp_path):
+    train(tiny(steps=2), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for asked in ({}, {"steps": 2}, {"steps": 1}):
+        result = resume(tmp_path / "run", asked)
+        assert (result.was_finished, result.step, result.stopped_by) == (True, 2, None)
+        assert load_checkpoint(result.checkpoint).step == 2
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()
+    } == before
+    assert not resume(tmp_path / "run", {"steps": 3}).was_finished
 
 
 @pytest.mark.parametrize(

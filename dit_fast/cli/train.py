@@ -409,6 +409,13 @@ def _run_folder(out: str | None, results: str | None, model: str, again: bool) -
 
 
 def _conclude(result: TrainResult, world: World) -> int:
+    if result.was_finished:
+        if world.is_first:
+            say(
+                f"{result.run} is finished already: step {result.step} of {result.total_steps}, checkpoint "
+                f"{result.checkpoint}; give more --steps to go on"
+            )
+        return 0
     log = result.run / "log.jsonl"
     files = [f"checkpoint {result.checkpoint}"]
     files += [f"log {log}"] if log.exists() else []

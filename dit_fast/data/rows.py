@@ -68,7 +68,7 @@ class FileBytes:
         try:
             done = os.preadv(descriptor.number, [target.data], start)
             while done < target.nbytes:  # a signal, or a network file system, may end a read early
-                left = memoryview(target).cast("B")[done:]
+                left = target.data.cast("B")[done:]
                 more = os.preadv(descriptor.number, [left], start + done)
                 if not more:
                     raise DataError(

@@ -3,13 +3,16 @@
 import dataclasses
 import difflib
 import math
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from dit_fast.blocks import RECOMPUTE
-from dit_fast.data import Conversion, ImageSet, LatentSet, open_data, parse_buckets
+from dit_fast.data import BUILTIN, Conversion, ImageSet, LatentSet, open_data, parse_buckets
 from dit_fast.diffusion.beta_schedules import DIFFUSION_STEPS, NOISE_SCHEDULES
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.evaluation import FEATURES
@@ -317,6 +320,10 @@ CHANGEABLE = frozenset(
 )
 
 
+_PATHS = ("data", "vae", "evaluate_against", "evaluate_weights")
+"""Options that may be names of files, or built-in ones."""
+
+
 def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) -> TrainConfig:
     """The configuration `saved` in a manifest with the options `asked` for anew.
 
@@ -351,6 +358,28 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source} has options that cannot be: {error}") from None
     return TrainConfig(**{**saved, **asked})
+
+
+def relocated(
+    config: TrainConfig, asked: Collection[str], manifest: dict[str, Any], run: Path
+) -> TrainConfig:
+    """`config` of a run that continues, with its paths where they are now.
+
+    One that was not `asked` for anew, and is not there from this working directory, is looked for in the directory that
+    the manifest names, then in the folders above the run: it may have been moved with it.
+    """
+    begun = manifest.get("working_directory") or "."
+    changes: dict[str, str] = {}
+    for name in _PATHS:
+        given = getattr(config, name)
+        if given is None or given in BUILTIN or name in asked or os.path.lexists(given):
+            continue
+        tail = Path(given).name if Path(given).is_absolute() else given
+        places = [Path(begun) / given, *(parent / tail for parent in run.resolve().parents)]
+        found = next((str(place) for place in places if os.path.lexists(place)), None)
+        if found is not None:
+            changes[name] = found
+    return dataclasses.replace(config, **changes)
 
 
 def open_set(config: TrainConfig) -> ImageSet | LatentSet:

@@ -6,6 +6,7 @@ of ranks sees the same samples, noise and timesteps.
 """
 
 import logging
+import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from typing import Any, NoReturn
 
 from dit_fast.errors import (
     CheckpointError,
-    ConfigError,
     DataError,
     DitFastError,
     OutputError,
@@ -31,7 +31,7 @@ from dit_fast.training.checkpoint import (
     step_folders,
 )
 from dit_fast.training.checkpoint_writer import CheckpointWriter
-from dit_fast.training.config import TrainConfig, apply_to_process, open_set, resumed_config
+from dit_fast.training.config import TrainConfig, apply_to_process, open_set, relocated, resumed_config
 from dit_fast.training.ema import SNAPSHOTS
 from dit_fast.training.prefetch import Readable, prefetch
 from dit_fast.training.progress import plot_loss
@@ -60,6 +60,7 @@ class TrainResult:
     stopped_by: signal.Signals | None
     curve: Path | None = None
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    was_finished: bool = False
 
 
 def train(config: TrainConfig, run: str | Path, world: World | None = None) -> TrainResult:
@@ -104,6 +105,9 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
 def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -> TrainResult:
     """Continue the run in the folder `run` from its newest checkpoint, with the options `asked` for anew.
 
+    A run that is at its last step stays as it is. Paths that the run was given relative to a working directory are
+    found from any other, and beside a run that was moved with its data (`relocated`).
+
     Raises CheckpointError where they, or the data, contradict what the run was trained with, and OutputError where
     another process trains it.
     """
@@ -119,16 +123,18 @@ def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -
 def _resume(run: Path, asked: dict[str, Any], world: World | None) -> TrainResult:
     path = latest_checkpoint(run, world)
     manifest = read_manifest(path)
-    config = resumed_config(manifest["train_config"], asked, str(path))
-    trainer = Trainer(config, open_set(config), world=world)
+    config = relocated(resumed_config(manifest["train_config"], asked, str(path)), asked, manifest, run)
+    try:
+        data = open_set(config)
+    except DataError as error:
+        if os.path.lexists(config.data):
+            raise
+        begun = manifest.get("working_directory") or "another folder"
+        raise DataError(f"{error}; the run was trained in {begun}: give --data") from error
+    trainer = Trainer(config, data, world=world)
     trainer.restore(path, manifest)
-    if trainer.step >= trainer.total_steps and trainer.world.attempt:
-        # Killed after the last checkpoint.
-        return TrainResult(run, trainer.step, trainer.total_steps, path, None)
     if trainer.step >= trainer.total_steps:
-        raise ConfigError(
-            f"{run} is already at step {trainer.step} of {trainer.total_steps}; give more --steps"
-        )
+        return TrainResult(run, trainer.step, trainer.total_steps, path, None, was_finished=True)
     watch = Watch(trainer, run, manifest.get("log"))
     trainer.world.first(lambda: prepare_folder(checkpoints_folder(run)))
     return _run(trainer, run, watch)

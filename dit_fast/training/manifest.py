@@ -85,6 +85,7 @@ _SCHEMA = fields(
         "seconds": number(0),
         "seed": integer(0, 2**63 - 1),
         "train_config": fields({}, {"buckets": maybe(text()), "flip": maybe(flag), "device": text()}),
+        "working_directory": maybe(text()),
         "data": _DATA,
         "class_names": maybe(array(text())),
         "diffusion": _DIFFUSION,
@@ -97,6 +98,16 @@ _SCHEMA = fields(
         "unreadable": fields({"files": table(text())}, {"fingerprint_without": text()}),
     },
 )
+
+
+def working_directory() -> str | None:
+    """Where relative paths lead to, as JSON can hold it; None where that folder is gone, or its name no UTF-8."""
+    try:
+        folder = os.getcwd()
+        folder.encode()
+    except (OSError, UnicodeEncodeError):
+        return None
+    return folder
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

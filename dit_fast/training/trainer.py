@@ -21,6 +21,7 @@ from dit_fast.training.compilation import can_compile, compile_step
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.cuda_graph import CudaGraphs, GraphedStep
 from dit_fast.training.ema import SNAPSHOTS, PowerAverages
+from dit_fast.training.manifest import working_directory
 from dit_fast.training.optimizer import AdamWEma
 from dit_fast.training.parallel import (
     choose_parallel,
@@ -312,6 +313,7 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             "seed": self.config.seed,
             "train_config": dataclasses.asdict(self.config),
+            "working_directory": working_directory(),
             "data": self.data.describe(),
             "class_names": list(self.data.class_names) if self.model.num_classes else [],
             "diffusion": self.config.objective_arguments(),
