@@ -342,6 +342,20 @@ def test_results_of_two_commands_do_not_lie_side_by_side(kept, writes, run, tmp_
     assert [path.name for path in tmp_path.iterdir()] == [kept]
 
 
+def test_single_images_do_not_become_a_class_of_a_data_set(run, tmp_path, capsys):
+    """Pictures beside folders of grids do no harm."""
+    data = tmp_path / "data"
+    for name in ("cat", "dog"):
+        (data / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(data / name / "0.png")
+    words = ["--ckpt", run, "--steps", 2, "--num", 1]
+    assert command(*words, "--out", data, "--save-images") == 1
+    assert f"{data} holds folders of images (cat, dog)" in capsys.readouterr().err
+    assert sorted(path.name for path in data.iterdir()) == ["cat", "dog"]
+    assert command(*words, "--out", tmp_path / "many" / "one") == 0
+    assert command(*words, "--out", tmp_path / "many", "--save-images") == 0
+
+
 def test_outputs_that_cannot_be_written(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Sampler, "__call__", lambda *a, **k: pytest.fail("sampling began"))
     (tmp_path / "file").write_text("")

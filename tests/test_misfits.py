@@ -14,9 +14,13 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from dit_fast.errors import CheckpointError, ConfigError, DitFastError, NonFiniteError
+from dit_fast.interop import load_model
+from dit_fast.interop.converted import DIFFUSERS
+from dit_fast.interop.diffusers_model import save_diffusers
 from dit_fast.interop.pipeline_folder import pipeline_facts
 from dit_fast.interop.text_encoder import TextEncoder
 from dit_fast.interop.vae import LatentDecoder, LatentEncoder, check_autoencoder
+from dit_fast.models import DiT
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -341,7 +345,7 @@ def test_folders_that_are_of_no_text_encoder(tmp_path: Path) -> None:
 
 
 def write_scheduler(folder: Path, config: dict, name: object = "DDIMScheduler") -> Path:
-    (folder / "scheduler").mkdir(parents=True)
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", name]}))
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     return folder
@@ -389,6 +393,24 @@ def test_other_kinds_of_models_are_not_taken_for_ddpm(tmp_path: Path, name: str,
     shutil.rmtree(tmp_path / "scheduler")
     with pytest.raises(CheckpointError, match=f"trained for {kind}"):
         pipeline_facts(tmp_path, 10)
+
+
+@pytest.mark.parametrize("named", ["", "diffusion_pytorch_model.safetensors"])
+def test_the_transformer_of_a_pipeline_is_of_its_scheduler(tmp_path: Path, named: str) -> None:
+    """Its own folder and file are not taken for noise prediction where the pipeline says otherwise."""
+    model = DiT(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    save_diffusers(model, tmp_path / "transformer", conventions=DIFFUSERS)
+    given = tmp_path / "transformer" / named
+    flow = "FlowMatchEulerDiscreteScheduler"
+    write_scheduler(tmp_path, {"_class_name": flow}, flow)
+    with pytest.raises(CheckpointError, match="trained for flow matching") as error:
+        load_model(given)
+    one_line(error)
+    assert load_model(given, objective="flow")[1].diffusion["objective"] == "flow"
+    write_scheduler(tmp_path, {"_class_name": "DDIMScheduler", **DDPM, "prediction_type": "sample"})
+    assert load_model(given)[1].diffusion["predict_xstart"]
+    (tmp_path / "model_index.json").unlink()
+    assert load_model(given)[1].diffusion == {}
 
 
 @pytest.mark.parametrize(

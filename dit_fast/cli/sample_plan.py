@@ -1,6 +1,7 @@
 """What `dit-fast sample` is asked for, loaded and checked before anything is drawn."""
 
 import argparse
+import contextlib
 import difflib
 import hashlib
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from dit_fast.cli.sample_options import (
 )
 from dit_fast.data import Conversion, ImageSet, Size, open_images
 from dit_fast.data.caches import read_statistics
+from dit_fast.data.decode import read_each, read_header
+from dit_fast.data.image_files import SUFFIXES, name_some
 from dit_fast.download import fetch_model, pretrained_models
 from dit_fast.errors import CheckpointError, ConfigError, OutputError
 from dit_fast.evaluation import Scorer
@@ -33,7 +36,7 @@ from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
 from dit_fast.sampling.guidance import INTERVAL
 from dit_fast.sampling.nodes import Nodes
-from dit_fast.sampling.output import ARCHIVE, IMAGES, PARTS, SCORES, prepare_folder
+from dit_fast.sampling.output import ARCHIVE, IMAGES, PARTS, SCORES, WRITTEN, prepare_folder
 from dit_fast.sampling.parts import Parts
 from dit_fast.terminal import say
 from dit_fast.training.world import local_rank, ranks
@@ -71,6 +74,16 @@ class Plan:
 
 def _refuse_other_results(args: argparse.Namespace) -> None:
     """Raise OutputError for results of an earlier command that would lie beside this one's as if they were its own."""
+    if args.save_images and args.out.is_dir():
+        others = sorted(
+            path.name for path in args.out.iterdir() if path.is_dir() and path.name not in WRITTEN
+        )
+        classes = [name for name in others if _holds_an_image(args.out / name)]
+        if classes:
+            raise OutputError(
+                f"--out {args.out} holds folders of images ({name_some(classes)}), of which {IMAGES} would become one "
+                "more class; choose another --out"
+            )
     # In the folder of a command that did not end, they may be its own; it is continued, and writes them again.
     if (args.out / PARTS).exists():
         return
@@ -83,6 +96,17 @@ def _refuse_other_results(args: argparse.Namespace) -> None:
             f"{' and '.join(left)} of an earlier command {'is' if len(left) == 1 else 'are'} there already; remove "
             f"{'it' if len(left) == 1 else 'them'} or choose another --out"
         )
+
+
+def _holds_an_image(folder: Path) -> bool:
+    """Whether images lie directly in `folder` that are no grids of samples."""
+    if folder.name.startswith("."):
+        return False
+    with contextlib.suppress(OSError):
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:8]
+        headers, _ = read_each(paths, lambda path: read_header(path, Conversion()), 1)
+        return any(header is not None and not header.grid for header in headers)
+    return False
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

@@ -105,7 +105,7 @@ def load_model(
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path}: neither a file nor a folder (a device or a pipe)")
     try:
-        model, info = _from_path(path, weights, num_heads, expected or {})
+        model, info = _from_path(path, weights, num_heads, expected or {}, told=objective is not None)
     except RecursionError:
         raise CheckpointError(f"{path}: refused: its JSON is nested deeper than any checkpoint's") from None
     info = replace(info, diffusion=settled_objective(objective, info.diffusion, str(path)))
@@ -119,7 +119,7 @@ def load_model(
 
 
 def _from_path(
-    path: Path, weights: str, num_heads: int | None, expected: Mapping[str, Any]
+    path: Path, weights: str, num_heads: int | None, expected: Mapping[str, Any], told: bool
 ) -> tuple[DiT, ModelInfo]:
     if (path / MANIFEST).exists() or step_folders(path):
         return _from_training(find_checkpoint(path), weights, expected)
@@ -127,18 +127,27 @@ def _from_path(
         raise ConfigError(
             f"weights {weights}: {path} is no run of dit-fast train, whose snapshots that takes"
         )
+    folder = path.parent if path.is_file() else path
+    pipeline = folder.resolve().parent
+    if not told and (pipeline / "model_index.json").is_file() and diffusers_config_of(folder / "config.json"):
+        # A part of a pipeline, whose scheduler says what it was trained for; unless the caller does.
+        model, info = _from_path(path, weights, num_heads, expected, told=True)
+        return _with_facts(model, info, pipeline)
     if path.is_file():
         return _from_file(path, weights, num_heads, expected)
     if config := diffusers_config_of(transformer_folder(path) / "config.json"):
-        model, info = _from_diffusers(transformer_folder(path), config, expected)
-        facts = pipeline_facts(path, model.config["num_classes"])
-        return model, replace(info, class_names=facts.class_names, diffusion=facts.diffusion, vae=facts.vae)
+        return _with_facts(*_from_diffusers(transformer_folder(path), config, expected), path)
     if (path / "config.json").is_file():
         return _from_file(path / "model.safetensors", weights, num_heads, expected)
     raise CheckpointError(
         f"{path}: no checkpoint in this folder; expected checkpoints/step-N (a run), {MANIFEST} (one "
         "step), config.json with model.safetensors, or a folder of diffusers"
     )
+
+
+def _with_facts(model: DiT, info: ModelInfo, pipeline: Path) -> tuple[DiT, ModelInfo]:
+    facts = pipeline_facts(pipeline, model.config["num_classes"])
+    return model, replace(info, class_names=facts.class_names, diffusion=facts.diffusion, vae=facts.vae)
 
 
 def _from_diffusers(

@@ -104,6 +104,6 @@ def _diffusion(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if problems:
         raise CheckpointError(
             f"{path}: no schedule that this model could be sampled with: {'; '.join(problems)[:300]}; give the "
-            "transformer's folder to load the model alone"
+            "transformer's folder, and --objective, to load the model alone"
         )
     return {"noise_schedule": schedule, "diffusion_steps": steps, "predict_xstart": _PREDICTIONS[prediction]}
