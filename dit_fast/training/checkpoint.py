@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dit_fast import __version__
 from dit_fast.errors import CheckpointError, OutputError
-from dit_fast.files import sync
+from dit_fast.files import sync, write_atomically
 from dit_fast.models import DiT
 from dit_fast.training.manifest import (
     FORMAT,
@@ -139,7 +139,8 @@ def write_checkpoint(
                 write_pieces(temporary / names[-1], held)
         if world.is_first:
             names.append("config.json")
-            (temporary / names[-1]).write_text(json.dumps(config, indent=2) + "\n")
+            text = json.dumps(config, indent=2) + "\n"
+            write_atomically(temporary / names[-1], lambda path: path.write_text(text))
         for name in names:
             sync(temporary / name)
         return {name: digest(temporary / name) for name in names}

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dit_fast.errors import DataError, MissingExtraError
-from dit_fast.files import read_text
+from dit_fast.files import read_text, write_atomically
 from dit_fast.training.best_effort import BestEffort
 from dit_fast.training.config import TrainConfig
 
@@ -74,7 +74,7 @@ class WeightsAndBiases:
             project="dit-fast", name=run.name, id=held, resume="allow", dir=str(run),
             config=dataclasses.asdict(config),
         )  # fmt: skip
-        remembered.write_text(self.session.id)
+        write_atomically(remembered, lambda temporary: temporary.write_text(self.session.id))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.session.log(values, step=step)
