@@ -535,3 +535,26 @@ def test_every_folder_of_a_run_may_have_a_name_that_is_not_utf8(tmp_path, capsys
     against = ["--against", str(tmp_path / name), "--features", "classifier"]
     assert main(["evaluate", str(out), *against, "--out", str(tmp_path / f"{name}.json")]) == 0
     assert "4 samples from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["webp", "tiff", "apng", "gif"])
+def test_files_of_several_frames_are_counted_and_named(tmp_path, caplog, suffix):
+    """Once, by training and by scores: the first of each is read. A GIF is read under another suffix."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            frames[0].save(tmp_path / name / f"{number}.png")
+    many = tmp_path / "cat" / f"many.{'png' if suffix == 'gif' else suffix}"
+    kind = {"apng": "PNG", "gif": "GIF"}.get(suffix)
+    frames[0].save(many, format=kind, save_all=True, append_images=frames[1:])
+    for _ in range(2):
+        data = open_images(tmp_path, 8)
+    said = [line for line in caplog.messages if "frames" in line]
+    assert said == [
+        f"{tmp_path}: of 1 files with several frames or pages the first of each is read: cat/{many.name}"
+    ]
+    number = [path.name for path in sorted((tmp_path / "cat").iterdir())].index(many.name)
+    red = data.train.batch(torch.tensor([number])).mean((0, 2, 3))
+    assert red[0] > 0.8
+    assert red[1] < -0.8

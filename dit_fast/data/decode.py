@@ -84,12 +84,15 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Header:
-    """Of an image as it is read: its size, whether it is grey, and whether it is a grid of samples that we drew."""
+    """Of an image as it is read: its size, whether it is grey, a grid of samples that we drew, and whether more frames
+    or pages follow.
+    """
 
     width: int
     height: int
     grey: bool
     grid: bool = False
+    more: bool = False
 
 
 def read_header(path: Path, how: Conversion) -> Header:
@@ -101,7 +104,15 @@ def read_header(path: Path, how: Conversion) -> Header:
         width, height = file.size
         if not how.raw and _turn(file, _has_late_exif(file, path)) in (5, 6, 7, 8):
             width, height = height, width
-        return Header(width, height, grey, GRID_KEY in file.info)
+        return Header(width, height, grey, GRID_KEY in file.info, _has_more(file))
+
+
+def _has_more(file: Image.Image) -> bool:
+    # A JPEG's further pictures are views or depths of the first one.
+    try:
+        return file.format not in ("JPEG", "MPO") and bool(getattr(file, "is_animated", False))
+    except _DECODE_ERRORS:  # a damaged list of pages: the first one is there
+        return False
 
 
 def read_image(

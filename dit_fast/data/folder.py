@@ -21,7 +21,7 @@ from dit_fast.data.decode import (
     read_header,
     read_image,
 )
-from dit_fast.data.image_files import FORMATS, Found, find_images, image_files, name_some
+from dit_fast.data.image_files import FORMATS, Found, find_images, image_files, name_some, warn_of_frames
 from dit_fast.data.images import ArraySource, ImageSet, PixelSource, make_set
 from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.embedders import as_pair
@@ -177,6 +177,9 @@ def open_folder(
     register = Unreadable(skip_unreadable, names.__getitem__)
     bar = f"reading {root.name}"
     headers, failures = read_each(paths, lambda path: read_header(path, conversion), num_workers)
+    warn_of_frames(
+        root, [name for name, header in zip(names, headers, strict=True) if header and header.more]
+    )
     sources: list[PixelSource] = []
     if len(failures) == len(paths) or len(failures) > skip_unreadable:
         # Damage shows in the header or only in the body: count both kinds before saying so.

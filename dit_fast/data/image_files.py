@@ -228,6 +228,14 @@ class Found:
         return name_some([path.relative_to(self.root).as_posix() for path in paths])
 
 
+def warn_of_frames(root: Path, names: Sequence[str]) -> None:
+    """One line of the files below `root` whose first frame or page alone is read, from the first rank and once."""
+    if names and os.environ.get("RANK", "0") == "0":
+        _warn_once(
+            f"{root}: of {len(names)} files with several frames or pages the first of each is read: {name_some(names)}"
+        )
+
+
 @functools.lru_cache(maxsize=256)
 def _warn_once(line: str) -> None:
     """A run opens its folder more than once: for training, as a reference, for a classifier."""

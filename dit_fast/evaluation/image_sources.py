@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_fast.data import BUILTIN, Conversion, Size, centre_crop_array, nearest_bucket
 from dit_fast.data.decode import list_failures, read_each, read_header, read_image
-from dit_fast.data.image_files import FORMATS, image_files
+from dit_fast.data.image_files import FORMATS, image_files, warn_of_frames
 from dit_fast.errors import DataError
 from dit_fast.evaluation.archives import Archive
 from dit_fast.sampling.output import ARCHIVE, GRID, IMAGES, PARTS, WRITTEN
@@ -228,6 +228,7 @@ def _folder(
         logger.warning("%s: %d grids of samples are left out", root, grids)
     if not single:
         raise DataError(f"{root} has no image that is read ({FORMATS})")
+    warn_of_frames(root, [path.relative_to(root).as_posix() for path, header in single if header.more])
     paths, sizes = [path for path, _ in single], [(header.height, header.width) for _, header in single]
     if buckets:
         shapes = [buckets[nearest_bucket(size, buckets)] for size in sizes]
