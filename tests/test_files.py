@@ -328,3 +328,28 @@ def test_npy_files_of_other_contents_are_refused(tmp_path):
     for other in (structured, objects):
         with pytest.raises(DataError, match="cannot be read"):
             read_npy(other, DataError)
+
+
+def test_of_two_writers_at_once_the_file_is_of_one(tmp_path):
+    """`export`, `encode --vae none`, `evaluate --out` and `plot` take no lock: their file is whole, of the last one."""
+    path = tmp_path / "out.bin"
+    meet = threading.Barrier(2)
+
+    def write(content: bytes) -> None:
+        def fill(temporary):
+            with temporary.open("wb") as file:
+                for half in (content[:5000], content[5000:]):
+                    file.write(half)
+                    file.flush()
+                    meet.wait(60)
+
+        for _ in range(5):
+            write_atomically(path, fill)
+
+    threads = [threading.Thread(target=write, args=(letter * 10_000,)) for letter in (b"a", b"b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in (b"a" * 10_000, b"b" * 10_000)
+    assert [file.name for file in tmp_path.iterdir()] == ["out.bin"]

@@ -12,6 +12,7 @@ from tolerance import assert_close
 from dit_fast.cli import main
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
+from dit_fast.locks import FolderLock
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, diffusion_nodes, draw_grid, to_uint8
 from dit_fast.sampling.explain import (
     attention_film,
@@ -165,6 +166,9 @@ def test_the_command_writes_its_pictures(tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == names
     assert all(np.asarray(Image.open(out / name)).std() > 1 for name in names)
     assert capsys.readouterr().out.count("wrote ") == 4
+    with FolderLock(out, "explain"):  # pictures of two commands are not mixed
+        assert main(ask) == 1
+    assert f"{out} is in use: dit-fast explain, process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

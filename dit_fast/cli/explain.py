@@ -13,6 +13,7 @@ from dit_fast.cli import sample
 from dit_fast.cli.sample_plan import Plan, make_plan
 from dit_fast.errors import ConfigError
 from dit_fast.files import write_atomically
+from dit_fast.locks import FolderLock
 from dit_fast.sampling.explain import (
     attention_film,
     check_attention,
@@ -88,17 +89,18 @@ def run(args: argparse.Namespace) -> int:
     block = len(plan.model.blocks) // 2 if args.block is None else args.block
     check_attention(plan.model, block, args.head)
     prepare_folder(args.out)
+    with FolderLock(args.out, "explain"):  # the four are of one command
 
-    def decode(states: Tensor) -> Tensor:
-        return _shown(plan, states)
+        def decode(states: Tensor) -> Tensor:
+            return _shown(plan, states)
 
-    film = film_strip(sampler, labels, titles, decode, args.seed, args.frames)
-    _write(args.out / "film.png", film)
-    if sampler.config.guidance.active:
-        _write(args.out / "guidance.png", guidance_sweep(sampler, labels, args.scales, decode, args.seed))
-    _write(args.out / "steps.png", steps_sweep(sampler, labels, counts, decode, args.seed))
-    maps = attention_film(sampler, labels, titles, decode, block, args.head, args.seed, args.frames)
-    _write(args.out / "attention.png", maps)
+        film = film_strip(sampler, labels, titles, decode, args.seed, args.frames)
+        _write(args.out / "film.png", film)
+        if sampler.config.guidance.active:
+            _write(args.out / "guidance.png", guidance_sweep(sampler, labels, args.scales, decode, args.seed))
+        _write(args.out / "steps.png", steps_sweep(sampler, labels, counts, decode, args.seed))
+        maps = attention_film(sampler, labels, titles, decode, block, args.head, args.seed, args.frames)
+        _write(args.out / "attention.png", maps)
     return 0
 
 
