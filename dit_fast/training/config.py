@@ -369,7 +369,7 @@ def relocated(
     the manifest names, then in the folders above the run: it may have been moved with it.
     """
     begun = manifest.get("working_directory") or "."
-    changes: dict[str, str] = {}
+    changes: dict[str, Any] = {}
     for name in _PATHS:
         given = getattr(config, name)
         if given is None or given in BUILTIN or name in asked or os.path.lexists(given):
