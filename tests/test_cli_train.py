@@ -281,3 +281,12 @@ def test_other_data_in_their_place_are_refused(tmp_path, photos, monkeypatch, ca
     capsys.readouterr()
     assert call("--resume", tmp_path / "run", "--steps", 2) == 1
     assert "trained on other data" in error_of(capsys)
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert call(*TINY, "--steps", 1, "--out", tmp_path / "run") == 1
+    assert error_of(capsys) == "the working directory was removed; change to one that is there"
+    assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from dit_fast import __version__
-from dit_fast.errors import DitFastError
+from dit_fast.errors import ConfigError, DitFastError
 from dit_fast.terminal import lasting_streams, printable, say
 
 # name: what it does. The module dit_fast.cli.<name> has add_arguments(parser) and run(args) -> status; it
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str], interrupts: "_Interrupts") -> int:
     try:
+        _check_working_directory()
         options = _parse(arguments)
         interrupts.loading = False
         return options.run(options)
@@ -85,6 +86,14 @@ def _run(arguments: list[str], interrupts: "_Interrupts") -> int:
             raise
         say(f"dit-fast: error: {message}", error=True)
         return 1
+
+
+def _check_working_directory() -> None:
+    """Raise ConfigError where it is gone: loading MKL would end the process with words about a library."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise ConfigError("the working directory was removed; change to one that is there") from None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
