@@ -1,12 +1,15 @@
 # make demo trains and samples; make test runs the tests. Both start from a machine with Python 3.11+, gcc and make.
 #   PYTHON=python3.12         the interpreter of .venv
 #   PART=2, MINUTES=3         of make gpu: which part, and its time; OUT=folder, where its archive goes
+#   FILES="tests/..."         of make test-settings: these tests alone; TABLE=file, where its table goes
 #   TORCH_INDEX=https://...   where PyTorch comes from; unset, the configured index or PyTorch's CPU index is chosen
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 PART ?= 1
 OUT ?= gpu-results
+FILES ?=
+TABLE ?= settings.md
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 PY := .venv/bin/python
@@ -16,13 +19,13 @@ TORCH := $(call version,torch)
 TRITON := $(call version,triton)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-isa check docs gpu clean
+.PHONY: help demo test test-settings check docs gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small Diffusion Transformer on handwritten digits, then draw and score samples"
 	@echo "make test    run the tests"
-	@echo "make test-isa  the tests that depend on the order of sums, as other CPUs add"
+	@echo "make test-settings  the tests as other CPUs add, with two threads and on a busy machine: about an hour"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation as web pages, in site/"
 	@echo "make gpu     correctness, training steps and operations on one NVIDIA GPU in 7 minutes, with the python3 that"
@@ -64,18 +67,9 @@ test: .venv/.test
 	if [ $$failed = 1 ]; then echo "== Some tests FAILED"; else echo "== All tests passed"; fi; \
 	exit $$failed
 
-# The tests that depend most on the order of sums, as CPUs without AVX-512 and without AVX2 add.
-ISA_TESTS := $(addprefix tests/test_,$(addsuffix .py,tolerance models model_options sampling sampling_explain \
-    sampling_guidance sampling_solvers captions conditioning swiglu diffusion_golden diffusion_process \
-    interop_flow accelerate))
-
-test-isa: .venv/.test
-	@failed=0; export OMP_NUM_THREADS=1; \
-	for setting in "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE" \
-	    "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2" \
-	    "ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"; do \
-	    echo "== $$setting"; env $$setting $(PY) -m pytest -q -n 2 -m "not slow" $(ISA_TESTS) || failed=1; \
-	done; exit $$failed
+# As other CPUs add, with more threads, and beside busy processes: six runs of the suite and a table of them.
+test-settings: .venv/.test
+	$(PY) -m tests.settings --out '$(TABLE)' $(FILES)
 
 check: .venv/.test
 	$(PY) -m ruff check .

@@ -5,7 +5,7 @@ added yet, so that the addition and the next norm are one pass over memory. Bias
 the kernel that adds one also sums its gradient.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -75,21 +75,31 @@ class Stream(NamedTuple):
 
 
 def normed(
-    stream: Stream, norm: nn.LayerNorm | RMSNorm, shift: Tensor, scale: Tensor, kernels: str
+    stream: Stream,
+    norm: nn.Module,
+    kernels: str,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Normed:
-    """Add what is pending, then norm(stream) * (1 + scale) + shift.
+    """Add what is pending, then norm(stream) * (1 + scale) + shift; without shift and scale, norm(stream).
 
-    Of a norm that was built here its kind and eps count; `affine_modulation` has its weight and bias. Another one in
-    its place, or one with hooks, is called.
+    A norm that was built here is fused: its kind and eps count, and its weight and bias where there is no shift and
+    scale from the condition. Another one in its place, one with hooks, or one whose weights an adaptive norm does not
+    have, is called.
     """
-    if not is_built_here(norm):
+    if shift is None or scale is None:
+        shift, scale = affine_modulation(norm, stream.x)
+        fused = is_built_here(norm)
+    else:
+        fused = is_built_here(norm) and norm.weight is None
+    if not fused:
         x = stream.add(kernels)
         return Normed(x, modulate(norm(x), shift, scale).to(scale.dtype), None)
     kind = "rmsnorm" if isinstance(norm, RMSNorm) else "layernorm"
     return stream.norm_modulate(shift, scale, norm.eps, kernels, kind)
 
 
-def is_built_here(norm: nn.Module) -> bool:
+def is_built_here(norm: nn.Module) -> TypeGuard[nn.LayerNorm | RMSNorm]:
     """Whether the norm is exactly what `make_norm` builds, so that a fused operation may stand for it."""
     return is_plain(norm, nn.LayerNorm) or is_plain(norm, RMSNorm)
 
@@ -99,17 +109,19 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def affine_modulation(norm: nn.LayerNorm | RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+def affine_modulation(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """(shift, scale), each (N, D), that make `normed` compute norm(x) * weight + bias of an affine norm.
 
-    Zeros for a norm that `normed` calls. Under autocast the scale is of its dtype, which is then the dtype of the
-    norm's output.
+    Zeros for a norm that `normed` calls, and for a weight or bias that it does not have. Under autocast the scale is of
+    its dtype, which is then the dtype of the norm's output.
     """
-    if not is_built_here(norm):
-        shift = scale = x.new_zeros(1, x.shape[-1]).expand(x.shape[0], -1)
-    else:
-        bias = torch.zeros_like(norm.weight) if isinstance(norm, RMSNorm) else norm.bias
-        shift, scale = bias.expand(x.shape[0], -1), (norm.weight - 1).expand(x.shape[0], -1)
+    shift = scale = x.new_zeros(1, x.shape[-1]).expand(x.shape[0], -1)
+    if is_built_here(norm):
+        bias = None if isinstance(norm, RMSNorm) else norm.bias
+        if bias is not None:
+            shift = bias.expand(x.shape[0], -1)
+        if norm.weight is not None:
+            scale = (norm.weight - 1).expand(x.shape[0], -1)
     if torch.is_autocast_enabled(x.device.type):
         scale = scale.to(torch.get_autocast_dtype(x.device.type))
     return shift, scale
@@ -172,23 +184,31 @@ class TransformerBlock(nn.Module):
         self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
     ) -> Tensor | Stream:
         stream = x if isinstance(x, Stream) else Stream(x)
-        stream = self.self_attention(stream, *affine_modulation(self.norm1, stream.x))
-        stream = self.feed_forward(stream, *affine_modulation(self.norm2, stream.x))
+        stream = self.feed_forward(self.self_attention(stream))
         return stream if isinstance(x, Stream) else stream.add(self.kernels)
 
     def self_attention(
-        self, stream: Stream, shift: Tensor, scale: Tensor, gate: Tensor | None = None
+        self,
+        stream: Stream,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Stream:
-        """The stream with attention's branch pending; without a gate it is added as it is."""
-        h, layout = normed(stream, self.norm1, shift, scale, self.kernels), stream.layout
+        """The stream with attention's branch pending; without a gate it is added as it is, without shift and scale
+        the norm's own weights are used."""
+        h, layout = normed(stream, self.norm1, self.kernels, shift, scale), stream.layout
         gate = unit_gate(h.x) if gate is None else gate
         return Stream(h.x, *self.attention_branch(h, layout), gate, layout)
 
     def feed_forward(
-        self, stream: Stream, shift: Tensor, scale: Tensor, gate: Tensor | None = None
+        self,
+        stream: Stream,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Stream:
         """The stream with the MLP's branch pending; without a gate it is added as it is."""
-        h = normed(stream, self.norm2, shift, scale, self.kernels)
+        h = normed(stream, self.norm2, self.kernels, shift, scale)
         return Stream(h.x, *self.mlp_branch(h), unit_gate(h.x) if gate is None else gate, stream.layout)
 
     def attention_branch(self, h: Normed, layout: Layout | None = None) -> tuple[Tensor, Tensor | None]:
@@ -303,4 +323,4 @@ class FinalLayer(Projection):
         if modulation is None:
             modulation = self.adaLN_modulation(c)
         shift, scale = modulation.chunk(2, dim=1)
-        return self.linear(normed(stream, self.norm_final, shift, scale, self.kernels).y)
+        return self.linear(normed(stream, self.norm_final, self.kernels, shift, scale).y)

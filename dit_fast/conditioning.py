@@ -17,7 +17,6 @@ from dit_fast.blocks import (
     Projection,
     Stream,
     TransformerBlock,
-    affine_modulation,
     normed,
     unit_gate,
 )
@@ -91,15 +90,15 @@ class CrossAttentionBlock(TransformerBlock):
         stream = x if isinstance(x, Stream) else Stream(x)
         made = None if modulation is None else modulation.unflatten(1, (-1, self.cross.kv.out_features))
         kv = self.cross.kv(c) if made is None else made
-        stream = self.self_attention(stream, *affine_modulation(self.norm1, stream.x))
+        stream = self.self_attention(stream)
         stream = self.cross_attention(stream, kv)
-        stream = self.feed_forward(stream, *affine_modulation(self.norm2, stream.x))
+        stream = self.feed_forward(stream)
         return stream if isinstance(x, Stream) else stream.add(self.kernels)
 
     def cross_attention(self, stream: Stream, kv: Tensor) -> Stream:
         """The stream with cross-attention's branch pending."""
         norm, told = self.norm_cross, None if stream.layout is None else stream.layout.told
-        h = normed(stream, norm, *affine_modulation(norm, stream.x), self.kernels)
+        h = normed(stream, norm, self.kernels)
         if not uses_triton(self.kernels, h.y) or not is_plain(self.cross, CrossAttention):
             return Stream(h.x, self.cross(h.y, kv, told), None, unit_gate(h.x), stream.layout)
         recipe = None if self.recompute == "none" else h.recipe
@@ -125,8 +124,7 @@ class PlainFinalLayer(Projection):
         self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
     ) -> Tensor:
         stream = x if isinstance(x, Stream) else Stream(x)
-        shift, scale = affine_modulation(self.norm_final, stream.x)
-        return self.linear(normed(stream, self.norm_final, shift, scale, self.kernels).y)
+        return self.linear(normed(stream, self.norm_final, self.kernels).y)
 
 
 BLOCKS: dict[str, tuple[type[TransformerBlock], Any]] = {

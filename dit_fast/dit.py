@@ -23,7 +23,9 @@ from dit_fast.layers import Layout, matrix_size
 from dit_fast.model_files import load_weights, read_model, write_model
 from dit_fast.options import OPTIONS, PAPER, check_sizes, one_of
 from dit_fast.positions import ROTARY, SINES, check_rotary
+from dit_fast.values import Number
 
+CFG_SCALE = Number(-1e6, 1e6)
 _LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -390,7 +392,7 @@ class DiT(Gridded):
         )
 
     def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | None = 3
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float | Tensor, cfg_channels: int | None = 3
     ) -> Tensor:
         """Classifier-free guidance in one batch: the first half of `y` conditional, the second half null labels or
         captions (zeros).
@@ -398,8 +400,11 @@ class DiT(Gridded):
         Only the first half of `x` (2n, C, H, W) is read. eps = uncond + cfg_scale * (cond - uncond) on the first
         `cfg_channels` channels of the noise (the reference's 3; None for all); every other output channel stays
         each half's own. Ho & Salimans 2022, equation 6, in the reference's scaling. Raises ConfigError for a model
-        without a null class or caption.
+        without a null class or caption, and for a scale that is not a number from -1e6 to 1e6; a tensor's values are
+        not read.
         """
+        if not isinstance(cfg_scale, Tensor) and not torch.compiler.is_compiling():
+            cfg_scale = CFG_SCALE.check("cfg_scale", cfg_scale)
         if not self.has_null:
             raise ConfigError(
                 "guidance needs a null class: num_classes (or caption_dim) and class_dropout_prob above 0"

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +126,7 @@ def define_op(
         # The dispatcher drops arguments that are equal to their defaults.
         args += defaults[len(args) :]
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        _refuse_shards(name, tensors)
         differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if differentiated and _C._are_functorch_transforms_active():
             raise RuntimeError(
@@ -162,6 +163,7 @@ def define_op(
                     return overload(*args)
                 gradient = gradient or arg.requires_grad
             elif isinstance(arg, Tensor):
+                _refuse_shards(name, [arg])
                 return overload(*args)
         if gradient and torch.is_grad_enabled():
             args += defaults[len(args) :]
@@ -169,6 +171,15 @@ def define_op(
         return (triton_impl if cuda else cpu_impl)(*args)
 
     return call
+
+
+def _refuse_shards(name: str, tensors: Sequence[Tensor]) -> None:
+    """RuntimeError for a DTensor, by its name: importing the class would import all of torch.distributed.tensor."""
+    if any(type(x).__name__ == "DTensor" for x in tensors):
+        raise RuntimeError(
+            f"{name} has no rule for the shards of a DTensor; give it local tensors (to_local()) or use "
+            "kernels='reference'"
+        )
 
 
 def _owning_outputs(reference_impl: Callable[..., Any]) -> Callable[..., Any]:

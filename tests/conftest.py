@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import tempfile
 
 import numpy as np
 import pytest
@@ -22,6 +23,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+SETTINGS = (
+    "PYTEST_ADDOPTS",
+    "PYTEST_PLUGINS",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD",
+    "PYTEST_THEME",
+    "PYTEST_THEME_MODE",
+)
+SETTINGS += ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "PY_COLORS", "PYTHONWARNINGS", "PYTHONIOENCODING")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def environment():
+    """What a shell sets for its own pytest, Python or terminal changes nothing in the tests' children."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SETTINGS:
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -48,5 +68,8 @@ def seed() -> None:
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory):
     """Inductor's cache does not notice that an operation of the same name is another one now: begin empty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
+        folder = tmp_path_factory.mktemp("inductor")
+        # Inductor does not quote the names of the files that it compiles.
+        with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as other:
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", other if " " in str(folder) else str(folder))
+            yield

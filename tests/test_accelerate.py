@@ -203,6 +203,26 @@ def test_a_norm_with_hooks_keeps_its_block() -> None:
     assert seen == [0, 1]
 
 
+class Tripled(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, Tripled])
+@pytest.mark.parametrize("path", ["blocks.0.norm1", "blocks.1.norm2", "final_layer.norm_final"])
+def test_a_norm_that_is_replaced_later_is_called(path: str, kind: type[nn.LayerNorm]) -> None:
+    model = ReferenceDiT()
+    norm = kind(model.get_submodule(path).normalized_shape, 1e-6)
+    nn.init.normal_(norm.weight)
+    expected = copy.deepcopy(model)
+    expected.set_submodule(path, norm)
+    assert dit_fast.accelerate(model).replaced
+    before = answer(model)
+    model.set_submodule(path, norm)
+    assert (answer(model) - before).abs().max() > 1e-3 * before.abs().max()
+    assert_close(answer(model), answer(expected))
+
+
 class Adapter(nn.Module):
     """A layer with a low-rank addition, as LoRA makes."""
 

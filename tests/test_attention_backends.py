@@ -141,7 +141,7 @@ def test_cudnn_first_is_attention_and_traces_whole() -> None:
         assert_is_attention(cudnn_attention, bias)
     qkv, heads, _, _ = draw(2, 9, 3, 24, False)
     compiled = torch.compile(cudnn_attention, fullgraph=True)
-    torch.testing.assert_close(compiled(qkv, heads, None), cudnn_attention(qkv, heads, None))
+    assert_close(compiled(qkv, heads, None), cudnn_attention(qkv, heads, None))
     assert _cur_sdpa_kernel_backends(with_priority=True) == before
 
 

@@ -101,7 +101,7 @@ def test_lightning(lightning):
     assert 0 < flips.sum() < 6
     expected = both[flips.long(), stream.indices(1)]
     assert torch.equal(moments[:, 0], expected)
-    torch.testing.assert_close(stream.batch(1)[0], (expected - torch.arange(32.0).view(32, 1, 1)) / 4)
+    assert_close(stream.batch(1)[0], (expected - torch.arange(32.0).view(32, 1, 1)) / 4)
 
 
 def test_bfloat16_shards_and_holdout(lightning):

@@ -72,7 +72,7 @@ def test_the_posterior_is_sampled_shifted_and_scaled(kind, spread, deviation, dt
     torch.testing.assert_close(
         posterior.sample(moments, noise), ((mean.float() + std * noise - shift) * scale).float()
     )
-    torch.testing.assert_close(posterior.sample(moments), (mean.float() - shift) * scale)
+    assert_close(posterior.sample(moments), (mean.float() - shift) * scale)
     assert torch.equal(moments, before), "stored moments stay as they are"
 
 
@@ -139,7 +139,7 @@ def test_splits_share_no_sample_and_follow_the_file_names(folder):
     assert data.heldout.members.tolist() == images.heldout.members.tolist()
     mean = data.heldout.batch(torch.arange(3))
     members = data.heldout.members
-    torch.testing.assert_close(mean, (stored(folder)[members, 0, 0].float() - SHIFT) * SCALE)
+    assert_close(mean, (stored(folder)[members, 0, 0].float() - SHIFT) * SCALE)
 
 
 def test_the_trainer_takes_a_latent_set(folder):

@@ -15,6 +15,16 @@ from tests.distributed.ranks import alive, torchrun, train
 from tests.test_faults import TINY, assert_same, finished
 
 WORKER = "tests/distributed/faulty.py"
+WAITING = """
+import os, sys, time
+from pathlib import Path
+from dit_fast.cli import main
+print("pid", os.getpid(), flush=True)
+Path({folder!r}, "ready-" + os.environ["RANK"]).touch()
+while not Path({folder!r}, "killed").exists():
+    time.sleep(0.05)
+sys.exit(main())
+"""
 
 
 def pids(text: str) -> list[int]:
@@ -78,3 +88,20 @@ def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path, number) -> N
     assert f"{number.name}: stopped and saved at step {saved} of 100000" in text
     assert len(pids(text)) == 2
     assert alive(pids(text)) == []
+
+
+def test_a_torchrun_killed_during_start_up_leaves_no_rank(tmp_path) -> None:
+    """Its ranks have not met: they end long before the time that ranks wait for each other."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WAITING.format(folder=str(tmp_path)))
+    process = torchrun([str(worker), "train", *TINY, "--out", str(tmp_path / "run")], 2)
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, process, what="two ranks")
+    process.kill()
+    (tmp_path / "killed").touch()
+    # Both hold the pipe until they end.
+    text = process.communicate(timeout=PATIENCE)[0]
+    assert len(pids(text)) == 2, text
+    assert alive(pids(text)) == []
+    assert "Traceback" not in text
+    for rank in range(2):
+        assert text.count(f"rank {rank} did not reach the other ranks at the start") == 1, text

@@ -12,6 +12,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
+from tolerance import SUM, assert_close
 
 from dit_fast.errors import CheckpointError, ConfigError, DitFastError, NonFiniteError
 from dit_fast.interop import load_model
@@ -167,7 +168,8 @@ def test_the_layout_of_the_first_releases_loads(vae: Path) -> None:
     with torch.no_grad():
         expected = theirs.decode(z / 0.18215).sample
     assert torch.equal(before(z), after(z))
-    torch.testing.assert_close(after(z), expected)
+    # Sums on sums, of some twenty layers.
+    assert_close(after(z), expected, 20 * SUM)
 
 
 def test_other_ways_in_which_autoencoders_are_saved(vae: Path, tmp_path: Path) -> None:
@@ -303,7 +305,7 @@ def test_the_text_half_of_whole_models_loads(tmp_path: Path) -> None:
             input_ids=ids.input_ids, attention_mask=ids.attention_mask
         ).last_hidden_state
     made, length = encoder([], ["a cat"]), int(ids.attention_mask.sum())
-    torch.testing.assert_close(made[:, :length], expected[:, :length])
+    assert_close(made[:, :length], expected[:, :length], 20 * SUM)
     folder = text_models.write_t5(tmp_path / "t5")
     wanted = TextEncoder(str(folder)).sha256
     state = load_file(folder / "model.safetensors")

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from golden import GOLDEN, golden_model, seeded
+from test_models import assert_same_gradients
 from tolerance import assert_close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
@@ -38,13 +39,10 @@ def run(model: nn.Module, size: int = 4) -> tuple[Tensor, dict[str, Tensor]]:
     return out.detach(), {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
 
 
-def assert_equal_to_eager(compiled: nn.Module, eager: DiT, size: int = 4, tolerance: float = 1e-5) -> None:
-    """Outputs within 1e-5, gradients within `tolerance` of each tensor's largest entry."""
+def assert_equal_to_eager(compiled: nn.Module, eager: DiT, size: int = 4) -> None:
     (out, grads), (expected, expected_grads) = run(compiled, size), run(eager, size)
     assert_close(out, expected)
-    assert grads.keys() == expected_grads.keys()
-    for name, gradient in expected_grads.items():
-        assert (grads[name] - gradient).abs().max() < tolerance * gradient.abs().max(), name
+    assert_same_gradients(grads, expected_grads)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,4 +106,4 @@ def test_inductor_equals_eager_at_every_batch_size() -> None:
     compiled(*inputs).sum().backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in (4, 3, 5):
-            assert_equal_to_eager(compiled, model, size, tolerance=1e-4)
+            assert_equal_to_eager(compiled, model, size)

@@ -1,13 +1,18 @@
 """Tests by several workers: what hangs, dies or fails is named, the rest runs, and a later call runs what is left."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SETTINGS
 
 from benchmarks import parallel_tests, tests_worker
+from benchmarks.environment import ROOT
 from benchmarks.parallel_tests import gpu_files, main, read_log, summary
 from benchmarks.tests_worker import Turn, context_is_broken
 
@@ -99,6 +104,32 @@ def test_what_hangs_dies_or_fails_is_named_and_the_rest_runs(
     assert sorted((tmp_path / "ran").read_text().split()) == ["dies", "fails", "hangs"]
     assert outcomes(log) == good | dict.fromkeys(("test_hangs", "test_dies", "test_fails"), "passed")
     assert "7 of them before" in capfd.readouterr().out
+
+
+def test_settings_of_a_shell_do_not_reach_the_children_of_tests(tmp_path: Path) -> None:
+    """The children's output was read as if their pytest had no options, and their help as if it had 80 columns."""
+    (tmp_path / "test_it.py").write_text(
+        f"import os\ndef test(): assert not set({SETTINGS!r}) & os.environ.keys(), 'kept'\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.conftest",
+        f"--rootdir={tmp_path}",
+        str(tmp_path),
+    ]
+    environment = {
+        **os.environ,
+        "COLUMNS": "40",
+        "PYTEST_ADDOPTS": "--tb=short -v",
+        "PYTHONWARNINGS": "default",
+    }
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
 
 
 @pytest.mark.slow

@@ -1,11 +1,15 @@
 """How operations reach PyTorch: called directly where nothing listens, through the dispatcher where something does."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -182,6 +186,31 @@ def test_functions_of_torch_func_are_refused_in_one_line() -> None:
     x, bias = inputs()
     with pytest.raises(RuntimeError, match=r"gelu has no derivative for torch.func.*kernels='reference'"):
         torch.func.grad(lambda x: gelu(x, bias, kernels="triton").sum())(x)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("placement", [Replicate(), Shard(0)])
+def test_shards_are_refused_in_one_line(mesh: DeviceMesh, placement: Placement) -> None:
+    """The reference computes on them, where PyTorch has a rule for each of its operations."""
+    x, bias = inputs()
+    shards, whole = distribute_tensor(x, mesh, [placement]), distribute_tensor(bias, mesh, [Replicate()])
+    expected = gelu(x, bias)
+    local = gelu(shards.to_local(), whole.to_local(), kernels="triton")
+    assert torch.equal(local, expected)
+    assert torch.equal(gelu(shards, whole, kernels="reference").to_local(), expected)
+    for given in ((shards, whole), (shards, bias), (x, whole)):
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode(), pytest.raises(RuntimeError, match=r"^gelu has no rule for .*to_local\(\)") as caught:
+                gelu(*given, kernels="triton")
+            assert "\n" not in str(caught.value)
+        with pytest.raises(RuntimeError, match=r"^gelu has no rule for the shards of a DTensor"):
+            torch.ops.dit_fast.gelu(*given)
 
 
 def test_an_output_can_be_changed_in_place() -> None:

@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tolerance import assert_close
+from tolerance import FEW, assert_close, rounding
 
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
@@ -123,7 +123,9 @@ def denoiser_of(model, nodes, channels: int | None = None):
 
 
 def difference_from_the_loop(diffusion, nodes, model, channels: int | None) -> torch.Tensor:
-    """Of the ancestral solver and the reference's loop with the same draws, over the largest value."""
+    """Of the ancestral solver and the reference's loop with the same draws, over the largest value; both read tables
+    in float32, of up to 40 steps.
+    """
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     torch.manual_seed(1)
     expected = diffusion.p_sample_loop(model, x.shape, x, clip_denoised=False, device="cpu")
@@ -151,7 +153,7 @@ def test_ddpm_is_the_reference_s_loop(options, channels, respacing):
     def model(x, t):
         return torch.einsum("oc,nchw->nohw", weight, torch.tanh(x)) * (1 + t.view(-1, 1, 1, 1) / 40)
 
-    assert difference_from_the_loop(diffusion, nodes, model, channels) < 1e-5
+    assert difference_from_the_loop(diffusion, nodes, model, channels) <= rounding(40 * FEW)
 
 
 def test_a_variance_learned_by_its_logarithm_is_that_of_all_steps():
@@ -163,7 +165,7 @@ def test_a_variance_learned_by_its_logarithm_is_that_of_all_steps():
     def model(x, t):
         return torch.cat([torch.tanh(x), -4 + 0.5 * torch.tanh(x)], dim=1) * (1 + t.view(-1, 1, 1, 1) / 40)
 
-    assert difference_from_the_loop(diffusion, nodes, model, 3) < 1e-5
+    assert difference_from_the_loop(diffusion, nodes, model, 3) <= rounding(40 * FEW)
     with pytest.raises(
         ConfigError, match="holds for all 40 steps, not for 20 longer ones: keep all with ddpm"
     ):

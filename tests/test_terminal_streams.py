@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def work(folder: Path, redirect: str, **environment: str) -> tuple[int, str, str
     """Status, stdout and stderr of WORK under a shell; its file must be written in full."""
     script, file = folder / "work.py", folder / "file"
     script.write_text(WORK)
-    command = f"exec {sys.executable} {script} {file} {redirect}"
+    command = f"exec {shlex.join([sys.executable, str(script), str(file)])} {redirect}"
     done = subprocess.run(
         ["sh", "-c", command],
         cwd=ROOT,

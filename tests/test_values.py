@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from patience import PATIENCE
+from tolerance import assert_close
 
 from dit_fast import keyed
 from dit_fast.cli.labels import Labels
@@ -161,11 +162,24 @@ def test_guidance_takes_pairs(model: DiT) -> None:
         model.forward_with_cfg(x, t, y, 4.0)
     two = Sampler(model, create_diffusion("2"))([1, 1])
     one = Sampler(model, create_diffusion("2"))([1])
-    scale = two.abs().max() * torch.finfo(torch.float32).eps * 64
-    assert (one[0] - two[0]).abs().max() <= scale
+    assert_close(one[0], two[0])
 
 
 X, T, Y = torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("scale", [*NOT_A_NUMBER, 1e7, -1e7, np.float32("nan")])
+def test_no_guidance_scale(model: DiT, scale: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^cfg_scale .{1,70}: give a number from -1e\+06"):
+        model.forward_with_cfg(X, T, Y, scale)
+
+
+def test_guidance_scales_of_any_kind(model: DiT) -> None:
+    x, t, y = torch.randn(4, 1, 8, 8), torch.full((4,), 3), torch.tensor([1, 2, 3, 3])
+    expected = model.forward_with_cfg(x, t, y, 2.0)
+    for scale in (2, np.float32(2), np.int64(2), torch.tensor(2.0), torch.full((2, 1, 1, 1), 2.0)):
+        assert torch.equal(model.forward_with_cfg(x, t, y, scale), expected)
+    assert not torch.equal(model.forward_with_cfg(x, t, y, -1.0), expected)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
+from patience import PATIENCE
 
 from dit_fast.errors import ConfigError, OutputError, RankError
 from dit_fast.training import world as world_module
 from dit_fast.training.parallel import choose_parallel, rank_rows
 from dit_fast.training.signals import STOPPING, StepAgreement, StopRequest
 from dit_fast.training.world import World, choose_device, is_lost_connection, join_world, ranks, warn_of_slurm
+from tests.distributed.ranks import free_port
 
 
 def test_one_process_is_a_world_of_its_own(monkeypatch) -> None:
@@ -39,6 +41,19 @@ def test_an_environment_that_torchrun_did_not_make(monkeypatch) -> None:
         ranks()
     monkeypatch.setenv("RANK", "1")
     assert ranks() == (1, 2)
+
+
+def test_a_torchrun_that_is_gone_is_not_waited_for(monkeypatch) -> None:
+    """Its store would have listened before the rank was started; PyTorch tries to connect for a whole timeout."""
+    for variable, value in {
+        "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(world_module, "AGENT_TIMEOUT", 1.0)
+    with pytest.raises(RankError, match=r"^rank 1 did not reach .* after 1000ms") as caught:
+        join_world("cpu", start_timeout=10 * PATIENCE).__enter__()
+    assert "\n" not in str(caught.value)
 
 
 def test_devices_by_local_rank(monkeypatch) -> None:

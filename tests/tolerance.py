@@ -16,6 +16,9 @@ from torch import Tensor
 SUM = 256
 """The longest sum in the models of the tests: an MLP's 4 * 64 hidden features."""
 
+FEW = 16
+"""For no sum: what some operations one after another round, such as a step of a sampler and its table."""
+
 
 def rounding(terms: int = SUM, dtype: torch.dtype = torch.float32) -> float:
     """What the order of a sum may change, relative to its largest values: 4 sqrt(terms) units of the last place.

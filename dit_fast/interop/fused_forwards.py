@@ -47,6 +47,11 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
+def may_fuse_norm(norm: nn.Module) -> bool:
+    """Whether the norm is still what `accelerate` checked: a layer norm without weights of its own."""
+    return type(norm) is nn.LayerNorm and norm.weight is None and is_untouched(norm)
+
+
 def may_fuse(part: Any, kind: type[nn.Module] | None, names: tuple[str, ...]) -> bool:
     """Whether the layers of an attention or MLP of the checked class may be used instead of calling it."""
     if type(part) is not kind:
@@ -57,7 +62,7 @@ def may_fuse(part: Any, kind: type[nn.Module] | None, names: tuple[str, ...]) ->
 
 def reference_block(block: Any, fusion: Fusion, x: Tensor, c: Tensor) -> Tensor:
     """The block of facebookresearch/DiT and of SiT: x (N, T, D), c (N, D) -> (N, T, D)."""
-    norms = is_untouched(block.norm1) and is_untouched(block.norm2)
+    norms = may_fuse_norm(block.norm1) and may_fuse_norm(block.norm2)
     if not norms or (block.training and not fusion.in_training):
         return type(block).forward(block, x, c)
     kernels = fusion.kernels
@@ -70,7 +75,7 @@ def reference_block(block: Any, fusion: Fusion, x: Tensor, c: Tensor) -> Tensor:
 
 def reference_final(final: Any, fusion: Fusion, x: Tensor, c: Tensor) -> Tensor:
     """The final layer of both: x (N, T, D), c (N, D) -> (N, T, P * P * C)."""
-    if not is_untouched(final.norm_final) or (final.training and not fusion.in_training):
+    if not may_fuse_norm(final.norm_final) or (final.training and not fusion.in_training):
         return type(final).forward(final, x, c)
     shift, scale = final.adaLN_modulation(c).chunk(2, dim=1)
     normed = Stream(x.contiguous()).norm_modulate(shift, scale, final.norm_final.eps, fusion.kernels)
@@ -94,7 +99,7 @@ def diffusers_block(
     Attention stays diffusers' own, with its processors: it projects to q, k and v apart.
     """
     norm = block.norm1
-    untouched = all(is_untouched(part) for part in (norm, norm.norm, block.norm3))
+    untouched = is_untouched(norm) and may_fuse_norm(norm.norm) and may_fuse_norm(block.norm3)
     if not untouched or block._chunk_size is not None or (block.training and not fusion.in_training):
         return type(block).forward(
             block, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,

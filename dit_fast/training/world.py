@@ -20,6 +20,8 @@ from dit_fast.errors import ConfigError, DitFastError, RankError
 
 START_TIMEOUT = 1800.0
 """Seconds that ranks wait for each other until the first step is done: some read data or compile longer."""
+AGENT_TIMEOUT = 30.0
+"""Seconds in which torchrun's store must accept a connection: it listens before torchrun starts a rank."""
 _ROLL_CALL = 0.7
 _FAILED = "failed"
 _LOST = "lost"
@@ -171,8 +173,12 @@ def join_world(
         torch.cuda.set_device(chosen)
     # torchrun's agent keeps one store over restarts: without a prefix, a restarted rank finds the addresses of dead
     # ones in it (pytorch, torch/distributed/rendezvous.py).
+    # Where the agent was killed meanwhile, PyTorch would try to connect for the whole of a timeout.
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    connect = min(limit, timedelta(seconds=AGENT_TIMEOUT)) if of_agent else limit
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        store, _, _ = next(dist.rendezvous("env://", timeout=connect))
+        store.set_timeout(limit)
         store = dist.PrefixStore(f"attempt_{attempt}", store)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(
