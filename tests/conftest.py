@@ -68,8 +68,13 @@ def seed() -> None:
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory):
     """Inductor's cache does not notice that an operation of the same name is another one now: begin empty."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("inductor")
-        # Inductor does not quote the names of the files that it compiles.
+        folder = str(tmp_path_factory.mktemp("inductor"))
+        if " " not in folder:
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+            yield
+            return
+        # Inductor does not quote the names of the files that it compiles, nor those of temporary ones.
         with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as other:
-            patch.setenv("TORCHINDUCTOR_CACHE_DIR", other if " " in str(folder) else str(folder))
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", other)
+            patch.setattr(tempfile, "tempdir", other)
             yield

@@ -97,6 +97,21 @@ def test_no_number(given: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "inside", "outside"),
+    [
+        (Number(0, 1, above=True), (5e-324, 1), (0, math.nextafter(1, 2))),
+        (Number(0, 1, below=True), (0, math.nextafter(1, 0)), (-5e-324, 1)),
+        (Whole(1, 3), (1, 3), (0, 4)),
+    ],
+)
+def test_limits_are_in_or_out(value: Value, inside: tuple[float, ...], outside: tuple[float, ...]) -> None:
+    assert tuple(value.check("x", each) for each in inside) == inside
+    for each in outside:
+        with pytest.raises(ConfigError):
+            value.check("x", each)
+
+
+@pytest.mark.parametrize(
     "given", ["", " ", "a\0", "x" * 256, "d/" + "\u00e9" * 128, "a/" * 2100, b"x", 3, None]
 )
 def test_no_path(given: Any) -> None:
