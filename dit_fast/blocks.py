@@ -87,12 +87,10 @@ def normed(
     scale from the condition. Another one in its place, one with hooks, or one whose weights an adaptive norm does not
     have, is called.
     """
+    adaptive = shift is not None and scale is not None
     if shift is None or scale is None:
         shift, scale = affine_modulation(norm, stream.x)
-        fused = is_built_here(norm)
-    else:
-        fused = is_built_here(norm) and norm.weight is None
-    if not fused:
+    if not is_built_here(norm) or (adaptive and norm.weight is not None):
         x = stream.add(kernels)
         return Normed(x, modulate(norm(x), shift, scale).to(scale.dtype), None)
     kind = "rmsnorm" if isinstance(norm, RMSNorm) else "layernorm"

@@ -73,8 +73,8 @@ def inductor_cache(tmp_path_factory: pytest.TempPathFactory):
             patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
             yield
             return
-        # Inductor does not quote the names of the files that it compiles, nor those of temporary ones.
+        # Inductor does not quote the names of the files that it compiles, and keeps headers in TMPDIR itself.
+        patch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
         with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as other:
             patch.setenv("TORCHINDUCTOR_CACHE_DIR", other)
-            patch.setattr(tempfile, "tempdir", other)
             yield

@@ -29,7 +29,7 @@ HEAVY = frozenset(
 # Of torchrun, Slurm, C++ builds and OpenMP; there are no variables of our own.
 ENVIRONMENT = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID",
-    "CXX", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
+    "TORCHELASTIC_USE_AGENT_STORE", "CXX", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
 }  # fmt: skip
 
 # Calls that read or write files past dit_fast/files.py.

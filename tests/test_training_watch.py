@@ -339,3 +339,14 @@ def test_the_run_folder_is_all_that_is_written(tmp_path):
         "log.jsonl",
         "loss.png",
     }
+
+
+def test_what_a_kill_left_of_a_picture_is_removed_by_the_next_run(tmp_path):
+    run = tmp_path / "run"
+    train(tiny(steps=2), run)
+    left = [run / ".tmp-0ed101b86baa-loss.png", run / "samples" / ".tmp-0ed101b86baa-step-0000001.png"]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"a part")
+    resume(run, {"steps": 3})
+    assert not any(path.exists() for path in left)

@@ -228,6 +228,12 @@ def test_labels_of_any_integer_dtype(model: DiT, dtype: torch.dtype) -> None:
     assert torch.equal(model(X, T, labels.to(dtype)), model(X, T, labels))
     sampler = Sampler(model, create_diffusion("2"))
     assert torch.equal(sampler(labels.to(dtype)), sampler(labels))
+    # The null class of guidance is beyond the range of 8 bits.
+    many = DiT(**{**SMALL, "num_classes": 300}).eval()
+    for parameter in many.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    guided = Sampler(many, create_diffusion("2"), SamplerConfig(guidance=Guidance(4.0)))
+    assert torch.equal(guided(labels.to(dtype)), guided(labels))
 
 
 def test_numpys_integers_are_numbers(model: DiT) -> None:

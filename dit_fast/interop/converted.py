@@ -97,7 +97,7 @@ class ConvertedDiT(DiT):
         x: Tensor,
         t: Tensor,
         y: Tensor,
-        cfg_scale: float,
+        cfg_scale: float | Tensor,
         cfg_channels: int | EllipsisType | None = ...,
     ) -> Tensor:
         """`DiT.forward_with_cfg`; `cfg_channels` is the conventions' when it is not given."""

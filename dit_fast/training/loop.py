@@ -19,6 +19,7 @@ from dit_fast.errors import (
     DitFastError,
     OutputError,
 )
+from dit_fast.files import TEMPORARY
 from dit_fast.locks import FolderLock
 from dit_fast.sampling.output import prepare_folder
 from dit_fast.training.checkpoint import (
@@ -38,7 +39,7 @@ from dit_fast.training.progress import plot_loss
 from dit_fast.training.ranges import mark_launches
 from dit_fast.training.signals import StopRequest
 from dit_fast.training.trainer import Trainer
-from dit_fast.training.watch import Watch
+from dit_fast.training.watch import PICTURES, Watch
 from dit_fast.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,9 @@ def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
     def make_room() -> None:
         remove_leftovers(run)
         remove_leftovers(run / SNAPSHOTS)
+        for path in (*run.glob(f"{TEMPORARY}*"), *run.glob(f"{PICTURES}/{TEMPORARY}*")):
+            if path.is_file():
+                path.unlink(missing_ok=True)
         require_space(run, size)
 
     world.first(make_room)

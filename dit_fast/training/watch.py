@@ -22,6 +22,9 @@ from dit_fast.training.step import StepValues
 from dit_fast.training.trackers import Tracker, open_trackers
 from dit_fast.training.trainer import Trainer
 
+PICTURES = "samples"
+"""Folder of a run for its grids of samples."""
+
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
@@ -156,7 +159,7 @@ class Watch:
                 self._evaluate(self.evaluation)
 
     def _grid(self) -> Path:
-        return self.run / "samples" / f"step-{self.trainer.step:07d}.png"
+        return self.run / PICTURES / f"step-{self.trainer.step:07d}.png"
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint of this step; every rank calls it."""
