@@ -90,6 +90,7 @@ def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path, number) -> N
     assert alive(pids(text)) == []
 
 
+@pytest.mark.slow
 def test_a_torchrun_killed_during_start_up_leaves_no_rank(tmp_path) -> None:
     """Its ranks have not met: they end long before the time that ranks wait for each other."""
     worker = tmp_path / "worker.py"
