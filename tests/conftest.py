@@ -65,10 +65,15 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def inductor_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Inductor's cache does not notice that an operation of the same name is another one now: begin empty."""
+def inductor_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
+    """Inductor's cache does not notice that an operation of the same name is another one now: begin empty.
+
+    The workers of a run share it: its first compilation makes a header that takes ten seconds.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(request.config, "workerinput") else base
     with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("inductor"))
+        folder = str(shared / "inductor")
         if " " not in folder:
             patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
             yield

@@ -1,37 +1,49 @@
 """`dit-fast encode` as a user calls it: exit statuses, one-line errors, ranks of torchrun, Ctrl-C, SIGTERM."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import time
+import types
 from pathlib import Path
+from typing import Any
 
 import latent_sets
 import pytest
+import torch
 from latent_sets import contents, write_images, write_vae
 from patience import PATIENCE, wait_until
 
 from dit_fast.cli import encode as encode_command
 from dit_fast.cli import main
 from dit_fast.data import open_data
+from tests.distributed.ranks import PRELOADED
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "16", "--shard-size", "3", "--batch-size", "2", "--device", "cpu"]
-# The command with the stand-in for diffusers. "hang": after its first shard it waits for a signal; "run": it does not,
-# but each convolution takes a while, so that two processes work side by side.
-SLOW_COMMAND = """
-import pathlib, sys, time, types
-sys.path.insert(0, sys.argv[1])
-import latent_sets, torch
-sys.modules["diffusers"] = types.SimpleNamespace(AutoencoderKL=latent_sets.StandInVae)
-forward, first = torch.nn.Conv2d.forward, pathlib.Path(sys.argv[3])
-def slow(*args):
-    time.sleep(1000 if sys.argv[2] == "hang" and first.exists() else 0.1)
-    return forward(*args)
-torch.nn.Conv2d.forward = slow
-from dit_fast.cli import main
-sys.exit(main(["encode", *sys.argv[4:]]))
-"""
+
+
+def slow_command(words: list[str], variables: dict[str, str], errors: Path, hangs_after: Path | None) -> None:
+    """The command with the stand-in for diffusers, as the body of a forked process.
+
+    Each convolution takes a while, so that two processes work side by side; once `hangs_after` is there, it waits for
+    a signal.
+    """
+    os.environ.update(variables)
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    # A shell's background job, and what it starts, ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.modules["diffusers"] = types.SimpleNamespace(AutoencoderKL=latent_sets.StandInVae)
+    forward = torch.nn.Conv2d.forward
+
+    def slow(*arguments: Any) -> torch.Tensor:
+        time.sleep(1000 if hangs_after is not None and hangs_after.exists() else 0.1)
+        return forward(*arguments)
+
+    torch.nn.Conv2d.forward = slow
+    sys.exit(main(["encode", *words]))
 
 
 @pytest.fixture
@@ -85,43 +97,40 @@ def test_ranks_of_torchrun(work, capsys, monkeypatch):
 
 def test_two_processes_at_once(work):
     assert main(["encode", *arguments(work, "alone")]) == 0
-    ranks = []
-    for rank in range(2):
-        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        ranks.append(start(work, environment))
-    assert [rank.wait(PATIENCE) for rank in ranks] == [0, 0]
+    ranks = [start(work, {"RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r)}) for r in range(2)]
+    for rank in ranks:
+        rank.join(PATIENCE)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     assert contents(work / "set") == contents(work / "alone")
 
 
 def start(
-    work: Path, environment: dict[str, str] | None = None, after_a_shard: str = "run"
-) -> subprocess.Popen[str]:
-    words = [str(ROOT / "tests"), after_a_shard, str(work / "set" / "shard-00000.json"), *arguments(work)]
-    command = [sys.executable, "-c", SLOW_COMMAND, *words]
-    # A shell's background job, and what it starts, ignores Ctrl-C.
-    return subprocess.Popen(
-        command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environment, preexec_fn=listen
-    )
-
-
-def listen() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    work: Path, variables: dict[str, str], hangs_after: Path | None = None
+) -> multiprocessing.process.BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    settings = (arguments(work), variables, work / "errors", hangs_after)
+    process = context.Process(target=slow_command, args=settings, daemon=True)
+    process.start()
+    return process
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_goes_on(work, sent, capsys):
-    process = start(work, after_a_shard="hang")
-    wait_until((work / "set" / "shard-00000.json").exists, process, what="a shard")
-    process.send_signal(sent)
-    error = process.communicate(timeout=PATIENCE)[1]
+    shard = work / "set" / "shard-00000.json"
+    process = start(work, {}, hangs_after=shard)
+    wait_until(lambda: shard.exists() or not process.is_alive(), what="a shard")
+    os.kill(process.pid, sent)
+    process.join(PATIENCE)
+    error = (work / "errors").read_text()
     if sent is signal.SIGINT:
-        assert process.returncode == 130
+        assert process.exitcode == 130, error
         assert error == (
             f"dit-fast: interrupted; the same command goes on from the whole shards in {work}/set\n"
         )
         assert not list((work / "set").glob(".tmp-*"))
     else:
-        assert process.returncode == -sent
+        assert process.exitcode == -sent, error
     assert not (work / "set" / "manifest.json").exists()
     assert main(["encode", *arguments(work)]) == 0
     assert "0 kept" not in capsys.readouterr().out

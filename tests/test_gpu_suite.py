@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,22 +231,34 @@ def is_gone(pid: str) -> bool:
         return True
 
 
+def over_once(monkeypatch: pytest.MonkeyPatch, condition: Callable[[], bool]) -> None:
+    """The time of a step is over when `condition` is so: as long as a busy machine needs, and no longer."""
+    clock = SimpleNamespace(
+        sleep=time.sleep, monotonic=lambda: time.monotonic() + (PATIENCE if condition() else 0)
+    )
+    monkeypatch.setattr(gpu_suite, "time", clock)
+
+
 @pytest.mark.parametrize("session", [False, True])
-def test_stage_that_hangs_is_killed_with_its_children(session: bool, tmp_path: Path) -> None:
+def test_stage_that_hangs_is_killed_with_its_children(
+    session: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it wrote before is kept; the child that it started is gone, in a session of its own too."""
     code = (
         "import subprocess, sys, time; open(r'{out}/x.json', 'w').write('[2]');"
         f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session={session});"  # noqa: E501
         f"open(r'{tmp_path}/pid', 'w').write(str(child.pid)); print('begun', flush=True); time.sleep(600)"
     )
-    outcome = run_stage(tmp_path, python(code), 10)
+    log = gpu_suite.log_of(tmp_path, "stage")
+    over_once(monkeypatch, lambda: log.exists() and log.read_text() == "begun\n")
+    outcome = run_stage(tmp_path, python(code), PATIENCE)
     assert (outcome.state, outcome.summary) == ("cut off", "begun")
     assert (tmp_path / "x.json").read_text() == "[2]"
     pid = (tmp_path / "pid").read_text()
     wait_until(lambda: is_gone(pid), what="its end")
 
 
-def test_stages_side_by_side(tmp_path: Path) -> None:
+def test_stages_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waits for the file of the other; one that hangs does not keep the other from being done."""
     wait = "import time, pathlib\nwhile not pathlib.Path(r'{out}/%s').exists(): time.sleep(0.01)"
     code = "open(r'{out}/%s', 'w'); " + "exec(" + repr(wait) + ")"
@@ -252,7 +267,10 @@ def test_stages_side_by_side(tmp_path: Path) -> None:
     found = run_step(tmp_path, Machine(), [a, b], PATIENCE)
     assert [(outcome.name, outcome.state) for outcome in found] == [("a", "done"), ("b", "done")]
     hangs = replace(python("import time; time.sleep(600)"), name="hangs")
-    found = run_step(tmp_path, Machine(), [hangs, replace(python("print(1)"), name="quick")], 15)
+    pid = tmp_path / "pid"
+    quick = replace(python(f"import os; open(r'{pid}', 'w').write(str(os.getpid()))"), name="quick")
+    over_once(monkeypatch, lambda: pid.exists() and pid.read_text() != "" and is_gone(pid.read_text()))
+    found = run_step(tmp_path, Machine(), [hangs, quick], PATIENCE)
     assert [outcome.state for outcome in found] == ["cut off", "done"]
 
 

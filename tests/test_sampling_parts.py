@@ -4,9 +4,6 @@ import argparse
 import contextlib
 import importlib
 import os
-import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from patience import PATIENCE, wait_until
+from patience import wait_until
 from torch.distributed.run import parse_args as torchrun
 
 from dit_fast.cli import main, sample, sample_plan
@@ -26,6 +23,7 @@ from dit_fast.models import DiT
 from dit_fast.sampling import Sampler
 from dit_fast.sampling.parts import Parts
 from dit_fast.training.world import World
+from tests.distributed.ranks import Forked
 
 
 def parts_of(folder, num=10, batch_size=4, **request) -> Parts:
@@ -107,13 +105,15 @@ def test_a_folder_without_a_shard_blocks_nobody(tmp_path):
     assert not (tmp_path / "parts").exists()
 
 
-def test_archive_is_adm_s_and_equal_samples_are_equal_bytes(tmp_path):
+def test_archive_is_adm_s_and_equal_samples_are_equal_bytes(tmp_path, monkeypatch):
     parts = parts_of(tmp_path)
     parts.open()
     for part in (2, 0, 1):
         parts.write(part, images(parts, part))
     parts.write_npz(tmp_path / "a.npz")
-    time.sleep(2)  # the resolution of a zip's dates
+    # A zip's dates are whole even seconds of the local time.
+    local = time.localtime
+    monkeypatch.setattr(time, "localtime", lambda seconds=None: local((seconds or time.time()) + 60))
     parts.write_npz(tmp_path / "b.npz")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
@@ -146,39 +146,28 @@ def arguments(checkpoint, out, *more) -> list[str]:
     return ["sample", "--ckpt", *map(str, (checkpoint, *options, "--out", out, *more))]
 
 
-# A rank of the command that waits to be killed before it writes a shard more than so many; -1 for never.
-RANK = """
-import sys, time
-from dit_fast.cli import main
-from dit_fast.sampling.parts import Parts
-write, written = Parts.write, []
-def held(self, part, samples):
-    if len(written) == int(sys.argv[1]):
-        time.sleep(1000)
-    written.append(part)
-    return write(self, part, samples)
-Parts.write = held
-sys.exit(main(sys.argv[2:]))
-"""
+def held_rank(hold_after: int, command: list[str]) -> None:
+    """A rank that waits to be killed before it writes a shard more than so many; -1 for never."""
+    torch.set_num_threads(1)
+    write, written = Parts.write, []
+
+    def held(self, part, samples):
+        if len(written) == hold_after:
+            time.sleep(1000)
+        written.append(part)
+        return write(self, part, samples)
+
+    Parts.write = held
+    sys.exit(main(command))
 
 
-def start_ranks(command: list[str], hold_after: tuple[int, ...] = (-1, -1)) -> list[subprocess.Popen]:
+def start_ranks(folder: Path, command: list[str], hold_after: tuple[int, ...] = (-1, -1)) -> Forked:
     """A process for each of `hold_after`."""
-    world = len(hold_after)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(hold_after[rank]), *command],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+    return Forked(folder, [(held_rank, (after, command)) for after in hold_after])
+
+
+def shards(out: Path) -> list[Path]:
+    return sorted((out / "parts").glob("[0-9]*.npy"))
 
 
 @pytest.mark.slow
@@ -196,50 +185,45 @@ def test_two_ranks_killed_and_resumed_make_every_sample_once(checkpoint, tmp_pat
     assert main(arguments(checkpoint, tmp_path / "long", "--steps", "100")) == 0
     expected_long = (tmp_path / "long" / "samples.npz").read_bytes()
     each = int(np.random.default_rng(os.getpid()).integers(1, 4))
-    ranks = start_ranks(command, hold_after=(each, each))
-    wait_until(
-        lambda: len(list((out / "parts").glob("[0-9]*.npy"))) == 2 * each,
-        *ranks,
-        what=f"{each} shards of each",
-    )
-    for rank in ranks:
-        rank.send_signal(signal.SIGKILL)
-        rank.communicate()
-    left = sorted((out / "parts").glob("[0-9]*.npy"))
+    with start_ranks(tmp_path / "first", command, hold_after=(each, each)) as ranks:
+        wait_until(
+            lambda: len(shards(out)) == 2 * each or not ranks.all_alive(), what=f"{each} shards of each"
+        )
+    left = shards(out)
     assert len(left) == 2 * each, "killed in the middle"
     assert not (out / "samples.npz").exists()
 
     damaged = bytearray(left[0].read_bytes())
     damaged[200] ^= 1
     left[0].write_bytes(damaged)
-    ranks = start_ranks(command)
-    outputs = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert f"{4 * (len(left) - 1)} of 60 images are there already: resuming" in outputs[0]
+    with start_ranks(tmp_path / "second", command) as ranks:
+        ended = ranks.wait()
+    assert ended.codes == [0, 0], ended.text
+    assert f"{4 * (len(left) - 1)} of 60 images are there already: resuming" in ended.outputs[0]
     assert (out / "samples.npz").read_bytes() == expected_long
     assert sorted(path.name for path in out.iterdir()) == ["sample.png", "samples.npz"]
 
     # Unmarked, two ranks from the beginning: the bytes of one process.
-    ranks = start_ranks(arguments(checkpoint, tmp_path / "two"))
-    outputs = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
-    assert (tmp_path / "two" / "samples.npz").read_bytes() == expected, outputs
+    with start_ranks(tmp_path / "third", arguments(checkpoint, tmp_path / "two")) as ranks:
+        ended = ranks.wait()
+    assert (tmp_path / "two" / "samples.npz").read_bytes() == expected, ended.text
     assert expected != expected_long
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_other_at_once_and_is_named(checkpoint, tmp_path):
     command = arguments(checkpoint, tmp_path, "--steps", "100")
-    first, second = start_ranks(command, hold_after=(-1, 1))
-    # The first one draws its 8 and then waits for the second.
-    wait_until(lambda: len(list((tmp_path / "parts").glob("[0-9]*.npy"))) >= 2, first, second, what="shards")
-    second.kill()
-    second.communicate()
-    output = first.communicate(timeout=PATIENCE)[0]
-    assert first.returncode == 1, output
+    with start_ranks(tmp_path / "said", command, hold_after=(-1, 1)) as ranks:
+        # The first one draws its 8 and then waits for the second.
+        wait_until(lambda: len(shards(tmp_path)) >= 2 or not ranks.all_alive(), what="shards")
+        ranks.processes[1].kill()
+        ended = ranks.wait(ranks=[0])
+    (output,) = ended.outputs
+    assert ended.codes == [1], output
     error = output.strip().splitlines()[-1]
     assert error.startswith("dit-fast: error: sampling: rank 1 does not answer"), output
     assert "run the command again" in error
-    assert list((tmp_path / "parts").glob("[0-9]*.npy")), "what was drawn is kept"
+    assert shards(tmp_path), "what was drawn is kept"
 
 
 def test_a_shard_damaged_by_the_time_all_are_drawn_is_drawn_again(checkpoint, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """Run by test_parallel.py in two ranks: every way of sharing a model gives the model of one process."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -193,13 +192,9 @@ def checkpoints(world: World, folder: Path) -> None:
         load_into(path, {**manifest, "files": kept}, run.state())
 
 
-def main() -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with join_world("cpu", start_timeout=PATIENCE) as world:
         modes(world)
-        checkpoints(world, Path(sys.argv[1]))
+        checkpoints(world, folder)
         print("all equal", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,8 +170,10 @@ def record(TrainStep, folder: Path, rank: int) -> None:
     TrainStep.draw = recording
 
 
-def rank_main(rank: int, size: int, port: int, fault: str, arguments: list[str], output: str) -> None:
-    """The body of a forked rank."""
+def rank_main(
+    rank: int, size: int, port: int, output: str, body: Callable[..., None], arguments: tuple
+) -> None:
+    """A forked rank, with its output in a file: body(*arguments)."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -181,7 +184,7 @@ def rank_main(rank: int, size: int, port: int, fault: str, arguments: list[str],
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
-    run(fault, arguments, rank)
+    body(*arguments)
 
 
 def run(fault: str, arguments: list[str], rank: int) -> None:

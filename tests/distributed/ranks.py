@@ -2,16 +2,16 @@
 
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from tests.distributed.faulty import rank_main
+from tests.distributed.faulty import rank_main, run
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,51 +39,6 @@ def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
-
-
-def start(command: Sequence[str], size: int, **extra: str) -> list[subprocess.Popen]:
-    """`size` processes with the environment that torchrun gives its workers; stdout and stderr together."""
-    port = str(free_port())
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            start_new_session=True,
-            env=environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **extra,
-            ),
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-
-
-def finish(processes: Sequence[subprocess.Popen], limit: float = PATIENCE) -> Ended:
-    """Wait for all of them; none outlives the limit."""
-    deadline = time.monotonic() + limit
-    outputs: list[str] = []
-    try:
-        outputs.extend(
-            process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0] for process in processes
-        )
-    except subprocess.TimeoutExpired:
-        for process in processes:
-            stop(process, signal.SIGKILL)
-        outputs = [process.communicate()[0] for process in processes[len(outputs) :]]
-        raise AssertionError(f"not over after {limit} s:\n" + "\n".join(outputs)) from None
-    return Ended([process.returncode for process in processes], outputs)
-
-
-def stop(process: subprocess.Popen, number: signal.Signals) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, number)
-
-
-def launch(command: Sequence[str], size: int, limit: float = PATIENCE, **extra: str) -> Ended:
-    return finish(start(command, size, **extra), limit)
 
 
 def torchrun(
@@ -121,32 +76,35 @@ PRELOADED = ["torch", "torch.distributed.fsdp", "sklearn.datasets", "matplotlib.
 PRELOADED += ["dit_fast.cli.train", "dit_fast.training.checkpoint_writer"]
 
 
-class Ranks:
-    """`size` processes of `dit-fast train ARGUMENTS`, forked from a server that has imported everything.
+class Forked:
+    """A rank for each of `calls`, of a function and its arguments, forked from a server that has imported everything.
 
-    A launch takes a second in place of ten. `with Ranks(...) as ranks:` leaves no process behind.
+    A launch takes a second in place of ten. `with Forked(...) as ranks:` leaves no process behind.
     """
 
-    def __init__(self, folder: Path, size: int, arguments: Sequence[str | Path], fault: str = "none"):
+    def __init__(self, folder: Path, calls: Sequence[tuple[Callable[..., None], tuple]]):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         folder.mkdir(parents=True, exist_ok=True)
+        size, port = len(calls), free_port()
         self.outputs = [folder / f"rank-{rank}.txt" for rank in range(size)]
-        port, plain = free_port(), [str(argument) for argument in arguments]
         self.processes = [
-            context.Process(target=rank_main, args=(rank, size, port, fault, plain, str(output)))
-            for rank, output in enumerate(self.outputs)
+            context.Process(target=rank_main, args=(rank, size, port, str(self.outputs[rank]), *call))
+            for rank, call in enumerate(calls)
         ]
         for process in self.processes:
             process.start()
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         for process in self.processes:
             process.kill()
             process.join()
+
+    def all_alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
 
     def wait(self, limit: float = PATIENCE, ranks: Sequence[int] | None = None) -> Ended:
         """How they, or some of them, ended."""
@@ -160,6 +118,14 @@ class Ranks:
         return Ended(
             [self.processes[rank].exitcode or 0 for rank in chosen], [texts[rank] for rank in chosen]
         )
+
+
+class Ranks(Forked):
+    """`size` processes of `dit-fast train ARGUMENTS`."""
+
+    def __init__(self, folder: Path, size: int, arguments: Sequence[str | Path], fault: str = "none"):
+        plain = [str(argument) for argument in arguments]
+        super().__init__(folder, [(run, (fault, plain, rank)) for rank in range(size)])
 
 
 def train(folder: Path, size: int, arguments: Sequence[str | Path], fault: str = "none") -> Ended:

@@ -4,7 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from interpreter import INTERPRETED, indexing_by_one_element, patching_once, rounding_bfloat16
+from interpreter import (
+    INTERPRETED,
+    indexing_by_one_element,
+    patching_once,
+    rounding_bfloat16,
+    without_unread_checks,
+)
 
 if not INTERPRETED and not torch.cuda.is_available():
     # Without either, the registered operations run their references and these tests would show nothing.
@@ -24,5 +30,5 @@ def repaired_interpreter() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    with rounding_bfloat16(), indexing_by_one_element(), patching_once():
+    with rounding_bfloat16(), indexing_by_one_element(), patching_once(), without_unread_checks():
         yield

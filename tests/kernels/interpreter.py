@@ -1,5 +1,6 @@
 """Triton's interpreter with bfloat16 as the hardware has it, and functions run in a child process."""
 
+import dataclasses
 import faulthandler
 import json
 import os
@@ -111,6 +112,18 @@ def patching_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", patch_new)
+        yield
+
+
+@contextmanager
+def without_unread_checks() -> Iterator[None]:
+    """The interpreter computes whether each sum and product of integers overflows, two fifths of its time, and drops
+    the answer where `debug` is off: leave that out. Overflow is for the proof K4 to see.
+    """
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
         yield
 
 
