@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import triton
+from architectures import each_capability
 from torch import Tensor
 
 from dit_fast.kernels import AdamWSettings, AdamWTensors, adamw_ema, grad_square_sum
@@ -54,7 +55,7 @@ def wide_bytes(kernel: Compiled, tensors: AdamWTensors) -> float:
     )
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@each_capability
 @pytest.mark.parametrize(
     ("grad_dtype", "copy", "average", "least"),
     [
@@ -93,7 +94,7 @@ def test_no_spills_and_least_bytes(grad_dtype, copy, average, least, capability)
     assert scalars.float64()
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@each_capability
 def test_both_branches_round_alike(capability) -> None:
     """Shards get the bits of the whole: the 8 elements of a wide thread and the one of a narrow thread fuse alike."""
     update = ahead_of_time(step, capability)[-1]

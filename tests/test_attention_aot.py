@@ -6,6 +6,7 @@ benchmarks/results/static_report.md has all head widths, lengths and architectur
 import pytest
 import torch
 import triton
+from architectures import sm_90_first
 
 from benchmarks.static_report import broken_lines
 from dit_fast.kernels import attention, attention_long, attention_short
@@ -43,18 +44,20 @@ def compiled(capability: int, dtype: torch.dtype, T: int, K: int, name: str) -> 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "T", "K", "name", "instructions"),
-    [
-        # 200 and 1000 tokens fill no tile: masks take registers.
-        (80, BF16, 1000, 80, KEYS, {"HMMA"}),
-        (80, BF16, 1000, 128, FORWARD, {"HMMA"}),
-        (80, BF16, 1000, 128, KEYS, {"HMMA"}),
-        (90, BF16, 64, 72, "short_bwd", {"HGMMA"}),
-        # 32 queries are fewer rows than wgmma and tcgen05 have: d_q is a product by HMMA.
-        (90, BF16, 200, 96, "short_bwd", {"HGMMA", "HMMA"}),
-        (100, BF16, 200, 72, "short_bwd", {"UTCHMMA", "HMMA"}),
-        (90, BF16, 1000, 128, KEYS, {"HGMMA"}),
-        (100, FP32, 200, 128, KEYS, set()),
-    ],
+    sm_90_first(
+        [
+            # 200 and 1000 tokens fill no tile: masks take registers.
+            (80, BF16, 1000, 80, KEYS, {"HMMA"}),
+            (80, BF16, 1000, 128, FORWARD, {"HMMA"}),
+            (80, BF16, 1000, 128, KEYS, {"HMMA"}),
+            (90, BF16, 64, 72, "short_bwd", {"HGMMA"}),
+            # 32 queries are fewer rows than wgmma and tcgen05 have: d_q is a product by HMMA.
+            (90, BF16, 200, 96, "short_bwd", {"HGMMA", "HMMA"}),
+            (100, BF16, 200, 72, "short_bwd", {"UTCHMMA", "HMMA"}),
+            (90, BF16, 1000, 128, KEYS, {"HGMMA"}),
+            (100, FP32, 200, 128, KEYS, set()),
+        ]
+    ),
     ids=lambda value: str(value).removeprefix("torch.") if isinstance(value, (int, str, torch.dtype)) else "",
 )
 def test_hard_lines(capability, dtype, T, K, name, instructions) -> None:

@@ -223,6 +223,7 @@ NAMES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_fault_in_a_file_is_a_traceback_or_believed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -172,6 +172,7 @@ def test_options_say_what_their_values_are(command: str) -> None:
     assert loose == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_all_nonsense_is_refused_and_what_makes_sense_is_not(
     command: str, base: Any, autoencoder: None, capsys: Any
@@ -217,6 +218,7 @@ LONG = {"depth", "diffusion_steps"}
 """What takes seconds to build at its largest: profile has both; the other commands, of the same values, nightly."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "long"),
     [

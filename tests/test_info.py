@@ -1,5 +1,6 @@
 """`dit-fast info`: counts against PyTorch's, against memory that a real step holds, and against what is committed."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -120,7 +121,12 @@ def test_kept_bytes_are_what_a_real_forward_pass_holds(options, recompute, preci
         model(torch.randn(2, 3, 16, 16), torch.tensor([1, 2]), torch.tensor([3, 4]))
     real = sum(held[place].untyped_storage().nbytes() for place in held.keys() - own)
     exactly = pytest.approx(real, rel=0 if precision == "fp32" else 5e-3)
-    assert kept_bytes(model.config, 2, precision=precision)[recompute] == exactly
+    assert kept(precision, **options)[recompute] == exactly
+
+
+@functools.cache
+def kept(precision: str, **options: str) -> dict[str, int]:
+    return kept_bytes(DiT(**SMALL, **options).config, 2, precision=precision)
 
 
 def test_kept_bytes_agree_with_what_the_compiler_keeps():

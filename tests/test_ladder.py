@@ -63,6 +63,7 @@ def climbed(kind: str, *names: str, keep: Callable[[Row], None] = silent, **chan
     return climb(case, case.rungs(list(names) or None), 1, 2, silent, keep, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_rung_of_every_kind(kind: str, device_with_everything: list[Any]) -> None:
     rows = climbed(kind)
@@ -298,6 +299,7 @@ def test_plain_attention_without_sdpa_is_step_by_step(monkeypatch: pytest.Monkey
     assert set(asked) == {training.SDPBackend.MATH}
 
 
+@pytest.mark.slow
 def test_command_writes_rows_and_goes_on_where_it_stopped(tmp_path: Path, capsys, monkeypatch) -> None:
     words = [
         "--kinds",

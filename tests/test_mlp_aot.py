@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 import triton
+from architectures import sm_90_first
 from torch import Tensor
 
 from dit_fast.kernels.aot import MAX_SHARED, Compiled, ahead_of_time
@@ -17,7 +18,6 @@ pytestmark = pytest.mark.skipif(
 gelu = importlib.import_module("dit_fast.kernels.gelu")
 gemm = importlib.import_module("dit_fast.kernels.gemm")
 swiglu = importlib.import_module("dit_fast.kernels.swiglu")
-CAPABILITIES = (80, 90, 100)
 ROWS = 65536
 
 
@@ -62,9 +62,15 @@ def gemm_kernels(capability: int, dtype: torch.dtype = torch.bfloat16, D: int = 
 
 
 @pytest.mark.parametrize(
-    ("width", "dtype", "capability"),
-    [(width, torch.bfloat16, 90) for width in (1536, 3072, 4096)]
-    + [(4608, dtype, capability) for dtype in (torch.bfloat16, torch.float32) for capability in CAPABILITIES],
+    ("capability", "dtype", "width"),
+    sm_90_first(
+        [(90, torch.bfloat16, width) for width in (1536, 3072, 4096)]
+        + [
+            (capability, dtype, 4608)
+            for capability in (80, 90, 100)
+            for dtype in (torch.bfloat16, torch.float32)
+        ]
+    ),
 )
 def test_gelu_moves_128_bits_an_access(width, dtype, capability) -> None:
     """Exactly as many 128-bit accesses as the tile has, none narrower to a (rows, F) tensor, and no spills."""
@@ -84,9 +90,15 @@ def test_gelu_moves_128_bits_an_access(width, dtype, capability) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "dtype", "capability"),
-    [(2736, torch.bfloat16, 90)]
-    + [(3072, dtype, capability) for dtype in (torch.bfloat16, torch.float32) for capability in CAPABILITIES],
+    ("capability", "dtype", "width"),
+    sm_90_first(
+        [(90, torch.bfloat16, 2736)]
+        + [
+            (capability, dtype, 3072)
+            for capability in (80, 90, 100)
+            for dtype in (torch.bfloat16, torch.float32)
+        ]
+    ),
 )
 def test_swiglu_moves_128_bits_an_access(width, dtype, capability) -> None:
     """As for `gelu`; gate and value are two tiles of one tensor."""
@@ -113,7 +125,8 @@ def test_swiglu_moves_128_bits_an_access(width, dtype, capability) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")]
+    ("capability", "instruction"),
+    sm_90_first([(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")]),
 )
 def test_products_use_tensor_cores_and_do_not_spill(capability, instruction) -> None:
     """Bulk copies by descriptor where the architecture has them; the epilogue's (M, N) tensors in 128-bit accesses."""
@@ -131,8 +144,15 @@ def test_products_use_tensor_cores_and_do_not_spill(capability, instruction) -> 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "D", "capability"),
-    [(torch.float16, 384, 90), (torch.float32, 384, 80), (torch.bfloat16, 99, 80), (torch.bfloat16, 99, 90)],
+    ("capability", "dtype", "D"),
+    sm_90_first(
+        [
+            (90, torch.float16, 384),
+            (80, torch.float32, 384),
+            (80, torch.bfloat16, 99),
+            (90, torch.bfloat16, 99),
+        ]
+    ),
 )
 def test_other_dtypes_and_unaligned_widths_compile(dtype, D, capability) -> None:
     """D = 99 has rows that are no multiple of 16 bytes: no descriptors on any architecture."""

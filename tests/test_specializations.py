@@ -139,6 +139,7 @@ def test_every_kernel_and_both_sides_of_every_optional_pointer_are_met(
             assert {pointer in item.absent() for item in met[name]} == {True, False}, f"{name}: {pointer}"
 
 
+@pytest.mark.slow
 def test_the_front_end_reads_every_kernel(met: dict[str, list[Recorded]]) -> None:
     """The slice of the matrix for every run: all integers as 1 and none, whatever pointers are None."""
     jobs = []

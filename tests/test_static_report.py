@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from architectures import sm_90_first
 
 from benchmarks import static_report
 from benchmarks.static_report import CASES, STEPS, Case, broken_lines, examine, main, small_settings
@@ -22,12 +23,15 @@ pytestmark = pytest.mark.skipif(
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
+SETTINGS = small_settings((*REGISTRY, *STEPS))
+
+
 @pytest.mark.parametrize(
-    "setting",
-    small_settings((*REGISTRY, *STEPS)),
-    ids=lambda s: s.describe(CASES.get(s.op, (Case(),))[s.case]),
+    ("capability", "setting"),
+    sm_90_first((setting.capability, setting) for setting in SETTINGS),
+    ids=[setting.describe(CASES.get(setting.op, (Case(),))[setting.case]) for setting in SETTINGS],
 )
-def test_hard_lines(setting) -> None:
+def test_hard_lines(capability, setting) -> None:
     """No spills, no float64, shared memory that fits, 128-bit accesses to token tensors, tensor cores for products."""
     rows, _ = examine(setting)
     assert {row.direction for row in rows} == ({"step"} if setting.op in STEPS else {"forward", "backward"})
@@ -123,7 +127,7 @@ def test_exempt_kernels_are_named_with_a_reason(monkeypatch: pytest.MonkeyPatch)
     assert all("128 bits" in " ".join(lines) for lines in broken.values())
 
 
-@pytest.mark.parametrize(("capability", "name"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
+@pytest.mark.parametrize(("capability", "name"), sm_90_first([(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")]))
 def test_a_product_without_tensor_cores_is_noticed(capability, name) -> None:
     x, y = vector(64 * 256, torch.bfloat16), vector(256 * 64, torch.bfloat16)
     kernel, recorded = compiled(_product_kernel, x, y, capability, K=256, SIZE=64)

@@ -12,7 +12,7 @@ from test_training_step import TINY, image_set
 from dit_fast.errors import DataError
 from dit_fast.training import TrainConfig, Trainer, loop, metrics, resume, train
 from dit_fast.training.lines import LineFile, read_lines
-from dit_fast.training.progress import read_log, read_scores
+from dit_fast.training.progress import plot_loss, read_log, read_scores
 
 TIMES = ("images_per_second", "data_wait", "peak_memory", "seconds")
 
@@ -24,6 +24,8 @@ def tiny(**changes: Any) -> TrainConfig:
 @pytest.fixture(autouse=True)
 def data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "open_set", lambda config: image_set())
+    # Most of the time of a short run.
+    monkeypatch.setattr(loop, "plot_loss", lambda log, target: None)
 
 
 class Killed(BaseException):
@@ -137,7 +139,8 @@ def test_a_step_that_stands_twice_is_written_once(tmp_path):
     assert read_lines(path) == lines[1:]
 
 
-def test_a_log_that_is_no_file_is_refused_by_readers_and_does_not_stop_a_run(tmp_path, caplog):
+def test_a_log_that_is_no_file_is_refused_by_readers_and_does_not_stop_a_run(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(loop, "plot_loss", plot_loss)
     log = tmp_path / "run" / "log.jsonl"
     train(tiny(steps=2), tmp_path / "run")
     log.unlink()

@@ -44,6 +44,7 @@ def largest_difference(ours: Trainer, plain: Trainer, steps: int) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
 
 
+@pytest.mark.slow
 def test_the_curves_agree() -> None:
     assert largest_difference(start("triton"), start("reference"), 4) <= 1e-5
 

@@ -53,11 +53,13 @@ def reference() -> list[float]:
     return losses("reference")
 
 
+@pytest.mark.slow
 def test_float32_losses_agree(reference: list[float]) -> None:
     assert len(set(reference)) == STEPS
     assert largest_difference(losses("triton"), reference) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "cheap"])
 @pytest.mark.parametrize("options", [{"mlp": "swiglu"}, {"norm": "rmsnorm"}], ids=["swiglu", "rmsnorm"])
 def test_losses_with_options_agree(options: dict[str, str], recompute: str, reference: list[float]) -> None:

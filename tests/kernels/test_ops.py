@@ -100,6 +100,7 @@ def test_empty(spec: OpSpec, shape: Shape) -> None:
     takes_no_rows(spec, shape)
 
 
+@pytest.mark.slow
 @OPS
 def test_layout_does_not_matter(spec: OpSpec) -> None:
     is_the_same_in_any_layout(spec, (2, 9, 72))
@@ -116,6 +117,7 @@ def test_gradcheck(spec: OpSpec) -> None:
     passes_gradcheck(spec)
 
 
+@pytest.mark.slow
 @OPS
 def test_opcheck(spec: OpSpec) -> None:
     passes_opcheck(spec)

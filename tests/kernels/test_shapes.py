@@ -27,6 +27,7 @@ SETTINGS = settings(
 )
 
 
+@pytest.mark.slow
 @OPS
 def test_any_size(spec: OpSpec) -> None:
     @SETTINGS
