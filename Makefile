@@ -19,12 +19,13 @@ TORCH := $(call version,torch)
 TRITON := $(call version,triton)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-settings check docs gpu clean
+.PHONY: help demo test test-fast test-settings check docs gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small Diffusion Transformer on handwritten digits, then draw and score samples"
 	@echo "make test    run the tests"
+	@echo "make test-fast  most of them: none that is slow, starts a process or compiles"
 	@echo "make test-settings  the tests as other CPUs add, with two threads and on a busy machine: about an hour"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation as web pages, in site/"
@@ -65,6 +66,12 @@ test: .venv/.test
 	echo "== Tests of the kernels, in Triton's interpreter"; \
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 tests/kernels || failed=1; \
 	if [ $$failed = 1 ]; then echo "== Some tests FAILED"; else echo "== All tests passed"; fi; \
+	exit $$failed
+
+test-fast: .venv/.test
+	@failed=0; export OMP_NUM_THREADS=1; \
+	$(PY) -m pytest -q -n 2 --fast --ignore=tests/kernels || failed=1; \
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 --fast tests/kernels || failed=1; \
 	exit $$failed
 
 # As other CPUs add, with more threads, and beside busy processes: six runs of the suite and a table of them.

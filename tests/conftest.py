@@ -1,8 +1,10 @@
 """What every test starts from: the same random numbers, one thread, compiler caches of its own."""
 
+import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import tempfile
 
 import numpy as np
@@ -14,11 +16,21 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="without slow tests, new interpreters and compilations"
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "nightly" not in config.option.markexpr:
         nightly = [item for item in items if item.get_closest_marker("nightly")]
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if item not in nightly]
+    if config.option.fast:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -55,6 +67,22 @@ def signals():
     yield
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fast(request: pytest.FixtureRequest):
+    """With --fast, a test is skipped when it begins what takes seconds: so no list of such tests is kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.option.fast:
+            for owner, name in (
+                (subprocess.Popen, "__init__"),
+                (multiprocessing.process.BaseProcess, "start"),
+                (torch, "compile"),
+            ):
+                patch.setattr(
+                    owner, name, lambda *_, name=name, **__: pytest.skip(f"{name}: left to make test")
+                )
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [reference, diffusers])
 def test_outputs_and_gradients_on_the_kernels(make) -> None:
     model = make().to(DEVICE)

@@ -75,6 +75,7 @@ def test_bfloat16_losses_agree() -> None:
     assert largest_difference(losses("triton", torch.bfloat16), theirs) <= 5e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["", "batch", "rows"])
 def test_a_planted_fault_parts_the_losses(
     fault: str, reference: list[float], monkeypatch: pytest.MonkeyPatch

@@ -106,6 +106,7 @@ def test_layout_does_not_matter(spec: OpSpec) -> None:
     is_the_same_in_any_layout(spec, (2, 9, 72))
 
 
+@pytest.mark.slow
 @VARIANTS_TOO
 @pytest.mark.parametrize("kind", HARD_ROWS)
 def test_hard_rows(spec: OpSpec, kind: str) -> None:
@@ -123,6 +124,7 @@ def test_opcheck(spec: OpSpec) -> None:
     passes_opcheck(spec)
 
 
+@pytest.mark.slow
 @OPS
 @pytest.mark.parametrize("shape", [(1, 9, 1152), (2, 36, 72)], ids=["D1152", "D72"])
 def test_runs_agree_to_the_bit(spec: OpSpec, shape: Shape) -> None:
