@@ -48,7 +48,7 @@ demo: .venv/.demo
 # A run without a whole checkpoint has nothing to continue from.
 define DEMO_STATE
 from dit_fast.errors import CheckpointError
-from dit_fast.training.checkpoint import latest_checkpoint, read_manifest
+from dit_fast.checkpoint.folder import latest_checkpoint, read_manifest
 try:
     manifest = read_manifest(latest_checkpoint("demo/run"))
     print("trained" if manifest["step"] >= manifest["train_config"]["steps"] else "begun")

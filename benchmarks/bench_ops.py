@@ -33,7 +33,7 @@ from benchmarks.peers import Missing, providers_of
 from benchmarks.rows import Row
 from benchmarks.static_report import DTYPES
 from dit_fast.kernels.registry import REGISTRY, Shape
-from dit_fast.training.torch_optimizer import OPTIMIZERS
+from dit_fast.training.optimizer import OPTIMIZERS
 
 
 class Replay:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_fast.conditioning import CONDITIONING
+from dit_fast.distributed.world import join_world
+from dit_fast.model.blocks import CONDITIONING
+from dit_fast.training.log import read_scores
 from dit_fast.training.presets import PRESETS
-from dit_fast.training.progress import read_scores
-from dit_fast.training.scaling import Ladder, Rung
-from dit_fast.training.world import join_world
+from dit_fast.training.scaling_study import Ladder, Rung
 
 RECIPE: dict[str, Any] = {
     **PRESETS["demo"], "log_every": 10, "evaluate_samples": 500, "evaluate_features": "classifier", "sample_steps": 25,

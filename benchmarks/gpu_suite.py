@@ -34,9 +34,8 @@ from benchmarks.gpu_plan import MINUTES, Machine, Stage, stages, this_machine
 from benchmarks.report import draw, full, load, plots
 from benchmarks.rows import device_of, slug
 from dit_fast.errors import DitFastError
-from dit_fast.files import TEMPORARY, write_atomically
 from dit_fast.kernels import tuned
-from dit_fast.sampling.output import prepare_folder
+from dit_fast.utils.files import TEMPORARY, prepare_folder, write_atomically
 
 FORMAT = "dit_fast gpu suite 3"
 ARCHIVE = "gpu-results.tar.gz"

@@ -24,7 +24,7 @@ from benchmarks.rows import RESULTS, Recorder, Row
 from dit_fast.data import open_data
 from dit_fast.errors import MissingExtraError
 from dit_fast.training import TrainConfig, Trainer
-from dit_fast.training.ranges import OFF
+from dit_fast.utils.nvtx import OFF
 
 NONE, SWITCHED_OFF, ON = "no ranges", "ranges off", "NVTX on"
 WIDTH, DEPTH, BATCH = 64, 4, 16

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dit_fast.conditioning import CONDITIONING
 from dit_fast.interop import load_model
+from dit_fast.model.blocks import CONDITIONING
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
 from dit_fast.training.config import TrainConfig, open_set
+from dit_fast.training.log import read_log
 from dit_fast.training.loop import train
-from dit_fast.training.progress import read_log
 from dit_fast.training.trainer import Trainer
 
 TINY: dict[str, Any] = {

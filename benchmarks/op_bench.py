@@ -11,8 +11,7 @@ from benchmarks.static_report import DTYPES
 from dit_fast.kernels.launch import Launch, record_launches
 from dit_fast.kernels.registry import OpSpec
 from dit_fast.models import DiT_models
-from dit_fast.training.optimizer import AdamWEma
-from dit_fast.training.torch_optimizer import make_optimizer
+from dit_fast.training.optimizer import AdamWEma, make_optimizer
 
 SUMS = 2e-6
 """By how much sums over tokens in float32 may differ with the order, relative to the result."""

@@ -24,7 +24,7 @@ from benchmarks.rows import Recorder, Row, read_results
 from benchmarks.static_report import DTYPES
 from dit_fast.errors import ConfigError, DitFastError
 from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
-from dit_fast.training.torch_optimizer import OPTIMIZERS
+from dit_fast.training.optimizer import OPTIMIZERS
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.rows import RESULTS, Results, Row, read_results, slug
 from dit_fast.errors import DataError, DitFastError, MissingExtraError
-from dit_fast.files import write_atomically
 from dit_fast.models import DiT_models
+from dit_fast.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"\d{4}-\d\d-\d\d-.+\.json")

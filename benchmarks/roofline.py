@@ -22,9 +22,9 @@ import torch
 from benchmarks.clock import ceiling, seconds
 from benchmarks.rows import Recorder, Results, Row, read_results
 from dit_fast.errors import DataError, DitFastError
-from dit_fast.files import write_atomically
 from dit_fast.kernels.registry import REGISTRY
-from dit_fast.models import SIZES
+from dit_fast.model.presets import SIZES
+from dit_fast.utils.files import write_atomically
 
 U_FORWARD, U_BACKWARD = 8, 15
 OPTIMIZER_BYTES = 38

@@ -23,8 +23,7 @@ import torch
 
 from benchmarks.environment import commit, environment
 from dit_fast.errors import DataError
-from dit_fast.files import write_atomically
-from dit_fast.sampling.output import prepare_folder
+from dit_fast.utils.files import prepare_folder, write_atomically
 
 FORMAT = "dit_fast results 1"
 HEAD = ("device", "date", "commit", "environment")

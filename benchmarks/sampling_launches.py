@@ -21,8 +21,7 @@ from benchmarks.traffic.inductor import Workload
 from benchmarks.traffic.ours import Interceptor
 from dit_fast.kernels.launch import record_launches
 from dit_fast.models import DiT
-from dit_fast.sampling.modulation import loop_parameters, modulation_width
-from dit_fast.sampling.program import evaluate
+from dit_fast.sampling.trajectory import evaluate, loop_parameters, modulation_width
 
 HERE = "benchmarks.sampling_launches"
 DEPTH = 28

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.roofline import OPTIMIZER_BYTES, U_BACKWARD, U_FORWARD, Step, training_parts
-from dit_fast.models import SIZES
+from dit_fast.model.presets import SIZES
 
 GPUS = (1, 8, 64, 256, 1024)
 

@@ -31,7 +31,7 @@ from dit_fast.kernels.aot import compile_launch, lower
 from dit_fast.kernels.launch import Launch, record_launches
 from dit_fast.kernels.recompute import adaln_from_moments
 from dit_fast.kernels.registry import REGISTRY, Make, OpSpec, Shape
-from dit_fast.layers import swiglu_width
+from dit_fast.model.layers import swiglu_width
 
 CAPABILITIES = (80, 90, 100)
 DTYPES = {

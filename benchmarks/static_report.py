@@ -35,7 +35,7 @@ from benchmarks.static_table import Row, Traffic, markdown
 from dit_fast.kernels.aot import MAX_SHARED, Compiled, compile_launch
 from dit_fast.kernels.launch import Launch, record_launches, tensor_arguments
 from dit_fast.kernels.registry import REGISTRY, OpSpec
-from dit_fast.layers import swiglu_width
+from dit_fast.model.layers import swiglu_width
 
 BATCH = 256
 WIDTHS = (384, 768, 1024, 1152)
@@ -310,7 +310,7 @@ def all_settings(
 def small_settings(ops: Sequence[str]) -> list[Setting]:
     """The set that every test run examines: each case on sm_90 in bf16, each operation in one of two more corners.
 
-    Attention of other heads and lengths is left to tests/test_attention_aot.py.
+    Attention of other heads and lengths is left to tests/operations/test_attention_aot.py.
     """
     corners = [("fp32", 384, 100), ("autocast", 768, 80)]
     each = [s for s in all_settings(ops, ["bf16"], [1152], [90]) if s.op != "attention" or s.case == 0]

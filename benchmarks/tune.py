@@ -29,10 +29,10 @@ from tqdm import tqdm
 from benchmarks.compile_ahead import Answer, compile_answers
 from benchmarks.op_bench import Bench
 from benchmarks.static_report import DTYPES, WIDTHS
-from dit_fast.files import write_atomically
 from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import Launch, record_launches
 from dit_fast.kernels.registry import REGISTRY
+from dit_fast.utils.files import write_atomically
 
 MARGIN = 0.02
 """By how much an answer must beat the heuristic's; smaller differences are noise between runs."""

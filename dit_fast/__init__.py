@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 # ModelMixin: diffusers looks beside FastDiT for the base class that says how to load it.
 _LAZY = {
-    "accelerate": ("dit_fast.interop.acceleration", "accelerate"),
+    "accelerate": ("dit_fast.interop.accelerate", "accelerate"),
     "FastDiT": ("dit_fast.interop.fast_dit", "fast_dit_class"),
     "ModelMixin": ("diffusers", "ModelMixin"),
 }

@@ -15,9 +15,9 @@ from typing import BinaryIO
 from torch import Tensor
 from tqdm import tqdm
 
+from dit_fast.checkpoint.weight_file import read_weight_file
 from dit_fast.errors import CheckpointError, OutputError
-from dit_fast.interop.weight_file import read_weight_file
-from dit_fast.terminal import say
+from dit_fast.utils.terminal import say
 
 pretrained_models = {"DiT-XL-2-512x512.pt", "DiT-XL-2-256x256.pt"}
 

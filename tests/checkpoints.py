@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dit_fast.checkpoint.folder import Retention, model_config
+from dit_fast.checkpoint.writer import CheckpointWriter
 from dit_fast.models import DiT
-from dit_fast.training.checkpoint import Retention, model_config
-from dit_fast.training.checkpoint_writer import CheckpointWriter
 
 
 def save_checkpoint(

@@ -18,7 +18,7 @@ from benchmarks.roofline import Rates, Step, sampling_limit, training_limit
 from benchmarks.rows import Row
 from dit_fast.kernels import tuned
 from dit_fast.models import DiT, DiT_models
-from dit_fast.training.metrics import peak_flops
+from dit_fast.training.log import peak_flops
 
 WHOLE_SAMPLING = 250
 """Steps of the sampling that images a second are given for."""

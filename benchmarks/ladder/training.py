@@ -15,16 +15,15 @@ from benchmarks.latents import make_set
 from benchmarks.plain_dit import plain_twin
 from dit_fast.data import LatentSet, Posterior, open_data, open_stream
 from dit_fast.diffusion import create_diffusion
+from dit_fast.distributed.sharding import parallelize
+from dit_fast.distributed.world import World
 from dit_fast.interop import to_diffusers
 from dit_fast.models import DiT
-from dit_fast.training.compilation import compile_step
-from dit_fast.training.cuda_graph import CudaGraphs, GraphedStep
+from dit_fast.training.graphs import CudaGraphs, GraphedStep, compile_step
 from dit_fast.training.optimizer import AdamWEma
-from dit_fast.training.parallel import parallelize
 from dit_fast.training.precision import on_copies, use_float8
 from dit_fast.training.prefetch import prefetch
 from dit_fast.training.step import StepOptions, StepState, TrainStep
-from dit_fast.training.world import World
 
 DECAY = 0.9999
 LEARNING_RATE = 1e-4

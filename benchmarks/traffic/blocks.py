@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks.plain_dit import PlainBlock, PlainLightningBlock
 from benchmarks.traffic import Program
 from benchmarks.traffic.inductor import Workload
-from dit_fast.blocks import DiTBlock, Stream
-from dit_fast.layers import Layout
+from dit_fast.model.blocks import DiTBlock, Stream
+from dit_fast.model.layers import Layout
 
 
 class Chain(nn.Module):

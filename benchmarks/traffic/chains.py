@@ -21,8 +21,8 @@ from benchmarks.plain_dit import (
 from benchmarks.traffic import Program
 from benchmarks.traffic.blocks import chain, default_dtype
 from benchmarks.traffic.inductor import Workload
-from dit_fast import keyed
 from dit_fast.diffusion import create_diffusion
+from dit_fast.utils import keyed
 
 PATCH, CHANNELS, CLASSES, DEPTH = 2, 4, 1000, 28
 
@@ -68,8 +68,8 @@ def final_layer(program: Program) -> Workload:
 
 def our_final_layer(program: Program) -> Workload:
     """The same of dit_fast."""
-    from dit_fast.blocks import FinalLayer
     from dit_fast.kernels import unpatchify
+    from dit_fast.model.blocks import FinalLayer
 
     B, T, D = program.batch, program.tokens, program.width
     with default_dtype(weights(program)):
@@ -131,7 +131,7 @@ def patch_embedding(program: Program) -> Workload:
 
 def our_patch_embedding(program: Program) -> Workload:
     """The same of dit_fast."""
-    from dit_fast.embedders import PatchEmbed
+    from dit_fast.model.embedders import PatchEmbed
 
     T, D = program.tokens, program.width
     with default_dtype(weights(program)):

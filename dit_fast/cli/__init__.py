@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from dit_fast import __version__
 from dit_fast.errors import ConfigError, DitFastError
-from dit_fast.terminal import lasting_streams, printable, say
+from dit_fast.utils.terminal import lasting_streams, printable, say
 
 # name: what it does. The module dit_fast.cli.<name> has add_arguments(parser) and run(args) -> status; it
 # is imported only when its command is called, so that `dit-fast --help` does not wait for PyTorch.

@@ -5,11 +5,10 @@ import argparse
 import torch
 
 from dit_fast.cli.train import add_conversion_options
-from dit_fast.data.embed import embed
-from dit_fast.data.encode import PRECISIONS, RANGES, EncodeConfig, encode
+from dit_fast.data.encode import PRECISIONS, RANGES, EncodeConfig, embed, encode
 from dit_fast.data.shards import DTYPES
-from dit_fast.terminal import say
-from dit_fast.training.world import choose_device, local_rank, ranks
+from dit_fast.distributed.world import choose_device, local_rank, ranks
+from dit_fast.utils.terminal import say
 
 _EPILOG = """Several GPUs: torchrun --nproc-per-node 8 -m dit_fast.cli encode --data ... --out ...
 A run that was interrupted goes on with the same command, on any number of GPUs."""

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dit_fast.checkpoint.folder import find_checkpoint, step_folders
+from dit_fast.checkpoint.manifest import MANIFEST, read_manifest
 from dit_fast.cli import sample
 from dit_fast.cli.sample_options import RESPACING
 from dit_fast.cli.train import add_conversion_options
 from dit_fast.data import Conversion, Size, apportion, parse_buckets
+from dit_fast.distributed.world import choose_device, ranks
 from dit_fast.errors import ConfigError
 from dit_fast.evaluation import (
     FEATURES,
@@ -31,17 +34,13 @@ from dit_fast.evaluation import (
     score,
     write_statistics,
 )
-from dit_fast.evaluation.archives import Archive
-from dit_fast.evaluation.image_sources import JoinedImages, archive_images
-from dit_fast.files import check_output, write_atomically
+from dit_fast.evaluation.images import Archive, JoinedImages, archive_images
 from dit_fast.sampling import PRECISIONS, SOLVERS
 from dit_fast.sampling.guidance import SCALE
 from dit_fast.sampling.sampler import BATCH_SIZE
-from dit_fast.terminal import say
-from dit_fast.training.checkpoint import find_checkpoint, step_folders
-from dit_fast.training.manifest import MANIFEST, read_manifest
-from dit_fast.training.world import choose_device, ranks
-from dit_fast.values import PATH, SEED, SIDE, SOURCE, TEXT, Whole, check_memory
+from dit_fast.utils.files import check_output, write_atomically
+from dit_fast.utils.terminal import say
+from dit_fast.utils.values import PATH, SEED, SIDE, SOURCE, TEXT, Whole, check_memory
 
 _EPILOG = """inception     torch-fidelity's Inception-v3 (extra 'evaluation'), that of FID; --weights is its weight file
 efficientnet  proxy: EfficientNet-Lite0, whose weights come with the extra 'evaluation'
@@ -242,7 +241,7 @@ def _mixture(checkpoint: str) -> dict[Size, int]:
 def _drawn(args: argparse.Namespace, mixture: dict[Size, int]) -> Iterator[ImageSource]:
     """Samples of the checkpoint, in --sample-dir or for the time of this command.
 
-    Of a mixture each shape is a request of its own, with the seeds that `dit_fast.training.samples` takes.
+    Of a mixture each shape is a request of its own, with the seeds that `dit_fast.training.callbacks` takes.
     """
     with contextlib.ExitStack() as stack:
         folder = args.sample_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-fast-")))

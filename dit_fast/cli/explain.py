@@ -11,9 +11,8 @@ from torch import Tensor
 
 from dit_fast.cli import sample
 from dit_fast.cli.sample_plan import Plan, make_plan
+from dit_fast.distributed.world import ranks
 from dit_fast.errors import ConfigError
-from dit_fast.files import write_atomically
-from dit_fast.locks import FolderLock
 from dit_fast.sampling.explain import (
     attention_film,
     check_attention,
@@ -22,12 +21,12 @@ from dit_fast.sampling.explain import (
     steps_sweep,
     thinned,
 )
-from dit_fast.sampling.grid import save_grid, short_label
 from dit_fast.sampling.guidance import SCALE
-from dit_fast.sampling.output import prepare_folder
-from dit_fast.terminal import say
-from dit_fast.training.world import ranks
-from dit_fast.values import Whole
+from dit_fast.utils.files import prepare_folder, write_atomically
+from dit_fast.utils.images import save_grid, short_label
+from dit_fast.utils.locks import FolderLock
+from dit_fast.utils.terminal import say
+from dit_fast.utils.values import Whole
 
 _MOST_LABELS = 8
 _MOST_LOOKED_AT = 4096

@@ -9,14 +9,14 @@ import torch
 from safetensors import SafetensorError
 
 from dit_fast.errors import ConfigError, OutputError
-from dit_fast.files import write_atomically
 from dit_fast.interop import DIFFUSERS, load_model, save_diffusers
 from dit_fast.interop.lightningdit import state_to_lightningdit
 from dit_fast.interop.objective import ASKED
-from dit_fast.models import DiT
-from dit_fast.options import beyond_the_paper
-from dit_fast.terminal import say
-from dit_fast.values import PATH, SOURCE, TEXT, Whole
+from dit_fast.model.config import beyond_the_paper
+from dit_fast.model.dit import DiT
+from dit_fast.utils.files import write_atomically
+from dit_fast.utils.terminal import say
+from dit_fast.utils.values import PATH, SOURCE, TEXT, Whole
 
 _EPILOG = """safetensors  a folder with config.json and model.safetensors, for DiT.from_pretrained
 pt           one file as the reference publishes them: torch.load gives the state dict that its DiT loads, or SiT's

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from dit_fast.cli.train import add_model_options
-from dit_fast.conditioning import ADAPTIVE
-from dit_fast.counting import PRECISIONS, Counts, count, kept_bytes, table
 from dit_fast.errors import ConfigError
 from dit_fast.interop import load_model
-from dit_fast.models import DiT, DiT_models
-from dit_fast.terminal import say
+from dit_fast.model.blocks import ADAPTIVE
+from dit_fast.model.cost import PRECISIONS, Counts, count, kept_bytes, table
+from dit_fast.model.dit import DiT
+from dit_fast.model.presets import DiT_models
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.precision import RESIDUALS
-from dit_fast.values import SIDE, SOURCE, Whole
+from dit_fast.utils.terminal import say
+from dit_fast.utils.values import SIDE, SOURCE, Whole
 
 _EPILOG = """Conventions: a multiply-add (MAC) is two FLOPs, and the paper's "Gflops" are MACs. Counted are linear
 layers, patch projection and attention's two products. Training is three times the forward pass. GB are 10^9 bytes.

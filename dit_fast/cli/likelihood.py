@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dit_fast import keyed
 from dit_fast.cli.sample_options import add_objective_options, asked_objective
 from dit_fast.cli.sample_plan import images_as_trained
 from dit_fast.data import ImageSet, Split
 from dit_fast.diffusion import FlowMatching, GaussianDiffusion
 from dit_fast.diffusion.likelihood import GREY_LEVEL, bits_per_dim, log_likelihood
-from dit_fast.diffusion.objectives import create_objective
+from dit_fast.diffusion.objective import create_objective
+from dit_fast.distributed.world import choose_device
 from dit_fast.errors import ConfigError, NonFiniteError
-from dit_fast.files import check_output, write_atomically
 from dit_fast.interop import ModelInfo, load_model
-from dit_fast.models import DiT
+from dit_fast.model.dit import DiT
 from dit_fast.sampling.sampler import BATCH_SIZE
-from dit_fast.terminal import say
-from dit_fast.training.world import choose_device
-from dit_fast.values import PATH, SEED, SOURCE, TEXT, Whole
+from dit_fast.utils import keyed
+from dit_fast.utils.files import check_output, write_atomically
+from dit_fast.utils.terminal import say
+from dit_fast.utils.values import PATH, SEED, SOURCE, TEXT, Whole
 
 _EPILOG = """A model of flow matching: the likelihood by its ODE (Heun's method; Hutchinson's estimate of the
 divergence), of images that are dequantised, uniform within their grey levels: an upper bound of the bits.

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from dit_fast.errors import ConfigError, OutputError
-from dit_fast.terminal import say
-from dit_fast.training.progress import plot_losses, read_log
-from dit_fast.values import PATH
+from dit_fast.training.log import plot_losses, read_log
+from dit_fast.utils.terminal import say
+from dit_fast.utils.values import PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

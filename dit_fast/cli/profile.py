@@ -13,16 +13,16 @@ from torch.autograd import DeviceType
 
 from dit_fast.cli import train
 from dit_fast.data import LatentSet
+from dit_fast.distributed.world import choose_device
 from dit_fast.errors import ConfigError, OutputError
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
-from dit_fast.terminal import say
 from dit_fast.training import PRESETS, TrainConfig, Trainer
 from dit_fast.training.config import apply_to_process, build_model, open_set
 from dit_fast.training.precision import choose_precision
 from dit_fast.training.prefetch import prefetch
-from dit_fast.training.ranges import mark_blocks, profiler_ranges
-from dit_fast.training.world import choose_device
-from dit_fast.values import PATH, Whole
+from dit_fast.utils.nvtx import mark_blocks, profiler_ranges
+from dit_fast.utils.terminal import say
+from dit_fast.utils.values import PATH, Whole
 
 _OF_A_RUN = ("out", "results_dir", "resume")
 Steps = Callable[[Callable[[], None]], None]

@@ -19,15 +19,14 @@ from torch import Tensor
 from dit_fast.cli.sample_options import add_arguments
 from dit_fast.cli.sample_plan import Plan, make_plan
 from dit_fast.data import to_pixels
+from dit_fast.distributed.world import join_world
 from dit_fast.errors import DitFastError, OutputError
 from dit_fast.evaluation import Scorer
-from dit_fast.files import TEMPORARY, write_atomically
-from dit_fast.locks import FolderLock
 from dit_fast.sampling import Step, draw_grid, save_grid, short_label, to_pil, to_uint8
-from dit_fast.sampling.output import ARCHIVE, GRID, IMAGES, SCORES
 from dit_fast.sampling.progress import Progress
-from dit_fast.terminal import say
-from dit_fast.training.world import join_world
+from dit_fast.utils.files import ARCHIVE, GRID, IMAGES, SCORES, TEMPORARY, write_atomically
+from dit_fast.utils.locks import FolderLock
+from dit_fast.utils.terminal import say
 
 __all__ = ["add_arguments", "run"]
 

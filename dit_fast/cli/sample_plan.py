@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.cli.labels import Labels
-from dit_fast.cli.prompts import Prompts, open_prompts
+from dit_fast.cli.classes import Labels, Prompts, open_prompts
 from dit_fast.cli.sample_options import (
     ALL_CLASSES,
     CFG_SCALE,
@@ -26,20 +25,26 @@ from dit_fast.data import Conversion, ImageSet, Size, open_images
 from dit_fast.data.caches import read_statistics
 from dit_fast.data.decode import read_each, read_header
 from dit_fast.data.image_files import SUFFIXES, name_some
+from dit_fast.distributed.world import local_rank, ranks
 from dit_fast.download import fetch_model, pretrained_models
+from dit_fast.encoders.autoencoder import (
+    LATENT_FACTOR,
+    SD_CHANNELS,
+    LatentDecoder,
+    check_autoencoder,
+    weights_digest,
+)
 from dit_fast.errors import CheckpointError, ConfigError, OutputError
 from dit_fast.evaluation import Scorer
 from dit_fast.interop import ModelInfo, load_model, registry_size
-from dit_fast.interop.converted import conventions_of
-from dit_fast.interop.vae import LATENT_FACTOR, SD_CHANNELS, LatentDecoder, check_autoencoder, weights_digest
-from dit_fast.models import DiT
+from dit_fast.interop.diffusers import conventions_of
+from dit_fast.model.dit import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
 from dit_fast.sampling.guidance import INTERVAL
-from dit_fast.sampling.nodes import Nodes
-from dit_fast.sampling.output import ARCHIVE, IMAGES, PARTS, SCORES, WRITTEN, prepare_folder
-from dit_fast.sampling.parts import Parts
-from dit_fast.terminal import say
-from dit_fast.training.world import local_rank, ranks
+from dit_fast.sampling.schedule import Nodes
+from dit_fast.sampling.shards import Parts
+from dit_fast.utils.files import ARCHIVE, IMAGES, PARTS, SCORES, WRITTEN, prepare_folder
+from dit_fast.utils.terminal import say
 
 
 @dataclass(frozen=True)

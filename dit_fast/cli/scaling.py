@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.cli import train
+from dit_fast.distributed.world import join_world
 from dit_fast.errors import ConfigError, MissingExtraError, OutputError
-from dit_fast.files import write_atomically
-from dit_fast.terminal import say
 from dit_fast.training.presets import PRESETS
-from dit_fast.training.scaling import LADDER, Ladder, Rung, Study
-from dit_fast.training.world import join_world
-from dit_fast.values import TEXT, Number
+from dit_fast.training.scaling_study import LADDER, Ladder, Rung, Study
+from dit_fast.utils.files import write_atomically
+from dit_fast.utils.terminal import say
+from dit_fast.utils.values import TEXT, Number
 
 _EPILOG = """Takes the options of dit-fast train, for all models alike; --out is the study's folder (default: scaling).
 Example, on the demo's data and recipe:

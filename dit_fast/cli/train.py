@@ -6,13 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from dit_fast.distributed.world import World, join_world
 from dit_fast.errors import ConfigError
-from dit_fast.terminal import say
 from dit_fast.training.config import CHOICES, RANGES, TrainConfig
 from dit_fast.training.loop import TrainResult, device_of, resume, train_or_resume
 from dit_fast.training.presets import PRESETS
-from dit_fast.training.world import World, join_world
-from dit_fast.values import SOURCE
+from dit_fast.utils.terminal import say
+from dit_fast.utils.values import SOURCE
 
 _EPILOG = """The reference's flags --data-path, --results-dir, --global-batch-size and --global-seed work too.
 Example: dit-fast train --data photos --image-size 64 --model DiT-S/4 --out runs/photos"""

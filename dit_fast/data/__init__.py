@@ -8,17 +8,14 @@ from dit_fast.data.builtin import BUILTIN, DIGIT_NAMES
 from dit_fast.data.caches import open_cache, recognise
 from dit_fast.data.captions import EMBEDDED, captions_of, find_captions
 from dit_fast.data.decode import Conversion, centre_crop, centre_crop_array
-from dit_fast.data.folder import open_folder
+from dit_fast.data.image_folder import open_folder
 from dit_fast.data.images import ImageSet, Split, from_arrays, to_pixels
-from dit_fast.data.in_loop import Encoder, encode_in_loop
-from dit_fast.data.keyed import generator
-from dit_fast.data.latents import LatentSet, LatentStream, open_latents
-from dit_fast.data.posterior import Posterior
+from dit_fast.data.latents import Encoder, LatentSet, LatentStream, Posterior, encode_in_loop, open_latents
 from dit_fast.data.shards import MANIFEST, SETTINGS
-from dit_fast.data.stream import BatchStream
-from dit_fast.embedders import as_pair
+from dit_fast.data.stream import BatchStream, generator
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.values import SOURCE
+from dit_fast.model.embedders import as_pair
+from dit_fast.utils.values import SOURCE
 
 __all__ = [
     "BUILTIN",

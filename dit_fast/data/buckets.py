@@ -19,7 +19,7 @@ from torch import Tensor
 from dit_fast.data.images import PixelSource
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import ConfigError
-from dit_fast.values import SIDE, Whole
+from dit_fast.utils.values import SIDE, Whole
 
 Size = tuple[int, int]
 _STEP = Whole(0)

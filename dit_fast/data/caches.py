@@ -24,11 +24,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from dit_fast.data.latents import LatentSet, make_latent_set
-from dit_fast.data.posterior import Posterior
+from dit_fast.data.latents import LatentSet, Posterior, make_latent_set
 from dit_fast.data.rows import Rows, bytes_of, open_tensors, raise_unreadable
 from dit_fast.errors import CheckpointError, DataError
-from dit_fast.files import MOST_LIST_BYTES, check_file, open_file, parse_json, read_json, read_npy
+from dit_fast.utils.files import MOST_LIST_BYTES, check_file, open_file, parse_json, read_json, read_npy
 
 # Rombach et al. 2022: the scale of the Stable Diffusion autoencoders, and what they divide an image's side by.
 _SD_SCALE = 0.18215
@@ -339,7 +338,7 @@ def read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]
     Raises DataError for a file that is missing, of other channels, or has none.
     """
     # Imported here: interop's package imports the trainer, which imports this one.
-    from dit_fast.interop.weight_file import read_weight_file
+    from dit_fast.checkpoint.weight_file import read_weight_file
 
     if not os.path.lexists(path):
         raise DataError(

@@ -12,7 +12,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,13 +22,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dit_fast.data.folder import refuse_splits
-from dit_fast.data.image_files import FORMATS, find_images
+from dit_fast.data.conditions import Captions
+from dit_fast.data.image_files import FORMATS, find_images, list_classes, refuse_splits
 from dit_fast.data.rows import Rows, open_tensors, raise_unreadable
-from dit_fast.data.shards import MANIFEST, MANIFEST_CHECK, NAMES, TEXTS, open_array, read_json
-from dit_fast.data.told import Captions
+from dit_fast.data.shards import MANIFEST, MANIFEST_CHECK, NAMES, TEXTS, digest_json, open_array, read_json
+from dit_fast.encoders.text import TextEncoder
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.files import MOST_LIST_BYTES, open_file, parse_json, parse_npy, read_bytes, read_text, utf8_name
+from dit_fast.utils.files import (
+    MOST_LIST_BYTES,
+    open_file,
+    parse_json,
+    parse_npy,
+    read_bytes,
+    read_text,
+    utf8_name,
+)
 
 METADATA = "metadata.jsonl"
 EMBEDDINGS = (".safetensors", ".npz")
@@ -43,7 +51,7 @@ _ENCODER = {"name": str, "sha256": str, "tokens": int, "width": int}
 
 
 class CaptionEncoder(Protocol):
-    """What makes embeddings: a text encoder (`dit_fast.interop.text_encoder`) or a file of them.
+    """What makes embeddings: a text encoder (`dit_fast.encoders.text`) or a file of them.
 
     tokens, width: S and E; sha256: of all that decides what comes out; reads_texts: whether it needs captions.
     """
@@ -134,7 +142,7 @@ class EmbeddingFile:
     """Embeddings in a file: a .safetensors or .npz with an array (S, E) for each image.
 
     Arrays are named as the images are, relative to their folder; each may have tokens of its own number. tokens: S that
-    shorter ones are padded to; None: their encoder's where the file says what made it (`dit_fast.data.embed`), else the
+    shorter ones are padded to; None: their encoder's where the file says what made it, else the
     longest's. Nothing is unpickled. Raises DataError.
     """
 
@@ -236,7 +244,7 @@ class EmbeddingFile:
 
 @dataclass(frozen=True)
 class FileCaptions:
-    """The embeddings `file` of the images `names`, relative to the folder `root`, as `dit_fast.data.told.Captions`."""
+    """The embeddings `file` of the images `names`, relative to the folder `root`, as `conditions.Captions`."""
 
     root: Path
     names: tuple[str, ...]
@@ -287,7 +295,7 @@ def find_captions(root: Path) -> FileCaptions | None:
 @dataclass(frozen=True)
 class CaptionShards:
     """The embeddings of a latent set: `shards` (M, S, E), all but the last equally long; words: the file of their
-    texts, or of the images' names. As `dit_fast.data.told.Captions`.
+    texts, or of the images' names. As `dit_fast.data.conditions.Captions`.
     """
 
     shards: tuple[Rows, ...]
@@ -347,3 +355,76 @@ def captions_of(source: str | Path) -> Captions | None:
     if (folder / MANIFEST).is_file():
         return open_captions(folder, read_json(folder / MANIFEST, MANIFEST_CHECK))
     return find_captions(folder)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of the set in their order, `names` relative to the folder."""
+
+    class_names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    sizes: tuple[int, ...]
+    texts: tuple[str, ...]
+    shard_size: int
+
+    def shards(self) -> int:
+        return -(-len(self.paths) // self.shard_size)
+
+    def rows(self, shard: int) -> range:
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.paths)))
+
+    def digest(self, rows: range) -> str:
+        """SHA-256 of the names, file sizes, labels and captions of these images."""
+        part = slice(rows.start, rows.stop)
+        texts = [self.texts[part]] if self.texts else []
+        return digest_json([self.names[part], self.sizes[part], self.labels[part], *texts])
+
+    def embeddings(
+        self, captions: CaptionEncoder, rows: range, batch_size: int, dtype: str
+    ) -> Iterator[Tensor]:
+        """Of the captions of these images, up to `batch_size` at a time, in `dtype`. Raises DataError for overflow."""
+        for start in range(rows.start, rows.stop, batch_size):
+            part = slice(start, min(start + batch_size, rows.stop))
+            stored = captions(self.names[part], self.texts[part]).to(getattr(torch, dtype))
+            if not stored.isfinite().all():
+                bad = (~stored.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+                raise DataError(
+                    f"{self.paths[start + bad[0]]}: its caption's embedding is not finite in {dtype} ({len(bad)} in "
+                    f"this batch); give --dtype float32"
+                )
+            yield stored
+
+
+def open_encoder(name: str | None, tokens: int | None, device: str) -> CaptionEncoder | None:
+    """A text encoder by name or folder, or a file of embeddings; None where `name` is. `tokens`: of a caption.
+
+    Raises ConfigError, DataError and what `TextEncoder` raises.
+    """
+    if name is None:
+        if tokens is not None:
+            raise ConfigError(
+                f"--caption-tokens {tokens} is of captions: give --text-encoder, or leave it out"
+            )
+        return None
+    if Path(name).suffix in EMBEDDINGS:
+        return EmbeddingFile(Path(name), tokens)
+    return TextEncoder(name, tokens, device)
+
+
+def list_images(
+    root: Path, shard_size: int, captions: CaptionEncoder | None, labelled: bool = True
+) -> Listing:
+    """The images below `root`; of classes, or not `labelled`, or those that have `captions`."""
+    texts: list[str] = []
+    if captions is None:
+        class_names, paths, labels = list_classes(root, labelled)
+    else:
+        paths, texts = list_captioned(root, captions.reads_texts)
+        class_names, labels = ["captions"], [0] * len(paths)
+    names = relative_names(root, paths)
+    if isinstance(captions, EmbeddingFile):
+        captions.match(names)
+    sizes = tuple(path.stat().st_size for path in paths)
+    return Listing(tuple(class_names), tuple(paths), names, tuple(labels), sizes, tuple(texts), shard_size)

@@ -14,9 +14,9 @@ from PIL import Image, ImageColor
 from torch import Tensor
 from tqdm import tqdm
 
-from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError
-from dit_fast.sampling.grid import GRID_KEY
+from dit_fast.model.embedders import as_pair
+from dit_fast.utils.images import GRID_KEY
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 # What Pillow raises for damaged files, by format and kind of damage.

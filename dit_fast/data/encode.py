@@ -18,12 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dit_fast.data.captions import CaptionEncoder, caption_name
+from dit_fast.data.captions import (
+    CaptionEncoder,
+    Listing,
+    array_name,
+    caption_name,
+    list_images,
+    open_encoder,
+)
 from dit_fast.data.decode import Conversion, list_failures, read_each, read_image
-from dit_fast.data.listing import Listing, list_images, open_encoder
 from dit_fast.data.shards import (
     DTYPES,
     FORMAT,
@@ -48,12 +55,23 @@ from dit_fast.data.shards import (
     write_npy_header,
 )
 from dit_fast.data.unreadable import UnreadableError
+from dit_fast.encoders.autoencoder import LatentEncoder
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.interop.vae import LatentEncoder
-from dit_fast.locks import FolderLock
-from dit_fast.sampling.output import prepare_folder
-from dit_fast.schema import shown
-from dit_fast.values import FLAG, SIDE, SOURCE, TEXT, OneOf, Value, Whole, check_fields, check_memory, flag_of
+from dit_fast.utils.files import check_output, prepare_folder, write_atomically
+from dit_fast.utils.locks import FolderLock
+from dit_fast.utils.schema import shown
+from dit_fast.utils.values import (
+    FLAG,
+    SIDE,
+    SOURCE,
+    TEXT,
+    OneOf,
+    Value,
+    Whole,
+    check_fields,
+    check_memory,
+    flag_of,
+)
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 _FLIPS = (False, True)
@@ -483,3 +501,36 @@ class _Run:
 def _write_array(file: HashingFile, array: np.ndarray) -> None:
     write_npy_header(file, array.shape, array.dtype.name)
     file.write(array.data.cast("B"))
+
+
+def embed(config: EncodeConfig, world_size: int = 1) -> int:
+    """Write an array (tokens, width) for each image, padding left out, to the .safetensors `config.out`; their number.
+
+    The metadata name the encoder. All embeddings are in memory until they are written. Raises ConfigError, and what
+    `dit_fast.data.encode.encode` raises of captions.
+    """
+    out = Path(config.out)
+    if out.suffix != ".safetensors":
+        raise ConfigError(
+            f"--out {out}: --vae none writes embeddings of captions alone, to a file that ends in .safetensors"
+        )
+    if world_size > 1:
+        raise ConfigError("--vae none runs in one process, not under torchrun")
+    captions = open_encoder(config.text_encoder, config.caption_tokens, config.device)
+    if captions is None:
+        raise ConfigError("--vae none writes embeddings of captions alone: give --text-encoder")
+    check_output(out)
+    listing = list_images(Path(config.data), config.shard_size, captions)
+    every: dict[str, Tensor] = {}
+    with tqdm(total=len(listing.names), desc="encoding captions", disable=None) as bar:
+        rows = range(len(listing.names))
+        for batch in listing.embeddings(captions, rows, config.batch_size, config.dtype):
+            for tokens in batch:
+                used = (tokens != 0).any(dim=1).nonzero()
+                length = int(used[-1]) + 1 if len(used) else 1
+                every[array_name(listing.names[len(every)])] = tokens[:length].clone()
+            bar.update(len(batch))
+    prepare_folder(out.parent, sum(tokens.nbytes for tokens in every.values()))
+    encoder = json.dumps(captions.identity())
+    write_atomically(out, lambda temporary: save_file(every, temporary, metadata={"encoder": encoder}))
+    return len(every)

@@ -320,3 +320,81 @@ def _looks_like_image(path: Path) -> bool:
         return True
     brands = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"crx ")
     return (head[4:8] == b"ftyp" and head[8:12] in brands) or (head[:2] == b"BM" and head[6:10] == bytes(4))
+
+
+def refuse_splits(found: Found) -> None:
+    """Raise DataError for a folder that holds a data set's parts, of which each would be taken for a class."""
+    if found.splits is not None:
+        one, other = found.splits
+        raise DataError(
+            f"{found.root} holds {one}/ and {other}/, parts of a data set, not classes: give {found.root / one} (and "
+            f"{found.root / other} for scores; rename them if they are classes)"
+        )
+
+
+def list_classes(root: Path, labelled: bool = True) -> tuple[list[str], list[Path], list[int]]:
+    """Class names (sorted sub-folder names), files, and the label of each file; DataError where a class has none.
+
+    labelled: False for images that no class is told of, in sub-folders or not.
+    """
+    if not root.exists():
+        raise DataError(f"{root}: no such folder")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file; give a folder with one sub-folder of images for each class")
+    found = find_images(root)
+    refuse_splits(found)
+    loose = len(found.loose)
+    classes = dict.fromkeys(found.folders, 0)
+    depth = len(root.parts)
+    for path in found.paths:
+        if len(path.parts) > depth + 1:
+            classes[path.parts[depth]] += 1
+    empty = [name for name, count in classes.items() if not count]
+    if not labelled and (loose or empty or len(classes) < 2):
+        if not found.paths:
+            raise DataError(f"{root} has no image that is read ({FORMATS}){_instead(found)}")
+        found.warn()
+        return ["images"], list(found.paths), [0] * len(found.paths)
+    if loose and ((root / "metadata.jsonl").exists() or any(root.glob("*.txt"))):
+        raise DataError(
+            f"{root} has captions and no embeddings of them: make them with dit-fast encode --text-encoder NAME, "
+            f"for its latents or with --vae none --out {root / 'embeddings.safetensors'}"
+        )
+    if not classes:
+        has = f"{loose} images but no sub-folders" if loose else f"no sub-folders{_instead(found)}"
+        raise DataError(
+            f"{root} has {has}; put the images of each class into a sub-folder of its own"
+            + (", or train without classes: --num-classes 0" if loose else "")
+        )
+    if len(found.paths) == loose:
+        raise DataError(
+            f"{root} has {len(classes)} sub-folders and no image that is read ({FORMATS}) in any of them"
+            + _instead(found)
+        )
+    if len(classes) == 1:
+        (name,) = classes
+        deeper = any(len(path.parts) > depth + 2 for path in found.paths)
+        raise DataError(
+            f"{root} has one class, {name}; class-conditional training needs at least 2"
+            + (f" (are they in {root / name}?)" if deeper else "; without classes, give --num-classes 0")
+        )
+    if empty:
+        raise DataError(
+            f"{root}: {len(empty)} of {len(classes)} class sub-folders have no image that is read ({FORMATS}): "
+            f"{', '.join(empty[:5])}; fill or remove them{_instead(found)}"
+        )
+    names = [path.name for path in found.loose]
+    found.warn(
+        [f"{loose} images are in no class sub-folder and are left out: {name_some(names)}"] if loose else []
+    )
+    label = {name: number for number, name in enumerate(classes)}
+    paths = [path for path in found.paths if len(path.parts) > depth + 1]
+    return list(classes), paths, [label[path.parts[depth]] for path in paths]
+
+
+def _instead(found: Found) -> str:
+    """What is there of formats that are not read, for the end of a message."""
+    if not found.others:
+        return ""
+    names = [path.relative_to(found.root).as_posix() for path in found.others]
+    return f" (not read: {name_some(names)}; convert them)"

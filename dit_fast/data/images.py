@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_fast.data.conditions import Captions, ToldSet, ToldSplit
 from dit_fast.data.decode import Conversion
-from dit_fast.data.told import Captions, ToldSet, ToldSplit
 from dit_fast.data.unreadable import Unreadable, UnreadableError
-from dit_fast.embedders import as_pair
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.values import Number, check_memory
+from dit_fast.model.embedders import as_pair
+from dit_fast.utils.values import Number, check_memory
 
 HOLDOUT = Number(0, 1, below=True)
 

@@ -5,6 +5,7 @@ of a mirrored image is not the mirrored latent. Which of the two a step takes, a
 (`LatentStream`), so that no two epochs see the same latent and every run, on any number of ranks, draws the same.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast import keyed
 from dit_fast.data.captions import caption_name, open_captions
+from dit_fast.data.conditions import Captions, ToldSet, ToldSplit
 from dit_fast.data.decode import Conversion
-from dit_fast.data.images import count_shapes, describe_shapes, heldout_mask
-from dit_fast.data.posterior import Posterior
+from dit_fast.data.images import (
+    ImageSet,
+    PixelSource,
+    Split,
+    count_shapes,
+    describe_shapes,
+    heldout_mask,
+    to_pixels,
+)
 from dit_fast.data.rows import Rows, raise_unreadable
 from dit_fast.data.shards import (
     LABELS,
@@ -33,11 +41,44 @@ from dit_fast.data.shards import (
     shard_name,
 )
 from dit_fast.data.stream import BatchStream
-from dit_fast.data.told import Captions, ToldSet, ToldSplit
 from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.files import MOST_LIST_BYTES, parse_json, read_bytes, read_npy
-from dit_fast.schema import array, require, text
+from dit_fast.utils import keyed
+from dit_fast.utils.files import MOST_LIST_BYTES, parse_json, read_bytes, read_npy
+from dit_fast.utils.schema import array, require, text
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """How stored moments (B, K, C, H, W) become the latents that a model is trained on.
+
+    kind          "logvar" or "std": K = 2, the mean and that; "sample": K = 1, a sample that was drawn once
+    shift, scale  one for each channel: a model sees (z - shift) * scale
+    """
+
+    kind: str
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a sample is drawn in training."""
+        return self.kind != "sample"
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents float32 (B, C, H, W): mean + std * noise, shifted and scaled; the mean without `noise`."""
+        z = moments[:, 0].float()
+        if noise is not None and self.is_drawn:
+            spread = moments[:, 1].float()
+            z = torch.addcmul(z, (0.5 * spread).exp_() if self.kind == "logvar" else spread, noise)
+        shift, scale = (per_channel(values, z.device) for values in (self.shift, self.scale))
+        return (z - shift) * scale
+
+
+@functools.lru_cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 (C, 1, 1) on `device`; kept, since a copy to the device would make every step wait for it."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class LatentSource(Protocol):
@@ -421,3 +462,88 @@ def _fingerprint(shards: Sequence[dict[str, Any]], labels: dict[str, Any]) -> st
     digests = [*(shard["sha256"] for shard in shards), labels["sha256"]]
     digests += [shard["captions"]["sha256"] for shard in shards if "captions" in shard]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+class Encoder(Protocol):
+    """What is asked of an autoencoder's encoder, see `dit_fast.encoders.autoencoder.LatentEncoder`."""
+
+    name: str
+    image_channels: int
+    latent_channels: int
+    factor: int
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class EncodingSource:
+    """Moments of images, or of mirrored images, by an encoder, as `dit-fast encode` stores them."""
+
+    images: PixelSource
+    encoder: Encoder
+    name: Callable[[int], str]
+
+    def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
+        pixels = to_pixels(self.images.read(members))
+        mirrored = torch.tensor(flips, dtype=torch.bool).view(-1, 1, 1, 1)
+        return self.encoder(torch.where(mirrored, pixels.flip(-1), pixels)).cpu()
+
+    def where(self, member: int) -> str:
+        return self.name(member)
+
+
+def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
+    """The set of the latents of `images`, made when they are read. Raises ConfigError for sizes that do not fit."""
+    if images.channels != encoder.image_channels:
+        raise ConfigError(
+            f"--vae {encoder.name} takes images of {encoder.image_channels} channels, {images.name} has "
+            f"{images.channels}"
+        )
+    flag = "--buckets" if images.buckets else "--image-size"
+    for size in images.buckets or ((images.image_size,),):
+        if any(side % encoder.factor for side in size):
+            near = (encoder.factor * max(1, round(side / encoder.factor)) for side in size)
+            raise ConfigError(
+                f"{flag} {'x'.join(map(str, size))} is not a multiple of {encoder.factor}, which --vae {encoder.name} "
+                f"shrinks images by: give {'x'.join(map(str, near))}"
+            )
+    side = images.image_size // encoder.factor
+    posterior = Posterior("logvar", encoder.shift, encoder.scale)
+
+    def split(part: Split) -> LatentSplit:
+        height, width = (pixels // encoder.factor for pixels in part.sample_shape[1:])
+        return LatentSplit(
+            EncodingSource(part.source, encoder, part.unreadable.name),
+            part.members,
+            part.labels,
+            (encoder.latent_channels, height, width),
+            posterior,
+            buckets=part.buckets,
+            captions=part.captions,
+            unreadable=part.unreadable,
+        )
+
+    identity = encoder.identity()
+    return LatentSet(
+        name=images.name,
+        image_size=side,
+        channels=encoder.latent_channels,
+        pixel_size=images.image_size,
+        class_names=images.class_names,
+        flip=images.flip,
+        holdout=images.holdout,
+        fingerprint=images.fingerprint,
+        conversion=images.conversion,
+        without=images.without,
+        posterior=posterior,
+        vae={key: identity[key] for key in ("name", "source", "sha256")},
+        train=split(images.train),
+        heldout=split(images.heldout),
+        buckets=tuple(
+            (height // encoder.factor, width // encoder.factor) for height, width in images.buckets
+        ),
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import DataError
-from dit_fast.files import npy_header, open_file, parse_json, utf8_name
+from dit_fast.utils.files import npy_header, open_file, parse_json, utf8_name
 
 # Of the files of a set that stay open at a time; a process may have 1,024 by default.
 _MOST_OPEN = 256

@@ -31,8 +31,19 @@ import numpy as np
 
 from dit_fast.data.rows import Rows, open_npy
 from dit_fast.errors import DataError
-from dit_fast.files import TEMPORARY, open_file, read_object, write_atomically
-from dit_fast.schema import Check, anything, array, fields, integer, maybe, number, one_of, require, text
+from dit_fast.utils.files import TEMPORARY, open_file, read_object, write_atomically
+from dit_fast.utils.schema import (
+    Check,
+    anything,
+    array,
+    fields,
+    integer,
+    maybe,
+    number,
+    one_of,
+    require,
+    text,
+)
 
 FORMAT = "dit_fast latents 1"
 MANIFEST = "manifest.json"

@@ -6,6 +6,7 @@ missing and none comes twice, batches run on over the epoch's end, and the batch
 had without those before it. What a run needs to continue is its seed and step.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,23 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from dit_fast import keyed
 from dit_fast.data.buckets import BucketOrder
 from dit_fast.data.images import Split
-from dit_fast.data.keyed import generator
 from dit_fast.errors import DataError
-from dit_fast.values import SEED, Whole
+from dit_fast.utils import keyed
+from dit_fast.utils.values import SEED, Whole
+
+
+def epoch_key(seed: int, stream: str, index: int) -> int:
+    """A 63-bit seed from (seed, stream, index); equal keys give equal draws, on every machine."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed: int, stream: str, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator for one draw. CPU and CUDA generators give different numbers for one epoch_key."""
+    return torch.Generator(device=device).manual_seed(epoch_key(seed, stream, index))
+
 
 READ_AHEAD = 2
 

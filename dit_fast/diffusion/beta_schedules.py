@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_fast.errors import ConfigError
-from dit_fast.values import Whole
+from dit_fast.utils.values import Whole
 
 # DDPM, section 4: the range of the linear schedule for 1000 steps.
 _LINEAR_STEPS = 1000

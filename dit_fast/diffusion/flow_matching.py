@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion.diffusion_utils import mean_flat
+from dit_fast.diffusion.gaussian_diffusion import Model, ModelKwargs
 from dit_fast.diffusion.paths import PATHS, Point, convert, determinant, target
-from dit_fast.diffusion.reverse_process import Model, ModelKwargs
 from dit_fast.errors import ConfigError
 
 FLOW_PREDICTIONS = ("velocity", "score", "epsilon", "x0")

@@ -2,12 +2,13 @@
 
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from numpy.typing import ArrayLike
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
 
 from dit_fast.diffusion.beta_schedules import (
     betas_for_alpha_bar,
@@ -15,9 +16,7 @@ from dit_fast.diffusion.beta_schedules import (
     get_named_beta_schedule,
 )
 from dit_fast.diffusion.diffusion_utils import discretized_gaussian_log_likelihood, mean_flat, normal_kl
-from dit_fast.diffusion.paths import determinant, target
-from dit_fast.diffusion.reverse_process import Model, ModelKwargs, ModelMeanType, ModelVarType
-from dit_fast.diffusion.sampling_loops import SamplingLoops
+from dit_fast.diffusion.paths import Point, data_and_noise, determinant, target
 from dit_fast.errors import ConfigError
 
 __all__ = [
@@ -30,6 +29,664 @@ __all__ = [
     "get_named_beta_schedule",
     "mean_flat",
 ]
+
+
+class DeviceTable:
+    """A host tensor that is copied to each device once, and from then on only indexed there.
+
+    A copy is made at the first use on a device; a CUDA graph must therefore be captured after a warm-up step.
+    Copies stay out of pickles and deep copies, which make their own.
+    """
+
+    def __init__(self, host: Tensor) -> None:
+        self._host = host
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The table as a tensor on `device`."""
+        if device not in self._copies:
+            self._copies[device] = self._host.to(device)
+        return self._copies[device]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_host": self._host, "_copies": {}}
+
+
+class CoefficientTables:
+    """Named coefficients of every timestep, gathered for a batch of timesteps by a single indexing.
+
+    Args:
+        columns: float64 arrays (steps,), one for each coefficient.
+
+    The float32 table rounds each float64 entry once: indexing it gives what indexing in float64 and rounding
+    would.
+    """
+
+    def __init__(self, **columns: NDArray[np.float64]) -> None:
+        self._column = {name: index for index, name in enumerate(columns)}
+        self._table = DeviceTable(torch.from_numpy(np.stack(list(columns.values()), axis=1)).float())
+
+    def at(self, t: Tensor, ndim: int, *names: str) -> list[Tensor]:
+        """The coefficients `names` at timesteps `t` (N,), each a float32 view (N, 1, ...)."""
+        rows = self._table.on(t.device)[t]
+        shape = (*t.shape, *(1,) * (ndim - t.dim()))
+        return [rows[..., self._column[name]].view(shape) for name in names]
+
+
+class ForwardProcess:
+    """q(x_t | x_0) and q(x_{t-1} | x_t, x_0) for a sequence of betas.
+
+    The numpy attributes are float64 arrays (steps,). Methods use float32 copies of them on the device of `t`,
+    gathered for the batch as (N, 1, ...) views. Arithmetic is in float32 also for float16 and bfloat16 data
+    (float64 data stay float64); only what a model will read, such as the result of `q_sample`, is rounded
+    back to the data's type.
+
+    Args:
+        betas: variances (steps,) of the steps, each in (0, 1].
+
+    Raises:
+        ConfigError: betas of another shape or range.
+    """
+
+    def __init__(self, *, betas: ArrayLike) -> None:
+        self.betas: NDArray[np.float64] = np.array(betas, dtype=np.float64)
+        if self.betas.ndim != 1 or self.betas.size == 0:
+            raise ConfigError(
+                f"betas must be a non-empty list of numbers, not an array of shape {self.betas.shape}"
+            )
+        if not ((self.betas > 0) & (self.betas <= 1)).all():
+            raise ConfigError(
+                f"betas must lie in (0, 1]; found values from {self.betas.min():g} to {self.betas.max():g}"
+            )
+        self.num_timesteps = int(self.betas.size)
+
+        alphas = 1.0 - self.betas
+        self.alphas_cumprod = np.cumprod(alphas, dtype=np.float64)
+        one_minus = 1.0 - self.alphas_cumprod
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(one_minus)
+        self.log_one_minus_alphas_cumprod = np.log(one_minus)
+        # A last beta of 1 leaves no signal: its reciprocals are infinite, and only models of x_0 can use it.
+        with np.errstate(divide="ignore"):
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
+
+        # DDPM, eq. 7.
+        self.posterior_variance = self.betas * (1.0 - self.alphas_cumprod_prev) / one_minus
+        self.posterior_mean_coef1 = self.betas * np.sqrt(self.alphas_cumprod_prev) / one_minus
+        self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / one_minus
+        # The first step's posterior variance is 0: its logarithm is the second's, or of its beta if alone.
+        clipped = np.append(self.posterior_variance[1:2], self.posterior_variance[1:])
+        self.posterior_log_variance_clipped = np.log(clipped if self.num_timesteps > 1 else self.betas)
+
+        fixed_large = (
+            np.append(self.posterior_variance[1:2], self.betas[1:]) if self.num_timesteps > 1 else self.betas
+        )
+        self._coefficients = CoefficientTables(
+            alphas_cumprod=self.alphas_cumprod,
+            alphas_cumprod_prev=self.alphas_cumprod_prev,
+            alphas_cumprod_next=self.alphas_cumprod_next,
+            one_minus_alphas_cumprod=one_minus,
+            log_one_minus_alphas_cumprod=self.log_one_minus_alphas_cumprod,
+            sqrt_alphas_cumprod=self.sqrt_alphas_cumprod,
+            sqrt_one_minus_alphas_cumprod=self.sqrt_one_minus_alphas_cumprod,
+            sqrt_recip_alphas_cumprod=self.sqrt_recip_alphas_cumprod,
+            sqrt_recipm1_alphas_cumprod=self.sqrt_recipm1_alphas_cumprod,
+            posterior_mean_coef1=self.posterior_mean_coef1,
+            posterior_mean_coef2=self.posterior_mean_coef2,
+            posterior_variance=self.posterior_variance,
+            posterior_log_variance_clipped=self.posterior_log_variance_clipped,
+            log_betas=np.log(self.betas),
+            fixed_large_variance=fixed_large,
+            fixed_large_log_variance=np.log(fixed_large),
+        )
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_t | x_0), each shaped like `x_start` (DDPM, eq. 4).
+
+        Args:
+            x_start: clean data (N, ...).
+            t: timesteps (N,), integer, 0 meaning one step of noise.
+
+        Variances are read-only broadcast views.
+        """
+        scale, variance, log_variance = self._coefficients.at(
+            t,
+            x_start.dim(),
+            "sqrt_alphas_cumprod",
+            "one_minus_alphas_cumprod",
+            "log_one_minus_alphas_cumprod",
+        )
+        return scale * x_start, variance.expand_as(x_start), log_variance.expand_as(x_start)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Noisy data x_t (N, ...) of `x_start`'s type: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDPM, eq.
+        4).
+
+        Args:
+            x_start: clean data (N, ...).
+            t: timesteps (N,).
+            noise: standard normal noise shaped like `x_start`; drawn when None.
+
+        Raises:
+            ConfigError: noise of another shape.
+        """
+        noise = self._noise_for(x_start, noise)
+        scale, noise_scale = self._coefficients.at(
+            t, x_start.dim(), "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"
+        )
+        return (scale * x_start + noise_scale * noise).to(x_start.dtype)
+
+    def q_posterior_mean_variance(
+        self, x_start: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0), shaped like `x_t` (DDPM, eqs. 6
+        and 7).
+
+        Args:
+            x_start: clean data (N, ...).
+            x_t: noisy data (N, ...).
+            t: timesteps (N,).
+
+        The variance at t = 0 is 0; its logarithm is that of t = 1. Variances are read-only broadcast views.
+
+        Raises:
+            ConfigError: the shapes of the two data differ.
+        """
+        if x_start.shape != x_t.shape:
+            raise ConfigError(
+                f"x_start {tuple(x_start.shape)} and x_t {tuple(x_t.shape)} must have one shape"
+            )
+        coef1, coef2, variance, log_variance = self._coefficients.at(
+            t,
+            x_t.dim(),
+            "posterior_mean_coef1",
+            "posterior_mean_coef2",
+            "posterior_variance",
+            "posterior_log_variance_clipped",
+        )
+        mean = coef1 * x_start + coef2 * x_t
+        return mean, variance.expand_as(x_t), log_variance.expand_as(x_t)
+
+    def times_at(self, places: Tensor) -> Tensor:
+        """Timesteps, int64, at `places` from 0 to 1 of all of them."""
+        return (places * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """How much of the way from data to noise lies behind: 0 the first timestep, below 1 the last."""
+        return t / self.num_timesteps
+
+    def at(self, t: Tensor, ndim: int) -> Point:
+        """The shares of x_0 and of noise at timesteps t (N,), each a float32 view (N, 1, ...) of `ndim` dimensions."""
+        names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        return Point(*self._coefficients.at(t, ndim, *names))
+
+    def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_0 from x_t and its noise: q_sample solved for x_0."""
+        scale, noise_scale = self._coefficients.at(
+            t, x_t.dim(), "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"
+        )
+        return scale * x_t - noise_scale * eps
+
+    def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+        """The noise in x_t, given x_0: q_sample solved for the noise."""
+        scale, noise_scale = self._coefficients.at(
+            t, x_t.dim(), "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"
+        )
+        return (scale * x_t - pred_xstart) / noise_scale
+
+    def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
+        """x_0 from x_t and the posterior mean of x_{t-1}: DDPM, eq. 7 solved for x_0."""
+        coef1, coef2 = self._coefficients.at(t, x_t.dim(), "posterior_mean_coef1", "posterior_mean_coef2")
+        return (xprev - coef2 * x_t) / coef1
+
+    @staticmethod
+    def _noise_for(x: Tensor, noise: Tensor | None) -> Tensor:
+        if noise is None:
+            return torch.randn_like(x)
+        if noise.shape != x.shape:
+            raise ConfigError(f"noise {tuple(noise.shape)} must be shaped like the data {tuple(x.shape)}")
+        return noise
+
+
+# model(x, t, **model_kwargs) -> output, or (output, extra); the output is (N, C or 2C, ...).
+Model = Callable[..., Any]
+# denoised_fn(x_0) -> x_0, applied to each prediction before it is clipped.
+DenoisedFn = Callable[[Tensor], Tensor]
+# cond_fn(x, t, **model_kwargs) -> gradient of log p(y | x) with respect to x.
+CondFn = Callable[..., Tensor]
+ModelKwargs = Mapping[str, Any] | None
+
+
+class ModelMeanType(enum.Enum):
+    """What the model's first C channels predict."""
+
+    PREVIOUS_X = enum.auto()
+    START_X = enum.auto()
+    EPSILON = enum.auto()
+    V = enum.auto()
+
+
+class ModelVarType(enum.Enum):
+    """Where the variance of a reverse step comes from; the learned kinds take C more output channels."""
+
+    LEARNED = enum.auto()
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+    LEARNED_RANGE = enum.auto()
+
+    @property
+    def is_learned(self) -> bool:
+        return self in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+
+class ReverseProcess(ForwardProcess):
+    """p(x_{t-1} | x_t) as a model predicts it, and single steps of sampling from it.
+
+    A model may answer in float16 or bfloat16: it is read in float32, and all means, variances and predicted
+        x_0 are float32. `sample`, which the model reads next, keeps the type of `x`. No step waits for the
+        device.
+
+    Args:
+        betas: variances (steps,) of the forward steps.
+        model_mean_type: meaning of the model's first C channels.
+        model_var_type: source of the variance.
+    """
+
+    def __init__(
+        self, *, betas: ArrayLike, model_mean_type: ModelMeanType, model_var_type: ModelVarType
+    ) -> None:
+        super().__init__(betas=betas)
+        self.model_mean_type = model_mean_type
+        self.model_var_type = model_var_type
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        model_kwargs: ModelKwargs = None,
+    ) -> dict[str, Any]:
+        """The Gaussian p(x_{t-1} | x_t) and the model's prediction of x_0.
+
+        Args:
+            model: `model(x, t, **model_kwargs)` -> (N, C, ...), (N, 2C, ...) with a learned variance, or a
+                pair of that and anything else.
+            x: noisy data x_t (N, C, ...).
+            t: timesteps (N,).
+            clip_denoised: clip the predicted x_0 to [-1, 1].
+            denoised_fn: applied to the predicted x_0 before clipping.
+            model_kwargs: further arguments of the model.
+
+        Returns:
+            "mean", "variance", "log_variance" and "pred_xstart", each shaped like `x`, and "extra", the
+            second half of the model's answer or None. A variance that is not learned is a read-only broadcast
+            view.
+
+        Raises:
+            ConfigError: the model's output has the wrong shape.
+        """
+        output, extra = self._evaluate(model, x, t, model_kwargs)
+        prediction, variance_values = self._split_output(output, x)
+        posterior = self._posterior(prediction, variance_values, x, t, clip_denoised, denoised_fn)
+        return {**posterior, "extra": extra}
+
+    def condition_mean(
+        self,
+        cond_fn: CondFn,
+        p_mean_var: Mapping[str, Any],
+        x: Tensor,
+        t: Tensor,
+        model_kwargs: ModelKwargs = None,
+    ) -> Tensor:
+        """The mean moved by the classifier: mean + variance * grad log p(y | x) (ADM, algorithm 1)."""
+        gradient = cond_fn(x, self._model_timesteps(t), **(model_kwargs or {}))
+        return _at_least_float32(p_mean_var["mean"]) + p_mean_var["variance"] * _at_least_float32(gradient)
+
+    def condition_score(
+        self,
+        cond_fn: CondFn,
+        p_mean_var: Mapping[str, Any],
+        x: Tensor,
+        t: Tensor,
+        model_kwargs: ModelKwargs = None,
+    ) -> dict[str, Any]:
+        """`p_mean_var` with noise eps - sqrt(1 - abar_t) grad log p(y | x), for DDIM (ADM, algorithm 2)."""
+        (alpha_bar,) = self._coefficients.at(t, x.dim(), "alphas_cumprod")
+        gradient = cond_fn(x, self._model_timesteps(t), **(model_kwargs or {}))
+        eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
+        eps = eps - (1 - alpha_bar).sqrt() * gradient
+        pred_xstart = self._predict_xstart_from_eps(x, t, eps)
+        mean, _, _ = self.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)
+        return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
+
+    def p_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+    ) -> dict[str, Tensor]:
+        """One ancestral step x_t -> x_{t-1} (DDPM, algorithm 2).
+
+        Arguments as for `p_mean_variance`; `cond_fn(x, t, **model_kwargs)` adds classifier guidance. One
+        `randn_like(x)` is drawn at every step, also at t = 0 where it is not used.
+
+        Returns:
+            "sample" (N, C, ...) of `x`'s type, and "pred_xstart".
+        """
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        noise = torch.randn_like(x)
+        mean = out["mean"]
+        if cond_fn is not None:
+            mean = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
+        sample = mean + _later_than_first(t, x) * torch.exp(0.5 * out["log_variance"]) * noise
+        return {"sample": sample.to(x.dtype), "pred_xstart": out["pred_xstart"]}
+
+    def ddim_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """One DDIM step x_t -> x_{t-1} (DDIM, eqs. 12 and 16).
+
+        Arguments and result as for `p_sample`; `eta` from 0 (deterministic) to 1 (DDPM's variance). One
+        `randn_like(x)` is drawn at every step, whatever `eta`.
+
+        Raises:
+            ConfigError: `eta` outside [0, 1].
+        """
+        if not 0.0 <= eta <= 1.0:
+            raise ConfigError(f"eta must lie between 0 (deterministic DDIM) and 1 (DDPM's noise), not {eta}")
+        out = self._guided_mean_variance(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        pred_xstart = out["pred_xstart"]
+        eps = self._predict_eps_from_xstart(x, t, pred_xstart)
+        alpha_bar, alpha_bar_prev = self._coefficients.at(t, x.dim(), "alphas_cumprod", "alphas_cumprod_prev")
+        sigma = (
+            eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
+        )
+        noise = torch.randn_like(x)
+        mean = pred_xstart * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
+        sample = mean + _later_than_first(t, x) * sigma * noise
+        return {"sample": sample.to(x.dtype), "pred_xstart": pred_xstart}
+
+    def ddim_reverse_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """One step x_t -> x_{t+1} of the deterministic DDIM path, from data to noise (DDIM, section 4.3).
+
+        Arguments and result as for `p_sample`, but nothing is drawn. The last step ends at alpha-bar 0.
+
+        Raises:
+            ConfigError: `eta` other than 0.
+        """
+        if eta != 0.0:
+            raise ConfigError(f"only the deterministic DDIM path can be reversed: eta must be 0, not {eta}")
+        out = self._guided_mean_variance(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        pred_xstart = out["pred_xstart"]
+        eps = self._predict_eps_from_xstart(x, t, pred_xstart)
+        (alpha_bar_next,) = self._coefficients.at(t, x.dim(), "alphas_cumprod_next")
+        sample = pred_xstart * alpha_bar_next.sqrt() + (1 - alpha_bar_next).sqrt() * eps
+        return {"sample": sample.to(x.dtype), "pred_xstart": pred_xstart}
+
+    def _model_timesteps(self, t: Tensor) -> Tensor:
+        """The timesteps (N,) that model and classifier were trained with; a respaced process maps them."""
+        return t
+
+    def _evaluate(self, model: Model, x: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> tuple[Tensor, Any]:
+        """The model's output and what it returns beside it, or None."""
+        answer = model(x, self._model_timesteps(t), **(model_kwargs or {}))
+        output, extra = answer if isinstance(answer, tuple) else (answer, None)
+        return _at_least_float32(output), extra
+
+    def _split_output(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction and, where it is learned, the variance's channels, each shaped like `x`."""
+        channels = x.shape[1]
+        expected = 2 * channels if self.model_var_type.is_learned else channels
+        if output.shape != (x.shape[0], expected, *x.shape[2:]):
+            kind = "learned" if self.model_var_type.is_learned else "fixed"
+            raise ConfigError(
+                f"the model returned {tuple(output.shape)} for x {tuple(x.shape)}; with a {kind} variance "
+                f"it must return {expected} channels (learn_sigma must agree in model and create_diffusion)"
+            )
+        if not self.model_var_type.is_learned:
+            return output, None
+        prediction, variance_values = output.split(channels, dim=1)
+        return prediction, variance_values
+
+    def _posterior(
+        self,
+        prediction: Tensor,
+        variance_values: Tensor | None,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool,
+        denoised_fn: DenoisedFn | None = None,
+    ) -> dict[str, Tensor]:
+        """`p_mean_variance` from the two halves of a model's output."""
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            pred_xstart = self._predict_xstart_from_eps(x, t, prediction)
+        elif self.model_mean_type is ModelMeanType.PREVIOUS_X:
+            pred_xstart = self._predict_xstart_from_xprev(x, t, prediction)
+        elif self.model_mean_type is ModelMeanType.V:
+            pred_xstart, _ = data_and_noise("v", prediction, x, self.at(t, x.dim()))
+        else:
+            pred_xstart = prediction
+        if denoised_fn is not None:
+            pred_xstart = denoised_fn(pred_xstart)
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+
+        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
+            mean = prediction
+        else:
+            mean, _, _ = self.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)
+        variance, log_variance = self._model_variance(variance_values, x, t)
+        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+
+    def _model_variance(self, values: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance and log variance of p(x_{t-1} | x_t), shaped like `x`."""
+        if values is not None and self.model_var_type is ModelVarType.LEARNED:
+            return torch.exp(values), values
+        if values is not None:
+            # Improved DDPM, eq. 15, with the model's [-1, 1] mapped to a fraction in [0, 1].
+            least, most = self._coefficients.at(t, x.dim(), "posterior_log_variance_clipped", "log_betas")
+            fraction = (values + 1) / 2
+            log_variance = fraction * most + (1 - fraction) * least
+            return torch.exp(log_variance), log_variance
+        if self.model_var_type is ModelVarType.FIXED_LARGE:
+            names = ("fixed_large_variance", "fixed_large_log_variance")
+        else:
+            names = ("posterior_variance", "posterior_log_variance_clipped")
+        variance, log_variance = self._coefficients.at(t, x.dim(), *names)
+        return variance.expand_as(x), log_variance.expand_as(x)
+
+    def _guided_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool,
+        denoised_fn: DenoisedFn | None,
+        cond_fn: CondFn | None,
+        model_kwargs: ModelKwargs,
+    ) -> dict[str, Any]:
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        if cond_fn is None:
+            return out
+        return self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _later_than_first(t: Tensor, x: Tensor) -> Tensor:
+    """1 where noise is still to be added, 0 at t = 0; float32 (N, 1, ...)."""
+    return (t != 0).float().view(*t.shape, *(1,) * (x.dim() - t.dim()))
+
+
+class SamplingLoops(ReverseProcess):
+    """Loops from noise to data over all timesteps, the last first, without gradients.
+
+    Arguments that the four loops share:
+        model, clip_denoised, denoised_fn, cond_fn, model_kwargs: as for `p_sample`.
+        shape: shape (N, C, ...) of the data.
+        noise: x_T of that shape; drawn as float32 when None. Its type is the type of the result.
+        device: where to sample; None means `noise`'s device, or else that of the model's parameters.
+        progress: show a tqdm bar.
+    All of them raise ConfigError when noise and shape differ or no device can be found.
+    """
+
+    def p_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples (N, C, ...) by ancestral sampling (DDPM, algorithm 2)."""
+        steps = self.p_sample_loop_progressive(
+            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress
+        )
+        return _last_sample(steps)
+
+    def p_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield what `p_sample` returns, for each step."""
+
+        def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+            return self.p_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+
+        return self._trajectory(step, model, shape, noise, device, progress)
+
+    def ddim_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+    ) -> Tensor:
+        """Samples (N, C, ...) by DDIM with noise `eta` from 0 to 1 (DDIM, eq. 12)."""
+        steps = self.ddim_sample_loop_progressive(
+            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta
+        )
+        return _last_sample(steps)
+
+    def ddim_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield what `ddim_sample` returns, for each step."""
+
+        def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+            return self.ddim_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
+
+        return self._trajectory(step, model, shape, noise, device, progress)
+
+    def _trajectory(
+        self,
+        step: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None,
+        device: torch.device | str | None,
+        progress: bool,
+    ) -> Iterator[dict[str, Tensor]]:
+        if noise is not None and tuple(noise.shape) != tuple(shape):
+            raise ConfigError(
+                f"noise {tuple(noise.shape)} must have the shape {tuple(shape)} that was asked for"
+            )
+        if device is None:
+            device = noise.device if noise is not None else _device_of(model)
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        # Rows are views: no step makes a tensor of timesteps on the host.
+        timesteps = self._all_timesteps(shape[0], device)
+        for i in _reversed_range(self.num_timesteps, progress):
+            with torch.no_grad():
+                out = step(x, timesteps[i])
+            yield out
+            x = out["sample"]
+
+    def _all_timesteps(self, batch: int, device: torch.device | str) -> Tensor:
+        """Every timestep, repeated for the batch: int64 (steps, batch)."""
+        return torch.arange(self.num_timesteps, device=device)[:, None].repeat(1, batch)
+
+
+def _last_sample(steps: Iterator[dict[str, Tensor]]) -> Tensor:
+    for out in steps:
+        sample = out["sample"]
+    return sample
+
+
+def _reversed_range(steps: int, progress: bool) -> Any:
+    indices = range(steps - 1, -1, -1)
+    if not progress:
+        return indices
+    from tqdm.auto import tqdm
+
+    return tqdm(indices)
+
+
+def _device_of(model: Model) -> torch.device:
+    """The device of a module, or of the module that a bound method belongs to."""
+    module = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    parameter = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+    if parameter is None:
+        raise ConfigError("the model has no parameters to tell its device: pass device=... or noise=...")
+    return parameter.device
+
 
 PREDICTIONS = {
     "epsilon": ModelMeanType.EPSILON,

@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from dit_fast import keyed
 from dit_fast.diffusion.flow_matching import FlowMatching
-from dit_fast.diffusion.reverse_process import Model, ModelKwargs
+from dit_fast.diffusion.gaussian_diffusion import Model, ModelKwargs
 from dit_fast.errors import ConfigError
+from dit_fast.utils import keyed
 
 # Between neighbouring grey levels when 0..255 is mapped to [-1, 1].
 GREY_LEVEL = 2 / 255

@@ -7,10 +7,15 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dit_fast.diffusion.coefficients import DeviceTable
-from dit_fast.diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from dit_fast.diffusion.gaussian_diffusion import (
+    DeviceTable,
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+)
 from dit_fast.errors import ConfigError
-from dit_fast.values import Whole, shown
+from dit_fast.utils.values import Whole, shown
 
 _COUNT = Whole(0)
 _DDIM_PREFIX = "ddim"

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from dit_fast import keyed
-from dit_fast.diffusion.objectives import Objective
+from dit_fast.diffusion.objective import Objective
 from dit_fast.diffusion.timestep_sampler import LossHistory
 from dit_fast.errors import ConfigError
+from dit_fast.utils import keyed
 
 TIMESTEP_SAMPLING = ("uniform", "importance", "logit-normal")
 

@@ -1,5 +1,17 @@
 """Scores of samples against the real images."""
 
+from dit_fast.evaluation.evaluate import (
+    METRICS,
+    Activations,
+    Quality,
+    Reference,
+    Scorer,
+    Scores,
+    check_reference,
+    collect,
+    open_reference,
+    score,
+)
 from dit_fast.evaluation.features import (
     FEATURES,
     ClassifierFeatures,
@@ -9,24 +21,25 @@ from dit_fast.evaluation.features import (
     InceptionFeatures,
     open_extractor,
 )
-from dit_fast.evaluation.frechet import GaussianStatistics, StreamingStatistics, frechet_distance
-from dit_fast.evaluation.image_sources import ArrayImages, ImageSource, open_source
-from dit_fast.evaluation.inception_score import inception_score
-from dit_fast.evaluation.label_agreement import LabelAgreement, LabelClassifier, label_agreement
-from dit_fast.evaluation.nearest import NearestTraining, compare_nearest, nearest_training_distance
-from dit_fast.evaluation.precision_recall import precision_recall
-from dit_fast.evaluation.quality import (
-    METRICS,
-    Activations,
-    Quality,
-    Reference,
-    check_reference,
-    collect,
-    open_reference,
-    score,
+from dit_fast.evaluation.images import (
+    ArrayImages,
+    ImageSource,
+    SavedStatistics,
+    open_source,
+    read_statistics,
+    write_statistics,
 )
-from dit_fast.evaluation.scores import Scorer, Scores
-from dit_fast.evaluation.statistics_files import SavedStatistics, read_statistics, write_statistics
+from dit_fast.evaluation.label_agreement import LabelAgreement, LabelClassifier, label_agreement
+from dit_fast.evaluation.metrics import (
+    GaussianStatistics,
+    NearestTraining,
+    StreamingStatistics,
+    compare_nearest,
+    frechet_distance,
+    inception_score,
+    nearest_training_distance,
+    precision_recall,
+)
 
 __all__ = [
     "FEATURES",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dit_fast.data import Conversion, ImageSet, open_images, to_pixels
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.evaluation.label_agreement import LabelClassifier
-from dit_fast.files import check_file, utf8_name
+from dit_fast.utils.files import check_file, utf8_name
 
 FEATURES = ("inception", "efficientnet", "classifier")
 # ADM's sFID: the first 7 channels of mixed_6/conv, the 1x1 branch of the fourth block of 17 x 17 maps.

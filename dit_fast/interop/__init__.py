@@ -1,11 +1,18 @@
 """Other people's checkpoints and models: read safely, converted exactly, accelerated in place."""
 
-from dit_fast.interop.acceleration import Acceleration, accelerate, restore
-from dit_fast.interop.configuration import infer_config, registry_size, require_config
-from dit_fast.interop.converted import DIFFUSERS, REFERENCE, Conventions, ConvertedDiT
-from dit_fast.interop.diffusers_model import from_diffusers, save_diffusers, to_diffusers
+from dit_fast.checkpoint.weight_file import WeightFile, read_weight_file
+from dit_fast.interop.accelerate import Acceleration, accelerate, restore
+from dit_fast.interop.diffusers import (
+    DIFFUSERS,
+    REFERENCE,
+    Conventions,
+    ConvertedDiT,
+    from_diffusers,
+    save_diffusers,
+    to_diffusers,
+)
+from dit_fast.interop.infer_config import infer_config, registry_size, require_config
 from dit_fast.interop.load import ModelInfo, load_model
-from dit_fast.interop.weight_file import WeightFile, read_weight_file
 
 __all__ = [
     "DIFFUSERS",

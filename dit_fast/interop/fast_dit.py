@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import ConfigError, MissingExtraError
-from dit_fast.interop.converted import ConvertedDiT, conventions_of
-from dit_fast.interop.diffusers_layout import ADAPTER, adapter_config, config_from_diffusers
-from dit_fast.models import DiT
+from dit_fast.interop.diffusers import (
+    ADAPTER,
+    ConvertedDiT,
+    adapter_config,
+    config_from_diffusers,
+    conventions_of,
+)
+from dit_fast.model.dit import DiT
 
 # diffusers' pipeline writes this label for the unconditional half, whatever the number of classes.
 _PIPELINE_NULL = 1000

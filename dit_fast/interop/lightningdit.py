@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.dit import DiT
+from dit_fast.checkpoint.weight_file import first_line
 from dit_fast.errors import CheckpointError, ConfigError
-from dit_fast.interop.converted import conventions_of
-from dit_fast.interop.weight_file import first_line
-from dit_fast.positions import ROTARY, rotary_angles
+from dit_fast.interop.diffusers import conventions_of
+from dit_fast.model.dit import DiT
+from dit_fast.model.positions import ROTARY, rotary_angles
 
 _COS, _SIN = "feat_rope.freqs_cos", "feat_rope.freqs_sin"
 _NORM, _ADALN = "blocks.0.norm1.weight", "blocks.0.adaLN_modulation.1.weight"

@@ -8,26 +8,31 @@ from typing import Any
 
 import torch
 
-from dit_fast.embedders import as_pair
+from dit_fast.checkpoint.folder import find_checkpoint, read_part, step_folders
+from dit_fast.checkpoint.hub import fetch_hub_model, is_hub_id
+from dit_fast.checkpoint.manifest import MANIFEST, read_manifest, verify_files
+from dit_fast.checkpoint.power_ema import WIDEST, Profile, reconstruct
+from dit_fast.checkpoint.tensors import part_files
+from dit_fast.checkpoint.weight_file import WeightFile, read_weight_file
 from dit_fast.errors import CheckpointError, ConfigError
-from dit_fast.interop.configuration import infer_config, registry_size, require_config
-from dit_fast.interop.converted import Conventions, ConvertedDiT
-from dit_fast.interop.diffusers_folder import diffusers_config_of, read_folder, transformer_folder
-from dit_fast.interop.hub import fetch_hub_model, is_hub_id
+from dit_fast.interop.diffusers import (
+    Conventions,
+    ConvertedDiT,
+    diffusers_config_of,
+    read_folder,
+    transformer_folder,
+)
+from dit_fast.interop.infer_config import infer_config, registry_size, require_config
 from dit_fast.interop.lightningdit import is_lightningdit, state_from_lightningdit
-from dit_fast.interop.objective import settled_objective, transport_objective
-from dit_fast.interop.pipeline_folder import pipeline_facts
-from dit_fast.interop.weight_file import WeightFile, read_weight_file
-from dit_fast.models import DiT, load_weights, read_config
-from dit_fast.training.checkpoint import find_checkpoint, read_part, step_folders
-from dit_fast.training.ema import WIDEST, Profile, reconstruct
-from dit_fast.training.manifest import MANIFEST, read_manifest, verify_files
-from dit_fast.training.tensor_files import part_files
-from dit_fast.values import SOURCE, TEXT
+from dit_fast.interop.objective import pipeline_facts, settled_objective, transport_objective
+from dit_fast.model.dit import DiT
+from dit_fast.model.embedders import as_pair
+from dit_fast.model.folder import load_weights, read_config
+from dit_fast.utils.values import SOURCE, TEXT
 
 WEIGHTS = ("ema", "model")
 WIDTH = "ema:"
-"""What stands before a relative width in `weights`: an average made of snapshots (`dit_fast.training.ema`)."""
+"""What stands before a relative width in `weights`: an average made of snapshots (`dit_fast.checkpoint.power_ema`)."""
 
 # Positions are fixed sines: another size needs a new table, not new weights.
 _HINTS = {

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dit_fast.blocks import Attention
 from dit_fast.errors import ConfigError
-from dit_fast.models import DiT
-from dit_fast.sampling.grid import draw_grid, to_uint8
-from dit_fast.sampling.nodes import Nodes
+from dit_fast.model.blocks import Attention
+from dit_fast.model.dit import DiT
 from dit_fast.sampling.sampler import Sampler, Step
+from dit_fast.sampling.schedule import Nodes
+from dit_fast.utils.images import draw_grid, to_uint8
 
 Decode = Callable[[Tensor], Tensor]
 # Of the heat in an overlay; the image keeps the rest.

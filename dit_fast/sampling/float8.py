@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
-from dit_fast.models import DiT
+from dit_fast.model.dit import DiT
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max

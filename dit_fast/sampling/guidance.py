@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.sampling.nodes import Array, Nodes
-from dit_fast.values import Number, OneOf, Value, Whole, check_fields
+from dit_fast.sampling.schedule import Array, Nodes
+from dit_fast.utils.values import Number, OneOf, Value, Whole, check_fields
 
 # How much of (scale - 1) is applied, by the share of the way from noise to data.
 SCHEDULES: dict[str, Callable[[Array], Array]] = {

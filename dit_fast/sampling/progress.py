@@ -6,7 +6,7 @@ import time
 from tqdm import tqdm
 
 from dit_fast.sampling.sampler import Step
-from dit_fast.terminal import say
+from dit_fast.utils.terminal import say
 
 _LOG_SECONDS = 10.0
 

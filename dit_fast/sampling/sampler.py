@@ -17,16 +17,25 @@ from torch import Tensor
 
 from dit_fast.diffusion import GaussianDiffusion
 from dit_fast.errors import ConfigError, NonFiniteError
-from dit_fast.models import DiT
+from dit_fast.model.dit import DiT
 from dit_fast.sampling.float8 import require_float8, use_float8_linears
-from dit_fast.sampling.graphs import CudaGraphs, GraphBackend, GraphCache
 from dit_fast.sampling.guidance import Guidance
-from dit_fast.sampling.modulation import loop_parameters, modulation_width
-from dit_fast.sampling.nodes import Nodes, diffusion_nodes
-from dit_fast.sampling.noise import KeyedNoise, ReferenceNoise
-from dit_fast.sampling.program import SOLVERS, CondFn, Evaluate, Program, ProgramKey, evaluate
+from dit_fast.sampling.schedule import Nodes, diffusion_nodes
 from dit_fast.sampling.solvers import LAST_STEPS
-from dit_fast.values import FLAG, SEED, Number, OneOf, Value, Whole, check_fields, shown
+from dit_fast.sampling.trajectory import (
+    SOLVERS,
+    CondFn,
+    Evaluate,
+    KeyedNoise,
+    Program,
+    ProgramKey,
+    ReferenceNoise,
+    evaluate,
+    loop_parameters,
+    modulation_width,
+)
+from dit_fast.utils.cuda_graphs import CudaGraphs, GraphBackend, GraphCache
+from dit_fast.utils.values import FLAG, SEED, Number, OneOf, Value, Whole, check_fields, shown
 
 MODES = ("fast", "reference")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}

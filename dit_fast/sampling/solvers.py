@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.diffusion.coefficients import DeviceTable
+from dit_fast.diffusion.gaussian_diffusion import DeviceTable
 from dit_fast.errors import ConfigError
-from dit_fast.sampling.nodes import Array, Nodes
+from dit_fast.sampling.schedule import Array, Nodes
 
 
 class Denoised(NamedTuple):

@@ -1,6 +1,6 @@
 """Training: configuration, loop, averaged weights, checkpoints and logs."""
 
-from dit_fast.training.checkpoint import find_checkpoint, load_checkpoint, read_manifest
+from dit_fast.checkpoint.folder import find_checkpoint, load_checkpoint, read_manifest
 from dit_fast.training.config import TrainConfig
 from dit_fast.training.loop import TrainResult, resume, train
 from dit_fast.training.presets import PRESETS

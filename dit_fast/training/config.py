@@ -11,22 +11,22 @@ from typing import Any, Protocol
 
 import torch
 
-from dit_fast.blocks import RECOMPUTE
 from dit_fast.data import BUILTIN, Conversion, ImageSet, LatentSet, open_data, parse_buckets
 from dit_fast.diffusion.beta_schedules import DIFFUSION_STEPS, NOISE_SCHEDULES
+from dit_fast.distributed.sharding import PARALLEL
+from dit_fast.encoders.autoencoder import LatentEncoder
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.evaluation import FEATURES
-from dit_fast.interop.vae import LatentEncoder
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
-from dit_fast.models import SIZES as MODEL_SIZES
-from dit_fast.models import DiT, DiT_models
-from dit_fast.options import OPTIONS, SIZES
+from dit_fast.model.blocks import RECOMPUTE
+from dit_fast.model.config import OPTIONS, SIZES
+from dit_fast.model.dit import DiT
+from dit_fast.model.presets import SIZES as MODEL_SIZES
+from dit_fast.model.presets import DiT_models
 from dit_fast.training.objective import OBJECTIVE_CHOICES, ObjectiveConfig
-from dit_fast.training.parallel import PARALLEL
+from dit_fast.training.optimizer import OPTIMIZERS, SCHEDULES
 from dit_fast.training.precision import PRECISIONS, RESIDUALS
-from dit_fast.training.rates import SCHEDULES
-from dit_fast.training.torch_optimizer import OPTIMIZERS
-from dit_fast.values import (
+from dit_fast.utils.values import (
     FLAG,
     SEED,
     SIDE,
@@ -148,7 +148,7 @@ class TrainConfig(ObjectiveConfig):
     steps, epochs        length of the run in optimiser steps, or in passes over the training images
     lr, beta1, beta2, weight_decay, ema_decay   AdamW, and the decay of the averaged weights
     ema_snapshot_every   steps between snapshots of two more averages, of which one of any width is made afterwards
-                         (`dit_fast.training.ema`); None: neither is kept
+                         (`dit_fast.checkpoint.power_ema`); None: neither is kept
     lr_schedule, warmup_steps   "constant" or "cosine" (to 0 at the last step), after a linear warm-up
     max_grad_norm        the gradients' norm is clipped to it; None: not at all
     optimizer            "ours" (AdamW, clipping and averaging in one pass), "torch" (fused AdamW) or "apex"
@@ -159,7 +159,7 @@ class TrainConfig(ObjectiveConfig):
     residual             "fp32" or "bf16": dtype of the residual stream
     conditioning, positions, norm, mlp, qk_norm, recompute, attention, mlp_epilogue, kernels   as in `DiT`
     compile              torch.compile for each block
-    parallel             how ranks share the model: "none", "ddp", "fsdp", "hsdp" (`dit_fast.training.parallel`) or
+    parallel             how ranks share the model: "none", "ddp", "fsdp", "hsdp" (`dit_fast.distributed.sharding`) or
                          "auto": none for one, fsdp for several
     timeout              seconds that ranks wait for one that hangs, once the first step is made
     cuda_graph           the whole step as one CUDA graph, for each of buckets its own

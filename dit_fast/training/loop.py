@@ -1,7 +1,7 @@
 """The training loop: one process or many, on CPUs or CUDA devices.
 
 A step is a function of (seed, step) and the state before it: order, flips, timesteps, noise and dropped
-labels are keyed by them (`dit_fast.keyed`), so a resumed run is bit for bit the uninterrupted one, and any number
+labels are keyed by them (`dit_fast.utils.keyed`), so a resumed run is bit for bit the uninterrupted one, and any number
 of ranks sees the same samples, noise and timesteps.
 """
 
@@ -13,16 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dit_fast.errors import (
-    CheckpointError,
-    DataError,
-    DitFastError,
-    OutputError,
-)
-from dit_fast.files import TEMPORARY
-from dit_fast.locks import FolderLock
-from dit_fast.sampling.output import prepare_folder
-from dit_fast.training.checkpoint import (
+from dit_fast.checkpoint.folder import (
     checkpoint_bytes,
     checkpoints_folder,
     latest_checkpoint,
@@ -31,16 +22,24 @@ from dit_fast.training.checkpoint import (
     require_space,
     step_folders,
 )
-from dit_fast.training.checkpoint_writer import CheckpointWriter
+from dit_fast.checkpoint.power_ema import SNAPSHOTS
+from dit_fast.checkpoint.writer import CheckpointWriter
+from dit_fast.distributed.signals import StopRequest
+from dit_fast.distributed.world import World
+from dit_fast.errors import (
+    CheckpointError,
+    DataError,
+    DitFastError,
+    OutputError,
+)
+from dit_fast.training.callbacks import PICTURES, Watch
 from dit_fast.training.config import TrainConfig, apply_to_process, open_set, relocated, resumed_config
-from dit_fast.training.ema import SNAPSHOTS
+from dit_fast.training.log import plot_loss
 from dit_fast.training.prefetch import Readable, prefetch
-from dit_fast.training.progress import plot_loss
-from dit_fast.training.ranges import mark_launches
-from dit_fast.training.signals import StopRequest
 from dit_fast.training.trainer import Trainer
-from dit_fast.training.watch import PICTURES, Watch
-from dit_fast.training.world import World
+from dit_fast.utils.files import TEMPORARY, prepare_folder
+from dit_fast.utils.locks import FolderLock
+from dit_fast.utils.nvtx import mark_launches
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from dit_fast.diffusion import GaussianDiffusion
 from dit_fast.diffusion.flow_matching import FLOW_WEIGHTINGS
-from dit_fast.diffusion.objectives import OBJECTIVES, create_objective
+from dit_fast.diffusion.objective import OBJECTIVES, create_objective
 from dit_fast.diffusion.paths import PATHS, PREDICTIONS
 from dit_fast.diffusion.timesteps import TIMESTEP_SAMPLING, TimestepSampling
 from dit_fast.errors import ConfigError
-from dit_fast.sampling.nodes import diffusion_nodes
+from dit_fast.sampling.schedule import diffusion_nodes
 
 _OF_FLOW = FLOW_WEIGHTINGS[1:]
 OBJECTIVE_CHOICES = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.errors import MissingExtraError
-from dit_fast.models import DiT
+from dit_fast.model.dit import DiT
 from dit_fast.sampling.float8 import require_float8_device, takes_float8
 from dit_fast.training.optimizer import AdamWEma
 

@@ -1,6 +1,6 @@
 """One training step as work for the device alone: nothing in it waits for a value, so that it can be a CUDA graph.
 
-Draws are functions of (seed, stream, global sample number), see `dit_fast.keyed`: how the samples of a step are
+Draws are functions of (seed, stream, global sample number), see `dit_fast.utils.keyed`: how the samples of a step are
 shared among ranks or cut into micro-batches changes none of them. What the host wants to know is written to
 `StepState.history`, a row a step, and read when a log line is due.
 """
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_fast import keyed
 from dit_fast.data import Posterior
-from dit_fast.diffusion.objectives import Objective
+from dit_fast.diffusion.objective import Objective
 from dit_fast.diffusion.timesteps import TimestepSampling
-from dit_fast.training.optimizer import shard
+from dit_fast.distributed.sharding import shard
 from dit_fast.training.precision import LossScale
-from dit_fast.training.ranges import OFF, Ranges
+from dit_fast.utils import keyed
+from dit_fast.utils.nvtx import OFF, Ranges
 
 BUCKETS = 4
 """Equal parts of the timesteps, least noise first, that the loss is also averaged over."""

@@ -10,20 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast import __version__
+from dit_fast.checkpoint.folder import Retention, load_into, model_config
+from dit_fast.checkpoint.manifest import working_directory
+from dit_fast.checkpoint.power_ema import SNAPSHOTS, PowerAverages
+from dit_fast.checkpoint.writer import CheckpointWriter
 from dit_fast.data import ImageSet, LatentSet, open_stream
-from dit_fast.diffusion.objectives import create_objective
+from dit_fast.diffusion.objective import create_objective
 from dit_fast.diffusion.timesteps import TimestepSampling
-from dit_fast.errors import CheckpointError, ConfigError, NonFiniteError
-from dit_fast.models import DiT
-from dit_fast.training.checkpoint import Retention, load_into, model_config
-from dit_fast.training.checkpoint_writer import CheckpointWriter
-from dit_fast.training.compilation import can_compile, compile_step
-from dit_fast.training.config import TrainConfig, build_model
-from dit_fast.training.cuda_graph import CudaGraphs, GraphedStep
-from dit_fast.training.ema import SNAPSHOTS, PowerAverages
-from dit_fast.training.manifest import working_directory
-from dit_fast.training.optimizer import AdamWEma
-from dit_fast.training.parallel import (
+from dit_fast.distributed.sharding import (
     choose_parallel,
     groups_of,
     mark_communication,
@@ -31,6 +25,13 @@ from dit_fast.training.parallel import (
     parallelize,
     rank_rows,
 )
+from dit_fast.distributed.signals import StepAgreement
+from dit_fast.distributed.world import START_TIMEOUT, World, choose_device
+from dit_fast.errors import CheckpointError, ConfigError, NonFiniteError
+from dit_fast.model.dit import DiT
+from dit_fast.training.config import TrainConfig, build_model
+from dit_fast.training.graphs import CudaGraphs, GraphedStep, can_compile, compile_step
+from dit_fast.training.optimizer import AdamWEma, learning_rate, make_optimizer
 from dit_fast.training.precision import (
     AUTOCAST,
     LossScale,
@@ -39,12 +40,8 @@ from dit_fast.training.precision import (
     on_copies,
     use_float8,
 )
-from dit_fast.training.ranges import OFF, Ranges, mark_blocks, nvtx_ranges
-from dit_fast.training.rates import learning_rate
-from dit_fast.training.signals import StepAgreement
 from dit_fast.training.step import BUCKETS, LEVELS, StepOptions, StepState, StepValues, TrainStep
-from dit_fast.training.torch_optimizer import make_optimizer
-from dit_fast.training.world import START_TIMEOUT, World, choose_device
+from dit_fast.utils.nvtx import OFF, Ranges, mark_blocks, nvtx_ranges
 
 MOST_REMEMBERED = 1000
 """Steps whose values a device keeps until the host reads them; more between log lines are read in between."""

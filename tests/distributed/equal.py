@@ -7,9 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from dit_fast.errors import CheckpointError
-from dit_fast.models import DiT
-from dit_fast.training.checkpoint import (
+from dit_fast.checkpoint.folder import (
     Retention,
     latest_checkpoint,
     load_checkpoint,
@@ -17,12 +15,14 @@ from dit_fast.training.checkpoint import (
     model_config,
     read_part,
 )
-from dit_fast.training.checkpoint_writer import CheckpointWriter
-from dit_fast.training.ema import EVERY, SIGMAS, PowerAverages
-from dit_fast.training.manifest import read_manifest
+from dit_fast.checkpoint.manifest import read_manifest
+from dit_fast.checkpoint.power_ema import EVERY, SIGMAS, PowerAverages
+from dit_fast.checkpoint.writer import CheckpointWriter
+from dit_fast.distributed.sharding import groups_of, micro_batch, parallelize, rank_rows, whole
+from dit_fast.distributed.world import World, join_world
+from dit_fast.errors import CheckpointError
+from dit_fast.models import DiT
 from dit_fast.training.optimizer import AdamWEma
-from dit_fast.training.parallel import groups_of, micro_batch, parallelize, rank_rows, whole
-from dit_fast.training.world import World, join_world
 from tests.patience import PATIENCE
 from tests.tolerance import rounding
 

@@ -42,9 +42,11 @@ def die() -> None:
 def install(fault: Fault, rank: int) -> None:
     """Make this process behave as the fault says."""
     # Imported here: the fork server has them already, and the parent needs none.
+    from dit_fast.checkpoint import folder as checkpoint
+    from dit_fast.checkpoint import writer as checkpoint_writer
     from dit_fast.data.stream import BatchStream
     from dit_fast.errors import DataError
-    from dit_fast.training import checkpoint, checkpoint_writer, loop
+    from dit_fast.training import loop
     from dit_fast.training.step import TrainStep
     from dit_fast.training.trainer import Trainer
 
@@ -90,8 +92,8 @@ def install(fault: Fault, rank: int) -> None:
 
 def keep_timeout_until(step: int) -> None:
     """Let a timeout count from this step on, however short: before it, ranks of a busy machine may be slow."""
+    from dit_fast.distributed.world import World
     from dit_fast.training.trainer import Trainer
-    from dit_fast.training.world import World
 
     kept: list[tuple] = []
     train_step, set_timeout = Trainer.train_step, World.set_timeout

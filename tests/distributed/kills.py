@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from dit_fast.training.checkpoint import read_part, step_folders
-from dit_fast.training.ema import SIGMAS, SNAPSHOTS
-from dit_fast.training.manifest import read_manifest
+from dit_fast.checkpoint.folder import read_part, step_folders
+from dit_fast.checkpoint.manifest import read_manifest
+from dit_fast.checkpoint.power_ema import SIGMAS, SNAPSHOTS
 from tests.distributed.ranks import Ranks, train
 from tests.patience import PATIENCE
 

@@ -73,7 +73,7 @@ def alive(pids: Sequence[int]) -> list[int]:
 
 
 PRELOADED = ["torch", "torch.distributed.fsdp", "sklearn.datasets", "matplotlib.figure"]
-PRELOADED += ["dit_fast.cli.train", "dit_fast.training.checkpoint_writer"]
+PRELOADED += ["dit_fast.cli.train", "dit_fast.checkpoint.writer"]
 
 
 class Forked:

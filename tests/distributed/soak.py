@@ -12,11 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from dit_fast.training.checkpoint import latest_checkpoint, load_checkpoint, step_folders
-from dit_fast.training.progress import read_log
+from dit_fast.checkpoint.folder import latest_checkpoint, load_checkpoint, step_folders
+from dit_fast.training.log import read_log
 from tests.distributed.faulty import STAGES
 from tests.distributed.ranks import train
-from tests.test_faults import TINY, assert_same, finished
+from tests.distributed.test_faults import TINY, assert_same, finished
 
 EVERY, STEPS = 5, 200
 KINDS = ("kill", "term", "save", "flip", "truncate")

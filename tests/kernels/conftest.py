@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from interpreter import (
+
+from tests.kernels.interpreter import (
     INTERPRETED,
     indexing_by_one_element,
     patching_once,

@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from interpreter import in_child
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_fast.kernels.launch import Launch
+from tests.kernels.interpreter import in_child
 
 Side = Literal["above", "below"]
 CANARY = 0xFF  # NaN in every float, so that a value read from a gap shows as well

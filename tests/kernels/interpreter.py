@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from numpy.typing import ArrayLike, NDArray
-from patience import PATIENCE
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from tests.patience import PATIENCE
 
 INTERPRETED = triton.knobs.runtime.interpret
 interpreter_only = pytest.mark.skipif(

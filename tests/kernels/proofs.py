@@ -13,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Side, fenced_run, last_programs_agree, reaches
-from interpreter import INTERPRETED
-from tolerance import assert_as_accurate, rounding
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +21,9 @@ from triton.runtime.jit import KernelInterface
 from dit_fast.kernels.launch import record_launches
 from dit_fast.kernels.op import MAX_WIDTH
 from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
+from tests.kernels.guarded import Side, fenced_run, last_programs_agree, reaches
+from tests.kernels.interpreter import INTERPRETED
+from tests.tolerance import assert_as_accurate, rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from reference_layout import ReferenceDiT, inputs, randomise
-from tolerance import assert_close, largest
 from torch import Tensor, nn
 
 import dit_fast
+from tests.reference_layout import ReferenceDiT, inputs, randomise
+from tests.tolerance import assert_close, largest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from tolerance import assert_close
 from torch import Tensor
 
 from dit_fast.kernels import AdamWSettings, AdamWTensors, adamw_ema, grad_square_sum
 from dit_fast.kernels.adamw_tensors import MultiTensorLaunch
+from tests.tolerance import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Small blocks keep the interpreter quick: 257 and 700 elements have whole blocks and a tail, (0, 5) has none.

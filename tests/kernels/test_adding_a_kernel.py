@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from interpreter import interpreter_only
+
+from tests.kernels.interpreter import interpreter_only
 
 pytestmark = interpreter_only
 
@@ -66,7 +67,11 @@ def call(tree: Path, *command: str, interpret: bool = True) -> str:
 
 
 def test_it_passes_the_proofs(tree: Path) -> None:
-    files = ["tests/kernels/test_ops.py", "tests/kernels/test_refusals.py", "tests/test_kernel_proofs.py"]
+    files = [
+        "tests/kernels/test_ops.py",
+        "tests/kernels/test_refusals.py",
+        "tests/operations/test_kernel_proofs.py",
+    ]
     cases = " or ".join(f"({proof} and ({case}))" for proof, case in PROOFS.items())
     options = ["-v", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", f"film and ({cases}) or is_proven"]
     said = call(tree, "pytest", *options, *files)

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerance import assert_close
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from dit_fast.kernels import attention, attention_long, attention_short, reference
 from dit_fast.kernels.launch import record_launches
+from tests.tolerance import assert_close
 
 # The package's name `attention` is the function; the module is what is patched here.
 module = importlib.import_module("dit_fast.kernels.attention")

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from guarded import fenced_run
-from interpreter import in_child, interpreter_only
-from patience import PATIENCE
-from planted import planted
-from proofs import (
+from torch.autograd.gradcheck import GradcheckError
+from torch.testing._internal.optests.generate_tests import OpCheckError
+
+from dit_fast.kernels.registry import OpSpec
+from tests.kernels.guarded import fenced_run
+from tests.kernels.interpreter import in_child, interpreter_only
+from tests.kernels.planted import planted
+from tests.kernels.proofs import (
     agrees_in_float64,
     assert_refused,
     draw,
@@ -26,10 +29,7 @@ from proofs import (
     survives_hard_rows,
     takes_no_rows,
 )
-from torch.autograd.gradcheck import GradcheckError
-from torch.testing._internal.optests.generate_tests import OpCheckError
-
-from dit_fast.kernels.registry import OpSpec
+from tests.patience import PATIENCE
 
 LARGE = (2**26 + 64, 1, 40)
 PROOFS: dict[str, tuple[str, Callable[[OpSpec], None]]] = {
@@ -118,7 +118,7 @@ def test_results_are_compared_to_the_bit() -> None:
     first = fused(planted(""), inputs)
     second = [value.clone() for value in first]
     second[1].view(-1)[0] = torch.nextafter(second[1].view(-1)[0], torch.tensor(9e9))
-    from proofs import same_bits
+    from tests.kernels.proofs import same_bits
 
     assert same_bits(first, first)
     assert not same_bits(first, second)

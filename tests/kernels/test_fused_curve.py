@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import INTERPRETED
 
 from dit_fast.data import open_data
 from dit_fast.kernels.launch import record_launches
 from dit_fast.training import TrainConfig, Trainer
+from tests.kernels.interpreter import INTERPRETED
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "batch_size": 2}
 DIT_S: dict[str, Any] = {"model": "DiT-S/4", "batch_size": 1, "lr": 1e-4}

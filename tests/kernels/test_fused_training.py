@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from planted import scale_rows
-from proofs import DEVICE
 from triton.runtime.jit import KernelInterface
 
-from dit_fast.blocks import Stream
 from dit_fast.diffusion import create_diffusion
+from dit_fast.model.blocks import Stream
 from dit_fast.models import DiT
+from tests.kernels.planted import scale_rows
+from tests.kernels.proofs import DEVICE
 
 STEPS = 32
 

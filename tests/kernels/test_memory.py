@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from guarded import Side
-from interpreter import interpreter_only
-from proofs import OPS, is_beyond_int32, stays_inside_its_tensors
 
 from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
+from tests.kernels.guarded import Side
+from tests.kernels.interpreter import interpreter_only
+from tests.kernels.proofs import OPS, is_beyond_int32, stays_inside_its_tensors
 
 pytestmark = interpreter_only
 

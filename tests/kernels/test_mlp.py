@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from proofs import FLOAT64, FLOOR
 from torch import Tensor
 
 from dit_fast.kernels import gelu, mlp, reference, swiglu
+from tests.kernels.proofs import FLOAT64, FLOOR
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = ("separate", "triton")

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from guarded import last_programs_agree
-from interpreter import interpreter_only
 from torch import Tensor
 
 from dit_fast.kernels.launch import Launch, record_launches
+from tests.kernels.guarded import last_programs_agree
+from tests.kernels.interpreter import interpreter_only
 
 gelu = importlib.import_module("dit_fast.kernels.gelu")
 gemm = importlib.import_module("dit_fast.kernels.gemm")

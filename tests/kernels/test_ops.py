@@ -8,7 +8,10 @@ import sys
 
 import pytest
 import torch
-from proofs import (
+
+from dit_fast.kernels import tuned
+from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
+from tests.kernels.proofs import (
     DEVICE,
     DTYPES,
     FLOAT64,
@@ -27,9 +30,6 @@ from proofs import (
     survives_hard_rows,
     takes_no_rows,
 )
-
-from dit_fast.kernels import tuned
-from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
 
 WIDTHS = (72, 384, 768, 1000, 1024, 1152)
 # The interpreter's time goes with the number of programs, and a program is a tile of a few rows: one row, a tile and a

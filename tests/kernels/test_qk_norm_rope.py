@@ -5,15 +5,15 @@ import importlib
 
 import pytest
 import torch
-from proofs import DEVICE, draw, evaluate, fused, leaves_of, same_bits, upcast
-from tolerance import assert_as_accurate, assert_close
 from torch import Tensor, nn
 
-from dit_fast.conditioning import CONDITIONING
 from dit_fast.kernels import qk_norm_rope
 from dit_fast.kernels.registry import REGISTRY
-from dit_fast.layers import Attention, RMSNorm
+from dit_fast.model.blocks import CONDITIONING
+from dit_fast.model.layers import Attention, RMSNorm
 from dit_fast.models import DiT
+from tests.kernels.proofs import DEVICE, draw, evaluate, fused, leaves_of, same_bits, upcast
+from tests.tolerance import assert_as_accurate, assert_close
 
 SPEC = REGISTRY["qk_norm_rope"]
 F64 = torch.float64

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_close
 
 from dit_fast.kernels import NORMS
 from dit_fast.kernels.adaln import adaln_with_moments
 from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments, linear
+from tests.tolerance import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

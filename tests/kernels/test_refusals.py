@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from proofs import DEVICE, OPS, assert_refused, draw, limits_its_width, refuses_misfits, strangers
 
 from dit_fast.kernels.op import MAX_WIDTH
 from dit_fast.kernels.registry import REGISTRY, OpSpec
+from tests.kernels.proofs import (
+    DEVICE,
+    OPS,
+    assert_refused,
+    draw,
+    limits_its_width,
+    refuses_misfits,
+    strangers,
+)
 
 HOLDS_A_ROW = ("adaln_modulate", "gated_residual", "gated_residual_adaln")
 

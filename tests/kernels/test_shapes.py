@@ -6,10 +6,10 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from planted import planted
-from proofs import DEVICE, DTYPES, OPS, is_as_accurate_as_torch
 
 from dit_fast.kernels.registry import OpSpec, Shape
+from tests.kernels.planted import planted
+from tests.kernels.proofs import DEVICE, DTYPES, OPS, is_as_accurate_as_torch
 
 EXAMPLES = 300 if DEVICE == "cuda" else 25
 # Few programs a launch: at most 4 samples of at most 4 tiles.

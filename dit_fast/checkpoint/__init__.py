@@ -1,0 +1,1 @@
+"""Checkpoints on disk: folders, manifests, tensor files, weight files of others, averages of any width."""

@@ -1,0 +1,342 @@
+"""Checkpoints that either exist whole or not at all.
+
+A checkpoint is a folder `step-0001000` with
+
+    config.json           the model's configuration, as `DiT.save_pretrained` writes it
+    model.safetensors     the weights
+    ema.safetensors       the averaged weights, same tensors
+    optimizer.safetensors AdamW's moments: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`
+    manifest.json         the step, the run's configuration, size and SHA-256 of every other file
+
+where several ranks write theirs side by side: `ema-00001-of-00004.safetensors` (`tensor_files`). It is written to a
+temporary sibling, synced to disk and renamed, so that a kill at any moment leaves the older checkpoints as they were. A
+step counts only if its manifest verifies; nothing in it is unpickled.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dit_fast import __version__
+from dit_fast.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    digest,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+from dit_fast.checkpoint.tensors import (
+    PARTS,
+    Piece,
+    StoredPart,
+    part_file,
+    write_pieces,
+)
+from dit_fast.distributed.world import World
+from dit_fast.errors import CheckpointError, OutputError
+from dit_fast.model.dit import DiT
+from dit_fast.utils.files import sync, write_atomically
+
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_TEMPORARY = ".tmp-"
+_REPLACED = f"{_TEMPORARY}replaced-"
+_REMOVED = f"{_TEMPORARY}removed-"
+_MOST_LISTED = 8
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` returns: the manifest, two state dicts and the optimiser's moments by name."""
+
+    path: Path
+    manifest: dict[str, Any]
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which stay: the newest `keep` whole ones (0: all) and the steps that `milestone_every` divides (0: none)."""
+
+    keep: int = 0
+    milestone_every: int = 0
+
+    def stays(self, step: int) -> bool:
+        return self.milestone_every > 0 and step % self.milestone_every == 0
+
+
+def checkpoints_folder(run: str | Path) -> Path:
+    return Path(run) / "checkpoints"
+
+
+def step_folder(run: str | Path, step: int) -> Path:
+    return checkpoints_folder(run) / f"step-{step:07d}"
+
+
+def step_folders(run: str | Path) -> list[Path]:
+    """The run's step folders, oldest first, verified or not; leftovers of killed saves are not among them."""
+    folder = checkpoints_folder(run)
+    if not folder.is_dir():
+        return []
+    steps = [(match, path) for path in folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
+    return [path for match, path in sorted(steps, key=lambda step: int(step[0][1])) if path.is_dir()]
+
+
+def model_config(model: DiT) -> dict[str, Any]:
+    """What `config.json` says of a model."""
+    return {"_class_name": "DiT", "_dit_fast_version": __version__, **model.config}
+
+
+def write_checkpoint(
+    run: str | Path,
+    config: dict[str, Any],
+    pieces: Mapping[str, Mapping[str, Piece]],
+    needed: int,
+    manifest: dict[str, Any],
+    retention: Retention,
+    world: World | None = None,
+) -> Path:
+    """Write `RUN/checkpoints/step-N`, N = manifest["step"], with every rank of `world`, then remove older ones.
+
+    `pieces`: of each part what this rank writes, on the CPU; `config`: of the model; `needed`: bytes of the whole.
+    Every rank calls it, with its background group free. Raises OutputError on all ranks where one could not write; the
+    older checkpoints are then untouched and nothing partial stays behind.
+    """
+    world = world or World()
+    final = step_folder(run, manifest["step"])
+    folder = final.parent
+    temporary = folder / f"{_TEMPORARY}{final.name}-{world.attempt}"
+
+    def begin() -> None:
+        if world.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            require_space(folder, needed)
+            temporary.mkdir()
+
+    def write() -> dict[str, dict[str, Any]]:
+        names = []
+        for part, held in pieces.items():
+            if held:
+                names.append(part_file(part, world.rank, world.size))
+                write_pieces(temporary / names[-1], held)
+        if world.is_first:
+            names.append("config.json")
+            text = json.dumps(config, indent=2) + "\n"
+            write_atomically(temporary / names[-1], lambda path: path.write_text(text))
+        for name in names:
+            sync(temporary / name)
+        return {name: digest(temporary / name) for name in names}
+
+    def publish() -> None:
+        if world.is_first:
+            files = {name: digest for written in digests for name, digest in written.items()}
+            write_manifest(temporary, {"format": FORMAT, **manifest, "files": dict(sorted(files.items()))})
+            sync(temporary / MANIFEST)
+            sync(temporary)
+            _swap(temporary, final)
+            sync(folder)
+
+    try:
+        _together(begin, world)
+        digests = _together(write, world)
+        _together(publish, world)
+    except OutputError as error:
+        if world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(f"checkpoint {final} could not be written: {error}") from error
+    if world.is_first:
+        remove_old(run, retention)
+    return final
+
+
+def _together(action: Callable[[], Result], world: World) -> list[Result]:
+    """The results of all ranks; OutputError on each of them where the action failed on any."""
+    result: Any = None
+    problem: str | None = None
+    try:
+        result = action()
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    except Exception as error:
+        # The other ranks wait in the exchange below.
+        if world.size == 1:
+            raise
+        problem = f"{type(error).__name__}: {error}"
+    outcomes = world.gather((result, problem), background=True)
+    problems = [
+        f"rank {rank}: {problem}" if world.size > 1 else problem
+        for rank, (_, problem) in enumerate(outcomes)
+        if problem is not None
+    ]
+    if problems:
+        raise OutputError("; ".join(problems[:_MOST_LISTED]))
+    return [result for result, _ in outcomes]
+
+
+def _swap(temporary: Path, final: Path) -> None:
+    """Rename into place; a folder that stands there is put aside first and comes back if this is interrupted."""
+    aside = final.with_name(f"{_REPLACED}{final.name}")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    os.rename(temporary, final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_old(run: str | Path, retention: Retention) -> None:
+    """Remove what `retention` lets go of. A step is renamed before it is removed, so that no half of one stays."""
+    if not retention.keep:
+        return
+    folders = step_folders(run)
+    whole = [folder for folder in folders if is_complete(folder)]
+    if len(whole) <= retention.keep:
+        return
+    oldest = whole[-retention.keep]
+    for folder in folders[: folders.index(oldest)]:
+        if retention.stays(_step_of(folder)):
+            continue
+        try:
+            removed = folder.with_name(f"{_REMOVED}{folder.name}")
+            shutil.rmtree(removed, ignore_errors=True)
+            os.rename(folder, removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            logger.warning("old checkpoint %s could not be removed: %s", folder, error)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the manifest verifies and every file is there in its size; contents are not read."""
+    try:
+        files = read_manifest(folder)["files"]
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (CheckpointError, OSError):
+        return False
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Verify and read one checkpoint folder, whoever wrote it: whole tensors on the CPU. Raises CheckpointError."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    verify_files(path, manifest)
+    return Checkpoint(path, manifest, *(read_part(path, manifest, part) for part in PARTS))
+
+
+def read_part(path: Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
+    """The whole tensors of one part ("model", "ema" or "optimizer") of a verified checkpoint, on the CPU."""
+    with StoredPart(path, part, manifest["files"]) as stored:
+        return stored.read()
+
+
+def load_into(
+    path: Path, manifest: dict[str, Any], state: Mapping[str, Mapping[str, Tensor]], cast: bool = False
+) -> None:
+    """Fill the tensors of `state` (by part, then name) in place from a verified checkpoint of any number of ranks.
+
+    Tensors may be sharded (DTensor): each rank reads its own. Raises CheckpointError that lists every missing,
+    unexpected or misshaped tensor and every other dtype at once, unless `cast`, before anything is changed.
+    """
+    parts = {part: StoredPart(path, part, manifest["files"]) for part in state}
+    problems: list[str] = []
+    for part, stored in parts.items():
+        with stored:
+            problems += stored.differences(state[part], cast)
+    if problems:
+        raise CheckpointError(f"checkpoint {path} is of another model: {'; '.join(problems)}")
+    for part in parts:
+        with StoredPart(path, part, manifest["files"]) as stored:
+            stored.read_into(state[part])
+
+
+def latest_checkpoint(run: str | Path, world: World | None = None) -> Path:
+    """The newest checkpoint of a run folder that verifies; a damaged newer one is passed over with a warning.
+
+    The ranks of `world` share the hashing and all get what rank 0 decides. Raises CheckpointError when there is none.
+    """
+    world = world or World()
+    folders = world.broadcast(step_folders(run) if world.is_first else None)
+    if not folders:
+        raise CheckpointError(f"{run} holds no checkpoint (looked for {checkpoints_folder(run)}/step-N)")
+    refused = []
+    for folder in reversed(folders):
+        problem = _verify_together(folder, world)
+        if problem is not None:
+            refused.append(problem)
+            continue
+        for reason in refused if world.is_first else []:
+            logger.warning("%s; using %s instead", reason, folder.name)
+        return folder
+    raise CheckpointError(
+        f"none of the {len(folders)} checkpoints of {run} can be used: {'; '.join(refused)}"
+    )
+
+
+def _verify_together(folder: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, as rank 0 says it; each rank hashes its share of the files."""
+    problem = None
+    try:
+        manifest = read_manifest(folder)
+        names = sorted(manifest["files"], key=lambda name: -manifest["files"][name]["bytes"])
+        verify_files(folder, manifest, names[world.rank :: world.size])
+    except CheckpointError as error:
+        problem = str(error)
+    found = [problem for problem in world.gather(problem) if problem is not None]
+    return "; ".join(dict.fromkeys(found)) or None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint folder from what a user names: the folder itself, or a run (its newest that verifies)."""
+    path = Path(path)
+    if (path / MANIFEST).exists() or _STEP_FOLDER.fullmatch(path.name):
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such run or checkpoint folder")
+    return latest_checkpoint(path)
+
+
+def remove_leftovers(run: str | Path) -> None:
+    """Delete what killed saves left behind; a step that was put aside and not replaced comes back."""
+    folder = checkpoints_folder(run)
+    for aside in folder.glob(f"{_REPLACED}*"):
+        final = aside.with_name(aside.name.removeprefix(_REPLACED))
+        if not final.exists():
+            os.rename(aside, final)
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoint_bytes(*states: Mapping[str, Tensor]) -> int:
+    """Bytes on disk of these state dicts, headers and JSON included (rounded up)."""
+    return sum(t.numel() * t.element_size() for state in states for t in state.values()) + (1 << 20)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise OutputError when the disk of `folder` has less than `needed` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"no space for a checkpoint in {folder}: it needs {needed / 2**20:.1f} MiB, "
+            f"{free / 2**20:.1f} MiB are free; free some or choose another --out"
+        )
+
+
+def _step_of(folder: Path) -> int:
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else -1

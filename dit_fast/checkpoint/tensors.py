@@ -1,0 +1,216 @@
+"""Sharded tensors in safetensors files, and back into tensors that are sharded otherwise.
+
+Each rank writes what it holds: of one rank the file of a part is `ema.safetensors`, of several
+`ema-00001-of-00004.safetensors` and so on. The header says where each piece belongs in its tensor, under the keys of
+PyTorch's `HuggingFaceStorageReader` (torch.distributed.checkpoint), which reads a part as well. Unlike PyTorch's own
+`.distcp` format there is no pickle anywhere: nothing in a checkpoint can run.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dit_fast.errors import CheckpointError
+from dit_fast.utils.files import check_file, parse_json, utf8_name, write_atomically
+from dit_fast.utils.schema import array, fields, integer, require, table
+
+PARTS = ("model", "ema", "optimizer")
+_FILE = re.compile(r"(\w+?)(?:-(\d{5})-of-(\d{5}))?\.safetensors")
+_OFFSETS_KEY, _OFFSET_KEY = "DCP_SHARDING_INFO", "saved_offsets"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_OFFSETS = table(fields({_OFFSET_KEY: array(integer())}))
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor: what one rank holds of it. `offset`: of its first element; () for a scalar."""
+
+    tensor: Tensor
+    offset: tuple[int, ...]
+
+
+def part_file(part: str, rank: int = 0, size: int = 1) -> str:
+    """Name of the file with what `rank` of `size` holds of a part."""
+    return f"{part}.safetensors" if size == 1 else f"{part}-{rank + 1:05d}-of-{size:05d}.safetensors"
+
+
+def part_files(names: Iterable[str], part: str) -> list[str]:
+    """Those of `names` that belong to a part."""
+    return sorted(name for name in names if (match := _FILE.fullmatch(name)) and match[1] == part)
+
+
+def own_pieces(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Piece]:
+    """What this rank writes of `tensors`: its shards of DTensors, and a fair share of what every rank holds whole.
+
+    Of replicas of a shard, the first is written.
+    """
+    loads = [0] * size
+    pieces = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
+        if (mesh := getattr(tensor, "device_mesh", None)) is not None:
+            coordinate = mesh.get_coordinate()
+            placements = zip(tensor.placements, coordinate, strict=True)  # type: ignore[attr-defined]
+            if any(not placement.is_shard() and place for placement, place in placements):
+                continue
+            piece = local_piece(tensor)
+            if piece.tensor.numel():
+                pieces[name] = piece
+            continue
+        owner = loads.index(min(loads))
+        loads[owner] += tensor.numel()
+        if owner == rank:
+            pieces[name] = local_piece(tensor)
+    return pieces
+
+
+def local_piece(tensor: Tensor) -> Piece:
+    """What this rank holds of a tensor; of a plain one, all of it."""
+    if not hasattr(tensor, "device_mesh"):
+        return Piece(tensor.detach(), (0,) * tensor.ndim)
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+    return Piece(tensor.detach().to_local(), tuple(chunk.offsets))  # type: ignore[attr-defined]
+
+
+def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
+    """Write pieces, contiguous and on the CPU, to one file."""
+    # One key only: safetensors writes several in a random order, and equal states should be equal bytes.
+    metadata = {"format": "pt"}
+    if "-of-" in path.name:
+        offsets = {name: {_OFFSET_KEY: list(piece.offset)} for name, piece in pieces.items()}
+        metadata = {_OFFSETS_KEY: json.dumps(offsets)}
+    tensors = {name: piece.tensor for name, piece in pieces.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+@dataclass
+class _Stored:
+    """A tensor as it lies in the files: shape, dtype, and (file, offset, sizes) of each box."""
+
+    dtype: torch.dtype
+    boxes: list[tuple[Any, tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        ends = [[o + s for o, s in zip(offset, sizes, strict=True)] for _, offset, sizes in self.boxes]
+        return tuple(max(axis) for axis in zip(*ends, strict=True))
+
+    @property
+    def is_whole(self) -> bool:
+        """Boxes never overlap, so that their elements add up where none is missing."""
+        held = sum(torch.Size(sizes).numel() for _, _, sizes in self.boxes)
+        return held == torch.Size(self.shape).numel()
+
+
+class StoredPart:
+    """One part of a checkpoint folder, for reading: `with StoredPart(folder, "ema", files) as part:`.
+
+    `files`: names of files, of which those of the part are taken. Raises CheckpointError for files that are no
+    safetensors or lack a shard.
+    """
+
+    def __init__(self, folder: Path, part: str, files: Iterable[str]):
+        self.folder = folder
+        self.part = part
+        self.files = part_files(files, part)
+        self._stack = ExitStack()
+        self._tensors: dict[str, _Stored] = {}
+
+    def __enter__(self) -> "StoredPart":
+        if not self.files:
+            raise CheckpointError(f"checkpoint {self.folder} holds no {self.part} weights")
+        for name in self.files:
+            check_file(self.folder / name, CheckpointError, what="a safetensors file")
+        try:
+            for name in self.files:
+                with utf8_name(self.folder / name) as readable:
+                    self._open(self._stack.enter_context(safe_open(readable, framework="pt")))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            self._stack.close()
+            raise CheckpointError(
+                f"{self.folder / name} is not a readable safetensors file: {error}"
+            ) from error
+        torn = sorted(name for name, stored in self._tensors.items() if not stored.is_whole)
+        if torn:
+            self._stack.close()
+            raise CheckpointError(f"checkpoint {self.folder}: {self.part} lacks pieces of {_listed(torn)}")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _open(self, file: Any) -> None:
+        offsets = parse_json((file.metadata() or {}).get(_OFFSETS_KEY, "{}"), _OFFSETS_KEY, CheckpointError)
+        require(offsets, _OFFSETS, _OFFSETS_KEY, CheckpointError)
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            box = file.get_slice(name)
+            sizes = tuple(box.get_shape())
+            offset = tuple(offsets[name][_OFFSET_KEY]) if offsets else (0,) * len(sizes)
+            if len(offset) != len(sizes):
+                raise ValueError(f"{_OFFSETS_KEY} of {name} has {len(offset)} dimensions, not {len(sizes)}")
+            stored = self._tensors.setdefault(name, _Stored(_DTYPES[box.get_dtype()], []))
+            stored.boxes.append((file, offset, sizes))
+
+    def read(self) -> dict[str, Tensor]:
+        """Every tensor, whole, on the CPU."""
+        whole = {
+            name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in self._tensors.items()
+        }
+        for name, tensor in whole.items():
+            self._fill(name, tensor, (0,) * tensor.ndim)
+        return whole
+
+    def differences(self, tensors: Mapping[str, Tensor], cast: bool = False) -> list[str]:
+        """All that keeps the part from being read into `tensors`; `cast` allows other dtypes."""
+        problems = []
+        if missing := sorted(tensors.keys() - self._tensors.keys()):
+            problems.append(f"{self.part} lacks {_listed(missing)}")
+        if unexpected := sorted(self._tensors.keys() - tensors.keys()):
+            problems.append(f"{self.part} has unexpected {_listed(unexpected)}")
+        common = sorted(tensors.keys() & self._tensors.keys())
+        shapes = [
+            f"{name} is {self._tensors[name].shape}, expected {tuple(tensors[name].shape)}"
+            for name in common
+            if self._tensors[name].shape != tuple(tensors[name].shape)
+        ]
+        dtypes = [
+            f"{name} is {self._tensors[name].dtype}, expected {tensors[name].dtype}"
+            for name in common
+            if not cast and self._tensors[name].dtype != tensors[name].dtype
+        ]
+        return problems + [f"{self.part}: {_listed(found)}" for found in (shapes, dtypes) if found]
+
+    @torch.no_grad()
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill plain tensors and the local shards of DTensors, in place, from whatever ranks wrote the part."""
+        for name, tensor in tensors.items():
+            piece = local_piece(tensor)
+            self._fill(name, piece.tensor, piece.offset)
+
+    def _fill(self, name: str, tensor: Tensor, first: tuple[int, ...]) -> None:
+        for file, offset, sizes in self._tensors[name].boxes:
+            starts = [max(a, b) for a, b in zip(first, offset, strict=True)]
+            stops = [min(a + n, b + m) for a, n, b, m in zip(first, tensor.shape, offset, sizes, strict=True)]
+            if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
+                continue
+            there = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, offset, strict=True))
+            here = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, first, strict=True))
+            values = file.get_slice(name)[there] if there else file.get_tensor(name)
+            tensor[here].copy_(values)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,0 +1,1 @@
+"""Processes and what they share: ranks, signals, sharding of a model."""

@@ -1,0 +1,186 @@
+"""One model over many processes: the order of business, in one function.
+
+"none" one process. "ddp" every rank holds everything and averages gradients. "fsdp" weights, gradients and optimiser
+states are cut over all ranks (`fully_shard`, ZeRO-3) and gathered block by block. "hsdp" cuts them within a machine
+only and averages gradients between machines, so that the large messages stay on the fast links.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from dit_fast.distributed.world import World
+from dit_fast.errors import ConfigError
+from dit_fast.model.dit import DiT
+from dit_fast.utils.nvtx import Ranges
+
+PARALLEL = ("auto", "none", "ddp", "fsdp", "hsdp")
+
+
+def choose_parallel(mode: str, world: World) -> str:
+    """What "auto" means: "none" for one process, "fsdp" for several. Raises ConfigError for what cannot be."""
+    if mode not in PARALLEL:
+        raise ConfigError(f"--parallel {mode}: give one of {', '.join(PARALLEL)}")
+    if mode == "auto":
+        mode = "fsdp" if world.size > 1 else "none"
+    if mode == "none" and world.size > 1:
+        raise ConfigError(
+            f"--parallel none with {world.size} ranks: each would train a model of its own; give ddp"
+        )
+    if mode != "none" and world.size == 1:
+        raise ConfigError(
+            f"--parallel {mode} needs several processes: start it with torchrun --nproc-per-node N -m dit_fast.cli"
+        )
+    if mode == "hsdp" and world.size % world.local_size:
+        raise ConfigError(
+            f"--parallel hsdp: {world.size} ranks do not divide into machines of {world.local_size}"
+        )
+    return mode
+
+
+def parallelize(
+    model: DiT,
+    world: World,
+    mode: str = "auto",
+    *,
+    recompute: str | None = None,
+    compile: bool = False,
+    param_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Prepare `model` in place for training on `world`; returns the module to call, with the same parameters.
+
+    recompute: as `DiT.recompute`; None leaves it. compile: each block by itself. param_dtype: of the weights that
+    "fsdp" and "hsdp" gather (bfloat16 halves that traffic; gradients are still summed in float32); None for the
+    parameters' own. Ranks must hold equal weights, since "ddp" sends those of rank 0 to all but "fsdp" cuts what each
+    rank has. Raises ConfigError for a mode that does not fit the world.
+    """
+    mode = choose_parallel(mode, world)
+    if recompute is not None:
+        model.recompute = recompute
+    if compile:
+        for block in model.blocks:
+            # The method, not the module: hooks (ranges, fully_shard) then stay outside of the graph.
+            setattr(block, "forward", torch.compile(block.forward, dynamic=False, fullgraph=True))  # noqa: B010
+    if mode in ("fsdp", "hsdp"):
+        return _shard(model, _mesh(world, mode), param_dtype)
+    model.to(world.device)
+    if mode == "none":
+        return model
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def _mesh(world: World, mode: str) -> DeviceMesh:
+    if mode == "fsdp":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    machines = world.size // world.local_size
+    return init_device_mesh(
+        world.device.type, (machines, world.local_size), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def _shard(model: DiT, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> nn.Module:
+    """Blocks one by one, then what is left at the root: embedders and the final layer."""
+    # Imported where it is used: it takes a third of a second.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # Inputs keep their dtype: timesteps and the residual stream are not weights.
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype,
+        reduce_dtype=torch.float32 if param_dtype else None,
+        cast_forward_inputs=False,
+    )
+    # A block also hands on a view (its gate), and nothing here writes into one.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # The last block's weights are needed again at once, by the backward pass.
+    for block in model.blocks:
+        last = block is model.blocks[-1]
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not last)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return model
+
+
+@contextmanager
+def micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
+    """Around forward and backward of one micro-batch: gradients travel between ranks after the `last` one only.
+
+    Under "fsdp" and "hsdp" they are still cut at once, so that no rank ever holds a whole gradient; "hsdp" keeps its
+    second step, between machines, for the last.
+    """
+    if isinstance(module, DistributedDataParallel):
+        with nullcontext() if last else module.no_sync():
+            yield
+        return
+    sharded: Any = module
+    if hasattr(module, "set_requires_all_reduce"):
+        sharded.set_requires_all_reduce(last)
+        sharded.set_is_last_backward(last)
+    yield
+
+
+def mark_communication(module: nn.Module, ranges: Ranges) -> None:
+    """Put ranges around the collectives that "ddp", "fsdp" and "hsdp" start for weights and gradients."""
+    # Imported where they are used, as fully_shard is; there is no public name for what set_custom_... replaces.
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+
+    class AllGather(DefaultAllGather):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            with ranges("communication"):
+                return super().__call__(*arguments, **options)
+
+    class ReduceScatter(DefaultReduceScatter):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            with ranges("communication"):
+                return super().__call__(*arguments, **options)
+
+    def all_reduce(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        with ranges("communication"):
+            mean = bucket.buffer().div_(dist.get_world_size())
+            work = dist.all_reduce(mean, async_op=True)
+            return work.get_future().then(lambda done: mean)
+
+    if isinstance(module, DistributedDataParallel):
+        module.register_comm_hook(None, all_reduce)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_custom_all_gather(AllGather())
+            part.set_custom_reduce_scatter(ReduceScatter())
+
+
+def groups_of(module: nn.Module) -> tuple[Any, ...]:
+    """The process groups of a sharded module, besides the default one."""
+    parameter = next(module.parameters())
+    mesh = getattr(parameter, "device_mesh", None)
+    return () if mesh is None else tuple(mesh.get_group(index) for index in range(mesh.ndim))
+
+
+def rank_rows(batch_size: int, accumulate: int, world: World) -> slice:
+    """Rows of the global batch that this rank takes. Raises ConfigError where the batch does not divide."""
+    parts = world.size * accumulate
+    if batch_size % parts:
+        near = max(1, round(batch_size / parts)) * parts
+        raise ConfigError(
+            f"--batch-size {batch_size} does not divide by {world.size} ranks x --accumulate {accumulate}; "
+            f"give --batch-size {near}"
+        )
+    rows = batch_size // world.size
+    return slice(world.rank * rows, (world.rank + 1) * rows)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank, detached; each rank must call it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard(tensor: Any) -> Any:
+    """What this rank holds of a DTensor; another tensor, or None, as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,0 +1,1 @@
+"""Autoencoders of images and encoders of text."""

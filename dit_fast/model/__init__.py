@@ -1,0 +1,1 @@
+"""The Diffusion Transformer: blocks, embedders, positions, its configuration and its cost."""

@@ -1,0 +1,441 @@
+"""The paper's plain and adaLN-Zero blocks and final layer (Peebles & Xie 2023, figure 3), on fused operations.
+
+A block adds its branches lazily: `Stream` carries the residual stream together with the branch that has not been
+added yet, so that the addition and the next norm are one pass over memory. Biases wait in the same way, so that
+the kernel that adds one also sums its gradient.
+"""
+
+from typing import Any, ClassVar, NamedTuple, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_fast.kernels import adaln_modulate, gated_residual, gated_residual_adaln, mlp, uses_triton
+from dit_fast.kernels.adaln import adaln_with_moments
+from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln_with_moments
+from dit_fast.kernels.recompute import NormRecipe
+from dit_fast.model.layers import (
+    Attention,
+    Layout,
+    Mlp,
+    RMSNorm,
+    SwiGLU,
+    is_plain,
+    make_norm,
+    matrix_size,
+    with_bias,
+    without_bias,
+)
+
+RECOMPUTE = ("none", "cheap", "blocks")
+"""What is made again in the backward pass: nothing; norm outputs and activations; every block from its input."""
+
+
+class Normed(NamedTuple):
+    """The residual stream x, y = norm(x) * (1 + scale) + shift, and what y is made of (None: keep y)."""
+
+    x: Tensor
+    y: Tensor
+    recipe: NormRecipe | None
+
+
+class Stream(NamedTuple):
+    """The residual stream x + gate * (branch + bias) with its last addition pending (none: `branch` is None).
+
+    x, branch (N, T, D); gate (N, D); bias (D,) or None. layout: of its tokens, None where there is nothing to say.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    bias: Tensor | None = None
+    gate: Tensor | None = None
+    layout: Layout | None = None
+
+    def add(self, kernels: str) -> Tensor:
+        """The stream as one tensor."""
+        if self.branch is None or self.gate is None:
+            return self.x
+        return gated_residual(self.x, self.branch, self.gate, self.bias, kernels=kernels)
+
+    def norm_modulate(
+        self, shift: Tensor, scale: Tensor, eps: float, kernels: str, norm: str = "layernorm"
+    ) -> Normed:
+        """Add what is pending, then norm(stream) * (1 + scale) + shift; `norm`: of NORMS."""
+        fused = uses_triton(kernels, self.x)
+        if self.branch is None or self.gate is None:
+            if not fused:
+                y = adaln_modulate(self.x, shift, scale, eps, norm=norm, kernels=kernels)
+                return Normed(self.x, y, None)
+            x, (y, mean, rstd) = self.x, adaln_with_moments(self.x, shift, scale, eps, norm)
+        else:
+            inputs = (self.x, self.branch, self.gate, shift, scale, self.bias, eps)
+            if not fused:
+                return Normed(*gated_residual_adaln(*inputs, norm=norm, kernels=kernels), None)
+            x, y, mean, rstd = gated_residual_adaln_with_moments(*inputs, norm)
+        return Normed(x, y, NormRecipe(x, mean, rstd, shift, scale))
+
+
+def normed(
+    stream: Stream,
+    norm: nn.Module,
+    kernels: str,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Normed:
+    """Add what is pending, then norm(stream) * (1 + scale) + shift; without shift and scale, norm(stream).
+
+    A norm that was built here is fused: its kind and eps count, and its weight and bias where there is no shift and
+    scale from the condition. Another one in its place, one with hooks, or one whose weights an adaptive norm does not
+    have, is called.
+    """
+    adaptive = shift is not None and scale is not None
+    if shift is None or scale is None:
+        shift, scale = affine_modulation(norm, stream.x)
+    if not is_built_here(norm) or (adaptive and norm.weight is not None):
+        x = stream.add(kernels)
+        return Normed(x, modulate(norm(x), shift, scale).to(scale.dtype), None)
+    kind = "rmsnorm" if isinstance(norm, RMSNorm) else "layernorm"
+    return stream.norm_modulate(shift, scale, norm.eps, kernels, kind)
+
+
+def is_built_here(norm: nn.Module) -> TypeGuard[nn.LayerNorm | RMSNorm]:
+    """Whether the norm is exactly what `make_norm` builds, so that a fused operation may stand for it."""
+    return is_plain(norm, nn.LayerNorm) or is_plain(norm, RMSNorm)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift with one shift and scale (N, D) for all tokens of x (N, T, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def affine_modulation(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(shift, scale), each (N, D), that make `normed` compute norm(x) * weight + bias of an affine norm.
+
+    Zeros for a norm that `normed` calls, and for a weight or bias that it does not have. Under autocast the scale is of
+    its dtype, which is then the dtype of the norm's output.
+    """
+    shift = scale = x.new_zeros(1, x.shape[-1]).expand(x.shape[0], -1)
+    if is_built_here(norm):
+        bias = None if isinstance(norm, RMSNorm) else norm.bias
+        if bias is not None:
+            shift = bias.expand(x.shape[0], -1)
+        if norm.weight is not None:
+            scale = (norm.weight - 1).expand(x.shape[0], -1)
+    if torch.is_autocast_enabled(x.device.type):
+        scale = scale.to(torch.get_autocast_dtype(x.device.type))
+    return shift, scale
+
+
+def unit_gate(x: Tensor) -> Tensor:
+    """The gate (N, D) of a branch that is added as it is: the fused addition and norm then serve it too."""
+    return x.new_ones(1, x.shape[-1]).expand(x.shape[0], -1)
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm transformer block (Dosovitskiy et al. 2021), what in-context conditioning runs and the others extend.
+
+    `forward(x, c)`: x (N, T, D) -> (N, T, D); this block takes the condition from its tokens and does not read c.
+    Given a `Stream`, returns a `Stream`: that is how `DiT` runs its blocks. `affine`: whether the norms have a weight
+    and a bias of their own. The other options as in `DiT`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        affine: bool = True,
+        norm: str = "layernorm",
+        mlp: str = "gelu",
+        qk_norm: bool = False,
+        kernels: str = "auto",
+        attention: str = "auto",
+        mlp_epilogue: str = "auto",
+        recompute: str = "none",
+    ):
+        super().__init__()
+        self.kernels = kernels
+        self.recompute = recompute
+        self.norm1 = make_norm(norm, hidden_size, affine)
+        self.attn = Attention(
+            hidden_size, num_heads=num_heads, qkv_bias=True, backend=attention, qk_norm=qk_norm
+        )
+        self.norm2 = make_norm(norm, hidden_size, affine)
+        hidden = int(hidden_size * mlp_ratio)
+        self.mlp = (
+            SwiGLU(hidden_size, hidden)
+            if mlp == "swiglu"
+            else Mlp(hidden_size, hidden, epilogue=mlp_epilogue)
+        )
+
+    @property
+    def condition_layer(self) -> nn.Module | None:
+        """What is applied to the condition alone, so that sampling can do it before its loop; None: nothing is."""
+        return None
+
+    def macs(self, tokens: int, condition_tokens: int) -> int:
+        """Multiply-adds of one sample of so many tokens, told by so many more; elementwise work is not counted."""
+        per_token = matrix_size(self.attn) + matrix_size(self.mlp)
+        return tokens * per_token + 2 * tokens**2 * self.attn.proj.out_features
+
+    def forward(
+        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor | Stream:
+        stream = x if isinstance(x, Stream) else Stream(x)
+        stream = self.feed_forward(self.self_attention(stream))
+        return stream if isinstance(x, Stream) else stream.add(self.kernels)
+
+    def self_attention(
+        self,
+        stream: Stream,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Stream:
+        """The stream with attention's branch pending; without a gate it is added as it is, without shift and scale
+        the norm's own weights are used."""
+        h, layout = normed(stream, self.norm1, self.kernels, shift, scale), stream.layout
+        gate = unit_gate(h.x) if gate is None else gate
+        return Stream(h.x, *self.attention_branch(h, layout), gate, layout)
+
+    def feed_forward(
+        self,
+        stream: Stream,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Stream:
+        """The stream with the MLP's branch pending; without a gate it is added as it is."""
+        h = normed(stream, self.norm2, self.kernels, shift, scale)
+        return Stream(h.x, *self.mlp_branch(h), unit_gate(h.x) if gate is None else gate, stream.layout)
+
+    def attention_branch(self, h: Normed, layout: Layout | None = None) -> tuple[Tensor, Tensor | None]:
+        """`self.attn(h.y, layout)` as (branch, bias still to be added)."""
+        if not uses_triton(self.kernels, h.y) or not is_plain(self.attn, Attention):
+            # What stands in for an attention need not know layouts.
+            return self.attn(h.y) if layout is None else self.attn(h.y, layout), None
+        recipe = None if self.recompute == "none" else h.recipe
+        return without_bias(self.attn.proj, self.attn.attend(h.y, layout, recipe, self.kernels))
+
+    def mlp_branch(self, h: Normed) -> tuple[Tensor, Tensor | None]:
+        """`self.mlp(h.y)` as (branch, bias still to be added)."""
+        module = self.mlp
+        if (
+            not uses_triton(self.kernels, h.y)
+            or not isinstance(module, Mlp | SwiGLU)
+            or not module.is_fusible()
+        ):
+            return module(h.y), None
+        first, last = module.linears
+        keep = self.recompute == "none"
+        branch = mlp(
+            h.y, first.weight, first.bias, last.weight,
+            activation=module.activation, keep_activation=keep, epilogue=module.epilogue,
+            recipe=None if keep else h.recipe, kernels=self.kernels,
+        )  # fmt: skip
+        bias: Tensor | None = last.bias
+        if bias is not None and hasattr(type(self), "reshard"):
+            # `fully_shard` frees a block's own parameters when it returns, and the next block adds this one.
+            bias = bias.clone()
+        return branch, bias
+
+
+class AdaptiveBlock(TransformerBlock):
+    """A transformer block whose norms take shift and scale from the condition (adaptive layer norm).
+
+    `forward(x, c)`: x (N, T, D), c (N, D) -> (N, T, D). Arguments and streams as in `TransformerBlock`. `vectors`: how
+    many of width D the condition becomes, the first half for attention: shift, scale and, where there are 6, a gate.
+    """
+
+    vectors: ClassVar[int]
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, **options: Any):
+        super().__init__(hidden_size, num_heads, mlp_ratio, affine=False, **options)
+        regression = nn.Linear(hidden_size, self.vectors * hidden_size, bias=True)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), regression)
+
+    @property
+    def condition_layer(self) -> nn.Module:
+        return self.adaLN_modulation
+
+    def macs(self, tokens: int, condition_tokens: int) -> int:
+        return super().macs(tokens, condition_tokens) + matrix_size(self.adaLN_modulation)
+
+    def forward(
+        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor | Stream:
+        """`modulation` (N, `vectors` * D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
+        stream = x if isinstance(x, Stream) else Stream(x)
+        if modulation is None:
+            modulation = self.adaLN_modulation(c)
+        parts, half = modulation.chunk(self.vectors, dim=1), self.vectors // 2
+        stream = self.self_attention(stream, *parts[:half])
+        stream = self.feed_forward(stream, *parts[half:])
+        return stream if isinstance(x, Stream) else stream.add(self.kernels)
+
+
+class DiTBlock(AdaptiveBlock):
+    """A transformer block with adaptive layer norm and gates, initialised to the identity (adaLN-Zero)."""
+
+    vectors = 6
+
+
+class Projection(nn.Module):
+    """A norm, and the projection of each token to its patch of noise (and variance): what final layers share."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        patch_size: int,
+        out_channels: int,
+        *,
+        affine: bool,
+        norm: str = "layernorm",
+        kernels: str = "auto",
+    ):
+        super().__init__()
+        self.kernels = kernels
+        self.norm_final = make_norm(norm, hidden_size, affine)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True)
+
+
+class FinalLayer(Projection):
+    """The final layer with adaptive norm."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, **options: str):
+        super().__init__(hidden_size, patch_size, out_channels, affine=False, **options)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size, bias=True))
+
+    @property
+    def condition_layer(self) -> nn.Module:
+        """As in `TransformerBlock`."""
+        return self.adaLN_modulation
+
+    def macs(self, tokens: int, condition_tokens: int) -> int:
+        """As in `TransformerBlock`."""
+        return tokens * matrix_size(self.linear) + matrix_size(self.adaLN_modulation)
+
+    def forward(self, x: Tensor | Stream, c: Tensor | None, modulation: Tensor | None = None) -> Tensor:
+        """`modulation` (N, 2 D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
+        stream = x if isinstance(x, Stream) else Stream(x)
+        if modulation is None:
+            modulation = self.adaLN_modulation(c)
+        shift, scale = modulation.chunk(2, dim=1)
+        return self.linear(normed(stream, self.norm_final, self.kernels, shift, scale).y)
+
+
+ADAPTIVE = ("adaln_zero", "adaln")
+"""Conditionings by one vector (N, D), timestep plus class; the others take these, or a caption, as tokens."""
+
+
+class AdaLNBlock(AdaptiveBlock):
+    """A transformer block with adaptive layer norm, without gates (adaLN)."""
+
+    vectors = 4
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens x (N, T, D) to a condition's S tokens (Vaswani et al. 2017, section 3.2.2).
+
+    Rows of `kv` are [k; v], each (heads, head_dim). Always PyTorch's scaled_dot_product_attention.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def attend(self, q: Tensor, kv: Tensor, told: Tensor | None = None) -> Tensor:
+        """Attention before the output projection: q (N, T, D), kv (N, S, 2 D) -> (N, T, D).
+
+        told: bool (N, S), False for padding that is not attended to; None: all are.
+        """
+        N, T, D = q.shape
+        q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = None if told is None else told[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+        return out.transpose(1, 2).reshape(N, T, D)
+
+    def forward(self, x: Tensor, kv: Tensor, told: Tensor | None = None) -> Tensor:
+        """x (N, T, D) and what `self.kv` made of the condition's tokens, (N, S, 2 D) -> (N, T, D); as `attend`."""
+        return self.proj(self.attend(self.q(x), kv, told))
+
+
+class CrossAttentionBlock(TransformerBlock):
+    """A transformer block with cross-attention between self-attention and MLP: `forward(x, c)`, c (N, S, D).
+
+    Arguments and streams as in `TransformerBlock`.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, **options: Any):
+        super().__init__(hidden_size, num_heads, mlp_ratio, affine=True, **options)
+        self.norm_cross = make_norm(options.get("norm", "layernorm"), hidden_size, affine=True)
+        self.cross = CrossAttention(hidden_size, num_heads)
+
+    @property
+    def condition_layer(self) -> nn.Module:
+        return self.cross.kv
+
+    def macs(self, tokens: int, condition_tokens: int) -> int:
+        cross, S = self.cross, condition_tokens
+        projections = tokens * (matrix_size(cross.q) + matrix_size(cross.proj)) + S * matrix_size(cross.kv)
+        return super().macs(tokens, S) + projections + 2 * tokens * S * cross.proj.out_features
+
+    def forward(
+        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor | Stream:
+        """`modulation` (N, S * 2 D): what `cross.kv(c)` gave earlier, flattened; then `c` is not read."""
+        stream = x if isinstance(x, Stream) else Stream(x)
+        made = None if modulation is None else modulation.unflatten(1, (-1, self.cross.kv.out_features))
+        kv = self.cross.kv(c) if made is None else made
+        stream = self.self_attention(stream)
+        stream = self.cross_attention(stream, kv)
+        stream = self.feed_forward(stream)
+        return stream if isinstance(x, Stream) else stream.add(self.kernels)
+
+    def cross_attention(self, stream: Stream, kv: Tensor) -> Stream:
+        """The stream with cross-attention's branch pending."""
+        norm, told = self.norm_cross, None if stream.layout is None else stream.layout.told
+        h = normed(stream, norm, self.kernels)
+        if not uses_triton(self.kernels, h.y) or not is_plain(self.cross, CrossAttention):
+            return Stream(h.x, self.cross(h.y, kv, told), None, unit_gate(h.x), stream.layout)
+        recipe = None if self.recompute == "none" else h.recipe
+        attended = self.cross.attend(with_bias(self.cross.q, h.y, recipe), kv, told)
+        return Stream(h.x, *without_bias(self.cross.proj, attended), unit_gate(h.x), stream.layout)
+
+
+class PlainFinalLayer(Projection):
+    """The final layer with a norm of its own weight; the condition is not read."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, **options: str):
+        super().__init__(hidden_size, patch_size, out_channels, affine=True, **options)
+
+    @property
+    def condition_layer(self) -> nn.Module | None:
+        return None
+
+    def macs(self, tokens: int, condition_tokens: int) -> int:
+        """As in `TransformerBlock`."""
+        return tokens * matrix_size(self.linear)
+
+    def forward(
+        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor:
+        stream = x if isinstance(x, Stream) else Stream(x)
+        return self.linear(normed(stream, self.norm_final, self.kernels).y)
+
+
+BLOCKS: dict[str, tuple[type[TransformerBlock], Any]] = {
+    "adaln_zero": (DiTBlock, FinalLayer),
+    "adaln": (AdaLNBlock, FinalLayer),
+    "cross_attention": (CrossAttentionBlock, PlainFinalLayer),
+    "in_context": (TransformerBlock, PlainFinalLayer),
+}
+"""Block and final layer of each conditioning."""
+
+CONDITIONING = tuple(BLOCKS)

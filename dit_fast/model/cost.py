@@ -1,0 +1,158 @@
+"""What a model costs, from its configuration alone: parameters, multiply-adds, memory of a training step.
+
+Conventions. A multiply-add (MAC) is two FLOPs; the "Gflops" of Peebles & Xie 2023 are MACs. Counted are the linear
+layers, the patch projection and attention's two products, elementwise work is not. Training is three times the forward
+pass, since the backward pass has two products for each of its own; recomputation is not credited.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dit_fast.model.blocks import CONDITIONING, RECOMPUTE
+from dit_fast.model.dit import DiT
+from dit_fast.model.presets import DiT_models
+
+STATE_BYTES = {"weights": 4, "gradients": 4, "AdamW's moments": 8, "average": 4}
+"""Bytes of a trained parameter between two steps of `dit-fast train`, in every precision."""
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+"""What a model may be counted in, and the dtype of its autocast."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """parameters: all; fixed: those that are not trained (the positions' table); tokens: of an image in the blocks;
+    macs: multiply-adds of one image's forward pass.
+    """
+
+    parameters: int
+    fixed: int
+    tokens: int
+    macs: int
+
+    @property
+    def trained(self) -> int:
+        return self.parameters - self.fixed
+
+    @property
+    def forward_flops(self) -> int:
+        return 2 * self.macs
+
+    @property
+    def training_flops(self) -> int:
+        return 3 * self.forward_flops
+
+    @property
+    def state_bytes(self) -> dict[str, int]:
+        """What each of `STATE_BYTES` takes for the whole model."""
+        return {name: size * self.trained for name, size in STATE_BYTES.items()}
+
+    def as_json(self) -> dict[str, int]:
+        return {
+            **asdict(self),
+            "forward_flops": self.forward_flops,
+            "training_flops": self.training_flops,
+        }
+
+
+def count(model: DiT, caption_tokens: int = 1, shapes: Mapping[tuple[int, int], int] | None = None) -> Counts:
+    """The counts of a model on any device, "meta" among them; of captions, with so many tokens each.
+
+    shapes: of `mean_macs`; the tokens are those of the model's own size.
+    """
+    parameters = list(model.parameters())
+    return Counts(
+        parameters=sum(p.numel() for p in parameters),
+        fixed=sum(p.numel() for p in parameters if not p.requires_grad),
+        tokens=model.x_embedder.num_patches,
+        macs=mean_macs(model, caption_tokens, shapes),
+    )
+
+
+def mean_macs(
+    model: DiT, caption_tokens: int = 1, shapes: Mapping[tuple[int, int], int] | None = None
+) -> int:
+    """`DiT.macs`, on average over so many images of each of `shapes` (height, width) where there are several."""
+    if not shapes:
+        return model.macs(caption_tokens=caption_tokens)
+    every = sum(number * model.macs(size, caption_tokens) for size, number in shapes.items())
+    return round(every / sum(shapes.values()))
+
+
+def table(input_size: int = 32) -> Iterator[tuple[str, str, Counts]]:
+    """(size, conditioning, counts) of the paper's twelve sizes with each of its four blocks."""
+    for name, build in DiT_models.items():
+        for conditioning in CONDITIONING:
+            with torch.device("meta"):
+                model = build(input_size=input_size, conditioning=conditioning)
+            yield name, conditioning, count(model)
+
+
+def kept_bytes(
+    config: dict[str, Any],
+    batch: int,
+    *,
+    precision: str = "bf16",
+    residual: str = "fp32",
+    caption_tokens: int = 1,
+) -> dict[str, int]:
+    """Bytes that a forward pass on the fused kernels keeps for the backward pass, by what `recompute` makes again.
+
+    config: `DiT.config`. Distinct storages that autograd holds, and with "blocks" the inputs of every block and what
+    one block keeps while it is run again. Parameters are not among them, their low-precision copies under autocast are.
+    Nothing is computed: the tensors have shapes and no memory. The loss's own are left out: of the images' size.
+    """
+    kept = {}
+    for recompute in RECOMPUTE:
+        # All blocks but the first keep the same.
+        two, three = (
+            _kept({**config, "depth": n}, batch, precision, residual, recompute, caption_tokens)
+            for n in (2, 3)
+        )
+        kept[recompute] = two + (config["depth"] - 2) * (three - two)
+        if recompute == "cheap":
+            again = three - two
+    return {**kept, "blocks": kept["blocks"] + again}
+
+
+def _kept(
+    config: dict[str, Any], batch: int, precision: str, residual: str, recompute: str, caption_tokens: int
+) -> int:
+    low = PRECISIONS[precision]
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def keep_inputs(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        stream, c = inputs
+        held.extend(keep(tensor) for tensor in (*stream, c) if isinstance(tensor, Tensor))
+
+    held: list[Tensor] = []
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        model = DiT(**config, kernels="triton", recompute=recompute)
+        if recompute == "blocks":
+            for block in model.blocks:
+                block.register_forward_pre_hook(keep_inputs)
+        x = torch.empty(batch, model.in_channels, *model.x_embedder.img_size)
+        t = y = torch.zeros(batch, dtype=torch.int64)
+        if model.caption_dim:
+            y = torch.zeros(batch, caption_tokens, model.caption_dim)
+        if residual == "bf16":
+            model.x_embedder.register_forward_hook(lambda module, inputs, tokens: tokens.to(torch.bfloat16))
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None),
+        ):
+            output = model.eval()(x, t, y)
+        for parameter in model.parameters():
+            storages.pop(parameter.untyped_storage()._cdata, None)
+        del output  # until here it held what was kept
+    return sum(storages.values())

@@ -1,0 +1,169 @@
+"""What turns image, timestep and label into vectors, `PatchEmbed`, `TimestepEmbedder`, `LabelEmbedder`; and a caption
+into tokens: `CaptionEmbedder`.
+
+`N` batch, `C` channels, `T` tokens, `D` width. Peebles & Xie 2023, section 3.2; the sinusoids are Vaswani et al. 2017.
+"""
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast import kernels
+from dit_fast.errors import ConfigError
+from dit_fast.model.layers import is_plain
+from dit_fast.utils.values import MANY, Pair, Whole
+
+_SIDES = Pair(Whole(-MANY))
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or as two."""
+    return _SIDES.check("size", size)
+
+
+class PatchEmbed(nn.Module):
+    """Image to patch tokens: a convolution whose kernel and stride are one patch.
+
+    `forward(x, pos=None)` takes (N, C, H, W) and returns (N, T, D), tokens in row-major order, plus `pos`
+    (1, T, D) when given. Raises ConfigError when a side of the image is not a multiple of the patch.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        *,
+        kernels: str = "auto",
+    ):
+        super().__init__()
+        self.patch_size = (patch_size, patch_size)
+        self.kernels = kernels
+        self.set_img_size(img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def set_img_size(self, img_size: int | tuple[int, int]) -> None:
+        """Expect images of this size from now on; ConfigError when it is not a multiple of the patch."""
+        self.img_size = as_pair(img_size)
+        self.grid_size = self.grid_of(self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def grid_of(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the patches of an image; ConfigError when its size is not a multiple of the patch."""
+        (height, width), patch = img_size, self.patch_size[0]
+        if height < 1 or width < 1 or height % patch or width % patch:
+            near = "x".join(str(patch * max(1, round(side / patch))) for side in (height, width))
+            raise ConfigError(
+                f"input_size {height}x{width} is not a positive multiple of patch_size {patch}: "
+                f"change one of them, for example to {near}"
+            )
+        return height // patch, width // patch
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        rows, columns = self.grid_of((x.shape[-2], x.shape[-1]))
+        if pos is None:
+            pos = x.new_zeros(1, rows * columns, self.proj.out_channels, dtype=self.proj.weight.dtype)
+        if not is_plain(self.proj, nn.Conv2d):
+            tokens = self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+            # The convolution's own order would stay the residual stream's, see `reference.patch_embed`.
+            return tokens.contiguous() + pos
+        bias = cast(Tensor, self.proj.bias)
+        return kernels.patch_embed(x, self.proj.weight, bias, pos, kernels=self.kernels)
+
+
+class TimestepEmbedder(nn.Module):
+    """Scalar timesteps to vectors: sinusoids (cosine first), then Linear - SiLU - Linear."""
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size, bias=True),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size, bias=True),
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+
+    @staticmethod
+    def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+        """(N,) timesteps, also fractional, to (N, dim) float32: [cos(t f), sin(t f)], f = max_period^(-i / half)."""
+        half = dim // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device)
+        freqs = torch.exp(-math.log(max_period) * exponents / half)
+        args = t[:, None].float() * freqs[None]
+        embedding = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
+        return nn.functional.pad(embedding, (0, dim % 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        t_freq = self.timestep_embedding(t, self.frequency_embedding_size)
+        return self.mlp(t_freq.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels to vectors, with label dropout for classifier-free guidance (Ho & Salimans 2022).
+
+    With `dropout_prob` > 0 the table has one more row, the null class `num_classes`.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def initialize_weights(self) -> None:
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def token_drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        """(N,) labels with a random share, or those where `force_drop_ids` is 1, replaced by the null class."""
+        if force_drop_ids is None:
+            drop = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+        else:
+            drop = force_drop_ids == 1
+        return torch.where(drop, self.num_classes, labels)
+
+    def forward(self, labels: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
+        if (train and self.dropout_prob > 0) or force_drop_ids is not None:
+            labels = self.token_drop(labels, force_drop_ids)
+        try:
+            return self.embedding_table(labels)
+        except IndexError:  # On CUDA the device stops instead.
+            found = f"{int(labels.min())} to {int(labels.max())}"
+            raise ConfigError(
+                f"labels are {found}: the model has {self.num_classes} classes, 0 to {self.num_classes - 1}"
+            ) from None
+
+
+class CaptionEmbedder(nn.Module):
+    """Captions (N, S, E) of a text encoder to tokens (N, S, D): Linear - GELU - Linear, with caption dropout.
+
+    The projection of PixArt-alpha (Chen et al. 2023, arXiv:2310.00426). A token of zeros is padding and
+    stays zeros; the first token of a caption that is all padding becomes a learned one, the null caption's.
+    """
+
+    def __init__(self, caption_dim: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(caption_dim, hidden_size),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        self.null_token = nn.Parameter(torch.zeros(1, hidden_size))
+        self.dropout_prob = dropout_prob
+
+    def initialize_weights(self) -> None:
+        for weight in (self.mlp[0].weight, self.mlp[2].weight, self.null_token):
+            nn.init.normal_(cast(Tensor, weight), std=0.02)
+
+    def forward(self, captions: Tensor, train: bool) -> Tensor:
+        if train and self.dropout_prob > 0:
+            drop = torch.rand(len(captions), device=captions.device) < self.dropout_prob
+            captions = torch.where(drop[:, None, None], 0, captions)
+        present = (captions != 0).any(dim=-1, keepdim=True)
+        tokens = self.mlp(captions.to(self.null_token.dtype))
+        tokens = torch.where(present, tokens, 0)
+        empty = ~present.any(dim=1)
+        first = torch.where(empty, self.null_token.to(tokens.dtype), tokens[:, 0])
+        return torch.cat([first[:, None], tokens[:, 1:]], dim=1)

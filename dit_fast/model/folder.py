@@ -1,0 +1,94 @@
+"""What a saved model's files hold: its configuration, checked, and its weights, fitted to a model."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dit_fast.errors import CheckpointError
+from dit_fast.model.config import MOST_MLP, OPTIONS
+from dit_fast.utils.files import check_file, read_object, utf8_name, write_atomically
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The constructor's arguments from a `config.json`; CheckpointError for anything that is not a DiT's."""
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path} does not exist: a saved model is config.json and model.safetensors")
+    config = read_object(path, CheckpointError, what="a model's configuration")
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    number = (int, float)
+    expected: dict[str, type | tuple[type, ...]] = {
+        "input_size": list, "patch_size": int, "in_channels": int, "hidden_size": int, "depth": int,
+        "num_heads": int, "mlp_ratio": number, "class_dropout_prob": number, "num_classes": int,
+        "learn_sigma": bool, **{name: type(words[0]) for name, words in OPTIONS.items()},
+        "caption_dim": int,
+    }  # fmt: skip
+    problems = [f"unknown key {key!r:.80}" for key in sorted(config.keys() - expected.keys())]
+    # An option that is not named is the paper's.
+    required = expected.keys() - OPTIONS.keys() - {"caption_dim"}
+    problems += [f"missing key {key!r}" for key in expected if key in required - config.keys()]
+    for key in expected.keys() & config.keys():
+        value, kinds = config[key], expected[key]
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
+        # No classes: an unconditional model.
+        wrong = wrong or (kinds is int and not (key != "num_classes") <= value < 1 << 24)
+        wrong = wrong or (kinds is number and not 0 <= value <= MOST_MLP)
+        wrong = wrong or (key == "class_dropout_prob" and value > 1)
+        if kinds is list and not wrong:
+            sides = [side for side in value if type(side) is int and 0 < side < 1 << 16]
+            wrong = not len(value) == len(sides) == 2
+        if wrong or value not in OPTIONS.get(key, (value,)):
+            problems.append(f"{key} = {value!r:.80}")
+    if problems:
+        raise CheckpointError(f"{path} is not the configuration of a DiT: {', '.join(problems)}")
+    return config
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str, assign: bool = False) -> None:
+    """Load a state dict; CheckpointError lists every missing, unexpected and misshaped tensor at once."""
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in own]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(state, assign=assign)
+
+
+def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Write `config.json` and `model.safetensors` to `folder`, made when missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(
+        folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    )
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(folder / "config.json", lambda path: path.write_text(text))
+
+
+def read_model(folder: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """The constructor's arguments and the tensors of a saved model, and the name of the file that had them.
+
+    Raises CheckpointError for a folder that is incomplete or damaged.
+    """
+    config = read_config(folder / "config.json")
+    path = folder / f"{weights}.safetensors"
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path} does not exist: is {folder} a saved model?")
+    check_file(path, CheckpointError, what="a safetensors file")
+    try:
+        with utf8_name(path) as name:
+            state = load_file(name)
+    except Exception as error:  # safetensors raises its own class, which is not public in every version
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    if len(blocks) != config["depth"]:
+        raise CheckpointError(f"{path} holds {len(blocks)} blocks, config.json says depth {config['depth']}")
+    return config, state, str(path)

@@ -1,0 +1,203 @@
+"""Many samples on disk: drawn in shards by any number of ranks, resumed after a kill, joined at the end.
+
+A shard is one batch, `parts/NNNNNN.npy`: an array, which `numpy.load` reads, followed by a SHA-256 of the request and
+of the array's bytes. A shard that is cut, damaged or from another request therefore counts as missing, and which shards
+are missing is all that a resumed run needs to know, whatever the number of ranks.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_fast.errors import OutputError
+from dit_fast.utils.files import (
+    MOST_LIST_BYTES,
+    PARTS,
+    TEMPORARY,
+    parse_npy,
+    read_bytes,
+    read_object,
+    write_atomically,
+)
+from dit_fast.utils.schema import shown
+
+# Of every member of an archive, so that equal samples give equal bytes: the first date that zip can hold.
+_DATE = (1980, 1, 1, 0, 0, 0)
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
+
+
+class Parts:
+    """The shards of `num` samples in `folder`/parts, with `batch_size` samples in each but the last.
+
+    Args:
+        folder: Output folder of the command.
+        request: JSON values for everything that determines a sample's value: weights, model configuration, solver,
+            precision, autoencoder. Shards of another request are never mixed in.
+        num: Number of samples.
+        batch_size: Samples per shard.
+        shape: Shape of one sample.
+        dtype: Name of the samples' NumPy dtype.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        request: Mapping[str, Any],
+        num: int,
+        batch_size: int,
+        shape: tuple[int, ...],
+        dtype: str,
+    ) -> None:
+        self.folder = folder / PARTS
+        self.num, self.batch_size, self.shape, self.dtype = num, batch_size, shape, np.dtype(dtype)
+        self.count = -(-num // batch_size)
+        self.request = {**request, "num": num, "batch_size": batch_size, "shape": list(shape), "dtype": dtype}
+        self._text = json.dumps(self.request, indent=2, sort_keys=True) + "\n"
+        # Shards that this process has read in full once: their checksums are not computed again to count them.
+        self._verified: set[int] = set()
+
+    def open(self) -> None:
+        """Create the folder, or check that the existing one belongs to the same request.
+
+        A folder of another request that has no shard holds nothing to lose and is taken over.
+
+        Raises:
+            OutputError: The folder holds shards of another request (names what differs), or cannot be used.
+        """
+        path = self.folder / "request.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # What a killed process had not finished writing.
+            for partial in self.folder.glob(f"{TEMPORARY}*.npy"):
+                partial.unlink(missing_ok=True)
+            if not path.exists() or not any(self.folder.glob("[0-9]*.npy")):
+                write_atomically(path, lambda temporary: temporary.write_text(self._text))
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(
+                f"cannot write {self.folder} ({error.strerror}); choose another --out"
+            ) from None
+        found = read_object(path, OutputError, what="the request of an unfinished dit-fast sample")
+        wanted = json.loads(self._text)
+        keys = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+        if keys:
+            differing = ", ".join(
+                f"{k if k.isidentifier() else shown(k)} {shown(found.get(k))} there, {shown(wanted.get(k))} requested"
+                for k in keys
+            )
+            raise OutputError(
+                f"{self.folder} holds samples of another request: {differing}; remove it or choose another --out"
+            )
+
+    def numbers(self, part: int) -> range:
+        """The samples of a shard."""
+        return range(part * self.batch_size, min((part + 1) * self.batch_size, self.num))
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"{part:06d}.npy"
+
+    def _checksum(self, array_bytes: bytes | memoryview) -> bytes:
+        digest = hashlib.sha256(self._text.encode())
+        digest.update(array_bytes)
+        return digest.digest()
+
+    def read(self, part: int) -> np.ndarray | None:
+        """A shard (n, *shape); None where it is missing, incomplete, damaged or from another request."""
+        try:
+            stored = read_bytes(self.path(part), OutputError, MOST_LIST_BYTES)
+            body, checksum = memoryview(stored)[:-_CHECKSUM_BYTES], stored[-_CHECKSUM_BYTES:]
+            if self._checksum(body) != checksum:
+                return None
+            array = parse_npy(body, str(self.path(part)), OutputError)
+        except OutputError:
+            return None
+        whole = array.shape == (len(self.numbers(part)), *self.shape) and array.dtype == self.dtype
+        return array if whole else None
+
+    def is_whole(self, part: int) -> bool:
+        """Whether a shard is there and its checksum holds; read once per process."""
+        if part not in self._verified and self.read(part) is not None:
+            self._verified.add(part)
+        return part in self._verified
+
+    def missing(self) -> list[int]:
+        """Shards that have yet to be drawn."""
+        return [part for part in range(self.count) if not self.is_whole(part)]
+
+    def finished(self) -> int:
+        """Number of samples whose shards are there, of all ranks; checksums are not verified."""
+        there = {path.name for path in self.folder.glob("*.npy")}
+        return sum(len(self.numbers(part)) for part in range(self.count) if f"{part:06d}.npy" in there)
+
+    def write(self, part: int, samples: np.ndarray) -> None:
+        """Store a shard; it survives a kill from here on."""
+        expected = (len(self.numbers(part)), *self.shape)
+        if samples.shape != expected or samples.dtype != self.dtype:
+            raise ValueError(
+                f"shard {part} is {samples.dtype} {samples.shape}, expected {self.dtype} {expected}"
+            )
+
+        def save(temporary: Path) -> None:
+            buffer = io.BytesIO()
+            np.save(buffer, samples)
+            with temporary.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.write(self._checksum(buffer.getbuffer()))
+
+        write_atomically(self.path(part), save)
+        if not self.is_whole(part):
+            raise OutputError(f"{self.path(part)} does not read back as it was written; choose another --out")
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The shards in order, each (n, *shape)."""
+        for part in range(self.count):
+            array = self.read(part)
+            if array is None:
+                raise OutputError(f"{self.path(part)} is missing or damaged; run the command again")
+            yield array
+
+    def first(self, most: int) -> np.ndarray:
+        """The first `most` samples, or all if there are fewer."""
+        taken: list[np.ndarray] = []
+        for array in self:
+            taken.append(array[: most - sum(map(len, taken))])
+            if sum(map(len, taken)) == most:
+                break
+        return np.concatenate(taken)
+
+    def write_npz(self, path: Path) -> None:
+        """All samples as ADM's archive: uint8 (num, H, W, C) under `arr_0`, stored; equal samples give equal bytes."""
+
+        def save(temporary: Path) -> None:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+                member = zipfile.ZipInfo("arr_0.npy", _DATE)
+                with archive.open(member, "w", force_zip64=True) as file:
+                    header = {
+                        "descr": self.dtype.str,
+                        "fortran_order": False,
+                        "shape": (self.num, *self.shape),
+                    }
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for array in self:
+                        file.write(np.ascontiguousarray(array).data)
+
+        write_atomically(path, save)
+
+    def remove(self) -> None:
+        """Delete the shards, once the results are made of them."""
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self.folder)
+
+    def remove_if_empty(self) -> None:
+        """Delete the folder of a command that failed before its first shard."""
+        if not any(self.folder.glob("[0-9]*.npy")):
+            self.remove()

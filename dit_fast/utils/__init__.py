@@ -1,0 +1,1 @@
+"""What every package uses: checks of values, files, locks, keyed draws, the terminal, CUDA graphs, NVTX ranges."""

@@ -1,0 +1,384 @@
+"""Ours <-> diffusers: the same numbers both ways, on disk and live, and in diffusers' own pipeline."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+)
+
+import dit_fast
+from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.interop import (
+    DIFFUSERS,
+    REFERENCE,
+    Conventions,
+    ConvertedDiT,
+    from_diffusers,
+    load_model,
+    save_diffusers,
+    to_diffusers,
+)
+from dit_fast.interop.diffusers import (
+    config_from_diffusers,
+    diffusers_config,
+    state_from_diffusers,
+    state_to_diffusers,
+)
+from dit_fast.models import DiT
+from tests.reference_layout import inputs, randomise
+from tests.tolerance import SUM, assert_close
+
+SMALL = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
+THEIRS = {
+    "num_attention_heads": 4, "attention_head_dim": 8, "out_channels": 8, "num_layers": 2, "sample_size": 8,
+    "num_embeds_ada_norm": 10,
+}  # fmt: skip
+MIXED = Conventions(timestep_freq_shift=0.5, norm2_eps=1e-3, cfg_channels=2)
+
+
+def ours(conventions: Conventions | None = None, **changes) -> DiT:
+    sizes = {**SMALL, **changes}
+    model = DiT(**sizes) if conventions is None else ConvertedDiT(**sizes, conventions=conventions)
+    positions = model.pos_embed.detach().clone()
+    randomise(model)
+    with torch.no_grad():
+        model.pos_embed.copy_(positions)
+    return model
+
+
+def theirs(**changes) -> DiTTransformer2DModel:
+    """Random weights, with the embedders that a DiT has once the same in every block."""
+    model = randomise(DiTTransformer2DModel(**{**THEIRS, **changes}))
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model
+
+
+@torch.no_grad()
+def answer(model) -> torch.Tensor:
+    x, t, y = inputs()
+    out = model(x, t, y)
+    return out if isinstance(out, torch.Tensor) else out.sample
+
+
+def error(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+# Live models
+
+
+@pytest.mark.parametrize("conventions", [None, REFERENCE, DIFFUSERS, MIXED])
+def test_ours_to_diffusers_and_back(conventions) -> None:
+    model = ours(conventions)
+    converted = to_diffusers(model)
+    assert_close(answer(converted), answer(model))
+    assert answer(model).abs().max() > 0.5
+    back = from_diffusers(converted, cfg_channels=(conventions or REFERENCE).cfg_channels)
+    assert back.conventions == (conventions or REFERENCE)
+    assert back.config == model.config
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.state_dict().items())
+    assert torch.equal(answer(back), answer(model))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm_eps": 1e-6}, {"out_channels": 4}, {"in_channels": 4, "patch_size": 4}]
+)
+def test_diffusers_to_ours_and_back(changes) -> None:
+    model = theirs(**changes)
+    converted = from_diffusers(model)
+    assert converted.conventions == Conventions(1, changes.get("norm_eps", 1e-5), None)
+    assert_close(answer(converted), answer(model))
+    back = to_diffusers(converted)
+    assert {**back.config, "_use_default_values": 0} == {**model.config, "_use_default_values": 0}
+    assert list(back.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.state_dict().items())
+    assert torch.equal(answer(back), answer(model))
+
+
+def test_conventions_matter() -> None:
+    """What the conversion carries along is no rounding: without it the answers are others."""
+    model = theirs()
+    converted = from_diffusers(model)
+    for wrong in (Conventions(0, 1e-5), Conventions(1, 1e-2)):
+        other = ConvertedDiT(**converted.config, conventions=wrong).eval()
+        other.load_state_dict(converted.state_dict())
+        assert error(answer(other), answer(model)) > 1e-3
+
+
+def test_guidance_follows_the_conventions() -> None:
+    x, t, y = torch.randn(4, 4, 8, 8), torch.full((4,), 300), torch.tensor([1, 2, 10, 10])
+    with torch.no_grad():
+        for conventions, channels in ((REFERENCE, 3), (DIFFUSERS, None), (MIXED, 2)):
+            model = ours(conventions)
+            own = model.forward_with_cfg(x, t, y, 4.0)
+            assert torch.equal(own, DiT.forward_with_cfg(model, x, t, y, 4.0, channels))
+            assert not torch.equal(own, model.forward_with_cfg(x, t, y, 4.0, 1))
+
+
+def test_modulations_and_compile_of_a_converted_model() -> None:
+    model = ours(DIFFUSERS)
+    x, t, y = inputs()
+    with torch.no_grad():
+        assert torch.equal(model.forward_modulated(x, model.modulations(t, y)), answer(model))
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_close(compiled(x, t, y), answer(model))
+
+
+def test_state_dicts_alone_go_there_and_back() -> None:
+    state = ours().state_dict()
+    back = state_from_diffusers(state_to_diffusers(state), ours().config, "a")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in back.items())
+
+
+def test_dtype_and_mode_are_kept() -> None:
+    converted = from_diffusers(to_diffusers(ours().to(torch.bfloat16)))
+    assert {p.dtype for p in converted.parameters()} == {torch.bfloat16}
+    assert not converted.training
+    assert [name for name, p in converted.named_parameters() if not p.requires_grad] == ["pos_embed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda m: m.regrid((8, 4)), "square, this model is 8x4"),
+        (lambda m: m.regrid(16, "interpolate"), r"numbers positions 0, 1, 2.*differ by up to"),
+        (lambda m: ours(mlp_ratio=2.0), r"mlp_ratio 2.0 \(4 wanted\)"),
+        (lambda m: ours(class_dropout_prob=0.0), "no null class"),
+    ],
+)
+def test_what_diffusers_cannot_be(change, line, tmp_path) -> None:
+    model = change(ours())
+    with pytest.raises(ConfigError, match=line):
+        to_diffusers(model)
+    with pytest.raises(ConfigError, match=line):
+        save_diffusers(model, tmp_path / "a", conventions=DIFFUSERS)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("conditioning", ["adaln", "cross_attention", "in_context"])
+def test_other_blocks_of_the_paper_are_not_diffusers(conditioning) -> None:
+    with pytest.raises(ConfigError, match=f"the paper's, this model has conditioning='{conditioning}'"):
+        diffusers_config({**ours().config, "conditioning": conditioning}, DIFFUSERS)
+
+
+def test_live_models_that_are_no_dit() -> None:
+    with pytest.raises(ConfigError, match="takes a DiTTransformer2DModel, this is a Linear"):
+        from_diffusers(torch.nn.Linear(2, 2))
+    model = theirs()
+    torch.nn.init.ones_(model.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.bias)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.norm1\.emb.*differs from another block's"):
+        from_diffusers(model)
+    model = theirs()
+    model.transformer_blocks[1].norm3.eps = 1e-3
+    with pytest.raises(CheckpointError, match="a DiT has one for all"):
+        from_diffusers(model)
+    model.transformer_blocks[0].norm1.emb.time_proj.flip_sin_to_cos = False
+    with pytest.raises(CheckpointError, match=r"\[sin, cos\]"):
+        from_diffusers(model)
+
+
+# Folders
+
+
+def test_a_folder_of_diffusers_loads(tmp_path) -> None:
+    model = theirs()
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for path in (
+        tmp_path / "whole",
+        tmp_path / "whole" / "diffusion_pytorch_model.safetensors",
+        tmp_path / "shards",
+    ):
+        loaded, info = load_model(path)
+        assert isinstance(loaded, ConvertedDiT)
+        assert_close(answer(loaded), answer(model))
+        assert "timestep_freq_shift 1, norm2_eps 1e-05" in info.notes[-1]
+
+
+def test_the_first_releases_folder_loads(tmp_path) -> None:
+    """A Transformer2DModel, its weights in a .bin, as the published DiT was uploaded."""
+    model = theirs()
+    torch.save(model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    extra = {"cross_attention_dim": None, "only_cross_attention": False, "norm_num_groups": 32}
+    config = {**model.config, **extra, "_class_name": "Transformer2DModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_close(answer(load_model(tmp_path)[0]), answer(model))
+
+
+def test_a_converted_model_saves_as_diffusers_does(tmp_path) -> None:
+    model = from_diffusers(theirs())
+    model.save_pretrained(tmp_path)
+    native = DiTTransformer2DModel.from_pretrained(tmp_path).eval()
+    assert_close(answer(native), answer(model))
+    loaded, _ = load_model(tmp_path)
+    assert torch.equal(answer(loaded), answer(model))
+    with pytest.raises(CheckpointError, match="unknown key 'attention_head_dim'"):
+        DiT.from_pretrained(tmp_path)  # never read without its conventions
+
+
+def test_exporting_the_references_weights_is_asked_for(tmp_path) -> None:
+    model = ours()
+    with pytest.raises(ConfigError, match=r"frequencies with shift 1, this model with 0.*FastDiT"):
+        save_diffusers(model, tmp_path / "a")
+    with pytest.raises(ConfigError, match="has timestep_freq_shift 1"):
+        save_diffusers(model, tmp_path / "a", conventions=REFERENCE)
+    assert not (tmp_path / "a").exists()
+    save_diffusers(model, tmp_path / "a", conventions=DIFFUSERS)
+    native = DiTTransformer2DModel.from_pretrained(tmp_path / "a").eval()
+    as_diffusers = ConvertedDiT(**model.config, conventions=DIFFUSERS).eval()
+    as_diffusers.load_state_dict(model.state_dict())
+    assert_close(answer(native), answer(as_diffusers))
+    assert error(answer(native), answer(model)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"dropout": 0.1}, r"dropout=0\.1 \(a DiT has 0\.0\)"),
+        ({"norm_type": "ada_norm"}, "norm_type='ada_norm'"),
+        ({"num_layers": 10**9}, "num_layers=1000000000"),
+        ({"num_layers": 5}, "depth is 2 in the checkpoint, 5 expected"),
+        ({"sample_size": "8"}, "sample_size='8'"),
+        ({"sample_size": True}, "sample_size=True"),
+        ({"sample_size": 2**23}, r"says 4194304x4194304 tokens of width 32"),
+        ({"sample_size": 9}, "cannot be built: input_size 9x9 is not a positive multiple of patch_size 2"),
+        ({"out_channels": 5}, "out_channels=5 for in_channels=4"),
+        ({"norm_eps": float("nan")}, "norm2_eps=nan"),
+        ({"mlp_ratio": 1e300}, "mlp_ratio=1e"),
+        ({"attention_head_dim": 2**20}, r"width 4194304, its pos_embed\.proj\.bias is \(32,\)"),
+        ({"_target_": "os.system", "target": "os.system"}, "unknown 'target'='os.system'"),
+    ],
+)
+def test_hostile_configurations_are_one_line(change, line, tmp_path) -> None:
+    theirs().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=line) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "line"),
+    [
+        (
+            {"a": "../outside.safetensors"},
+            "refused: '../outside.safetensors' is no safetensors file of this folder",
+        ),
+        ({"a": "/etc/passwd"}, "refused"),
+        ({"a": "weights.pt"}, "refused"),
+        ({"a": "gone.safetensors"}, r"gone\.safetensors: no such file"),
+        ({"a": 3}, "no weight_map"),
+        ([], "no weight_map"),
+    ],
+)
+def test_hostile_shards(weight_map, line, tmp_path) -> None:
+    folder = tmp_path / "model"
+    theirs().save_pretrained(folder)
+    shutil.move(folder / "diffusion_pytorch_model.safetensors", tmp_path / "outside.safetensors")
+    with pytest.raises(CheckpointError, match=r"no diffusion_pytorch_model\.safetensors beside"):
+        load_model(folder)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=line):
+        load_model(folder)
+
+
+def test_missing_and_foreign_tensors_are_named() -> None:
+    config, _ = config_from_diffusers(THEIRS, "a")
+    state = state_to_diffusers(ours().state_dict())
+    del state["transformer_blocks.1.attn1.to_k.weight"]
+    state["transformer_blocks.0.attn2.to_q.weight"] = torch.zeros(2)
+    back = state_from_diffusers(state, config, "a")
+    foreign = {key for key in back if key.startswith("transformer_blocks")}
+    assert foreign == {
+        "transformer_blocks.1.attn1.to_q.weight", "transformer_blocks.1.attn1.to_v.weight",
+        "transformer_blocks.0.attn2.to_q.weight",
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.extra is no tensor of a DiT"):
+        state_to_diffusers({"blocks.0.extra": torch.zeros(2), "blocks.0.attn.qkv.bias": torch.zeros(6)})
+
+
+# Pipelines
+
+
+def autoencoder() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+    ).eval()  # fmt: skip
+
+
+def images(pipeline, guidance: float = 3.0):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(
+        [1, 7], guidance_scale=guidance, num_inference_steps=4, generator=generator, output_type="pt"
+    ).images
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("conventions", [None, DIFFUSERS])
+def test_our_model_in_their_pipeline(scheduler, conventions, tmp_path) -> None:
+    """The images of diffusers' own model of the same weights, saved and loaded again by the pipeline."""
+    model = ours(conventions, num_classes=10)
+    adapter = dit_fast.FastDiT.from_dit(model)
+    assert adapter.dit.blocks[0].mlp.fc1.weight is model.blocks[0].mlp.fc1.weight
+    pipeline = DiTPipeline(adapter, autoencoder(), scheduler())
+    fast = images(pipeline)
+    assert fast.std() > 0.05
+
+    native = to_diffusers(ours(conventions, num_classes=1000))
+    table = model.y_embedder.embedding_table.weight
+    for block in native.transformer_blocks:
+        # diffusers' pipeline takes row 1000 for the null class: give its model our ten rows and ours there
+        weight = block.norm1.emb.class_embedder.embedding_table.weight
+        with torch.no_grad():
+            weight[:10], weight[1000] = table[:10], table[10]
+    native.load_state_dict(
+        {k: v for k, v in state_to_diffusers(model.state_dict()).items() if "embedding_table" not in k},
+        strict=False,
+    )
+    # Four steps, each with guidance.
+    assert_close(images(DiTPipeline(native, autoencoder(), scheduler())), fast, terms=16 * SUM)
+
+    pipeline.save_pretrained(tmp_path)
+    again = DiTPipeline.from_pretrained(tmp_path)
+    assert type(again.transformer) is dit_fast.FastDiT
+    assert torch.equal(images(again), fast)
+    loaded, _ = load_model(tmp_path)
+    assert loaded.conventions == (conventions or REFERENCE)
+    assert torch.equal(answer(loaded), answer(model))
+
+
+def test_guidance_without_a_null_class_is_refused() -> None:
+    adapter = dit_fast.FastDiT.from_dit(ours(class_dropout_prob=0.0))
+    pipeline = DiTPipeline(adapter, autoencoder(), DDIMScheduler())
+    with pytest.raises(ConfigError, match="guidance on a model without a null class"):
+        images(pipeline)
+    assert images(pipeline, guidance=1.0).isfinite().all()
+
+
+def test_the_adapter_is_a_model_of_diffusers(tmp_path) -> None:
+    adapter = dit_fast.FastDiT.from_dit(ours(mlp_ratio=2.0))
+    adapter.save_pretrained(tmp_path)
+    again = dit_fast.FastDiT.from_pretrained(tmp_path)
+    x, t, y = inputs()
+    with torch.no_grad():
+        assert torch.equal(again(x, t, y, return_dict=False)[0], answer(adapter.dit))
+        assert torch.equal(again(x, 5, y).sample, adapter.dit(x, torch.tensor([5, 5, 5]), y))
+    with pytest.raises(ConfigError, match="no cross_attention_kwargs"):
+        adapter(x, t, y, {"scale": 1.0})
+    with pytest.raises(AttributeError, match="no attribute 'FasterDiT'"):
+        _ = dit_fast.FasterDiT
