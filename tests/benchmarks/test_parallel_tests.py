@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SETTINGS
 
 from benchmarks import parallel_tests, tests_worker
 from benchmarks.environment import ROOT
 from benchmarks.parallel_tests import gpu_files, main, read_log, summary
 from benchmarks.tests_worker import Turn, context_is_broken
+from tests.conftest import SETTINGS
 
 KERNELS = """
 import os, time, pytest

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from dit_fast.errors import DataError
-from dit_fast.evaluation import GaussianStatistics, StreamingStatistics, frechet_distance
-from dit_fast.evaluation import metrics as inception_score
-from dit_fast.evaluation import metrics as precision_recall
+from dit_fast.evaluation import (
+    GaussianStatistics,
+    StreamingStatistics,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 from dit_fast.evaluation.metrics import _distances
 from tests.tolerance import FEW, assert_close
 

@@ -215,8 +215,10 @@ def test_a_pipeline_tells_names_schedule_and_autoencoder(folder):
     assert info.diffusion == {"noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False}
     assert info.vae == str(folder / "vae")
     assert info.latent
-    _, bare = load_model(folder / "transformer")
-    assert (bare.class_names, bare.diffusion, bare.vae) == (None, {}, None)
+    _, inner = load_model(folder / "transformer")
+    assert (inner.class_names, inner.diffusion, inner.vae) == (info.class_names, info.diffusion, info.vae)
+    _, alone = load_model(folder / "transformer", objective="diffusion")
+    assert (alone.class_names, alone.vae) == (None, None)
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "transformer", "hub"])
@@ -267,7 +269,9 @@ def test_a_schedule_that_is_another_is_refused(folder, tmp_path, scheduler, line
     with pytest.raises(CheckpointError, match=line) as caught:
         load_model(tmp_path / "p")
     assert "\n" not in str(caught.value)
-    load_model(tmp_path / "p" / "transformer")
+    with pytest.raises(CheckpointError, match=line):
+        load_model(tmp_path / "p" / "transformer")
+    load_model(tmp_path / "p" / "transformer", objective="diffusion")
 
 
 def test_names_that_two_classes_share():
