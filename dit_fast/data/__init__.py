@@ -8,7 +8,7 @@ from dit_fast.data.builtin import BUILTIN, DIGIT_NAMES
 from dit_fast.data.caches import open_cache, recognise
 from dit_fast.data.captions import EMBEDDED, captions_of, find_captions
 from dit_fast.data.decode import Conversion, centre_crop, centre_crop_array
-from dit_fast.data.image_folder import open_folder
+from dit_fast.data.folder import open_folder
 from dit_fast.data.images import ImageSet, Split, from_arrays, to_pixels
 from dit_fast.data.latents import Encoder, LatentSet, LatentStream, Posterior, encode_in_loop, open_latents
 from dit_fast.data.shards import MANIFEST, SETTINGS
