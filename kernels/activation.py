@@ -10,36 +10,50 @@ from typing import Any
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.op import check_tensors, define_op
+from dit_fast.kernels.op import Run, check_tensors, define_op
 
 
 def define_activation(
     name: str,
-    forward: Callable[[Tensor, Tensor | None], Tensor],
-    backward: Callable[[Tensor, Tensor, Tensor | None, bool, bool], tuple[Tensor, Tensor, Tensor]],
+    forward: Callable[[Tensor, int, int], Run],
+    backward: Callable[[Tensor, int, int, bool, bool], Run],
     parts: int = 1,
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Register `name` and `name`_backward, whose maths `reference` has under these names; returns `name`(pre, bias).
 
-    forward(pre, bias) and backward(d_act, pre, bias, activation, bias_gradient) launch the kernels; the latter returns
-    d_pre, act and d_bias, the last two empty unless asked for. What is returned raises ValueError for tensors that do
-    not fit.
+    forward(on, N, F) and backward(on, N, F, activation, bias_gradient) prepare launches for N rows of F features like
+    `on`: run(pre, bias) -> act, and run(d_act, pre, bias) -> (d_pre, act, d_bias), the last two empty unless asked for.
     """
     value, gradient = reference.ACTIVATIONS[name], reference.ACTIVATION_BACKWARDS[name]
 
-    def triton_forward(pre: Tensor, bias: Tensor | None = None) -> Tensor:
-        return forward(pre, bias)
+    def sizes(pre: Tensor) -> tuple[int, int]:
+        return pre.numel() // pre.shape[-1], pre.shape[-1] // parts
+
+    def check(pre: Tensor, bias: Tensor | None) -> None:
+        check_tensors(name, pre=pre, bias=bias)
+        if pre.ndim == 0 or pre.shape[-1] == 0 or pre.shape[-1] % parts:
+            columns = "features" if parts == 1 else f"{parts} * features"
+            raise ValueError(
+                f"{name}: pre is {tuple(pre.shape)}, expected (..., {columns}) with at least one feature"
+            )
+        if bias is not None and tuple(bias.shape) != (pre.shape[-1],):
+            raise ValueError(f"{name}: bias is {tuple(bias.shape)}, expected ({pre.shape[-1]},)")
+
+    def plan_forward(pre: Tensor, bias: Tensor | None) -> Run:
+        return forward(pre, *sizes(pre))
 
     def reference_forward(pre: Tensor, bias: Tensor | None = None) -> Tensor:
         return value(pre, bias).contiguous()
 
-    def fake_forward(pre: Tensor, bias: Tensor | None = None) -> Tensor:
-        return pre.new_empty(*pre.shape[:-1], pre.shape[-1] // parts)
-
-    def triton_backward(
+    def plan_backward(
         dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(dact, pre, bias, activation, bias_gradient)
+    ) -> Run:
+        launched = backward(pre, *sizes(pre), activation, bias_gradient)
+
+        def run(dact: Tensor, pre: Tensor, bias: Tensor | None, *_: bool) -> tuple[Tensor, Tensor, Tensor]:
+            return launched(dact, pre, bias)
+
+        return run
 
     def reference_backward(
         dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
@@ -51,49 +65,21 @@ def define_activation(
             dbias if bias_gradient else dbias.new_empty(0),
         )
 
-    def fake_backward(
-        dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        like = pre if bias is None else bias
-        return (
-            pre.new_empty(pre.shape),
-            pre.new_empty(dact.shape if activation else 0),
-            like.new_empty(pre.shape[-1] if bias_gradient else 0),
-        )
-
-    backward_op = define_op(
-        f"{name}_backward",
-        triton_impl=triton_backward,
-        reference_impl=reference_backward,
-        fake=fake_backward,
-    )
+    backward_op = define_op(f"{name}_backward", plan=plan_backward, reference_impl=reference_backward)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def autograd(ctx: Any, dact: Tensor) -> tuple[Tensor | None, ...]:
         pre, bias = ctx.saved_tensors
-        dpre, _, dbias = backward_op(dact, pre, bias, False, bias is not None)
+        dpre, _, dbias = backward_op.in_backward(ctx, None, dact, pre, bias, False, bias is not None)
         return dpre, None if bias is None else dbias
 
-    op = define_op(
+    return define_op(
         name,
-        triton_impl=triton_forward,
+        plan=plan_forward,
         reference_impl=reference_forward,
-        fake=fake_forward,
+        check=check,
         backward=autograd,
         setup_context=setup_context,
     )
-
-    def checked(pre: Tensor, bias: Tensor | None) -> Tensor:
-        check_tensors(name, pre=pre, bias=bias)
-        if pre.ndim == 0 or pre.shape[-1] == 0 or pre.shape[-1] % parts:
-            columns = "features" if parts == 1 else f"{parts} * features"
-            raise ValueError(
-                f"{name}: pre is {tuple(pre.shape)}, expected (..., {columns}) with at least one feature"
-            )
-        if bias is not None and tuple(bias.shape) != (pre.shape[-1],):
-            raise ValueError(f"{name}: bias is {tuple(bias.shape)}, expected ({pre.shape[-1]},)")
-        return op(pre, bias)
-
-    return checked

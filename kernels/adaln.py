@@ -38,8 +38,8 @@ from dit_fast.kernels.device import (
     store_sum,
     tail_part,
 )  # fmt: skip
-from dit_fast.kernels.launch import accumulator, as_vectors, cast, cdiv, launch, tuned_rows
-from dit_fast.kernels.op import check_shapes, define_op, is_centred, uses_triton
+from dit_fast.kernels.launch import accumulator, as_vectors, cast, cdiv, prepare, tuned_rows
+from dit_fast.kernels.op import Run, check_shapes, define_op, is_centred, uses_triton
 
 
 @triton.jit
@@ -217,22 +217,32 @@ def _adaln_bwd_kernel(
         store_sum(partial_ptr + stride_sum, dscale_tail, TAIL)
 
 
-def _forward(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float, centred: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check(x: Tensor, shift: Tensor, scale: Tensor, *_: Any) -> None:
+    B, _, D = check_shapes("adaln_modulate", x)
+    check_shapes("adaln_modulate", x, shift=(shift, (B, D)), scale=(scale, (B, D)))
+
+
+def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float, centred: bool) -> Run:
     B, T, _ = x.shape
-    x, shift, scale = x.contiguous(), as_vectors(shift), as_vectors(scale)
-    y = torch.empty_like(x, dtype=scale.dtype)
-    mean = x.new_empty(B, T, dtype=reference.accumulator(x))
-    rstd = torch.empty_like(mean)
-    cfg = tuned_rows(_adaln_fwd_kernel, x, y)
-    launch(
+    dtype, acc = scale.dtype, reference.accumulator(x)
+    cfg = tuned_rows(_adaln_fwd_kernel, x, dtype)
+    start = prepare(
         _adaln_fwd_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
-        x_ptr=x, shift_ptr=shift, scale_ptr=scale, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
-        T=T, stride_shift=shift.stride(0), stride_scale=scale.stride(0),
-        EPS=eps, CENTRED=centred, **cfg.meta, ACC=accumulator(x),
+        T=T, EPS=eps, CENTRED=centred, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
-    return y, mean, rstd
+
+    def run(x: Tensor, shift: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, shift, scale = x.contiguous(), as_vectors(shift), as_vectors(scale)
+        y = torch.empty_like(x, dtype=dtype)
+        mean = x.new_empty((B, T), dtype=acc)
+        rstd = torch.empty_like(mean)
+        start(
+            x_ptr=x, shift_ptr=shift, scale_ptr=scale, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
+            stride_shift=shift.stride(0), stride_scale=scale.stride(0),
+        )  # fmt: skip
+        return y, mean, rstd
+
+    return run
 
 
 def _forward_reference(
@@ -242,50 +252,38 @@ def _forward_reference(
     return y.contiguous(), *reference.moments(x, eps, centred)
 
 
-def _forward_fake(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float, centred: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    moments = x.new_empty(x.shape[:2], dtype=reference.accumulator(x))
-    return x.new_empty(x.shape, dtype=scale.dtype), moments, torch.empty_like(moments)
-
-
-def _backward(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool
-) -> tuple[Tensor, Tensor]:
-    """d_x and (2, B, D) = [d_shift, d_scale] in the dtype of `scale`."""
+def _backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool) -> Run:
     B, T, D = x.shape
-    dy, x, scale = dy.contiguous(), x.contiguous(), as_vectors(scale)
-    dx = torch.empty_like(x)
-    cfg = tuned_rows(_adaln_bwd_kernel, x, dy, sums=2)
-    partial = x.new_empty(2, B, cfg.splits, D, dtype=mean.dtype)
-    launch(
+    cfg = tuned_rows(_adaln_bwd_kernel, x, dy.dtype, sums=2)
+    dtype, acc, partials = scale.dtype, mean.dtype, (2, B, cfg.splits, D)
+    start = prepare(
         _adaln_bwd_kernel, (B * cfg.splits,), on=x, num_warps=cfg.num_warps,
-        dy_ptr=dy, x_ptr=x, scale_ptr=scale, mean_ptr=mean, rstd_ptr=rstd, dx_ptr=dx, partial_ptr=partial,
-        B=B, T=T, stride_scale=scale.stride(0),
-        SPLITS=cfg.splits, CENTRED=centred, **cfg.meta, ACC=accumulator(x),
+        B=B, T=T, SPLITS=cfg.splits, CENTRED=centred, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
-    return dx, cast(partial.sum(2), scale.dtype)
+
+    def run(
+        dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool
+    ) -> tuple[Tensor, Tensor]:
+        x, scale = x.contiguous(), as_vectors(scale)
+        dx, partial = torch.empty_like(x), x.new_empty(partials, dtype=acc)
+        start(
+            dy_ptr=dy.contiguous(), x_ptr=x, scale_ptr=scale, mean_ptr=mean, rstd_ptr=rstd, dx_ptr=dx,
+            partial_ptr=partial, stride_scale=scale.stride(0),
+        )  # fmt: skip
+        return dx, cast(partial.sum(2), dtype)
+
+    return run
 
 
 def _backward_reference(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool
 ) -> tuple[Tensor, Tensor]:
+    """d_x and (2, B, D) = [d_shift, d_scale] in the dtype of `scale`."""
     dx, dshift, dscale = reference.adaln_modulate_backward(dy, x, scale, mean, rstd, centred)
     return dx.contiguous(), torch.stack([dshift, dscale])
 
 
-def _backward_fake(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), scale.new_empty(2, *scale.shape)
-
-
-_backward_op = define_op(
-    "adaln_modulate_backward",
-    triton_impl=_backward,
-    reference_impl=_backward_reference,
-    fake=_backward_fake,
-)
+_backward_op = define_op("adaln_modulate_backward", plan=_backward, reference_impl=_backward_reference)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -297,15 +295,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    dx, dmod = _backward_op(dy, *ctx.saved_tensors, ctx.centred)
-    return dx, cast(dmod[0], ctx.shift_dtype), dmod[1], None, None
+    dx, dmod = _backward_op.in_backward(ctx, None, dy, *ctx.saved_tensors, ctx.centred)
+    dshift, dscale = dmod.unbind()
+    return dx, cast(dshift, ctx.shift_dtype), dscale, None, None
 
 
 _forward_op = define_op(
     "adaln_modulate",
-    triton_impl=_forward,
+    plan=_forward,
     reference_impl=_forward_reference,
-    fake=_forward_fake,
+    check=_check,
     backward=_autograd,
     setup_context=_setup_context,
 )
@@ -338,6 +337,4 @@ def adaln_with_moments(
 
     Of an RMSNorm the mean is 0 and the deviation that from 0: `adaln_from_moments` takes either.
     """
-    B, _, D = check_shapes("adaln_modulate", x)
-    check_shapes("adaln_modulate", x, shift=(shift, (B, D)), scale=(scale, (B, D)))
     return _forward_op(x, shift, scale, eps, is_centred(norm))

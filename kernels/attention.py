@@ -16,9 +16,10 @@ attention_long.py; attention_backends.py chooses between these kernels and those
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dit_fast.kernels import attention_long, attention_short, reference
+from dit_fast.kernels import attention_long, attention_short, reference, tuned
 from dit_fast.kernels.attention_backends import (
     choose_backend,
     cudnn_attention,
@@ -26,9 +27,12 @@ from dit_fast.kernels.attention_backends import (
     sdpa_attention,
 )
 from dit_fast.kernels.launch import capability, cast
-from dit_fast.kernels.op import check_tensors, define_op, uses_triton
+from dit_fast.kernels.op import Run, check_tensors, define_op, uses_triton
 
 MAX_HEAD_DIM = 128
+
+_backends: dict[Any, str] = tuned.plan_cache()
+"""What `attention` runs, by all that decides it, so that a call costs one lookup."""
 
 
 def _path(qkv: Tensor, num_heads: int) -> ModuleType:
@@ -38,8 +42,19 @@ def _path(qkv: Tensor, num_heads: int) -> ModuleType:
     return attention_short if short else attention_long
 
 
-def _attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _path(qkv, num_heads).forward(qkv, num_heads, None if bias is None else bias.contiguous())
+def _check(qkv: Tensor, num_heads: int, bias: Tensor | None) -> None:
+    K = check_packed("attention", qkv, num_heads, bias)
+    if not takes_head_dim(K):
+        raise ValueError(f"attention: head_dim {K} of qkv is not a multiple of 8 up to {MAX_HEAD_DIM}")
+
+
+def _attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
+    launched = _path(qkv, num_heads).forward(qkv, num_heads, bias)
+
+    def run(qkv: Tensor, _: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return launched(qkv, None if bias is None else bias.contiguous())
+
+    return run
 
 
 def _attention_reference(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -47,32 +62,26 @@ def _attention_reference(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tu
     return reference.attention(qkv, num_heads, bias).contiguous(), lse.contiguous()
 
 
-def _attention_fake(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    B, T, packed = qkv.shape
-    lse = qkv.new_empty(B, num_heads, T, dtype=reference.accumulator(qkv))
-    return qkv.new_empty(B, T, packed // 3), lse
-
-
 def _attention_backward(
     dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """d_qkv, d_bias; d_bias is empty without a bias."""
-    contiguous = None if bias is None else bias.contiguous()
-    dqkv, shares = _path(qkv, num_heads).backward(dout.contiguous(), qkv, num_heads, contiguous, out, lse)
-    return dqkv, qkv.new_empty(0) if bias is None else cast(shares.sum((0, 1)), bias.dtype)
+) -> Run:
+    launched = _path(qkv, num_heads).backward(qkv, num_heads, bias)
+
+    def run(
+        dout: Tensor, qkv: Tensor, _: int, bias: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        contiguous = None if bias is None else bias.contiguous()
+        dqkv, shares = launched(dout.contiguous(), qkv, contiguous, out, lse)
+        return dqkv, qkv.new_empty(0) if bias is None else cast(shares.sum((0, 1)), bias.dtype)
+
+    return run
 
 
 def _attention_backward_reference(
     dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """d_qkv, d_bias; d_bias is empty without a bias."""
     return reference.attention_backward(dout, qkv, num_heads, bias)
-
-
-def _attention_backward_fake(
-    dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    dbias = qkv.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return qkv.new_empty(qkv.shape), dbias
 
 
 def _attention_flops(qkv: tuple[int, ...], *rest: Any, **kw: Any) -> int:
@@ -88,9 +97,8 @@ def _attention_backward_flops(dout: Any, qkv: tuple[int, ...], *rest: Any, **kw:
 
 _attention_backward_op = define_op(
     "attention_backward",
-    triton_impl=_attention_backward,
+    plan=_attention_backward,
     reference_impl=_attention_backward_reference,
-    fake=_attention_backward_fake,
     flops=_attention_backward_flops,
 )
 
@@ -105,15 +113,15 @@ def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _attention_autograd(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     qkv, bias, out, lse = ctx.saved_tensors
-    dqkv, dbias = _attention_backward_op(dout, qkv, ctx.num_heads, bias, out, lse)
+    dqkv, dbias = _attention_backward_op.in_backward(ctx, None, dout, qkv, ctx.num_heads, bias, out, lse)
     return dqkv, None, None if bias is None else dbias
 
 
 _attention_op = define_op(
     "attention",
-    triton_impl=_attention,
+    plan=_attention,
     reference_impl=_attention_reference,
-    fake=_attention_fake,
+    check=_check,
     backward=_attention_autograd,
     setup_context=_attention_context,
     flops=_attention_flops,
@@ -132,15 +140,23 @@ def attention(
     PyTorch whatever the backend.
     Raises ValueError for arguments that do not fit or another word, ImportError where a package is missing.
     """
-    K = check_packed("attention", qkv, num_heads, bias)
-    chosen = attention_backend(qkv, K, backend, kernels)
+    if type(qkv) is not Tensor or torch.compiler.is_compiling():
+        chosen = _checked_backend(qkv, num_heads, bias, backend, kernels)
+    else:
+        like = None if bias is None else (bias.shape, bias.dtype, bias.device)
+        key = (qkv.shape, qkv.dtype, qkv.device, num_heads, like, backend, kernels)
+        chosen = _backends.get(key) or _checked_backend(qkv, num_heads, bias, backend, kernels)
+        _backends[key] = chosen
     if chosen == "triton":
-        if not takes_head_dim(K):
-            raise ValueError(f"attention: head_dim {K} of qkv is not a multiple of 8 up to {MAX_HEAD_DIM}")
         return _attention_op(qkv, num_heads, bias)[0]
     if chosen == "flash":
         return flash_attention(qkv, num_heads, bias)
     return (cudnn_attention if chosen == "cudnn" else sdpa_attention)(qkv, num_heads, bias)
+
+
+def _checked_backend(qkv: Tensor, num_heads: int, bias: Tensor | None, backend: str, kernels: str) -> str:
+    """`attention_backend` for arguments that fit."""
+    return attention_backend(qkv, check_packed("attention", qkv, num_heads, bias), backend, kernels)
 
 
 def takes_head_dim(K: int) -> bool:

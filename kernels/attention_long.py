@@ -11,6 +11,7 @@ Traffic   with U = B * T * H * K elements and tiles of a head sharing the cache:
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -27,7 +28,7 @@ from dit_fast.kernels.attention_tiles import (
     load_head,
     load_queries,
     not_finite,
-    packed_strides,
+    read_in_place,
     row_dot,
     sample_head_tile,
     store_bias_shares,
@@ -35,7 +36,8 @@ from dit_fast.kernels.attention_tiles import (
     subtract_bias,
     zeros_head,
 )
-from dit_fast.kernels.launch import accumulator, capability, cdiv, launch, next_power_of_2
+from dit_fast.kernels.launch import accumulator, capability, cdiv, next_power_of_2, prepare
+from dit_fast.kernels.op import Run
 
 
 @triton.jit
@@ -217,55 +219,76 @@ def long_launch(kernel: str, dtype: torch.dtype, T: int, K: int, capability: int
     return LongLaunch(64, 64, 4, 2) if kernel == "queries" else LongLaunch(64, 128 if K <= 80 else 64, 8, 2)
 
 
-def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out (B, T, H * K) and lse (B, H, T) of packed qkv (B, T, 3 * H * K)."""
+def _sizes(qkv: Tensor, num_heads: int, cfg: LongLaunch) -> dict[str, Any]:
+    """Arguments of all three kernels."""
+    _, T, packed = qkv.shape
+    K = packed // (3 * num_heads)
+    parts = head_parts(K)
+    return {
+        "T": T, "H": num_heads, 
+        "SCALE": K**-0.5, "K": K, "MAIN": parts.main, "TAIL": parts.tail, "BLOCK_M": cfg.block_m,
+        "BLOCK_N": cfg.block_n, "EVEN": T % cfg.block_m == 0 and T % cfg.block_n == 0, "STAGES": cfg.stages,
+        "ACC": accumulator(qkv),
+    }  # fmt: skip
+
+
+def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
+    """run(qkv, bias) -> out (B, T, H * K) and lse (B, H, T) of packed qkv (B, T, 3 * H * K)."""
     B, T, packed = qkv.shape
-    width = packed // 3
-    K = width // num_heads
-    qkv, strides = packed_strides(qkv)
-    parts, cfg = head_parts(K), long_launch("forward", qkv.dtype, T, K, capability(qkv))
-    out = qkv.new_empty(B, T, width)
-    lse = qkv.new_empty(B, num_heads, T, dtype=reference.accumulator(qkv))
+    acc = reference.accumulator(qkv)
+    cfg = long_launch("forward", qkv.dtype, T, packed // (3 * num_heads), capability(qkv))
     tiles = cdiv(T, cfg.block_m)
-    launch(
+    start = prepare(
         _attention_long_fwd_kernel, (B * num_heads * tiles,), on=qkv, num_warps=cfg.num_warps,
-        qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse,
-        T=T, H=num_heads, **strides, TILES=tiles,
-        SCALE=K**-0.5, K=K, MAIN=parts.main, TAIL=parts.tail, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
-        EVEN=T % cfg.block_m == 0 and T % cfg.block_n == 0, STAGES=cfg.stages, ACC=accumulator(qkv),
+        TILES=tiles, **_sizes(qkv, num_heads, cfg),
     )  # fmt: skip
-    return out, lse
+
+    def run(qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = qkv.new_empty((B, T, packed // 3))
+        lse = qkv.new_empty((B, num_heads, T), dtype=acc)
+        qkv, strides = read_in_place(qkv)
+        start(qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse, **strides)
+        return out, lse
+
+    return run
 
 
-def backward(
-    dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """d_qkv, packed as qkv, and the shares (B, tiles, 3 * H * K) of d_bias; no shares without a bias."""
-    B, T, width = dout.shape
-    K = width // num_heads
-    qkv, strides = packed_strides(qkv)
-    dout, parts = dout.contiguous(), head_parts(K)
-    dqkv = qkv.new_empty(B, T, 3 * width)
-    delta = torch.empty_like(lse)
-    head = {"K": K, "MAIN": parts.main, "TAIL": parts.tail, "SCALE": K**-0.5, "ACC": accumulator(qkv)}
+def backward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
+    """run(dout, qkv, bias, out, lse) -> d_qkv, packed as qkv, and the shares (B, tiles, 3 * H * K) of d_bias.
+
+    No shares without a bias.
+    """
+    B, T, packed = qkv.shape
+    K = packed // (3 * num_heads)
     cfg = long_launch("queries", qkv.dtype, T, K, capability(qkv))
     tiles = cdiv(T, cfg.block_m)
-    launch(
+    start_queries = prepare(
         _attention_long_bwd_queries_kernel, (B * num_heads * tiles,), on=qkv, num_warps=cfg.num_warps,
-        dout_ptr=dout, qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse, delta_ptr=delta, dqkv_ptr=dqkv,
-        T=T, H=num_heads, **strides, TILES=tiles,
-        **head, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
-        EVEN=T % cfg.block_m == 0 and T % cfg.block_n == 0, STAGES=cfg.stages,
+        TILES=tiles, **_sizes(qkv, num_heads, cfg),
     )  # fmt: skip
     cfg = long_launch("keys", qkv.dtype, T, K, capability(qkv))
     tiles = cdiv(T, cfg.block_n)
-    shares = lse.new_empty(B, 0 if bias is None else tiles, 3 * width)
-    launch(
+    shared = 0 if bias is None else tiles
+    start_keys = prepare(
         _attention_long_bwd_keys_kernel, (B * num_heads * tiles,), on=qkv, num_warps=cfg.num_warps,
-        dout_ptr=dout, qkv_ptr=qkv, bias_ptr=bias, lse_ptr=lse, delta_ptr=delta, dqkv_ptr=dqkv,
-        partial_ptr=shares,
-        T=T, H=num_heads, **strides, TILES=tiles,
-        **head, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
-        EVEN=T % cfg.block_m == 0 and T % cfg.block_n == 0, STAGES=cfg.stages,
+        TILES=tiles, **_sizes(qkv, num_heads, cfg),
     )  # fmt: skip
-    return dqkv, shares
+
+    def run(
+        dout: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        qkv, strides = read_in_place(qkv)
+        dqkv = qkv.new_empty((B, T, packed))
+        delta = torch.empty_like(lse)
+        start_queries(
+            dout_ptr=dout, qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse, delta_ptr=delta, dqkv_ptr=dqkv,
+            **strides,
+        )  # fmt: skip
+        shares = lse.new_empty((B, shared, packed))
+        start_keys(
+            dout_ptr=dout, qkv_ptr=qkv, bias_ptr=bias, lse_ptr=lse, delta_ptr=delta, dqkv_ptr=dqkv, partial_ptr=shares,
+            **strides,
+        )  # fmt: skip
+        return dqkv, shares
+
+    return run

@@ -34,7 +34,7 @@ from dit_fast.kernels.attention_tiles import (
     load_head,
     load_queries,
     not_finite,
-    packed_strides,
+    read_in_place,
     row_dot,
     sample_head_tile,
     store_bias_shares,
@@ -46,10 +46,11 @@ from dit_fast.kernels.launch import (
     accumulator,
     capability,
     cdiv,
-    launch,
     next_power_of_2,
+    prepare,
     require_powers_of_two,
 )
+from dit_fast.kernels.op import Run
 
 MOST_TOKENS = 256
 WIDEST = 96
@@ -257,52 +258,66 @@ def backward_launch(T: int, K: int) -> ShortLaunch:
     return ShortLaunch(32, 64, 4, 1) if T <= 128 else ShortLaunch(32, 128, 8, 1)
 
 
-def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out (B, T, H * K) and lse (B, H, T) of packed qkv (B, T, 3 * H * K), T at most 256."""
+def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
+    """run(qkv, bias) -> out (B, T, H * K) and lse (B, H, T) of packed qkv (B, T, 3 * H * K), T at most 256."""
     B, T, packed = qkv.shape
     width = packed // 3
     K = width // num_heads
-    qkv, strides = packed_strides(qkv)
-    parts = head_parts(K)
+    parts, acc = head_parts(K), reference.accumulator(qkv)
     heuristic = forward_launch(B, T, num_heads)
     # How many query tiles a program takes depends on how many programs there are.
     sizes = (("T", T), ("K", K), ("heads", next_power_of_2(max(B * num_heads, 1))))
     cfg = tuned.config_for(_attention_short_fwd_kernel, sizes, qkv.dtype, heuristic, capability(qkv))
-    even = cfg.block_n == T and T % (cfg.block_m * cfg.steps) == 0
-    out = qkv.new_empty(B, T, width)
-    lse = qkv.new_empty(B, num_heads, T, dtype=reference.accumulator(qkv))
     tiles = cdiv(T, cfg.block_m * cfg.steps)
-    launch(
+    start = prepare(
         _attention_short_fwd_kernel, (B * num_heads * tiles,), on=qkv, num_warps=cfg.num_warps,
-        qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse,
-        T=T, H=num_heads, **strides, TILES=tiles,
+        T=T, H=num_heads, TILES=tiles,
         STEPS=cfg.steps, SCALE=K**-0.5, K=K, MAIN=parts.main, TAIL=parts.tail,
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, EVEN=even, ACC=accumulator(qkv),
+        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
+        EVEN=cfg.block_n == T and T % (cfg.block_m * cfg.steps) == 0, ACC=accumulator(qkv),
     )  # fmt: skip
-    return out, lse
+
+    def run(qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = qkv.new_empty((B, T, width))
+        lse = qkv.new_empty((B, num_heads, T), dtype=acc)
+        qkv, strides = read_in_place(qkv)
+        start(qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse, **strides)
+        return out, lse
+
+    return run
 
 
-def backward(
-    dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """d_qkv, packed as qkv, and the shares (B, tiles, 3 * H * K) of d_bias; no shares without a bias."""
-    B, T, width = dout.shape
+def backward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
+    """run(dout, qkv, bias, out, lse) -> d_qkv, packed as qkv, and the shares (B, tiles, 3 * H * K) of d_bias.
+
+    No shares without a bias.
+    """
+    B, T, packed = qkv.shape
+    width = packed // 3
     K = width // num_heads
-    qkv, strides = packed_strides(qkv)
     parts = head_parts(K)
     heuristic, sizes = backward_launch(T, K), (("T", T), ("K", K))
     cfg = tuned.config_for(_attention_short_bwd_kernel, sizes, qkv.dtype, heuristic, capability(qkv))
     tiles = cdiv(T, cfg.block_n)
-    dqkv = qkv.new_empty(B, T, 3 * width)
-    shares = lse.new_empty(B, 0 if bias is None else tiles, 3 * width)
-    several = tiles > 1
-    launch(
+    several, shared = tiles > 1, 0 if bias is None else tiles
+    start = prepare(
         _attention_short_bwd_kernel, (B * num_heads,), on=qkv, num_warps=cfg.num_warps,
-        dout_ptr=dout.contiguous(), qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse, dqkv_ptr=dqkv,
-        delta_ptr=torch.empty_like(lse) if several else lse,
-        scratch_ptr=lse.new_empty(B, num_heads, T, K) if several else lse, partial_ptr=shares,
-        T=T, H=num_heads, **strides,
+        T=T, H=num_heads, 
         KEY_TILES=tiles, SCALE=K**-0.5, K=K, MAIN=parts.main, TAIL=parts.tail, BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n, EVEN=T % max(cfg.block_m, cfg.block_n) == 0, STAGES=2, ACC=accumulator(qkv),
     )  # fmt: skip
-    return dqkv, shares
+
+    def run(
+        dout: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        qkv, strides = read_in_place(qkv)
+        dqkv = qkv.new_empty((B, T, packed))
+        shares = lse.new_empty((B, shared, packed))
+        start(
+            dout_ptr=dout, qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse,
+            dqkv_ptr=dqkv, delta_ptr=torch.empty_like(lse) if several else lse,
+            scratch_ptr=lse.new_empty((B, num_heads, T, K)) if several else lse, partial_ptr=shares, **strides,
+        )  # fmt: skip
+        return dqkv, shares
+
+    return run

@@ -13,6 +13,7 @@ output, since rows of the softmax sum to 1. `not_finite` keeps NaN and infinitie
 import functools
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -218,13 +219,27 @@ def store_bias_shares(
         _store_sum(ptr + 2 * width, dv_tail, MAIN, TAIL, K)
 
 
-def packed_strides(qkv: Tensor) -> tuple[Tensor, dict[str, int]]:
-    """(B, T, 3 * H * K) as the kernels read it: a copy where rows do not start at multiples of 8 elements, or where
-    a sample of the view reaches beyond 32-bit offsets.
+@functools.cache
+def packed_strides(shape: torch.Size, stride: tuple[int, int, int]) -> dict[str, int] | None:
+    """Strides of samples and of tokens over 8, of a view (B, T, 3 * H * K); None where it cannot be read as it lies.
+
+    Rows must start at multiples of 8 elements, and a sample must not reach beyond 32-bit offsets.
     """
-    B, T, packed = qkv.shape
-    aligned = qkv.stride(2) == 1 and (T <= 1 or qkv.stride(1) % 8 == 0) and (B <= 1 or qkv.stride(0) % 8 == 0)
-    if not aligned or (T - 1) * qkv.stride(1) + packed >= 2**31:
-        qkv = qkv.contiguous()
+    B, T, packed = shape
+    stride_b, stride_t, last = stride
     # Strides of a dimension of one element are never used and may be anything.
-    return qkv, {"stride_b8": qkv.stride(0) // 8, "stride_t8": qkv.stride(1) // 8}
+    aligned = last == 1 and (T <= 1 or stride_t % 8 == 0) and (B <= 1 or stride_b % 8 == 0)
+    if not aligned or (T - 1) * stride_t + packed >= 2**31:
+        return None
+    return {"stride_b8": stride_b // 8, "stride_t8": stride_t // 8}
+
+
+def read_in_place(qkv: Tensor) -> tuple[Tensor, dict[str, int]]:
+    """qkv (B, T, 3 * H * K) as the kernels read it, copied where they cannot, and its strides as arguments."""
+    strides = packed_strides(qkv.shape, qkv.stride())
+    if strides is not None:
+        return qkv, strides
+    qkv = qkv.contiguous()
+    strides = packed_strides(qkv.shape, qkv.stride())
+    assert strides is not None, "rows of a contiguous qkv start at multiples of 8 elements"
+    return qkv, strides

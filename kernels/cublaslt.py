@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.kernels.gelu import gelu_forward
+from dit_fast.kernels.gelu import plan_gelu
 
 CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF = 0, 2, 14  # cudaDataType_t
 COMPUTE_32F = 68  # cublasComputeType_t
@@ -181,4 +181,5 @@ def gemm_gelu_backward(
     if pre.numel():
         epilogue = "DGELU_BGRAD" if bias_gradient else "DGELU"
         _run(epilogue, dout, weight, False, dpre, pre, dbias if bias_gradient else None)
-    return dpre, gelu_forward(pre, None) if activation else pre.new_empty(0), dbias
+    act = plan_gelu(pre, *pre.shape)(pre, None) if activation else pre.new_empty(0)
+    return dpre, act, dbias

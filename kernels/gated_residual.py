@@ -29,8 +29,8 @@ from dit_fast.kernels.device import (
     store_sum,
     tail_part,
 )  # fmt: skip
-from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cast, cdiv, launch, tuned_rows
-from dit_fast.kernels.op import check_shapes, define_op, uses_triton
+from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cast, cdiv, prepare, tuned_rows
+from dit_fast.kernels.op import Run, check_shapes, define_op, uses_triton
 
 
 @triton.jit
@@ -51,12 +51,12 @@ def branch_backward(dx, branch_ptr, dbranch_ptr, gate_ptr, left, dx_branch, dx_s
 
 
 @triton.jit
-def store_gate_sums(partial_ptr, stride_sum, dx_branch, dx_sum, gate_ptr, bias_ptr, P: tl.constexpr):
-    """d_gate = sum(dx * branch) + bias * sum(dx), and gate * sum(dx), which is the bias gradient's share."""
+def store_gate_sums(dgate_ptr, dbias_ptr, dx_branch, dx_sum, gate_ptr, bias_ptr, P: tl.constexpr):
+    """Store d_gate = sum(dx * branch) + bias * sum(dx), and gate * sum(dx), a term of the bias gradient."""
     if bias_ptr is not None:
         dx_branch += load_vector(bias_ptr, P, dx_sum.dtype) * dx_sum
-        store_sum(partial_ptr + stride_sum, load_vector(gate_ptr, P, dx_sum.dtype) * dx_sum, P)
-    store_sum(partial_ptr, dx_branch, P)
+        store_sum(dbias_ptr, load_vector(gate_ptr, P, dx_sum.dtype) * dx_sum, P)
+    store_sum(dgate_ptr, dx_branch, P)
 
 
 @triton.jit
@@ -85,9 +85,9 @@ def _gated_residual_fwd_kernel(
 @triton.jit
 def _gated_residual_bwd_kernel(
     # pointers
-    dout_ptr, branch_ptr, gate_ptr, bias_ptr, dbranch_ptr, partial_ptr,
+    dout_ptr, branch_ptr, gate_ptr, bias_ptr, dbranch_ptr, dgate_ptr, dbias_ptr,
     # sizes, strides
-    B, T, stride_gate,
+    T, stride_gate,
     # meta
     SPLITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
     ACC: tl.constexpr,
@@ -121,79 +121,82 @@ def _gated_residual_bwd_kernel(
         branch_ptr += ROWS * D
         dbranch_ptr += ROWS * D
 
-    # partial is (2, B, SPLITS, D): d_gate, then the bias gradient's shares.
-    partial_ptr += (b * SPLITS + split) * D
-    stride_sum = tl.cast(B, tl.int64) * SPLITS * D
-    store_gate_sums(partial_ptr, stride_sum, branch_main, dx_main, gate_ptr, bias_ptr, MAIN)
+    # The sums of this share of tokens, rows of (B, SPLITS, D).
+    dgate_ptr += (b * SPLITS + split) * D
+    if bias_ptr is not None:
+        dbias_ptr += (b * SPLITS + split) * D
+    store_gate_sums(dgate_ptr, dbias_ptr, branch_main, dx_main, gate_ptr, bias_ptr, MAIN)
     if TAIL.size > 0:
-        store_gate_sums(partial_ptr, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, TAIL)
+        store_gate_sums(dgate_ptr, dbias_ptr, branch_tail, dx_tail, gate_ptr, bias_ptr, TAIL)
 
 
-def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+def _check(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> None:
+    check_residual("gated_residual", x, branch, bias, gate=gate)
+
+
+def _residual(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Run:
     B, T, _ = x.shape
-    x, branch, gate = x.contiguous(), branch.contiguous(), as_vectors(gate)
-    out = torch.empty_like(x)
-    cfg = tuned_rows(_gated_residual_fwd_kernel, x, branch)
-    launch(
+    cfg = tuned_rows(_gated_residual_fwd_kernel, x, branch.dtype)
+    start = prepare(
         _gated_residual_fwd_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
-        x_ptr=x, branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias), out_ptr=out,
-        T=T, stride_gate=gate.stride(0),
-        **cfg.meta, ACC=accumulator(x),
+        T=T, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
-    return out
+
+    def run(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+        x, gate = x.contiguous(), as_vectors(gate)
+        out = torch.empty_like(x)
+        start(
+            x_ptr=x, branch_ptr=branch.contiguous(), gate_ptr=gate, bias_ptr=as_bias(bias), out_ptr=out,
+            stride_gate=gate.stride(0),
+        )  # fmt: skip
+        return out
+
+    return run
 
 
 def _residual_reference(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
     return reference.gated_residual(x, branch, gate, bias).contiguous()
 
 
-def _residual_fake(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _residual_backward(
-    dout: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d_branch, d_gate (B, D), d_bias (D,), empty without a bias."""
+def _residual_backward(dout: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Run:
     B, T, D = dout.shape
-    dout, branch, gate = dout.contiguous(), branch.contiguous(), as_vectors(gate)
-    dbranch = torch.empty_like(branch)
-    cfg = tuned_rows(_gated_residual_bwd_kernel, dout, branch, sums=2)
-    partial = dout.new_empty(1 if bias is None else 2, B, cfg.splits, D, dtype=reference.accumulator(dout))
-    launch(
+    cfg = tuned_rows(_gated_residual_bwd_kernel, dout, branch.dtype, sums=2)
+    dtype, acc, sums = gate.dtype, reference.accumulator(dout), (B, cfg.splits, D)
+    start = prepare(
         _gated_residual_bwd_kernel, (B * cfg.splits,), on=dout, num_warps=cfg.num_warps,
-        dout_ptr=dout, branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias),
-        dbranch_ptr=dbranch, partial_ptr=partial,
-        B=B, T=T, stride_gate=gate.stride(0),
-        SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(dout),
+        T=T, SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(dout),
     )  # fmt: skip
-    return dbranch, cast(partial[0].sum(1), gate.dtype), bias_gradient(partial[1:], bias, gate)
+
+    def run(dout: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        branch, gate = branch.contiguous(), as_vectors(gate)
+        dbranch, dgate = torch.empty_like(branch), dout.new_empty(sums, dtype=acc)
+        dbias = None if bias is None else torch.empty_like(dgate)
+        start(
+            dout_ptr=dout.contiguous(), branch_ptr=branch, gate_ptr=gate, bias_ptr=as_bias(bias),
+            dbranch_ptr=dbranch, dgate_ptr=dgate, dbias_ptr=dbias, stride_gate=gate.stride(0),
+        )  # fmt: skip
+        return dbranch, cast(dgate.sum(1), dtype), bias_gradient(dbias, bias, gate)
+
+    return run
 
 
-def bias_gradient(shares: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """The sum of (1, B, SPLITS, D) shares over samples and splits; empty without a bias."""
-    return like.new_empty(0) if bias is None else cast(shares[0].sum((0, 1)), bias.dtype)
-
-
-def _residual_backward_fake(
-    dout: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    dbias = gate.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return branch.new_empty(branch.shape), gate.new_empty(gate.shape), dbias
+def bias_gradient(sums: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor:
+    """d_bias (D,), the sum of (B, SPLITS, D) sums in the dtype of `bias`; empty without a bias."""
+    if sums is None or bias is None:
+        return like.new_empty(0)
+    return cast(sums.sum((0, 1)), bias.dtype)
 
 
 def _residual_backward_reference(
     dout: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """d_branch, d_gate (B, D), d_bias (D,), empty without a bias."""
     dbranch, dgate, dbias = reference.gated_residual_backward(dout, branch, gate, bias)
     return dbranch.contiguous(), dgate, dbias
 
 
 _residual_backward_op = define_op(
-    "gated_residual_backward",
-    triton_impl=_residual_backward,
-    reference_impl=_residual_backward_reference,
-    fake=_residual_backward_fake,
+    "gated_residual_backward", plan=_residual_backward, reference_impl=_residual_backward_reference
 )
 
 
@@ -204,15 +207,15 @@ def _residual_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _residual_autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     branch, gate, bias = ctx.saved_tensors
-    dbranch, dgate, dbias = _residual_backward_op(dout, branch, gate, bias)
+    dbranch, dgate, dbias = _residual_backward_op.in_backward(ctx, None, dout, branch, gate, bias)
     return dout, dbranch, dgate, None if bias is None else dbias
 
 
 _residual_op = define_op(
     "gated_residual",
-    triton_impl=_residual,
+    plan=_residual,
     reference_impl=_residual_reference,
-    fake=_residual_fake,
+    check=_check,
     backward=_residual_autograd,
     setup_context=_residual_context,
 )
@@ -228,7 +231,6 @@ def gated_residual(
     """
     if not uses_triton(kernels, x):
         return reference.gated_residual(x, branch, gate, bias)
-    check_residual("gated_residual", x, branch, bias, gate=gate)
     return _residual_op(x, branch, gate, bias)
 
 

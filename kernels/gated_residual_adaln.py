@@ -12,6 +12,7 @@ Numerics  as in adaln.py: float32 sums, one rounding at each store, `out` in the
           so that the backward pass and a recomputation of y, which read it again, see what the forward pass saw.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ from dit_fast.kernels.gated_residual import (
     load_sum,
     store_gate_sums,
 )  # fmt: skip
-from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cast, cdiv, launch, tuned_rows
-from dit_fast.kernels.op import define_op, is_centred, uses_triton
+from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cast, cdiv, prepare, tuned_rows
+from dit_fast.kernels.op import Run, define_op, is_centred, uses_triton
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def _backward_part(
 def _gated_residual_adaln_bwd_kernel(
     # pointers
     dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, bias_ptr,
-    dx_ptr, dbranch_ptr, partial_ptr,
+    dx_ptr, dbranch_ptr, partial_ptr, dbias_ptr,
     # sizes, strides
     B, T, stride_gate, stride_scale,
     # meta
@@ -174,102 +175,111 @@ def _gated_residual_adaln_bwd_kernel(
         mean_ptr += ROWS
         rstd_ptr += ROWS
 
-    # partial is (4, B, SPLITS, D): d_shift, d_scale, d_gate, then the bias gradient's shares.
+    # partial is (3, B, SPLITS, D): d_shift, d_scale, d_gate; rows of it, and of the bias gradient's (B, SPLITS, D).
     partial_ptr += (b * SPLITS + split) * D
+    if bias_ptr is not None:
+        dbias_ptr += (b * SPLITS + split) * D
     stride_sum = tl.cast(B, tl.int64) * SPLITS * D
     store_sum(partial_ptr, dshift_main, MAIN)
     store_sum(partial_ptr + stride_sum, dscale_main, MAIN)
     partial_gate = partial_ptr + 2 * stride_sum
-    store_gate_sums(partial_gate, stride_sum, branch_main, dx_main, gate_ptr, bias_ptr, MAIN)
+    store_gate_sums(partial_gate, dbias_ptr, branch_main, dx_main, gate_ptr, bias_ptr, MAIN)
     if TAIL.size > 0:
         store_sum(partial_ptr, dshift_tail, TAIL)
         store_sum(partial_ptr + stride_sum, dscale_tail, TAIL)
-        store_gate_sums(partial_gate, stride_sum, branch_tail, dx_tail, gate_ptr, bias_ptr, TAIL)
+        store_gate_sums(partial_gate, dbias_ptr, branch_tail, dx_tail, gate_ptr, bias_ptr, TAIL)
+
+
+def _check(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, *_: Any
+) -> None:
+    check_residual("gated_residual_adaln", x, branch, bias, gate=gate, shift=shift, scale=scale)
 
 
 def _forward(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float,
     centred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out, y, and the mean and 1 / deviation (B, T) of each row of out."""
+) -> Run:  # fmt: skip
     B, T, _ = x.shape
-    x, branch = x.contiguous(), branch.contiguous()
-    gate, shift, scale = as_vectors(gate), as_vectors(shift), as_vectors(scale)
-    out, y = torch.empty_like(x), torch.empty_like(x, dtype=scale.dtype)
-    mean = x.new_empty(B, T, dtype=reference.accumulator(x))
-    rstd = torch.empty_like(mean)
-    cfg = tuned_rows(_gated_residual_adaln_fwd_kernel, x, branch, y)
-    launch(
+    dtype, acc = scale.dtype, reference.accumulator(x)
+    cfg = tuned_rows(_gated_residual_adaln_fwd_kernel, x, branch.dtype, dtype)
+    start = prepare(
         _gated_residual_adaln_fwd_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
-        x_ptr=x, branch_ptr=branch, gate_ptr=gate, shift_ptr=shift, scale_ptr=scale, bias_ptr=as_bias(bias),
-        out_ptr=out, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
-        T=T, stride_gate=gate.stride(0), stride_shift=shift.stride(0), stride_scale=scale.stride(0),
-        EPS=eps, CENTRED=centred, **cfg.meta, ACC=accumulator(x),
+        T=T, EPS=eps, CENTRED=centred, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
-    return out, y, mean, rstd
+
+    def run(
+        x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, gate, shift, scale = x.contiguous(), as_vectors(gate), as_vectors(shift), as_vectors(scale)
+        out, y = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+        mean = x.new_empty((B, T), dtype=acc)
+        rstd = torch.empty_like(mean)
+        start(
+            x_ptr=x, branch_ptr=branch.contiguous(), gate_ptr=gate, shift_ptr=shift, scale_ptr=scale,
+            bias_ptr=as_bias(bias), out_ptr=out, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
+            stride_gate=gate.stride(0), stride_shift=shift.stride(0), stride_scale=scale.stride(0),
+        )  # fmt: skip
+        return out, y, mean, rstd
+
+    return run
 
 
 def _reference(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float,
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, y, and the mean and 1 / deviation (B, T) of each row of out."""
     out, y = reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps, centred)
     return out.contiguous(), y.contiguous(), *reference.moments(out, eps, centred)
-
-
-def _fake(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float,
-    centred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    moments = x.new_empty(x.shape[:2], dtype=reference.accumulator(x))
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=scale.dtype), moments, torch.empty_like(moments)
 
 
 def _backward(
     dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
     bias: Tensor | None, centred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """d_x, d_branch, (3, B, D) = [d_shift, d_scale, d_gate] in the dtype of `scale`, and d_bias (D,) or empty."""
+) -> Run:  # fmt: skip
     B, T, D = out.shape
-    dout, dy, out, branch = dout.contiguous(), dy.contiguous(), out.contiguous(), branch.contiguous()
-    gate, scale = as_vectors(gate), as_vectors(scale)
-    dx, dbranch = torch.empty_like(out), torch.empty_like(branch)
-    cfg = tuned_rows(_gated_residual_adaln_bwd_kernel, out, branch, dy, sums=4)
-    partial = out.new_empty(3 if bias is None else 4, B, cfg.splits, D, dtype=mean.dtype)
-    launch(
+    cfg = tuned_rows(_gated_residual_adaln_bwd_kernel, out, branch.dtype, dy.dtype, sums=4)
+    dtype, acc, partials = scale.dtype, mean.dtype, (3, B, cfg.splits, D)
+    start = prepare(
         _gated_residual_adaln_bwd_kernel, (B * cfg.splits,), on=out, num_warps=cfg.num_warps,
-        dout_ptr=dout, dy_ptr=dy, out_ptr=out, branch_ptr=branch, gate_ptr=gate, scale_ptr=scale,
-        mean_ptr=mean, rstd_ptr=rstd, bias_ptr=as_bias(bias), dx_ptr=dx, dbranch_ptr=dbranch, partial_ptr=partial,
-        B=B, T=T, stride_gate=gate.stride(0), stride_scale=scale.stride(0),
-        SPLITS=cfg.splits, CENTRED=centred, **cfg.meta, ACC=accumulator(out),
+        B=B, T=T, SPLITS=cfg.splits, CENTRED=centred, **cfg.meta, ACC=accumulator(out),
     )  # fmt: skip
-    return dx, dbranch, cast(partial[:3].sum(2), scale.dtype), bias_gradient(partial[3:], bias, gate)
+
+    def run(
+        dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor,
+        rstd: Tensor, bias: Tensor | None, centred: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        out, branch, gate, scale = out.contiguous(), branch.contiguous(), as_vectors(gate), as_vectors(scale)
+        dx, dbranch, partial = (
+            torch.empty_like(out),
+            torch.empty_like(branch),
+            out.new_empty(partials, dtype=acc),
+        )
+        dbias = None if bias is None else out.new_empty(partials[1:], dtype=acc)
+        start(
+            dout_ptr=dout.contiguous(), dy_ptr=dy.contiguous(), out_ptr=out, branch_ptr=branch,
+            gate_ptr=gate, scale_ptr=scale, mean_ptr=mean, rstd_ptr=rstd, bias_ptr=as_bias(bias), dx_ptr=dx,
+            dbranch_ptr=dbranch, partial_ptr=partial, dbias_ptr=dbias, stride_gate=gate.stride(0),
+            stride_scale=scale.stride(0),
+        )  # fmt: skip
+        return dx, dbranch, cast(partial.sum(2), dtype), bias_gradient(dbias, bias, gate)
+
+    return run
 
 
 def _backward_reference(
     dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
     bias: Tensor | None, centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """d_x, d_branch, (3, B, D) = [d_shift, d_scale, d_gate] in the dtype of `scale`, and d_bias (D,) or empty."""
     dx, dbranch, dgate, dshift, dscale, dbias = reference.gated_residual_adaln_backward(
         dout, dy, out, branch, gate, scale, mean, rstd, bias, centred
     )
     return dx.contiguous(), dbranch.contiguous(), torch.stack([dshift, dscale, dgate.to(scale.dtype)]), dbias
 
 
-def _backward_fake(
-    dout: Tensor, dy: Tensor, out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    bias: Tensor | None, centred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dbias = gate.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return out.new_empty(out.shape), branch.new_empty(branch.shape), scale.new_empty(3, *scale.shape), dbias
-
-
-_backward_op = define_op(
-    "gated_residual_adaln_backward",
-    triton_impl=_backward,
-    reference_impl=_backward_reference,
-    fake=_backward_fake,
-)
+_backward_op = define_op("gated_residual_adaln_backward", plan=_backward, reference_impl=_backward_reference)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -287,16 +297,20 @@ def _autograd(
     # None for an output that is not used.
     dout = torch.zeros_like(out) if dout is None else dout
     dy = torch.zeros_like(out, dtype=scale.dtype) if dy is None else dy
-    dx, dbranch, dmod, dbias = _backward_op(dout, dy, out, branch, gate, scale, mean, rstd, bias, ctx.centred)
-    dshift, dscale, dgate = cast(dmod[0], ctx.shift_dtype), dmod[1], cast(dmod[2], gate.dtype)
+    # The first gradient is looked at there, the second one here.
+    plain = type(dy) is Tensor and not dy.is_neg()
+    run = functools.partial(_backward_op.in_backward, ctx, None) if plain else _backward_op
+    dx, dbranch, dmod, dbias = run(dout, dy, out, branch, gate, scale, mean, rstd, bias, ctx.centred)
+    dshift, dscale, dgate = dmod.unbind()
+    dshift, dgate = cast(dshift, ctx.shift_dtype), cast(dgate, gate.dtype)
     return dx, dbranch, dgate, dshift, dscale, None if bias is None else dbias, None, None
 
 
 _forward_op = define_op(
     "gated_residual_adaln",
-    triton_impl=_forward,
+    plan=_forward,
     reference_impl=_reference,
-    fake=_fake,
+    check=_check,
     backward=_autograd,
     setup_context=_context,
 )
@@ -336,5 +350,4 @@ def gated_residual_adaln_with_moments(
     norm: str = "layernorm",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gated_residual_adaln` by the registered operation, and the moments (B, T) of out as in `adaln_with_moments`."""
-    check_residual("gated_residual_adaln", x, branch, bias, gate=gate, shift=shift, scale=scale)
     return _forward_op(x, branch, gate, shift, scale, bias, eps, is_centred(norm))

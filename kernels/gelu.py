@@ -11,6 +11,8 @@ Numerics  float32 (float64 for float64), one rounding at each store; the sum ove
           fixed order that depends on the shape alone, without atomics.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,15 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.activation import define_activation
-from dit_fast.kernels.launch import accumulator, as_bias, cast, cdiv, elementwise_launch, launch
+from dit_fast.kernels.launch import (
+    accumulator,
+    as_bias,
+    cast,
+    cdiv,
+    elementwise_launch,
+    nothing_like,
+    prepare,
+)
 from dit_fast.kernels.op import uses_triton
 
 
@@ -104,52 +114,60 @@ def _gelu_bwd_kernel(
         tl.store(partial_ptr + split * F + o_f, tl.sum(total, axis=0)[None, :], mask=m_f)
 
 
-def gelu_forward(pre: Tensor, bias: Tensor | None, act: Tensor | None = None) -> Tensor:
-    """Launch GELU(pre + bias); `act` is where to write, a contiguous tensor or `pre` itself (None: a new one)."""
-    pre = pre.contiguous()
-    act = torch.empty_like(pre) if act is None else act
-    F, N = pre.shape[-1], pre.numel() // max(pre.shape[-1], 1)
-    cfg = elementwise_launch(N, F, 8)
-    launch(
-        _gelu_fwd_kernel, (cdiv(N, cfg.rows) * cdiv(F, cfg.columns),), on=pre,
-        num_warps=cfg.num_warps,
-        pre_ptr=pre, bias_ptr=as_bias(bias), act_ptr=act, N=N, F=F, **cfg.meta, ACC=accumulator(pre),
-    )  # fmt: skip
-    return act
+def plan_gelu(on: Tensor, N: int, F: int) -> Callable[..., Tensor]:
+    """run(pre, bias, act=None) of GELU(pre + bias) for N rows of F columns like `on`.
 
-
-def gelu_backward(
-    dact: Tensor,
-    pre: Tensor,
-    bias: Tensor | None,
-    activation: bool,
-    bias_gradient: bool,
-    dpre: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward pass; (d_pre, act, d_bias), the last two empty where not asked for.
-
-    `dpre` is where to write, a contiguous tensor or `dact` itself (None: a new one).
+    `act` is where to write, a contiguous tensor or `pre` itself (None: a new one).
     """
-    dact, pre = dact.contiguous(), pre.contiguous()
-    dpre = torch.empty_like(pre) if dpre is None else dpre
-    F, N = pre.shape[-1], pre.numel() // max(pre.shape[-1], 1)
+    cfg = elementwise_launch(N, F, 8)
+    start = prepare(
+        _gelu_fwd_kernel, (cdiv(N, cfg.rows) * cdiv(F, cfg.columns),), on=on, num_warps=cfg.num_warps,
+        N=N, F=F, **cfg.meta, ACC=accumulator(on),
+    )  # fmt: skip
+
+    def run(pre: Tensor, bias: Tensor | None, act: Tensor | None = None) -> Tensor:
+        pre = pre.contiguous()
+        act = torch.empty_like(pre) if act is None else act
+        start(pre_ptr=pre, bias_ptr=as_bias(bias), act_ptr=act)
+        return act
+
+    return run
+
+
+def plan_gelu_backward(
+    on: Tensor, N: int, F: int, activation: bool, bias_gradient: bool
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """run(dact, pre, bias, dpre=None) -> (d_pre, act, d_bias) for N rows of F columns like `on`.
+
+    act and d_bias are empty unless asked for. `dpre` is where to write, a contiguous tensor or `dact` itself (None: a
+    new one).
+    """
     # Three tiles: with 8 rows only two programs would fit a multiprocessor.
     cfg = elementwise_launch(N, F, 4)
-    act = torch.empty_like(pre) if activation else pre.new_empty(0)
-    like = pre if bias is None else bias
-    partial = None
-    if bias_gradient:
-        partial = pre.new_empty(cfg.splits, F, dtype=reference.accumulator(pre))
-    launch(
-        _gelu_bwd_kernel, (cfg.splits * cdiv(F, cfg.columns),), on=pre, num_warps=cfg.num_warps,
-        dact_ptr=dact, pre_ptr=pre, bias_ptr=as_bias(bias), dpre_ptr=dpre,
-        act_ptr=act if activation else None, partial_ptr=partial,
-        N=N, F=F, SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(pre),
+    acc, empty = reference.accumulator(on), nothing_like(on)
+    start = prepare(
+        _gelu_bwd_kernel, (cfg.splits * cdiv(F, cfg.columns),), on=on, num_warps=cfg.num_warps,
+        N=N, F=F, SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(on),
     )  # fmt: skip
-    return dpre, act, like.new_empty(0) if partial is None else cast(partial.sum(0), like.dtype)
+
+    def run(
+        dact: Tensor, pre: Tensor, bias: Tensor | None, dpre: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pre = pre.contiguous()
+        dpre = torch.empty_like(pre) if dpre is None else dpre
+        act = torch.empty_like(pre) if activation else empty
+        like = pre if bias is None else bias
+        partial = pre.new_empty((cfg.splits, F), dtype=acc) if bias_gradient else None
+        start(
+            dact_ptr=dact.contiguous(), pre_ptr=pre, bias_ptr=as_bias(bias), dpre_ptr=dpre,
+            act_ptr=act if activation else None, partial_ptr=partial,
+        )  # fmt: skip
+        return dpre, act, like.new_empty(0) if partial is None else cast(partial.sum(0), like.dtype)
+
+    return run
 
 
-_gelu = define_activation("gelu", gelu_forward, gelu_backward)
+_gelu = define_activation("gelu", plan_gelu, plan_gelu_backward)
 
 
 def gelu(pre: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:

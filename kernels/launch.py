@@ -1,7 +1,7 @@
 """How a launch is cut and carried out: launch configurations, layouts, and the recording that needs no device."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -169,20 +169,16 @@ def power_of_two_below(value: int) -> int:
     return 1 << max(value.bit_length() - 1, 0)
 
 
-def tuned_rows(kernel: Any, *streams: Tensor, sums: int = 0) -> RowLaunch:
-    """The launch of row kernel `kernel` over (B, T, D) tensors `streams`: the tuned table's, else `row_launch`'s."""
-    x = streams[0]
-    return _tuned_rows(kernel, x.shape, tuple([x.dtype for x in streams]), capability(x), sums)
+def tuned_rows(kernel: Any, x: Tensor, *others: torch.dtype, sums: int = 0) -> RowLaunch:
+    """The launch of row kernel `kernel` over x (B, T, D) and tensors of its shape of the dtypes `others`.
 
-
-@tuned.per_launch
-def _tuned_rows(
-    kernel: Any, shape: torch.Size, dtypes: tuple[torch.dtype, ...], capability: int, sums: int
-) -> RowLaunch:
-    B, T, D = shape
+    The tuned table's, else `row_launch`'s. It formats text: call it when a launch is prepared, not at each launch.
+    """
+    B, T, D = x.shape
+    dtypes = (x.dtype, *others)
     heuristic = row_launch(B, T, D, min(dtype.itemsize for dtype in dtypes), sums)
     names = ",".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return tuned.config(kernel, f"D={D} {names}", heuristic, capability)
+    return tuned.config(kernel, f"D={D} {names}", heuristic, capability(x))
 
 
 def accumulator(x: Tensor) -> tl.dtype:
@@ -193,6 +189,12 @@ def accumulator(x: Tensor) -> tl.dtype:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`; without a call of PyTorch's, a microsecond of the host, where nothing changes."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def nothing_like(x: Tensor) -> Tensor:
+    """An empty tensor for an output that was not asked for: it has no memory, so that one serves all launches."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=x.dtype, device=x.device)
 
 
 def as_vectors(x: Tensor) -> Tensor:
@@ -254,10 +256,12 @@ def record_launches(capability: int = 90) -> Iterator[list[Launch]]:
     """
     global _recording
     previous, _recording = _recording, Recording([], capability)
+    tuned.drop_plans()
     try:
         yield _recording.launches
     finally:
         _recording = previous
+        tuned.drop_plans()
 
 
 def recording() -> bool:
@@ -312,6 +316,50 @@ def describe(grid: tuple[int, ...], metadata: Any, arguments: dict[str, Any]) ->
     return found
 
 
+def prepare(
+    kernel: Any,
+    grid: tuple[int, ...],
+    on: Tensor,
+    num_warps: int,
+    *,
+    num_stages: int | None = None,
+    products: Products | None = None,
+    **constants: Any,
+) -> Callable[..., None]:
+    """A function of the pointers, by keyword, that launches `kernel` with these and with `constants`.
+
+    An empty grid is no launch. `num_stages` None: the compiler's own choice. `products`: work of a kernel with matrix
+    products, for profilers. The launch is on the current device; while launches are recorded it is recorded.
+    """
+    if 0 in grid:
+        return _no_launch
+    options = _options(num_warps, num_stages)
+    if _recording is not None:
+        return functools.partial(
+            _record, _recording, Launch(kernel, grid, constants, dict(options), products)
+        )
+    kernel.launch_metadata = describe
+    # C code merges the arguments: no frame of Python's between the caller and Triton.
+    run = functools.partial(kernel[grid], **constants, **options)
+    return run if products is None else functools.partial(_with_products, products, run)
+
+
+def _no_launch(**pointers: Any) -> None:
+    pass
+
+
+def _record(to: Recording, prepared: Launch, **pointers: Any) -> None:
+    to.launches.append(replace(prepared, arguments=pointers | prepared.arguments))
+
+
+def _with_products(products: Products, run: Callable[..., None], **pointers: Any) -> None:
+    token = _products.set(products)
+    try:
+        run(**pointers)
+    finally:
+        _products.reset(token)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -319,27 +367,16 @@ def launch(
     num_warps: int,
     *,
     num_stages: int | None = None,
-    products: Any = None,
+    products: Products | None = None,
     **arguments: Any,
 ) -> None:
-    """Run `kernel` on the device of `on`; an empty grid is no launch. `num_stages` None: the compiler's own choice.
-
-    `products`: the `Products` of a kernel with matrix products, for profilers.
-    """
-    if 0 in grid:
-        return
-    options = _options(num_warps, num_stages)
-    if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, arguments, dict(options), products))
-        return
-    kernel.launch_metadata = describe
-    _products.set(products)
-    arguments |= options
+    """Run `kernel` once on the device of `on`, with all of its arguments; see `prepare`."""
+    run = prepare(kernel, grid, on, num_warps, num_stages=num_stages, products=products, **arguments)
     if not on.is_cuda or on.get_device() == torch.cuda.current_device():
-        kernel[grid](**arguments)
+        run()
     else:
         with torch.cuda.device_of(on):
-            kernel[grid](**arguments)
+            run()
 
 
 @functools.cache

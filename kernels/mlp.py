@@ -22,15 +22,16 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_fast.kernels import cublaslt, gemm, reference, tuned
 from dit_fast.kernels.attention_backends import Choice
-from dit_fast.kernels.gelu import gelu_backward, gelu_forward
+from dit_fast.kernels.gelu import plan_gelu, plan_gelu_backward
 from dit_fast.kernels.launch import cast, device_capability
-from dit_fast.kernels.op import check_tensors, define_op, uses_triton
+from dit_fast.kernels.op import DTYPES, Run, check_tensors, define_op, uses_triton
 from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments
-from dit_fast.kernels.swiglu import swiglu_backward, swiglu_forward
+from dit_fast.kernels.swiglu import plan_swiglu, plan_swiglu_backward
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 EPILOGUES = ("auto", "separate", "triton", "cublaslt")
@@ -82,40 +83,39 @@ def _provider(epilogue: str, x: Tensor, hidden: int) -> str:
     return mlp_epilogue((math.prod(x.shape[:-1]), x.shape[-1], hidden), x.dtype, x.device)
 
 
-def _expand(
-    x: Tensor, weight: Tensor, bias: Tensor, keep_pre: bool, epilogue: str, activation: str
-) -> tuple[Tensor, Tensor]:
-    """(pre, act) of x (rows, D); pre empty unless `keep_pre`."""
-    if epilogue == "triton":
-        return gemm.gemm_gelu(x, weight, bias, keep_pre)
-    if epilogue == "cublaslt":
-        return cublaslt.gemm_gelu(x, weight, bias, keep_pre)
-    pre = torch.addmm(bias, x, weight.t())
-    if activation == "swiglu":
-        act = swiglu_forward(pre, None)
-    else:
-        act = gelu_forward(pre, None, act=None if keep_pre else pre)
-    return pre if keep_pre else x.new_empty(0), act
+def check_mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, activation: str = "gelu"
+) -> None:
+    """ValueError naming the first argument of `mlp` that does not fit the ones before it."""
+    check_tensors("mlp", x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight)
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(f"mlp: x is {tuple(x.shape)}, expected (..., width)")
+    parts = 2 if activation == "swiglu" else 1
+    _check_weight("fc1_weight", fc1_weight, x.shape[-1], parts)
+    outputs = fc1_weight.shape[0]
+    _check_weight("fc2_weight", fc2_weight, outputs // parts)
+    if tuple(fc1_bias.shape) != (outputs,):
+        raise ValueError(f"mlp: fc1_bias is {tuple(fc1_bias.shape)}, expected ({outputs},)")
 
 
-def _expand_backward(
-    dout: Tensor,
-    weight: Tensor,
-    pre: Tensor,
-    again: bool,
-    bias_gradient: bool,
-    epilogue: str,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_pre, act, d_bias) of dout (rows, E), weight (E, F) and pre; act, d_bias empty unless asked for."""
-    if epilogue == "triton":
-        return gemm.gemm_gelu_backward(dout, weight, pre, again, bias_gradient)
-    if epilogue == "cublaslt":
-        return cublaslt.gemm_gelu_backward(dout, weight, pre, again, bias_gradient)
-    dact = dout @ weight
+def _check(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, *rest: Any) -> None:
+    _, _, _, activation, *_ = rest
+    check_mlp(x, fc1_weight, fc1_bias, fc2_weight, activation)
+
+
+def _check_weight(name: str, weight: Tensor, columns: int, parts: int = 1) -> None:
+    """ValueError unless `weight` is (outputs, columns), its outputs a multiple of `parts`."""
+    rows = "outputs" if parts == 1 else f"{parts} * outputs"
+    if weight.ndim != 2 or weight.shape[1] != columns or weight.shape[0] == 0 or weight.shape[0] % parts:
+        raise ValueError(f"mlp: {name} is {tuple(weight.shape)}, expected ({rows}, {columns})")
+
+
+def _separate(activation: str, x: Tensor, outputs: int) -> tuple[int, int, Any, Any]:
+    """Rows and features of the activation of x (..., D) after `outputs` outputs, and what plans its two passes."""
+    rows = math.prod(x.shape[:-1])
     if activation == "swiglu":
-        return swiglu_backward(dact, pre, None, again, bias_gradient)
-    return gelu_backward(dact, pre, None, again, bias_gradient, dpre=dact)
+        return rows, outputs // 2, plan_swiglu, plan_swiglu_backward
+    return rows, outputs, plan_gelu, plan_gelu_backward
 
 
 def _mlp(
@@ -123,24 +123,37 @@ def _mlp(
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
-    keep_activation: bool = False,
-    training: bool = True,
-    epilogue: str = "auto",
-    activation: str = "gelu",
-    stream: Tensor | None = None,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out, and for the backward pass pre (empty unless `training`) and act (empty unless kept as well)."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    keep_activation: bool,
+    training: bool,
+    epilogue: str,
+    activation: str,
+    *_: Tensor | None,
+) -> Run:
     epilogue = _provider(epilogue, x, fc1_weight.shape[0])
-    pre, act = _expand(rows, fc1_weight, fc1_bias, training, epilogue, activation)
-    # A product of this shape owns its memory; a view of one could not be changed in place by who called.
-    out = act.view(*x.shape[:-1], act.shape[-1]) @ fc2_weight.t()
-    kept = act if training and keep_activation else x.new_empty(0)
-    return out, pre, kept
+    lead, width = x.shape[:-1], x.shape[-1]
+    kept = training and keep_activation
+    if epilogue != "separate":
+        fused = gemm.gemm_gelu if epilogue == "triton" else cublaslt.gemm_gelu
+    else:
+        rows, features, plan_forward, _ = _separate(activation, x, fc1_weight.shape[0])
+        activate = plan_forward(x, rows, features)
+        # Where pre is not kept, a GELU takes its place.
+        in_place = activation == "gelu" and not training
+
+    def run(
+        x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.reshape(-1, width).contiguous()
+        if epilogue != "separate":
+            pre, act = fused(x, fc1_weight, fc1_bias, training)
+        else:
+            pre = F.linear(x, fc1_weight, fc1_bias)
+            act = activate(pre, None, pre) if in_place else activate(pre, None)
+        # A product of this shape owns its memory; a view of one could not be changed in place by who called.
+        out = F.linear(act.view(*lead, act.shape[-1]), fc2_weight)
+        return out, pre if training else x.new_empty(0), act if kept else x.new_empty(0)
+
+    return run
 
 
 def _mlp_reference(
@@ -158,6 +171,10 @@ def _mlp_reference(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """out, and for the backward pass pre (empty unless `training`) and act (empty unless kept as well).
+
+    `stream` to `scale` are a `NormRecipe` of x, which the backward pass then does not keep.
+    """
     rows = x.reshape(-1, x.shape[-1])
     pre = torch.addmm(fc1_bias, rows, fc1_weight.t())
     act = reference.ACTIVATIONS[activation](pre)
@@ -165,29 +182,6 @@ def _mlp_reference(
     empty = x.new_empty(0)
     kept = act if training and keep_activation else empty
     return out.view(*x.shape[:-1], out.shape[-1]), pre if training else torch.empty_like(empty), kept
-
-
-def _mlp_fake(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    keep_activation: bool = False,
-    training: bool = True,
-    epilogue: str = "auto",
-    activation: str = "gelu",
-    stream: Tensor | None = None,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = math.prod(x.shape[:-1])
-    return (
-        x.new_empty(*x.shape[:-1], fc2_weight.shape[0]),
-        x.new_empty((rows, fc1_weight.shape[0]) if training else 0),
-        x.new_empty((rows, fc2_weight.shape[1]) if training and keep_activation else 0),
-    )
 
 
 def _mlp_backward(
@@ -200,17 +194,31 @@ def _mlp_backward(
     weights: bool,
     epilogue: str,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight, the last three empty unless `weights`; act None: made again."""
-    rows, dout = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1]).contiguous()
+) -> Run:
     epilogue = _provider(epilogue, x, fc1_weight.shape[0])
-    dpre, again, dbias = _expand_backward(
-        dout, fc2_weight, pre, weights and act is None, weights, epilogue, activation
-    )
-    dx = (dpre @ fc1_weight).view(x.shape)
-    if not weights:
-        return dx, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    return dx, dpre.t() @ rows, dbias, dout.t() @ (again if act is None else act)
+    shape, again = x.shape, weights and act is None
+    if epilogue != "separate":
+        fused = gemm.gemm_gelu_backward if epilogue == "triton" else cublaslt.gemm_gelu_backward
+    else:
+        rows, features, _, plan_backward = _separate(activation, x, fc1_weight.shape[0])
+        launched = plan_backward(x, rows, features, again, weights)
+        in_place = activation == "gelu"
+
+    def run(
+        dout: Tensor, x: Tensor, pre: Tensor, act: Tensor | None, fc1_weight: Tensor, fc2_weight: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        x, dout = x.reshape(-1, shape[-1]), dout.reshape(-1, dout.shape[-1]).contiguous()
+        if epilogue != "separate":
+            dpre, made, dbias = fused(dout, fc2_weight, pre, again, weights)
+        else:
+            dact = torch.mm(dout, fc2_weight)
+            dpre, made, dbias = launched(dact, pre, None, dact) if in_place else launched(dact, pre, None)
+        dx = torch.mm(dpre, fc1_weight).view(shape)
+        if not weights:
+            return dx, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+        return dx, torch.mm(dpre.t(), x), dbias, torch.mm(dout.t(), made if act is None else act)
+
+    return run
 
 
 def _mlp_backward_reference(
@@ -224,6 +232,7 @@ def _mlp_backward_reference(
     epilogue: str,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight, the last three empty unless `weights`; act None: recomputed."""
     rows, dout = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
     dpre, again, dbias = reference.ACTIVATION_BACKWARDS[activation](dout @ fc2_weight, pre, None)
     dx = (dpre @ fc1_weight).view(x.shape)
@@ -266,9 +275,8 @@ def _mlp_backward_flops(
 
 _mlp_backward_op = define_op(
     "mlp_backward",
-    triton_impl=_mlp_backward,
+    plan=_mlp_backward,
     reference_impl=_mlp_backward_reference,
-    fake=_mlp_backward_fake,
     flops=_mlp_backward_flops,
 )
 
@@ -287,17 +295,17 @@ def _mlp_autograd(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | N
     x, pre, act, fc1_weight, fc2_weight, *recipe = ctx.saved_tensors
     if x is None:
         x = adaln_from_moments(*recipe)
-    dx, *rest = _mlp_backward_op(
-        dout, x, pre, act, fc1_weight, fc2_weight, weights, ctx.epilogue, ctx.activation
+    dx, *rest = _mlp_backward_op.in_backward(
+        ctx, weights, dout, x, pre, act, fc1_weight, fc2_weight, weights, ctx.epilogue, ctx.activation
     )
     return dx, *(rest if weights else (None, None, None)), *[None] * 9
 
 
 _mlp_op = define_op(
     "mlp",
-    triton_impl=_mlp,
+    plan=_mlp,
     reference_impl=_mlp_reference,
-    fake=_mlp_fake,
+    check=_check,
     backward=_mlp_autograd,
     setup_context=_mlp_context,
     flops=_mlp_flops,
@@ -337,31 +345,15 @@ def mlp(
         epilogue = "separate"
     if not uses_triton(kernels, x):
         return reference.mlp(x, fc1_weight, fc1_bias, fc2_weight, activation)
-    check_mlp(x, fc1_weight, fc1_bias, fc2_weight, activation)
-    inputs = [x, *[cast(tensor, x.dtype) for tensor in (fc1_weight, fc1_bias, fc2_weight)]]
-    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    dtype = x.dtype
+    if dtype not in DTYPES or x.ndim == 0:
+        check_mlp(x, fc1_weight, fc1_bias, fc2_weight, activation)
+    fc1_weight, fc1_bias, fc2_weight = cast(fc1_weight, dtype), cast(fc1_bias, dtype), cast(fc2_weight, dtype)
+    training = torch.is_grad_enabled() and (
+        x.requires_grad or fc1_weight.requires_grad or fc1_bias.requires_grad or fc2_weight.requires_grad
+    )
     # Detached: the gradient reaches them through x.
     parts = () if recipe is None or not training else [part.detach() for part in recipe]
-    return _mlp_op(*inputs, keep_activation, training, epilogue, activation, *parts)[0]
-
-
-def check_mlp(
-    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, activation: str = "gelu"
-) -> None:
-    """ValueError naming the first argument of `mlp` that does not fit the ones before it."""
-    check_tensors("mlp", x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight)
-    if x.ndim < 2 or x.shape[-1] == 0:
-        raise ValueError(f"mlp: x is {tuple(x.shape)}, expected (..., width)")
-    parts = 2 if activation == "swiglu" else 1
-    _check_weight("fc1_weight", fc1_weight, x.shape[-1], parts)
-    outputs = fc1_weight.shape[0]
-    _check_weight("fc2_weight", fc2_weight, outputs // parts)
-    if tuple(fc1_bias.shape) != (outputs,):
-        raise ValueError(f"mlp: fc1_bias is {tuple(fc1_bias.shape)}, expected ({outputs},)")
-
-
-def _check_weight(name: str, weight: Tensor, columns: int, parts: int = 1) -> None:
-    """ValueError unless `weight` is (outputs, columns), its outputs a multiple of `parts`."""
-    rows = "outputs" if parts == 1 else f"{parts} * outputs"
-    if weight.ndim != 2 or weight.shape[1] != columns or weight.shape[0] == 0 or weight.shape[0] % parts:
-        raise ValueError(f"mlp: {name} is {tuple(weight.shape)}, expected ({rows}, {columns})")
+    return _mlp_op(
+        x, fc1_weight, fc1_bias, fc2_weight, keep_activation, training, epilogue, activation, *parts
+    )[0]

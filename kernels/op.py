@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -13,6 +13,7 @@ from torch.autograd import Function, _profiler_enabled
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
+from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import recording
 
 KERNEL_MODES = ("auto", "triton", "reference")
@@ -52,35 +53,79 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """The function that launches an operation's kernels, by the operation's name: for tools that count launches."""
 
 
+Run = Callable[..., Any]
+"""What a plan returns: a function of the operation's arguments that allocates the outputs and launches."""
+
+
+class Plan(NamedTuple):
+    """`run` for calls of one signature; `backward` keeps the same for its backward pass, None where nothing is kept."""
+
+    run: Run
+    backward: dict[Any, Run] | None
+
+
+MOST_PLANS = 4096
+"""Signatures that an operation keeps before it forgets them all: a bound for shapes without end."""
+
 _VMAP_MODE = _C._dispatch_key_parse("VmapMode")
 """Included while `torch.autograd.grad(is_grads_batched=True)` runs: its tensors look plain and have no memory."""
+
+
+def is_observed() -> bool:
+    """Whether a compiler, mode, transform, tracer or profiler is to see each operation: the dispatcher calls them."""
+    return (
+        torch.compiler.is_compiling()
+        or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._are_functorch_transforms_active()
+        or _C._get_tracing_state() is not None
+        or fwAD._current_level >= 0
+        or _profiler_enabled()
+        or _C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+    )
+
+
+def signature(args: Sequence[Any]) -> tuple[Any, ...]:
+    """What decides how a call with `args` runs: all but strides, addresses and values of tensors."""
+    return tuple(
+        [
+            (type(x), x.shape, x.dtype, x.device, x.requires_grad, x.is_neg()) if isinstance(x, Tensor) else x
+            for x in args
+        ]
+    )
 
 
 def define_op(
     name: str,
     *,
-    triton_impl: Callable[..., Any],
     reference_impl: Callable[..., Any],
-    fake: Callable[..., Any],
+    plan: Callable[..., Callable[..., Any]] | None = None,
+    triton_impl: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
+    fake: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
     """Register `torch.ops.dit_fast.<name>` for CUDA (Triton), CPU (reference), fake tensors and autograd.
 
-    The schema is read from the annotations of `triton_impl`; `reference_impl` and `fake` take the same arguments
-    and return the same tensors. With Triton's interpreter on (TRITON_INTERPRET=1 when this is imported) the CPU
-    runs `triton_impl`, which is how the tests prove the kernels on a machine without a GPU. While launches are
-    recorded (`record_launches`), meta tensors go to `triton_impl` as well, forward and backward.
+    The schema is read from the annotations of `reference_impl`. With Triton's interpreter on (TRITON_INTERPRET=1 when
+    this is imported) the CPU runs the kernels, which is how the tests prove them on a machine without a GPU. While
+    launches are recorded (`record_launches`), meta tensors go to the kernels as well, forward and backward.
 
-    What is returned calls the implementation itself where PyTorch's dispatcher would do nothing else: for plain
-    tensors, outside of compilation, function transforms, modes and profilers. That saves most of the host's time.
+    The returned function calls the implementation itself where PyTorch's dispatcher would do nothing else: for plain
+    tensors, outside of compilation, function transforms, modes and profilers. What follows from shapes, strides,
+    dtypes and devices is kept for the next call with the same ones (`signature`). Together that saves most of the
+    host's time.
 
     Args:
         name: The operation's name.
-        triton_impl: Launches the kernels.
-        reference_impl: The same in PyTorch.
-        fake: Allocates the outputs.
+        reference_impl: The operation in PyTorch.
+        plan: plan(*arguments) prepares launches for arguments like these and returns the function of the arguments
+            that allocates the outputs and launches. Give either this or `triton_impl`.
+        triton_impl: Launches the kernels, with nothing prepared.
+        check: check(*arguments) raises ValueError for arguments that do not fit.
+        fake: Allocates the outputs for fake tensors; None derives them from `reference_impl`.
         backward: backward(ctx, *gradients of the outputs) returns a gradient or None for each input; None for an
             operation that has no gradient.
         setup_context: setup_context(ctx, inputs, output) keeps what `backward` needs.
@@ -88,24 +133,52 @@ def define_op(
             tensors, for PyTorch's `FlopCounterMode`; None for an operation without products.
 
     Returns:
-        The operation, a function of the arguments of `triton_impl` by position.
+        The operation, a function of the arguments of `reference_impl` by position.
     """
-    cpu_impl = triton_impl if triton.knobs.runtime.interpret else _owning_outputs(reference_impl)
-    schema = torch.library.infer_schema(triton_impl, mutates_args=())
-    IMPLEMENTATIONS[name] = triton_impl
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    parameters = inspect.signature(reference_impl).parameters.values()
+    defaults = tuple(parameter.default for parameter in parameters)
+    runs, calls = tuned.plan_cache(), tuned.plan_cache()
+
+    def prepared(args: tuple[Any, ...]) -> Callable[..., Any]:
+        return triton_impl if plan is None else plan(*args)  # type: ignore[return-value]
+
+    def implementation(args: tuple[Any, ...]) -> Run:
+        """What runs for plain tensors on one device."""
+        on_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in args)
+        return prepared(args) if on_cuda or cpu_impl is launch_impl else cpu_impl
+
+    def launch_impl(*args: Any) -> Any:
+        # The dispatcher drops arguments that are equal to their defaults.
+        args += defaults[len(args) :]
+        key = signature(args)
+        run = runs.get(key)
+        if run is None:
+            run = runs[key] = prepared(args)
+        index = next((x.get_device() for x in args if isinstance(x, Tensor) and x.is_cuda), -1)
+        if index < 0 or index == torch.cuda.current_device():
+            return run(*args)
+        with torch.cuda.device(index):
+            return run(*args)
+
+    cpu_impl = launch_impl if triton.knobs.runtime.interpret else _owning_outputs(reference_impl)
+    IMPLEMENTATIONS[name] = launch_impl
+    _library.define(
+        name + torch.library.infer_schema(reference_impl, mutates_args=()),
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
     packet = getattr(torch.ops.dit_fast, name)
     overload = packet.default
     if flops is not None:
         # The counter adds `out_shape`, and leaves out arguments that are equal to their defaults.
         register_flop_formula(packet)(flops)
     # A backend's kernel called by code that torch.compile left alone is no code to compile.
-    _library.impl(name, torch.compiler.disable(triton_impl), "CUDA")
+    _library.impl(name, torch.compiler.disable(launch_impl), "CUDA")
     _library.impl(name, torch.compiler.disable(cpu_impl), "CPU")
+    allocate = fake or functools.partial(_reference_outputs, reference_impl)
 
     def on_meta(*args: Any, **kwargs: Any) -> Any:
         meta = any(isinstance(arg, Tensor) and arg.is_meta for arg in (*args, *kwargs.values()))
-        return (triton_impl if recording() and meta else fake)(*args, **kwargs)
+        return (launch_impl if recording() and meta else allocate)(*args, **kwargs)
 
     torch.library.register_fake(f"dit_fast::{name}", on_meta, lib=_library)
 
@@ -113,17 +186,11 @@ def define_op(
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
-    parameters = inspect.signature(triton_impl).parameters.values()
-    defaults = tuple(parameter.default for parameter in parameters)
-    dispatched = _differentiable(name, below_autograd, backward, setup_context).apply
     # Without the wrapper of `apply`, which is for function transforms.
-    on_cuda, on_cpu = (
-        super(Function, _differentiable(name, run, backward, setup_context)).apply  # type: ignore[misc]
-        for run in (triton_impl, cpu_impl)
-    )
+    differentiable = _differentiable(name, backward, setup_context)
+    apply = super(Function, differentiable).apply  # type: ignore[misc]
 
     def autograd(*args: Any) -> Any:
-        # The dispatcher drops arguments that are equal to their defaults.
         args += defaults[len(args) :]
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         _refuse_shards(name, tensors)
@@ -134,52 +201,89 @@ def define_op(
             )
         if fwAD._current_level >= 0 and any(fwAD.unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(f"{name} has no forward-mode derivative; use kernels='reference'")
-        return dispatched(*args) if differentiated else below_autograd(*args)
+        return (
+            differentiable.apply(*args, Plan(below_autograd, None))
+            if differentiated
+            else below_autograd(*args)
+        )
 
     _library.impl(name, autograd, "Autograd")
 
-    def call(*args: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or _C._len_torch_dispatch_stack()
-            or _C._len_torch_function_stack()
-            or _C._are_functorch_transforms_active()
-            or _C._get_tracing_state() is not None
-            or fwAD._current_level >= 0
-            or _profiler_enabled()
-            or _C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
-        ):
-            return overload(*args)
-        gradient = cuda = False
-        for arg in args:
-            kind = type(arg)
-            if kind is Tensor or kind is Parameter:
-                if arg.is_cuda:
-                    cuda = True
-                elif not arg.is_cpu:
-                    return overload(*args)
-                if arg.is_neg():
-                    # Half of a conjugate's view, whose memory holds the values with the other sign.
-                    return overload(*args)
-                gradient = gradient or arg.requires_grad
-            elif isinstance(arg, Tensor):
-                _refuse_shards(name, [arg])
-                return overload(*args)
-        if gradient and torch.is_grad_enabled():
-            args += defaults[len(args) :]
-            return (on_cuda if cuda else on_cpu)(*args)
-        return (triton_impl if cuda else cpu_impl)(*args)
+    def first_call(key: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Plan, bool, int]:
+        """What `call` keeps: what runs, whether a gradient may be wanted, and the index of the CUDA device or -1."""
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        _refuse_shards(name, tensors)
+        if check is not None:
+            check(*args)
+        # Half of a conjugate's view is "negative": its memory holds the values with the other sign.
+        plain = all(
+            type(x) in (Tensor, Parameter) and x.device.type in ("cpu", "cuda") and not x.is_neg()
+            for x in tensors
+        )
+        if not plain:
+            found = Plan(overload, None), False, -1
+        else:
+            index = next((x.get_device() for x in tensors if x.is_cuda), -1)
+            found = Plan(implementation(args), {}), any(x.requires_grad for x in tensors), index
+        if len(calls) >= MOST_PLANS:
+            calls.clear()
+        calls[key] = found
+        return found
 
+    def call(*args: Any) -> Any:
+        if is_observed():
+            if check is not None:
+                check(*args)
+            return overload(*args)
+        args += defaults[len(args) :]
+        key = signature(args)
+        try:
+            found = calls.get(key)
+        except TypeError:
+            # Sizes that are symbols have no hash.
+            return overload(*args)
+        plan, differentiated, index = found or first_call(key, args)
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return call(*args)
+        if differentiated and torch.is_grad_enabled():
+            return apply(*args, plan)
+        return plan.run(*args)
+
+    def in_backward(ctx: Any, word: Any, *args: Any) -> Any:
+        """`call` within the backward pass of `ctx`, of which `args` follow but for `word`: nothing is looked at again.
+
+        Autograd gives the gradient the shape, dtype and device of the output, and saved tensors those they had.
+        """
+        plans = ctx.plan.backward
+        gradient = args[0]
+        if (
+            plans is None
+            or type(gradient) is not Tensor
+            or gradient.is_neg()
+            or torch.is_grad_enabled()
+            or recording()
+            or is_observed()
+        ):
+            return call(*args)
+        run = plans.get(word)
+        if run is None:
+            if any(type(x) not in (Tensor, Parameter) for x in args if isinstance(x, Tensor)):
+                return call(*args)
+            run = plans[word] = implementation(args)
+        return run(*args)
+
+    call.in_backward = in_backward  # type: ignore[attr-defined]
     return call
 
 
-def _refuse_shards(name: str, tensors: Sequence[Tensor]) -> None:
-    """RuntimeError for a DTensor, by its name: importing the class would import all of torch.distributed.tensor."""
-    if any(type(x).__name__ == "DTensor" for x in tensors):
-        raise RuntimeError(
-            f"{name} has no rule for the shards of a DTensor; give it local tensors (to_local()) or use "
-            "kernels='reference'"
-        )
+def _reference_outputs(reference_impl: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Contiguous outputs of the shapes and dtypes that the reference gives, as the kernels' are."""
+    with torch._C._DisableAutocast(), torch.no_grad():
+        outputs = reference_impl(*args, **kwargs)
+    if isinstance(outputs, Tensor):
+        return outputs.new_empty(outputs.shape)
+    return tuple(output.new_empty(output.shape) for output in outputs)
 
 
 def _owning_outputs(reference_impl: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,19 +306,21 @@ def _owned(output: Tensor) -> Tensor:
 
 
 def _differentiable(
-    name: str,
-    run: Callable[..., Any],
-    backward: Callable[..., Any] | None,
-    setup_context: Callable[..., None] | None,
+    name: str, backward: Callable[..., Any] | None, setup_context: Callable[..., None] | None
 ) -> type[Function]:
-    """`run` with the gradient `backward`; without one, an error where a gradient is asked for."""
+    """A function of an operation's arguments and of what runs it, with the gradient `backward`.
+
+    Without one, an error where a gradient is asked for.
+    """
 
     def forward(ctx: Any, *args: Any) -> Any:
         # Else the engine fills the gradients of outputs that have none with zeros: a pass over `pre` of an MLP.
         ctx.set_materialize_grads(False)
-        output = run(*args)
+        inputs = args[:-1]
+        ctx.plan = args[-1]
+        output = ctx.plan.run(*inputs)
         if setup_context is not None:
-            setup_context(ctx, args, output)
+            setup_context(ctx, inputs, output)
         return output
 
     def run_backward(ctx: Any, *gradients: Any) -> Any:
@@ -222,7 +328,9 @@ def _differentiable(
             raise RuntimeError(f"{name} has no gradient; for one of second order use kernels='reference'")
         for gradient in gradients:
             if gradient is not None:
-                return backward(ctx, *gradients)
+                found = backward(ctx, *gradients)
+                # None for what runs the operation.
+                return (*found, None) if type(found) is tuple else (found, None)
         return (None,) * len(ctx.needs_input_grad)
 
     # Autograd's errors and gradient functions bear the name of the class.

@@ -197,13 +197,6 @@ def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     return tokens
 
 
-def _embed_fake(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
-    tokens = (x.shape[2] // weight.shape[2]) * (x.shape[3] // weight.shape[3])
-    return x.new_empty(
-        x.shape[0], tokens, weight.shape[0], dtype=torch.promote_types(weight.dtype, pos.dtype)
-    )
-
-
 def _embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor, image: bool) -> tuple[Tensor, Tensor, Tensor]:
     """d_x (empty unless `image`), d_weight, d_bias."""
     B, C, _, W = x.shape
@@ -248,13 +241,6 @@ def _embed_backward_reference(
     return dx.contiguous() if image else x.new_empty(0), dweight.contiguous(), dbias
 
 
-def _embed_backward_fake(
-    dtokens: Tensor, x: Tensor, weight: Tensor, image: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = x.new_empty(x.shape) if image else x.new_empty(0)
-    return dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
-
-
 def _embed_flops(x: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **kw: Any) -> int:
     """Each element of the image is multiplied by a column of the projection."""
     return 2 * math.prod(x) * weight[0]
@@ -270,7 +256,6 @@ _embed_backward_op = define_op(
     "patch_embed_backward",
     triton_impl=_embed_backward,
     reference_impl=_embed_backward_reference,
-    fake=_embed_backward_fake,
     flops=_embed_backward_flops,
 )
 
@@ -283,8 +268,8 @@ def _embed_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _embed_autograd(ctx: Any, dtokens: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    image, _, _, position = ctx.needs_input_grad
-    dx, dweight, dbias = _embed_backward_op(dtokens, x, weight, image)
+    image, _, _, position, _ = ctx.needs_input_grad
+    dx, dweight, dbias = _embed_backward_op.in_backward(ctx, image, dtokens, x, weight, image)
     dpos = dtokens.sum(0, keepdim=True).to(ctx.pos_dtype) if position else None
     return dx if image else None, dweight, dbias.to(ctx.bias_dtype), dpos
 
@@ -293,7 +278,6 @@ _embed_op = define_op(
     "patch_embed",
     triton_impl=_embed,
     reference_impl=reference.patch_embed,
-    fake=_embed_fake,
     backward=_embed_autograd,
     setup_context=_embed_context,
     flops=_embed_flops,
@@ -312,36 +296,29 @@ def _permute(source: Tensor, target: Tensor, patch: int, to_image: bool) -> Tens
 
 
 def _unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
-    return _permute(tokens, _unpatchify_fake(tokens, patch, height, width), patch, to_image=True)
+    channels = tokens.shape[2] // (patch * patch)
+    images = tokens.new_empty(tokens.shape[0], channels, height * patch, width * patch)
+    return _permute(tokens, images, patch, to_image=True)
 
 
 def _unpatchify_reference(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
     return reference.unpatchify(tokens, patch, height, width).clone()
 
 
-def _unpatchify_fake(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
-    channels = tokens.shape[2] // (patch * patch)
-    return tokens.new_empty(tokens.shape[0], channels, height * patch, width * patch)
-
-
 def _patchify(images: Tensor, patch: int) -> Tensor:
-    return _permute(images, _patchify_fake(images, patch), patch, to_image=False)
+    B, C, H, W = images.shape
+    tokens = images.new_empty(B, (H // patch) * (W // patch), patch * patch * C)
+    return _permute(images, tokens, patch, to_image=False)
 
 
 def _patchify_reference(images: Tensor, patch: int) -> Tensor:
     return reference.patchify(images, patch).clone()
 
 
-def _patchify_fake(images: Tensor, patch: int) -> Tensor:
-    B, C, H, W = images.shape
-    return images.new_empty(B, (H // patch) * (W // patch), patch * patch * C)
-
-
 _patchify_op = define_op(
     "unpatchify_backward",
     triton_impl=_patchify,
     reference_impl=_patchify_reference,
-    fake=_patchify_fake,
 )
 
 
@@ -357,7 +334,6 @@ _unpatchify_op = define_op(
     "unpatchify",
     triton_impl=_unpatchify,
     reference_impl=_unpatchify_reference,
-    fake=_unpatchify_fake,
     backward=_unpatchify_autograd,
     setup_context=_unpatchify_context,
 )

@@ -25,8 +25,8 @@ from torch import Tensor
 from dit_fast.kernels import reference
 from dit_fast.kernels.attention import MAX_HEAD_DIM, check_packed
 from dit_fast.kernels.device import part, row_sum, split_tokens
-from dit_fast.kernels.launch import accumulator, as_bias, cast, cdiv, launch, row_parts
-from dit_fast.kernels.op import check_tensors, define_op, uses_triton
+from dit_fast.kernels.launch import accumulator, as_bias, cast, cdiv, prepare, recording, row_parts
+from dit_fast.kernels.op import Run, check_tensors, define_op, uses_triton
 
 
 @dataclass(frozen=True)
@@ -268,31 +268,55 @@ def _samples(rotation: Tensor | None) -> tuple[Tensor | None, int]:
     """A rotation whose samples are contiguous, and the stride between them: 0 where all have the same."""
     if rotation is None or rotation.numel() == 0:
         return rotation, 0
+    if rotation.shape[0] == 1 and rotation.is_contiguous():
+        return rotation, 0
     rotation = rotation if rotation[0].is_contiguous() else rotation.contiguous()
     same = rotation.shape[0] == 1 or rotation.stride(0) == 0
     return (rotation[:1], 0) if same else (rotation, rotation.stride(0))
 
 
+def _check(
+    qkv: Tensor, num_heads: int, bias: Tensor | None, weight: Tensor | None, rotation: Tensor | None, eps: float
+) -> None:  # fmt: skip
+    op = "qk_norm_rope"
+    check_tensors(op, qkv=qkv, bias=bias, weight=weight, rotation=rotation)
+    K = check_packed(op, qkv, num_heads, bias)
+    if K > MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head_dim {K} of qkv is beyond {MAX_HEAD_DIM}; use kernels='reference'")
+    if weight is not None and (tuple(weight.shape) != (2, K) or eps <= 0):
+        raise ValueError(
+            f"{op}: weight is {tuple(weight.shape)} with eps {eps}, expected {(2, K)} and more than 0"
+        )
+    B, T, _ = qkv.shape
+    if rotation is not None and tuple(rotation.shape) not in ((1, T, K / 2, 2), (B, T, K / 2, 2)):
+        raise ValueError(f"{op}: rotation is {tuple(rotation.shape)}, expected ({B} or 1, {T}, {K} / 2, 2)")
+
+
 def _forward(
     qkv: Tensor, num_heads: int, bias: Tensor | None, weight: Tensor | None, rotation: Tensor | None, eps: float
-) -> Tensor:  # fmt: skip
+) -> Run:  # fmt: skip
     B, T, packed = qkv.shape
     K = packed // (3 * num_heads)
-    qkv, (rotation, stride) = qkv.contiguous(), _samples(rotation)
-    out = torch.empty_like(qkv)
     cfg = head_launch(B, T, num_heads, K, 4)
-    launch(
+    start = prepare(
         _qk_norm_rope_fwd_kernel, (B * cdiv(T, cfg.tokens) * (3 * num_heads // cfg.heads),), on=qkv,
         num_warps=cfg.num_warps,
-        qkv_ptr=qkv, bias_ptr=as_bias(bias), weight_ptr=as_bias(weight), rotation_ptr=rotation, out_ptr=out,
-        T=T, stride_rotation=stride,
+        T=T,
         EPS=eps, H=num_heads, K=K, **cfg.meta, ACC=accumulator(qkv),
     )  # fmt: skip
-    return out
 
+    def run(
+        qkv: Tensor, num_heads: int, bias: Tensor | None, weight: Tensor | None, rotation: Tensor | None, eps: float
+    ) -> Tensor:  # fmt: skip
+        qkv, (rotation, stride) = qkv.contiguous(), _samples(rotation)
+        out = torch.empty_like(qkv)
+        start(
+            qkv_ptr=qkv, bias_ptr=as_bias(bias), weight_ptr=as_bias(weight), rotation_ptr=rotation,
+            out_ptr=out, stride_rotation=stride,
+        )  # fmt: skip
+        return out
 
-def _forward_fake(qkv: Tensor, *_: Any) -> Tensor:
-    return qkv.new_empty(qkv.shape)
+    return run
 
 
 def _backward(
@@ -303,45 +327,53 @@ def _backward(
     weight: Tensor | None,
     rotation: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d_qkv, d_bias, d_weight, empty for what is None; qkv is None without a norm."""
+) -> Run:
     B, T, packed = dout.shape
     K = packed // (3 * num_heads)
-    dout, (rotation, stride) = dout.contiguous(), _samples(rotation)
-    dqkv = torch.empty_like(dout)
     cfg = head_launch(B, T, num_heads, K, 1)
-    dbias, dweight = (
-        dout.new_empty(B * cfg.splits, parts, num_heads, K, dtype=reference.accumulator(dout))
-        for parts in (3 if bias is not None else 0, 2 if weight is not None else 0)
-    )
-    launch(
+    acc, recorded = reference.accumulator(dout), recording()
+    start = prepare(
         _qk_norm_rope_bwd_kernel, (B * cfg.splits * (3 * num_heads // cfg.heads),), on=dout,
         num_warps=cfg.num_warps,
-        dout_ptr=dout, qkv_ptr=None if qkv is None else qkv.contiguous()[..., : 2 * num_heads * K],
-        bias_ptr=as_bias(bias), weight_ptr=as_bias(weight), rotation_ptr=rotation, dqkv_ptr=dqkv,
-        dbias_ptr=None if bias is None else dbias, dweight_ptr=None if weight is None else dweight,
-        T=T, stride_rotation=stride,
+        T=T,
         SPLITS=cfg.splits, EPS=eps, H=num_heads, K=K, **cfg.meta, ACC=accumulator(dout),
     )  # fmt: skip
-    return (
-        dqkv,
-        dout.new_empty(0) if bias is None else cast(dbias.sum(0).flatten(), bias.dtype),
-        dout.new_empty(0) if weight is None else cast(dweight.sum((0, 2)), weight.dtype),
-    )
 
+    def run(
+        dout: Tensor,
+        qkv: Tensor | None,
+        num_heads: int,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        rotation: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dout, (rotation, stride) = dout.contiguous(), _samples(rotation)
+        dqkv = torch.empty_like(dout)
+        # As rows of the (3, H, K) sums of each share of tokens, and of (2, H, K).
+        dbias = None if bias is None else dout.new_empty((B * cfg.splits, packed), dtype=acc)
+        dweight = None if weight is None else dout.new_empty((B * cfg.splits, 2, num_heads, K), dtype=acc)
+        if qkv is not None:
+            qkv = qkv.contiguous()
+            # The values are not read, which those who count a recorded launch's bytes should see.
+            qkv = qkv[..., : 2 * num_heads * K] if recorded else qkv
+        start(
+            dout_ptr=dout, qkv_ptr=qkv, bias_ptr=as_bias(bias), weight_ptr=as_bias(weight),
+            rotation_ptr=rotation, dqkv_ptr=dqkv, dbias_ptr=dbias, dweight_ptr=dweight, stride_rotation=stride,
+        )  # fmt: skip
+        return (
+            dqkv,
+            dout.new_empty(0) if dbias is None or bias is None else cast(dbias.sum(0), bias.dtype),
+            dout.new_empty(0)
+            if dweight is None or weight is None
+            else cast(dweight.sum((0, 2)), weight.dtype),
+        )
 
-def _backward_fake(
-    dout: Tensor, qkv: Tensor | None, num_heads: int, bias: Tensor | None, weight: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dbias, dweight = (dout.new_empty(0) if of is None else of.new_empty(of.shape) for of in (bias, weight))
-    return dout.new_empty(dout.shape), dbias, dweight
+    return run
 
 
 _backward_op = define_op(
-    "qk_norm_rope_backward",
-    triton_impl=_backward,
-    reference_impl=reference.qk_norm_rope_backward,
-    fake=_backward_fake,
+    "qk_norm_rope_backward", plan=_backward, reference_impl=reference.qk_norm_rope_backward
 )
 
 
@@ -353,15 +385,17 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     qkv, bias, weight, rotation = ctx.saved_tensors
-    dqkv, dbias, dweight = _backward_op(dout, qkv, ctx.num_heads, bias, weight, rotation, ctx.eps)
+    dqkv, dbias, dweight = _backward_op.in_backward(
+        ctx, None, dout, qkv, ctx.num_heads, bias, weight, rotation, ctx.eps
+    )
     return dqkv, None, None if bias is None else dbias, None if weight is None else dweight, None, None
 
 
 _forward_op = define_op(
     "qk_norm_rope",
-    triton_impl=_forward,
+    plan=_forward,
     reference_impl=reference.qk_norm_rope,
-    fake=_forward_fake,
+    check=_check,
     backward=_autograd,
     setup_context=_context,
 )
@@ -387,16 +421,4 @@ def qk_norm_rope(
     """
     if not uses_triton(kernels, qkv):
         return reference.qk_norm_rope(qkv, num_heads, bias, weight, rotation, eps)
-    op = "qk_norm_rope"
-    check_tensors(op, qkv=qkv, bias=bias, weight=weight, rotation=rotation)
-    K = check_packed(op, qkv, num_heads, bias)
-    if K > MAX_HEAD_DIM:
-        raise ValueError(f"{op}: head_dim {K} of qkv is beyond {MAX_HEAD_DIM}; use kernels='reference'")
-    if weight is not None and (tuple(weight.shape) != (2, K) or eps <= 0):
-        raise ValueError(
-            f"{op}: weight is {tuple(weight.shape)} with eps {eps}, expected {(2, K)} and more than 0"
-        )
-    B, T, _ = qkv.shape
-    if rotation is not None and tuple(rotation.shape) not in ((1, T, K / 2, 2), (B, T, K / 2, 2)):
-        raise ValueError(f"{op}: rotation is {tuple(rotation.shape)}, expected ({B} or 1, {T}, {K} / 2, 2)")
     return _forward_op(qkv, num_heads, bias, weight, rotation, eps)

@@ -17,8 +17,8 @@ from torch import Tensor
 from dit_fast.kernels import reference
 from dit_fast.kernels.adaln import modulate
 from dit_fast.kernels.device import first_token, load_part, load_rows, main_part, store_part, tail_part
-from dit_fast.kernels.launch import accumulator, as_vectors, cdiv, launch, tuned_rows
-from dit_fast.kernels.op import define_op
+from dit_fast.kernels.launch import accumulator, as_vectors, cdiv, prepare, tuned_rows
+from dit_fast.kernels.op import Run, define_op
 
 
 class NormRecipe(NamedTuple):
@@ -66,29 +66,29 @@ def _adaln_from_moments_kernel(
         _from_moments_part(x_ptr, mean_ptr, rstd_ptr, shift_ptr, scale_ptr, y_ptr, left, TAIL, ACC)
 
 
-def _from_moments(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _from_moments(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor) -> Run:
     B, T, _ = x.shape
-    x, shift, scale = x.contiguous(), as_vectors(shift), as_vectors(scale)
-    y = torch.empty_like(x, dtype=scale.dtype)
-    cfg = tuned_rows(_adaln_from_moments_kernel, x, y)
-    launch(
+    dtype = scale.dtype
+    cfg = tuned_rows(_adaln_from_moments_kernel, x, dtype)
+    start = prepare(
         _adaln_from_moments_kernel, (B * cdiv(T, cfg.rows),), on=x, num_warps=cfg.num_warps,
-        x_ptr=x, mean_ptr=mean.contiguous(), rstd_ptr=rstd.contiguous(), shift_ptr=shift, scale_ptr=scale, y_ptr=y,
-        T=T, stride_shift=shift.stride(0), stride_scale=scale.stride(0),
-        **cfg.meta, ACC=accumulator(x),
+        T=T, **cfg.meta, ACC=accumulator(x),
     )  # fmt: skip
-    return y
 
+    def run(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        x, shift, scale = x.contiguous(), as_vectors(shift), as_vectors(scale)
+        y = torch.empty_like(x, dtype=dtype)
+        start(
+            x_ptr=x, mean_ptr=mean.contiguous(), rstd_ptr=rstd.contiguous(), shift_ptr=shift,
+            scale_ptr=scale, y_ptr=y, stride_shift=shift.stride(0), stride_scale=scale.stride(0),
+        )  # fmt: skip
+        return y
 
-def _from_moments_fake(x: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=scale.dtype)
+    return run
 
 
 adaln_from_moments = define_op(
-    "adaln_from_moments",
-    triton_impl=_from_moments,
-    reference_impl=reference.adaln_from_moments,
-    fake=_from_moments_fake,
+    "adaln_from_moments", plan=_from_moments, reference_impl=reference.adaln_from_moments
 )
 
 

@@ -9,6 +9,8 @@ Numerics  float32 (float64 for float64), one rounding at each store; the sum ove
           fixed order that depends on the shape alone, without atomics.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,15 @@ from torch import Tensor
 
 from dit_fast.kernels import reference
 from dit_fast.kernels.activation import define_activation
-from dit_fast.kernels.launch import accumulator, as_bias, cast, cdiv, elementwise_launch, launch
+from dit_fast.kernels.launch import (
+    accumulator,
+    as_bias,
+    cast,
+    cdiv,
+    elementwise_launch,
+    nothing_like,
+    prepare,
+)
 from dit_fast.kernels.op import uses_triton
 
 
@@ -95,46 +105,51 @@ def _swiglu_bwd_kernel(
         tl.store(partial_ptr + F + o_f, tl.sum(total_v, axis=0)[None, :], mask=m_f)
 
 
-def swiglu_forward(pre: Tensor, bias: Tensor | None) -> Tensor:
-    """Launch the forward pass; act."""
-    pre = pre.contiguous()
-    F = pre.shape[-1] // 2
-    N = pre.numel() // (2 * F)
-    act = pre.new_empty(*pre.shape[:-1], F)
+def plan_swiglu(on: Tensor, N: int, F: int) -> Callable[..., Tensor]:
+    """run(pre, bias) of the activation for N rows of F gates and F values like `on`."""
     cfg = elementwise_launch(N, F, 8)
-    launch(
-        _swiglu_fwd_kernel, (cdiv(N, cfg.rows) * cdiv(F, cfg.columns),), on=pre,
-        num_warps=cfg.num_warps,
-        pre_ptr=pre, bias_ptr=as_bias(bias), act_ptr=act, N=N, F=F, **cfg.meta, ACC=accumulator(pre),
+    start = prepare(
+        _swiglu_fwd_kernel, (cdiv(N, cfg.rows) * cdiv(F, cfg.columns),), on=on, num_warps=cfg.num_warps,
+        N=N, F=F, **cfg.meta, ACC=accumulator(on),
     )  # fmt: skip
-    return act
+
+    def run(pre: Tensor, bias: Tensor | None) -> Tensor:
+        pre = pre.contiguous()
+        act = pre.new_empty((*pre.shape[:-1], F))
+        start(pre_ptr=pre, bias_ptr=as_bias(bias), act_ptr=act)
+        return act
+
+    return run
 
 
-def swiglu_backward(
-    dact: Tensor, pre: Tensor, bias: Tensor | None, activation: bool, bias_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward pass; (d_pre, act, d_bias), the last two empty where not asked for."""
-    dact, pre = dact.contiguous(), pre.contiguous()
-    dpre = torch.empty_like(pre)
-    F = dact.shape[-1]
-    N = pre.numel() // (2 * F)
+def plan_swiglu_backward(
+    on: Tensor, N: int, F: int, activation: bool, bias_gradient: bool
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """run(dact, pre, bias) -> (d_pre, act, d_bias), the last two empty unless asked for; sizes as in `plan_swiglu`."""
     # Five tiles: 8 rows of them are more than a thread's registers hold.
     cfg = elementwise_launch(N, F, 4)
-    act = torch.empty_like(dact) if activation else pre.new_empty(0)
-    like = pre if bias is None else bias
-    partial = None
-    if bias_gradient:
-        partial = pre.new_empty(cfg.splits, 2 * F, dtype=reference.accumulator(pre))
-    launch(
-        _swiglu_bwd_kernel, (cfg.splits * cdiv(F, cfg.columns),), on=pre, num_warps=cfg.num_warps,
-        dact_ptr=dact, pre_ptr=pre, bias_ptr=as_bias(bias), dpre_ptr=dpre,
-        act_ptr=act if activation else None, partial_ptr=partial,
-        N=N, F=F, SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(pre),
+    acc, empty = reference.accumulator(on), nothing_like(on)
+    start = prepare(
+        _swiglu_bwd_kernel, (cfg.splits * cdiv(F, cfg.columns),), on=on, num_warps=cfg.num_warps,
+        N=N, F=F, SPLITS=cfg.splits, **cfg.meta, ACC=accumulator(on),
     )  # fmt: skip
-    return dpre, act, like.new_empty(0) if partial is None else cast(partial.sum(0), like.dtype)
+
+    def run(dact: Tensor, pre: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        dact, pre = dact.contiguous(), pre.contiguous()
+        dpre = torch.empty_like(pre)
+        act = torch.empty_like(dact) if activation else empty
+        like = pre if bias is None else bias
+        partial = pre.new_empty((cfg.splits, 2 * F), dtype=acc) if bias_gradient else None
+        start(
+            dact_ptr=dact, pre_ptr=pre, bias_ptr=as_bias(bias), dpre_ptr=dpre,
+            act_ptr=act if activation else None, partial_ptr=partial,
+        )  # fmt: skip
+        return dpre, act, like.new_empty(0) if partial is None else cast(partial.sum(0), like.dtype)
+
+    return run
 
 
-_swiglu = define_activation("swiglu", swiglu_forward, swiglu_backward, parts=2)
+_swiglu = define_activation("swiglu", plan_swiglu, plan_swiglu_backward, parts=2)
 
 
 def swiglu(pre: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:

@@ -35,6 +35,9 @@ P = ParamSpec("P")
 _kept: list[Callable[[], None]] = []
 """What drops the answers that `per_launch` keeps."""
 
+_plans: list[dict[Any, Any]] = []
+"""The caches that `plan_cache` returned."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -73,10 +76,24 @@ def search(answers: Mapping[tuple[str, str], Any]) -> Iterator[list[Request]]:
     """Let `answers` stand for the tables and yield what is asked: {("launches", kernel) | ("choices", name): value}."""
     global _search
     previous, _search = _search, Search(answers)
+    drop_plans()
     try:
         yield _search.asked
     finally:
         _search = previous
+        drop_plans()
+
+
+def plan_cache() -> dict[Any, Any]:
+    """A new dictionary for what follows from launch configurations; emptied when these may have changed."""
+    _plans.append({})
+    return _plans[-1]
+
+
+def drop_plans() -> None:
+    """Empty all plan caches."""
+    for plans in _plans:
+        plans.clear()
 
 
 def per_launch(choose: Callable[P, C]) -> Callable[P, C]:
@@ -275,6 +292,7 @@ def forget() -> None:
     """Drop what was read, so that tables are read again at the next launch."""
     for clear in (table.cache_clear, _config.cache_clear, _choice.cache_clear, _fresh.cache_clear, *_kept):
         clear()
+    drop_plans()
 
 
 def _path(capability: int) -> Path:
