@@ -300,7 +300,7 @@ def _autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, .
     return dx, cast(dshift, ctx.shift_dtype), dscale, None, None
 
 
-_forward_op = define_op(
+adaln_with_moments = define_op(
     "adaln_modulate",
     plan=_forward,
     reference_impl=_forward_reference,
@@ -308,6 +308,11 @@ _forward_op = define_op(
     backward=_autograd,
     setup_context=_setup_context,
 )
+"""adaln_with_moments(x, shift, scale, eps, centred): the registered operation, which returns y and the moments of x.
+
+The moments are mean and 1 / deviation (B, T) of each row; not centred (an RMSNorm), the mean is 0 and the deviation
+that from 0. `adaln_from_moments` takes either.
+"""
 
 
 def adaln_modulate(
@@ -327,14 +332,4 @@ def adaln_modulate(
     """
     if not uses_triton(kernels, x):
         return reference.adaln_modulate(x, shift, scale, eps, is_centred(norm))
-    return adaln_with_moments(x, shift, scale, eps, norm)[0]
-
-
-def adaln_with_moments(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, norm: str = "layernorm"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`adaln_modulate` by the registered operation, and mean and 1 / deviation (B, T) of the rows of x.
-
-    Of an RMSNorm the mean is 0 and the deviation that from 0: `adaln_from_moments` takes either.
-    """
-    return _forward_op(x, shift, scale, eps, is_centred(norm))
+    return adaln_with_moments(x, shift, scale, eps, is_centred(norm))[0]

@@ -26,7 +26,7 @@ from dit_fast.kernels.attention_backends import (
     flash_attention,
     sdpa_attention,
 )
-from dit_fast.kernels.launch import capability, cast
+from dit_fast.kernels.launch import capability
 from dit_fast.kernels.op import Run, check_tensors, define_op, uses_triton
 
 MAX_HEAD_DIM = 128
@@ -49,12 +49,7 @@ def _check(qkv: Tensor, num_heads: int, bias: Tensor | None) -> None:
 
 
 def _attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
-    launched = _path(qkv, num_heads).forward(qkv, num_heads, bias)
-
-    def run(qkv: Tensor, _: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return launched(qkv, None if bias is None else bias.contiguous())
-
-    return run
+    return _path(qkv, num_heads).forward(qkv, num_heads, bias)
 
 
 def _attention_reference(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -65,16 +60,7 @@ def _attention_reference(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tu
 def _attention_backward(
     dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
 ) -> Run:
-    launched = _path(qkv, num_heads).backward(qkv, num_heads, bias)
-
-    def run(
-        dout: Tensor, qkv: Tensor, _: int, bias: Tensor | None, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        contiguous = None if bias is None else bias.contiguous()
-        dqkv, shares = launched(dout.contiguous(), qkv, contiguous, out, lse)
-        return dqkv, qkv.new_empty(0) if bias is None else cast(shares.sum((0, 1)), bias.dtype)
-
-    return run
+    return _path(qkv, num_heads).backward(qkv, num_heads, bias)
 
 
 def _attention_backward_reference(

@@ -36,7 +36,7 @@ from dit_fast.kernels.attention_tiles import (
     subtract_bias,
     zeros_head,
 )
-from dit_fast.kernels.launch import accumulator, capability, cdiv, next_power_of_2, prepare
+from dit_fast.kernels.launch import accumulator, as_bias, capability, cast, cdiv, next_power_of_2, prepare
 from dit_fast.kernels.op import Run
 
 
@@ -233,7 +233,7 @@ def _sizes(qkv: Tensor, num_heads: int, cfg: LongLaunch) -> dict[str, Any]:
 
 
 def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
-    """run(qkv, bias) -> out (B, T, H * K) and lse (B, H, T) of packed qkv (B, T, 3 * H * K)."""
+    """run(qkv, num_heads, bias) -> out (B, T, H * K) and lse (B, H, T) of packed qkv (B, T, 3 * H * K)."""
     B, T, packed = qkv.shape
     acc = reference.accumulator(qkv)
     cfg = long_launch("forward", qkv.dtype, T, packed // (3 * num_heads), capability(qkv))
@@ -243,21 +243,18 @@ def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
         TILES=tiles, **_sizes(qkv, num_heads, cfg),
     )  # fmt: skip
 
-    def run(qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         out = qkv.new_empty((B, T, packed // 3))
         lse = qkv.new_empty((B, num_heads, T), dtype=acc)
         qkv, strides = read_in_place(qkv)
-        start(qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse, **strides)
+        start(qkv_ptr=qkv, bias_ptr=as_bias(bias), out_ptr=out, lse_ptr=lse, **strides)
         return out, lse
 
     return run
 
 
 def backward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
-    """run(dout, qkv, bias, out, lse) -> d_qkv, packed as qkv, and the shares (B, tiles, 3 * H * K) of d_bias.
-
-    No shares without a bias.
-    """
+    """run(dout, qkv, num_heads, bias, out, lse) -> d_qkv, packed as qkv, and d_bias, empty without a bias."""
     B, T, packed = qkv.shape
     K = packed // (3 * num_heads)
     cfg = long_launch("queries", qkv.dtype, T, K, capability(qkv))
@@ -275,9 +272,10 @@ def backward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
     )  # fmt: skip
 
     def run(
-        dout: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
+        dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        qkv, strides = read_in_place(qkv)
+        dout, (qkv, strides) = dout.contiguous(), read_in_place(qkv)
+        bias = as_bias(bias)
         dqkv = qkv.new_empty((B, T, packed))
         delta = torch.empty_like(lse)
         start_queries(
@@ -289,6 +287,6 @@ def backward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
             dout_ptr=dout, qkv_ptr=qkv, bias_ptr=bias, lse_ptr=lse, delta_ptr=delta, dqkv_ptr=dqkv, partial_ptr=shares,
             **strides,
         )  # fmt: skip
-        return dqkv, shares
+        return dqkv, shares.new_empty(0) if bias is None else cast(shares.sum((0, 1)), bias.dtype)
 
     return run

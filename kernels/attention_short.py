@@ -44,7 +44,9 @@ from dit_fast.kernels.attention_tiles import (
 )
 from dit_fast.kernels.launch import (
     accumulator,
+    as_bias,
     capability,
+    cast,
     cdiv,
     next_power_of_2,
     prepare,
@@ -259,7 +261,7 @@ def backward_launch(T: int, K: int) -> ShortLaunch:
 
 
 def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
-    """run(qkv, bias) -> out (B, T, H * K) and lse (B, H, T) of packed qkv (B, T, 3 * H * K), T at most 256."""
+    """run(qkv, num_heads, bias) -> out (B, T, H * K) and lse (B, H, T); qkv (B, T, 3 * H * K), T at most 256."""
     B, T, packed = qkv.shape
     width = packed // 3
     K = width // num_heads
@@ -277,21 +279,18 @@ def forward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
         EVEN=cfg.block_n == T and T % (cfg.block_m * cfg.steps) == 0, ACC=accumulator(qkv),
     )  # fmt: skip
 
-    def run(qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(qkv: Tensor, num_heads: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         out = qkv.new_empty((B, T, width))
         lse = qkv.new_empty((B, num_heads, T), dtype=acc)
         qkv, strides = read_in_place(qkv)
-        start(qkv_ptr=qkv, bias_ptr=bias, out_ptr=out, lse_ptr=lse, **strides)
+        start(qkv_ptr=qkv, bias_ptr=as_bias(bias), out_ptr=out, lse_ptr=lse, **strides)
         return out, lse
 
     return run
 
 
 def backward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
-    """run(dout, qkv, bias, out, lse) -> d_qkv, packed as qkv, and the shares (B, tiles, 3 * H * K) of d_bias.
-
-    No shares without a bias.
-    """
+    """run(dout, qkv, num_heads, bias, out, lse) -> d_qkv, packed as qkv, and d_bias, empty without a bias."""
     B, T, packed = qkv.shape
     width = packed // 3
     K = width // num_heads
@@ -308,9 +307,10 @@ def backward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
     )  # fmt: skip
 
     def run(
-        dout: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
+        dout: Tensor, qkv: Tensor, num_heads: int, bias: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        qkv, strides = read_in_place(qkv)
+        dout, (qkv, strides) = dout.contiguous(), read_in_place(qkv)
+        bias = as_bias(bias)
         dqkv = qkv.new_empty((B, T, packed))
         shares = lse.new_empty((B, shared, packed))
         start(
@@ -318,6 +318,6 @@ def backward(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Run:
             dqkv_ptr=dqkv, delta_ptr=torch.empty_like(lse) if several else lse,
             scratch_ptr=lse.new_empty((B, num_heads, T, K)) if several else lse, partial_ptr=shares, **strides,
         )  # fmt: skip
-        return dqkv, shares
+        return dqkv, shares.new_empty(0) if bias is None else cast(shares.sum((0, 1)), bias.dtype)
 
     return run

@@ -306,7 +306,7 @@ def _autograd(
     return dx, dbranch, dgate, dshift, dscale, None if bias is None else dbias, None, None
 
 
-_forward_op = define_op(
+gated_residual_adaln_with_moments = define_op(
     "gated_residual_adaln",
     plan=_forward,
     reference_impl=_reference,
@@ -314,6 +314,7 @@ _forward_op = define_op(
     backward=_autograd,
     setup_context=_context,
 )
+"""(x, branch, gate, shift, scale, bias, eps, centred) -> out, y, and the moments of out as in `adaln_with_moments`."""
 
 
 def gated_residual_adaln(
@@ -335,19 +336,7 @@ def gated_residual_adaln(
     """
     if not uses_triton(kernels, x):
         return reference.gated_residual_adaln(x, branch, gate, shift, scale, bias, eps, is_centred(norm))
-    out, y, _, _ = gated_residual_adaln_with_moments(x, branch, gate, shift, scale, bias, eps, norm)
+    out, y, _, _ = gated_residual_adaln_with_moments(
+        x, branch, gate, shift, scale, bias, eps, is_centred(norm)
+    )
     return out, y
-
-
-def gated_residual_adaln_with_moments(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    norm: str = "layernorm",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`gated_residual_adaln` by the registered operation, and the moments (B, T) of out as in `adaln_with_moments`."""
-    return _forward_op(x, branch, gate, shift, scale, bias, eps, is_centred(norm))

@@ -26,8 +26,8 @@ from dit_fast.kernels.launch import (
     accumulator,
     capability,
     cdiv,
-    launch,
     next_power_of_2,
+    prepare,
 )
 from dit_fast.kernels.op import check_tensors, define_op, uses_triton
 
@@ -186,14 +186,14 @@ def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     T, K = (H // P) * (W // P), C * P * P
     tokens = x.new_empty(B, T, D, dtype=torch.promote_types(weight.dtype, pos.dtype))
     cfg = tile_launch(_patch_embed_fwd_kernel, x.dtype, capability(x), D, K, weight.itemsize)
-    launch(
+    prepare(
         _patch_embed_fwd_kernel,
         (cdiv(B * T, cfg.block_n), cdiv(D, cfg.block_d)), on=x, num_warps=cfg.num_warps,
         products=Products(2 * B * T * D * K, weight.dtype),
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, pos_ptr=pos, tokens_ptr=tokens,
         N=B * T, T=T, C=C, W=W,
         D=D, K=K, P=P, **cfg.meta, ACC=accumulator(weight),
-    )  # fmt: skip
+    )()  # fmt: skip
     return tokens
 
 
@@ -218,19 +218,19 @@ def _embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor, image: bool) -> 
     # Enough programs for a GPU from width alone would read the tokens again for each block of terms.
     splits = min(32, max(1, cdiv(B * T, 64)))
     dweight, dbias = x.new_empty(splits, D, K, dtype=acc), x.new_empty(splits, D, dtype=acc)
-    launch(
+    prepare(
         _patch_embed_bwd_weight_kernel,
         (splits, cdiv(D, cfg.block_d), cdiv(K, cfg.block_k)), on=x, num_warps=cfg.num_warps,
         dtokens_ptr=dtokens, x_ptr=x, dweight_ptr=dweight, dbias_ptr=dbias, **sizes, SPLITS=splits, **cfg.meta, **meta,
-    )  # fmt: skip
+    )()  # fmt: skip
     dx = torch.empty_like(x) if image else x.new_empty(0)
     if image:
         cfg = tile_launch(_patch_embed_bwd_image_kernel, x.dtype, capability(x), D, K, dtokens.itemsize)
-        launch(
+        prepare(
             _patch_embed_bwd_image_kernel,
             (cdiv(B * T, cfg.block_n), cdiv(K, cfg.block_k)), on=x, num_warps=cfg.num_warps,
             dtokens_ptr=dtokens, weight_ptr=weight, dx_ptr=dx, **sizes, **cfg.meta, **meta,
-        )  # fmt: skip
+        )()  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype).view(weight.shape), dbias.sum(0).to(weight.dtype)
 
 
@@ -286,12 +286,12 @@ _embed_op = define_op(
 
 def _permute(source: Tensor, target: Tensor, patch: int, to_image: bool) -> Tensor:
     _, C, H, W = (target if to_image else source).shape
-    launch(
+    prepare(
         _permute_kernel, (cdiv(target.numel(), 1024),), on=source, num_warps=4,
         source_ptr=source.contiguous(), target_ptr=target,
         total=target.numel(), T=(H // patch) * (W // patch), C=C, W=W,
         P=patch, TO_IMAGE=to_image, BLOCK=1024,
-    )  # fmt: skip
+    )()  # fmt: skip
     return target
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dit_fast.kernels import adaln_modulate, gated_residual, gated_residual_adaln, mlp, uses_triton
 from dit_fast.kernels.adaln import adaln_with_moments
 from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln_with_moments
+from dit_fast.kernels.op import is_centred
 from dit_fast.kernels.recompute import NormRecipe
 from dit_fast.model.layers import (
     Attention,
@@ -67,12 +68,12 @@ class Stream(NamedTuple):
             if not fused:
                 y = adaln_modulate(self.x, shift, scale, eps, norm=norm, kernels=kernels)
                 return Normed(self.x, y, None)
-            x, (y, mean, rstd) = self.x, adaln_with_moments(self.x, shift, scale, eps, norm)
+            x, (y, mean, rstd) = self.x, adaln_with_moments(self.x, shift, scale, eps, is_centred(norm))
         else:
             inputs = (self.x, self.branch, self.gate, shift, scale, self.bias, eps)
             if not fused:
                 return Normed(*gated_residual_adaln(*inputs, norm=norm, kernels=kernels), None)
-            x, y, mean, rstd = gated_residual_adaln_with_moments(*inputs, norm)
+            x, y, mean, rstd = gated_residual_adaln_with_moments(*inputs, is_centred(norm))
         return Normed(x, y, NormRecipe(x, mean, rstd, shift, scale))
 
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import KernelInterface
 
+from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import record_launches
 from dit_fast.kernels.op import MAX_WIDTH
 from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
@@ -352,7 +353,9 @@ def no_launches() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KernelInterface, "__getitem__", refuse)
+        tuned.drop_plans()
         yield
+    tuned.drop_plans()
 
 
 def assert_refused(spec: OpSpec, inputs: list[Any], what: str) -> None:

@@ -35,9 +35,9 @@ def inputs(
 
 def by_kernels(path, qkv: Tensor, H: int, bias: Tensor | None, dout: Tensor) -> list[Tensor]:
     """out, d_qkv and, with a bias, d_bias from one set of kernels."""
-    out, lse = path.forward(qkv, H, bias)
-    dqkv, shares = path.backward(dout, qkv, H, bias, out, lse)
-    return [out, dqkv] if bias is None else [out, dqkv, shares.sum((0, 1)).to(bias.dtype)]
+    out, lse = path.forward(qkv, H, bias)(qkv, H, bias)
+    dqkv, dbias = path.backward(qkv, H, bias)(dout, qkv, H, bias, out, lse)
+    return [out, dqkv] if bias is None else [out, dqkv, dbias]
 
 
 def by_autograd(function, qkv: Tensor, H: int, bias: Tensor | None, dout: Tensor, **kwargs) -> list[Tensor]:
@@ -168,7 +168,7 @@ def test_strided_rows_are_read_in_place() -> None:
     aligned, odd = wide[..., 16 : 16 + 216], draw(3, 20, 217, dtype=torch.float16)[..., :216]
     for view in (aligned, odd, aligned.transpose(0, 1).contiguous().transpose(0, 1), wide[:1, :1, 8:224]):
         with record_launches() as launches:
-            module._attention(view, 1, None)
+            module._attention(view, 1, None)(view, 1, None)
         assert (launches[0].arguments["qkv_ptr"].data_ptr() == view.data_ptr()) == (view is not odd)
         dview = dout[: view.shape[0], : view.shape[1]]
         strided = by_autograd(attention, view, 1, None, dview, kernels="triton")
@@ -234,12 +234,12 @@ def test_keys_at_minus_infinity_come_first(monkeypatch) -> None:
     qkv, _, _ = inputs(1, 48, 1, 24)
     qkv[..., :24].abs_()
     qkv[0, :32, 24] = -math.inf
-    out, lse = attention_long.forward(qkv, 1, None)
+    out, lse = attention_long.forward(qkv, 1, None)(qkv, 1, None)
     assert_exact(
         [out, lse], [reference.attention(qkv, 1), reference.attention_probabilities(qkv, 1, None)[-1]]
     )
     qkv[0, :, 24] = -math.inf
-    assert attention_long.forward(qkv, 1, None)[0].isnan().all()
+    assert attention_long.forward(qkv, 1, None)(qkv, 1, None)[0].isnan().all()
 
 
 @pytest.mark.parametrize(

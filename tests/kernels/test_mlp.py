@@ -1,5 +1,6 @@
 """What is particular to `gelu`, `swiglu` and `mlp`: activations and who applies them, what is kept, tiles, refusals."""
 
+import functools
 import importlib
 import itertools
 import re
@@ -184,13 +185,17 @@ def test_frozen_weights(provider, activation, monkeypatch) -> None:
     """Only x needs a gradient: no weight gradient and no activation is computed, and d_x is the same."""
     inputs = mlp_inputs((2, 5), 24, 96, 24, activation=activation)
     want = with_gradients(mlp, inputs, activation=activation, epilogue=provider, kernels="triton")[:2]
-    asked, original = [], module._expand_backward
+    asked = []
 
-    def watch(dout, weight, pre, again, bias_gradient, *how):
-        asked.append((again, bias_gradient))
-        return original(dout, weight, pre, again, bias_gradient, *how)
+    def watch(original, *args):
+        asked.append(args[3:5])
+        return original(*args)
 
-    monkeypatch.setattr(module, "_expand_backward", watch)
+    # The last of their five arguments: whether to compute the activation, and the gradient of the bias.
+    for owner, name in (
+        (module, "plan_gelu_backward"), (module, "plan_swiglu_backward"), (gemm, "gemm_gelu_backward"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, functools.partial(watch, getattr(owner, name)))
     x, *weights = inputs
     frozen = [x, *(weight.detach() for weight in weights)]
     found = with_gradients(mlp, frozen, activation=activation, epilogue=provider, kernels="triton")

@@ -32,11 +32,13 @@ def backward(rows: int) -> None:
 
 
 def gelu_backward(rows: int) -> None:
-    gelu.gelu_backward(meta(rows, WIDTH), meta(rows, WIDTH), None, True, True)
+    pre = meta(rows, WIDTH)
+    gelu.plan_gelu_backward(pre, rows, WIDTH, True, True)(meta(rows, WIDTH), pre, None)
 
 
 def swiglu_backward(rows: int) -> None:
-    swiglu.swiglu_backward(meta(rows, WIDTH), meta(rows, 2 * WIDTH), None, True, True)
+    pre = meta(rows, 2 * WIDTH)
+    swiglu.plan_swiglu_backward(pre, rows, WIDTH, True, True)(meta(rows, WIDTH), pre, None)
 
 
 @pytest.mark.parametrize("run", [forward, backward, gelu_backward, swiglu_backward])

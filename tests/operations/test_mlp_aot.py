@@ -30,8 +30,8 @@ def gelu_kernels(width: int, dtype: torch.dtype, capability: int) -> list[Compil
     pre = meta(ROWS, width, dtype=dtype)
 
     def run() -> None:
-        gelu.gelu_forward(pre, meta(width, dtype=dtype))
-        gelu.gelu_backward(pre, pre, None, True, True)
+        gelu.plan_gelu(pre, ROWS, width)(pre, meta(width, dtype=dtype))
+        gelu.plan_gelu_backward(pre, ROWS, width, True, True)(pre, pre, None)
 
     return ahead_of_time(run, capability)
 
@@ -41,8 +41,8 @@ def swiglu_kernels(width: int, dtype: torch.dtype, capability: int) -> list[Comp
     act, pre = meta(ROWS, width, dtype=dtype), meta(ROWS, 2 * width, dtype=dtype)
 
     def run() -> None:
-        swiglu.swiglu_forward(pre, meta(2 * width, dtype=dtype))
-        swiglu.swiglu_backward(act, pre, None, True, True)
+        swiglu.plan_swiglu(pre, ROWS, width)(pre, meta(2 * width, dtype=dtype))
+        swiglu.plan_swiglu_backward(pre, ROWS, width, True, True)(act, pre, None)
 
     return ahead_of_time(run, capability)
 
