@@ -346,7 +346,8 @@ def mlp(
     if not uses_triton(kernels, x):
         return reference.mlp(x, fc1_weight, fc1_bias, fc2_weight, activation)
     dtype = x.dtype
-    if dtype not in DTYPES or x.ndim == 0:
+    # Before the casts, which would hide integers.
+    if not {dtype, fc1_weight.dtype, fc1_bias.dtype, fc2_weight.dtype}.issubset(DTYPES) or x.ndim == 0:
         check_mlp(x, fc1_weight, fc1_bias, fc2_weight, activation)
     fc1_weight, fc1_bias, fc2_weight = cast(fc1_weight, dtype), cast(fc1_bias, dtype), cast(fc2_weight, dtype)
     training = torch.is_grad_enabled() and (

@@ -286,6 +286,15 @@ def _reference_outputs(reference_impl: Callable[..., Any], *args: Any, **kwargs:
     return tuple(output.new_empty(output.shape) for output in outputs)
 
 
+def _refuse_shards(name: str, tensors: Sequence[Tensor]) -> None:
+    """RuntimeError for a DTensor, by its name: importing the class would import all of torch.distributed.tensor."""
+    if any(type(x).__name__ == "DTensor" for x in tensors):
+        raise RuntimeError(
+            f"{name} has no rule for the shards of a DTensor; give it local tensors (to_local()) or use "
+            "kernels='reference'"
+        )
+
+
 def _owning_outputs(reference_impl: Callable[..., Any]) -> Callable[..., Any]:
     """`reference_impl` whose outputs are views of nothing, as the kernels' are: autograd would refuse to change them
     in place.
