@@ -217,7 +217,7 @@ def _adaln_bwd_kernel(
         store_sum(partial_ptr + stride_sum, dscale_tail, TAIL)
 
 
-def _check(x: Tensor, shift: Tensor, scale: Tensor, *_: Any) -> None:
+def _check(x: Tensor, shift: Tensor, scale: Tensor, *rest: Any) -> None:
     B, _, D = check_shapes("adaln_modulate", x)
     check_shapes("adaln_modulate", x, shift=(shift, (B, D)), scale=(scale, (B, D)))
 

@@ -323,7 +323,7 @@ def prepare(
     num_warps: int,
     *,
     num_stages: int | None = None,
-    products: Products | None = None,
+    products: Any = None,
     **constants: Any,
 ) -> Callable[..., None]:
     """A function of the pointers, by keyword, that launches `kernel` with these and with `constants`.
@@ -367,7 +367,7 @@ def launch(
     num_warps: int,
     *,
     num_stages: int | None = None,
-    products: Products | None = None,
+    products: Any = None,
     **arguments: Any,
 ) -> None:
     """Run `kernel` once on the device of `on`, with all of its arguments; see `prepare`."""

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -57,6 +57,15 @@ Run = Callable[..., Any]
 """What a plan returns: a function of the operation's arguments that allocates the outputs and launches."""
 
 
+class Operation(Protocol):
+    """A registered operation: a function of its arguments by position."""
+
+    in_backward: Callable[..., Any]
+    """in_backward(ctx, word, *arguments): the same within the backward pass of `ctx`, at less cost."""
+
+    def __call__(self, *args: Any) -> Any: ...
+
+
 class Plan(NamedTuple):
     """`run` for calls of one signature; `backward` keeps the same for its backward pass, None where nothing is kept."""
 
@@ -71,8 +80,8 @@ _VMAP_MODE = _C._dispatch_key_parse("VmapMode")
 """Included while `torch.autograd.grad(is_grads_batched=True)` runs: its tensors look plain and have no memory."""
 
 
-def is_observed() -> bool:
-    """Whether a compiler, mode, transform, tracer or profiler is to see each operation: the dispatcher calls them."""
+def is_observed() -> object:
+    """True if a compiler, mode, transform, tracer or profiler is to see each operation: the dispatcher calls them."""
     return (
         torch.compiler.is_compiling()
         or _C._len_torch_dispatch_stack()
@@ -106,7 +115,7 @@ def define_op(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     flops: Callable[..., int] | None = None,
-) -> Callable[..., Any]:
+) -> Operation:
     """Register `torch.ops.dit_fast.<name>` for CUDA (Triton), CPU (reference), fake tensors and autograd.
 
     The schema is read from the annotations of `reference_impl`. With Triton's interpreter on (TRITON_INTERPRET=1 when
@@ -273,8 +282,9 @@ def define_op(
             run = plans[word] = implementation(args)
         return run(*args)
 
-    call.in_backward = in_backward  # type: ignore[attr-defined]
-    return call
+    operation = cast(Operation, call)
+    operation.in_backward = in_backward
+    return operation
 
 
 def _reference_outputs(reference_impl: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
