@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MOST = 5
 
 STUBBED = """
@@ -16,7 +16,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 
-from dit_fast.dit import DiT
+from dit_fast.model.dit import DiT
 
 found = {}
 
