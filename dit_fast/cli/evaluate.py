@@ -36,8 +36,8 @@ from dit_fast.evaluation import (
 )
 from dit_fast.evaluation.images import Archive, JoinedImages, archive_images
 from dit_fast.sampling import PRECISIONS, SOLVERS
+from dit_fast.sampling.config import BATCH_SIZE
 from dit_fast.sampling.guidance import SCALE
-from dit_fast.sampling.sampler import BATCH_SIZE
 from dit_fast.utils.files import check_output, write_atomically
 from dit_fast.utils.terminal import say
 from dit_fast.utils.values import PATH, SEED, SIDE, SOURCE, TEXT, Whole, check_memory

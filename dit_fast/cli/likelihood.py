@@ -18,7 +18,7 @@ from dit_fast.distributed.world import choose_device
 from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.interop import ModelInfo, load_model
 from dit_fast.model.dit import DiT
-from dit_fast.sampling.sampler import BATCH_SIZE
+from dit_fast.sampling.config import BATCH_SIZE
 from dit_fast.utils import keyed
 from dit_fast.utils.files import check_output, write_atomically
 from dit_fast.utils.terminal import say

@@ -8,8 +8,8 @@ from dit_fast.diffusion.objective import OBJECTIVES
 from dit_fast.diffusion.paths import PATHS, PREDICTIONS
 from dit_fast.download import pretrained_models
 from dit_fast.sampling import MODES, PRECISIONS, SOLVERS
+from dit_fast.sampling.config import BATCH_SIZE, ETA
 from dit_fast.sampling.guidance import LEVEL, SCALE, SCHEDULES
-from dit_fast.sampling.sampler import BATCH_SIZE, ETA
 from dit_fast.sampling.schedule import SHIFT
 from dit_fast.sampling.solvers import LAST_STEPS
 from dit_fast.utils.values import PATH, SEED, SIDE, SOURCE, TEXT, Pair, Pattern, Whole

@@ -336,3 +336,15 @@ def _table(*columns: Array) -> DeviceTable:
 def _rows(table: DeviceTable, x: Tensor) -> Tensor:
     """The table on the device of x, each entry rounded once to its dtype; a row's entries are views."""
     return table.on(x.device).to(x.dtype)
+
+
+DETERMINISTIC: dict[str, Callable[[Denoiser, Tensor, Nodes], Trajectory]] = {
+    "dpm++2m": dpm_solver_pp_2m,
+    "unipc": unipc,
+    "euler": euler,
+    "heun": heun,
+}
+SDE = "sde-"
+"""Prefix of the solver name of an SDE; the diffusion form follows it."""
+SOLVERS = ("ddpm", "ddim", *DETERMINISTIC, *(SDE + form for form in DIFFUSION_FORMS))
+"""Values of `SamplerConfig.solver`."""

@@ -118,15 +118,6 @@ class ModulationTable:
             start += made.shape[-1]
 
 
-_DETERMINISTIC: dict[str, Callable[..., solvers.Trajectory]] = {
-    "dpm++2m": solvers.dpm_solver_pp_2m,
-    "unipc": solvers.unipc,
-    "euler": solvers.euler,
-    "heun": solvers.heun,
-}
-_SDE = "sde-"
-SOLVERS = ("ddpm", "ddim", *_DETERMINISTIC, *(_SDE + form for form in solvers.DIFFUSION_FORMS))
-
 _WARM_UP_STEPS = 3
 
 # cond_fn(x, t, y) -> gradient of log p(y | x) with respect to x.
@@ -163,7 +154,7 @@ class ProgramKey:
     @property
     def stochastic(self) -> bool:
         """Whether steps draw noise."""
-        return self.solver.startswith(("ddpm", _SDE)) or (self.solver == "ddim" and self.eta > 0)
+        return self.solver.startswith(("ddpm", solvers.SDE)) or (self.solver == "ddim" and self.eta > 0)
 
 
 def evaluate(
@@ -271,12 +262,12 @@ class Program:
             return solvers.ddpm(self.denoise, self.start, self.nodes, noise, score=score)
         if key.solver == "ddim":
             return solvers.ddim(self.denoise, self.start, self.nodes, noise, eta=key.eta)
-        if key.solver.startswith(_SDE):
-            form = key.solver.removeprefix(_SDE)
+        if key.solver.startswith(solvers.SDE):
+            form = key.solver.removeprefix(solvers.SDE)
             return solvers.sde(
                 self.denoise, self.start, self.nodes, noise, form=form, last_step=key.last_step
             )
-        return _DETERMINISTIC[key.solver](self.denoise, self.start, self.nodes)
+        return solvers.DETERMINISTIC[key.solver](self.denoise, self.start, self.nodes)
 
     def capture(self, backend: GraphBackend) -> None:
         """Record every segment; afterwards `replays` has what runs it and where its last state then lies.

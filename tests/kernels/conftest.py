@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from dit_fast.kernels import tuned
 from tests.kernels.interpreter import (
     INTERPRETED,
     indexing_by_one_element,
@@ -13,8 +14,6 @@ from tests.kernels.interpreter import (
     rounding_bfloat16,
     without_unread_checks,
 )
-
-from dit_fast.kernels import tuned
 
 if not INTERPRETED and not torch.cuda.is_available():
     # Without either, the registered operations run their references and these tests would show nothing.
