@@ -1,6 +1,6 @@
-"""The reference's vocabulary: `from dit_fast.models import DiT_models` stands in for its `models`.
+"""Drop-in for the reference's `models.py`: `from dit_fast.models import DiT_models`.
 
-Same names, constructor, state dict, initialisation and outputs.
+Names, constructor arguments, state dict, initialization and outputs are those of the reference.
 """
 
 from dit_fast.model.blocks import DiTBlock, FinalLayer, modulate

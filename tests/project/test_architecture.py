@@ -113,6 +113,8 @@ def level(name: str) -> int:
 
 def wrong_way(path: Path) -> Iterator[str]:
     own = module_name(path)
+    if own == "dit_fast":
+        return  # it hands on names of every package; `__getattr__` imports them when they are used
     for node, name in imports(path):
         root = name.split(".")[0]
         if root in ("benchmarks", "tests", "kernels"):

@@ -98,7 +98,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     """The arguments of every `dit-fast` command line, in blocks and in the text; placeholders "..." left out."""
     lines = [line for _, code in blocks(page, "", "text", "bash") for line in code.splitlines()]
     for line in [*lines, *indented(page), *inline(page)]:
-        found = re.search(r"(?:^|[ /])(?:dit-fast|-m dit_fast\.cli) ([a-z].*)$", line)
+        found = re.search(r"(?:^|[ /])(?:dit-fast|-m dit_fast(?:\.cli)?) ([a-z].*)$", line)
         if found:
             yield [argument for argument in shlex.split(found[1], comments=True) if argument != "..."]
 
