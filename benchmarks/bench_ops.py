@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.analysis.registry import REGISTRY, Shape
 from benchmarks.op_bench import OptimizerBench
 from benchmarks.operations import (
     DEVICE,
@@ -32,7 +33,6 @@ from benchmarks.operations import (
 from benchmarks.peers import Missing, providers_of
 from benchmarks.rows import Row
 from benchmarks.static_report import DTYPES
-from dit_fast.kernels.registry import REGISTRY, Shape
 from dit_fast.training.optimizer import OPTIMIZERS
 
 

@@ -14,10 +14,10 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from benchmarks.analysis.registry import REGISTRY
 from benchmarks.op_bench import Bench
 from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import Launch
-from dit_fast.kernels.registry import REGISTRY
 
 
 class _Architecture:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import triton
 
+from benchmarks.analysis.registry import REGISTRY
 from benchmarks.environment import ROOT
-from dit_fast.kernels.registry import REGISTRY
 
 MINUTES = {1: 7.0, 2: 5.0, 3: 30.0}
 """Of each part."""

@@ -41,7 +41,7 @@ def calls() -> dict[tuple[str, str], Callable[[], Any]]:
     import torch
     from triton.runtime.interpreter import InterpretedFunction
 
-    from dit_fast.kernels.registry import REGISTRY
+    from benchmarks.analysis.registry import REGISTRY
 
     torch.set_num_threads(1)
     InterpretedFunction.__getitem__ = lambda self, grid: lambda *_, **arguments: None

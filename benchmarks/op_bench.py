@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.analysis.registry import OpSpec
 from benchmarks.clock import Timed
 from benchmarks.static_report import DTYPES
 from dit_fast.kernels.launch import Launch, record_launches
-from dit_fast.kernels.registry import OpSpec
 from dit_fast.models import DiT_models
 from dit_fast.training.optimizer import AdamWEma, make_optimizer
 

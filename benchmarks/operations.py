@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.analysis.registry import REGISTRY, OpSpec, Shape
 from benchmarks.clock import Ceiling, Timed, ceiling, in_turn
 from benchmarks.op_bench import Bench, OptimizerBench
 from benchmarks.peers import PROVIDERS, Missing, providers_of
 from benchmarks.rows import Recorder, Row, read_results
 from benchmarks.static_report import DTYPES
 from dit_fast.errors import ConfigError, DitFastError
-from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
 from dit_fast.training.optimizer import OPTIMIZERS
 
 ON_GPU = torch.cuda.is_available()

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.analysis.registry import OpSpec
 from dit_fast.kernels import attention
-from dit_fast.kernels.registry import OpSpec
 
 Function = Callable[..., Any]
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.analysis.registry import REGISTRY
 from benchmarks.clock import ceiling, seconds
 from benchmarks.rows import Recorder, Results, Row, read_results
 from dit_fast.errors import DataError, DitFastError
-from dit_fast.kernels.registry import REGISTRY
 from dit_fast.model.presets import SIZES
 from dit_fast.utils.files import write_atomically
 

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.analysis.aot import compile_launch, lower
+from benchmarks.analysis.registry import REGISTRY, Make, OpSpec, Shape
 from dit_fast.kernels import AdamWSettings, AdamWTensors, adamw_ema, grad_square_sum, mlp
-from dit_fast.kernels.aot import compile_launch, lower
 from dit_fast.kernels.launch import Launch, record_launches
 from dit_fast.kernels.recompute import adaln_from_moments
-from dit_fast.kernels.registry import REGISTRY, Make, OpSpec, Shape
 from dit_fast.model.layers import swiglu_width
 
 CAPABILITIES = (80, 90, 100)

@@ -24,6 +24,8 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.analysis.aot import MAX_SHARED, Compiled, compile_launch
+from benchmarks.analysis.registry import REGISTRY, OpSpec
 from benchmarks.specializations import (
     compile_matrix,
     meta,
@@ -32,9 +34,7 @@ from benchmarks.specializations import (
     swiglu_mlp_inputs,
 )
 from benchmarks.static_table import Row, Traffic, markdown
-from dit_fast.kernels.aot import MAX_SHARED, Compiled, compile_launch
 from dit_fast.kernels.launch import Launch, record_launches, tensor_arguments
-from dit_fast.kernels.registry import REGISTRY, OpSpec
 from dit_fast.model.layers import swiglu_width
 
 BATCH = 256

@@ -26,12 +26,12 @@ import torch
 import triton
 from tqdm import tqdm
 
+from benchmarks.analysis.registry import REGISTRY
 from benchmarks.compile_ahead import Answer, compile_answers
 from benchmarks.op_bench import Bench
 from benchmarks.static_report import DTYPES, WIDTHS
 from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import Launch, record_launches
-from dit_fast.kernels.registry import REGISTRY
 from dit_fast.utils.files import write_atomically
 
 MARGIN = 0.02

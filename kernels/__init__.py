@@ -5,19 +5,17 @@ of the same maths in `reference.py`; `kernels="triton" | "reference"` forces one
 """
 
 if __name__ == "dit_fast.kernels":
-    from dit_fast.kernels.adaln import adaln_modulate
+    from dit_fast.kernels.adaln import adaln_modulate, gated_residual, gated_residual_adaln
     from dit_fast.kernels.adamw_ema import adamw_ema, grad_square_sum
     from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors
-    from dit_fast.kernels.attention import attention
-    from dit_fast.kernels.attention_backends import BACKENDS, Choice, choose_backend
-    from dit_fast.kernels.gated_residual import gated_residual
-    from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
-    from dit_fast.kernels.gelu import gelu
-    from dit_fast.kernels.mlp import ACTIVATIONS, EPILOGUES, mlp
-    from dit_fast.kernels.op import KERNEL_MODES, NORMS, uses_triton
+    from dit_fast.kernels.attention.attention import attention
+    from dit_fast.kernels.attention.backends import BACKENDS, Choice, choose_backend
+    from dit_fast.kernels.library import KERNEL_MODES, NORMS, uses_triton
+    from dit_fast.kernels.mlp.gelu import gelu
+    from dit_fast.kernels.mlp.mlp import ACTIVATIONS, EPILOGUES, mlp
+    from dit_fast.kernels.mlp.swiglu import swiglu
     from dit_fast.kernels.patchify import patch_embed, unpatchify
     from dit_fast.kernels.qk_norm_rope import qk_norm_rope
-    from dit_fast.kernels.swiglu import swiglu
 else:
     # In a checkout the bare name hides Hugging Face's package, whose version transformers asks for: too old to use.
     __version__ = "0"

@@ -27,7 +27,7 @@ from torch import Tensor
 from dit_fast.kernels import reference
 from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors, Gradients
 from dit_fast.kernels.launch import accumulator, cdiv, launch, recording
-from dit_fast.kernels.op import uses_triton
+from dit_fast.kernels.library import uses_triton
 
 DTYPES = {
     torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,

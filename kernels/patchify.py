@@ -29,7 +29,7 @@ from dit_fast.kernels.launch import (
     next_power_of_2,
     prepare,
 )
-from dit_fast.kernels.op import check_tensors, define_op, uses_triton
+from dit_fast.kernels.library import check_tensors, define_op, uses_triton
 
 
 @triton.jit

@@ -23,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.attention import MAX_HEAD_DIM, check_packed
+from dit_fast.kernels.attention.attention import MAX_HEAD_DIM, check_packed
 from dit_fast.kernels.device import part, row_sum, split_tokens
 from dit_fast.kernels.launch import accumulator, as_bias, cast, cdiv, prepare, recording, row_parts
-from dit_fast.kernels.op import Run, check_tensors, define_op, uses_triton
+from dit_fast.kernels.library import Run, check_tensors, define_op, uses_triton
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dit_fast.kernels import reference
 from dit_fast.kernels.adaln import modulate
 from dit_fast.kernels.device import first_token, load_part, load_rows, main_part, store_part, tail_part
 from dit_fast.kernels.launch import accumulator, as_vectors, cdiv, prepare, tuned_rows
-from dit_fast.kernels.op import Run, define_op
+from dit_fast.kernels.library import Run, define_op
 
 
 class NormRecipe(NamedTuple):

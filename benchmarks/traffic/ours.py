@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dit_fast.kernels.launch import Launch, record_launches
-from dit_fast.kernels.op import IMPLEMENTATIONS
+from dit_fast.kernels.library import IMPLEMENTATIONS
 
 Counted = tuple[str, str, int, int]
 """kind, name, bytes read, bytes written: see `Pass`."""

@@ -12,7 +12,7 @@ import triton
 
 from dit_fast import __version__
 from dit_fast.kernels import BACKENDS, EPILOGUES, Choice, choose_backend, uses_triton
-from dit_fast.kernels.mlp import choose_epilogue
+from dit_fast.kernels.mlp.mlp import choose_epilogue
 from dit_fast.utils.terminal import say
 
 # distribution: (module to import, the extra of dit-fast that brings it, what it is for).

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dit_fast.checkpoint.weight_file import first_line
 from dit_fast.errors import ConfigError
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES, attention, mlp, uses_triton
-from dit_fast.kernels.attention import attention_backend
+from dit_fast.kernels.attention.attention import attention_backend
 from dit_fast.model.blocks import Stream, without_bias
 from dit_fast.model.config import one_of
 from dit_fast.model.dit import DiT

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_fast.kernels import adaln_modulate, gated_residual, gated_residual_adaln, mlp, uses_triton
-from dit_fast.kernels.adaln import adaln_with_moments
-from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln_with_moments
-from dit_fast.kernels.op import is_centred
+from dit_fast.kernels.adaln import adaln_with_moments, gated_residual_adaln_with_moments
+from dit_fast.kernels.library import is_centred
 from dit_fast.kernels.recompute import NormRecipe
 from dit_fast.model.layers import (
     Attention,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.kernels import attention, qk_norm_rope, uses_triton
-from dit_fast.kernels.attention import MAX_HEAD_DIM, attention_backend
+from dit_fast.kernels.attention.attention import MAX_HEAD_DIM, attention_backend
 from dit_fast.kernels.recompute import NormRecipe, linear
 from dit_fast.kernels.reference import rotate
 

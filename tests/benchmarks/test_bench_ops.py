@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import bench_ops, clock, conftest, op_bench, operations, peers
+from benchmarks.analysis.registry import REGISTRY
 from benchmarks.bench_ops import Measured, report
 from benchmarks.clock import Ceiling, Timed, in_turn
 from benchmarks.op_bench import Bench, OptimizerBench
 from benchmarks.operations import Wrong, figures, time_operation, time_optimisers, work
 from benchmarks.peers import Missing
 from benchmarks.rows import Recorder, Row, read_results
-from dit_fast.kernels.registry import REGISTRY
 from dit_fast.models import DiT_models
 from tests.patience import PATIENCE
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_plan, gpu_suite
+from benchmarks.analysis.registry import REGISTRY
 from benchmarks.gpu_plan import FIRST, MINUTES, OPTIONS, Machine, Stage, stages
 from benchmarks.gpu_suite import (
     ARCHIVE,
@@ -38,7 +39,6 @@ from benchmarks.operations import parser as operations_parser
 from benchmarks.parallel_tests import gpu_files
 from benchmarks.rows import Recorder, Row
 from dit_fast.kernels import tuned
-from dit_fast.kernels.registry import REGISTRY
 from tests.patience import PATIENCE, wait_until
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes for a CPU")

@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dit_fast.kernels.aot import compile_launch
+from benchmarks.analysis.aot import compile_launch
+from benchmarks.analysis.sass import Figures, figures
 from dit_fast.kernels.launch import launch, record_launches
-from dit_fast.kernels.sass import Figures, figures
 
 LISTING = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x00000a00ff017b82 */

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 import dit_fast.kernels
+from benchmarks.analysis.aot import compile_launch, lower, specialize
 from benchmarks.specializations import (
     POINTERS,
     WIDE,
@@ -26,7 +27,6 @@ from benchmarks.specializations import (
     recordings,
     sources,
 )
-from dit_fast.kernels.aot import compile_launch, lower, specialize
 from dit_fast.kernels.launch import launch, record_launches
 
 pytestmark = pytest.mark.skipif(
@@ -122,8 +122,8 @@ def met() -> dict[str, list[Recorded]]:
 
 def jit_functions() -> dict[str, Any]:
     found = {}
-    for module in pkgutil.iter_modules(dit_fast.kernels.__path__):
-        members = vars(importlib.import_module(f"dit_fast.kernels.{module.name}"))
+    for module in pkgutil.walk_packages(dit_fast.kernels.__path__, "dit_fast.kernels."):
+        members = vars(importlib.import_module(module.name))
         found |= {name: value for name, value in members.items() if isinstance(value, triton.JITFunction)}
     return found
 

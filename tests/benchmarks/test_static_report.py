@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from benchmarks import static_report
+from benchmarks.analysis.aot import Compiled, compile_launch
+from benchmarks.analysis.registry import REGISTRY, OpSpec
 from benchmarks.static_report import CASES, STEPS, Case, broken_lines, examine, main, small_settings
 from benchmarks.static_table import Row, Traffic, markdown
-from dit_fast.kernels.aot import Compiled, compile_launch
 from dit_fast.kernels.launch import Launch, launch, record_launches
-from dit_fast.kernels.registry import REGISTRY, OpSpec
 from tests.architectures import sm_90_first
 
 pytestmark = pytest.mark.skipif(

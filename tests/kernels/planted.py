@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benchmarks.analysis.registry import OpSpec
 from dit_fast.kernels.launch import accumulator, launch, recording
-from dit_fast.kernels.op import check_shapes, uses_triton
-from dit_fast.kernels.registry import OpSpec
+from dit_fast.kernels.library import check_shapes, uses_triton
 
 ROWS = 4
 _calls = itertools.count()

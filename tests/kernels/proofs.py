@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import KernelInterface
 
+from benchmarks.analysis.registry import REGISTRY, OpSpec, Shape
 from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import record_launches
-from dit_fast.kernels.op import MAX_WIDTH
-from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
+from dit_fast.kernels.library import MAX_WIDTH
 from tests.kernels.guarded import Side, fenced_run, last_programs_agree, reaches
 from tests.kernels.interpreter import INTERPRETED
 from tests.tolerance import assert_as_accurate, rounding

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from dit_fast.kernels import attention, attention_long, attention_short, reference
+from dit_fast.kernels import attention, reference
+from dit_fast.kernels.attention import long as attention_long
+from dit_fast.kernels.attention import short as attention_short
 from dit_fast.kernels.launch import record_launches
 from tests.tolerance import assert_close
 
 # The package's name `attention` is the function; the module is what is patched here.
-module = importlib.import_module("dit_fast.kernels.attention")
+module = importlib.import_module("dit_fast.kernels.attention.attention")
 PATHS = pytest.mark.parametrize("path", [attention_short, attention_long], ids=["short", "long"])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"

@@ -19,8 +19,8 @@ WAYS = pytest.mark.parametrize(
     ("provider", "activation"), [("separate", "gelu"), ("triton", "gelu"), ("separate", "swiglu")]
 )
 LOW = (torch.float32, torch.float16, torch.bfloat16)
-gemm = importlib.import_module("dit_fast.kernels.gemm")
-module = importlib.import_module("dit_fast.kernels.mlp")
+gemm = importlib.import_module("dit_fast.kernels.mlp.gemm")
+module = importlib.import_module("dit_fast.kernels.mlp.mlp")
 
 
 def draw(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -11,9 +11,9 @@ from dit_fast.kernels.launch import Launch, record_launches
 from tests.kernels.guarded import last_programs_agree
 from tests.kernels.interpreter import interpreter_only
 
-gelu = importlib.import_module("dit_fast.kernels.gelu")
-gemm = importlib.import_module("dit_fast.kernels.gemm")
-swiglu = importlib.import_module("dit_fast.kernels.swiglu")
+gelu = importlib.import_module("dit_fast.kernels.mlp.gelu")
+gemm = importlib.import_module("dit_fast.kernels.mlp.gemm")
+swiglu = importlib.import_module("dit_fast.kernels.mlp.swiglu")
 pytestmark = interpreter_only
 WIDTH, DEPTH, ROWS = 1040, 24, 2**21 + 2**16
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
+from benchmarks.analysis.registry import REGISTRY, OpSpec, Shape
 from dit_fast.kernels import tuned
-from dit_fast.kernels.registry import REGISTRY, OpSpec, Shape
 from tests.kernels.proofs import (
     DEVICE,
     DTYPES,

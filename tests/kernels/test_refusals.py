@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dit_fast.kernels.op import MAX_WIDTH
-from dit_fast.kernels.registry import REGISTRY, OpSpec
+from benchmarks.analysis.registry import REGISTRY, OpSpec
+from dit_fast.kernels.library import MAX_WIDTH
 from tests.kernels.proofs import (
     DEVICE,
     OPS,

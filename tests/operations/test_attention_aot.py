@@ -7,9 +7,11 @@ import pytest
 import torch
 import triton
 
+from benchmarks.analysis.aot import Compiled, compile_launch
 from benchmarks.static_report import broken_lines
-from dit_fast.kernels import attention, attention_long, attention_short
-from dit_fast.kernels.aot import Compiled, compile_launch
+from dit_fast.kernels import attention
+from dit_fast.kernels.attention import long as attention_long
+from dit_fast.kernels.attention import short as attention_short
 from dit_fast.kernels.launch import Launch, record_launches
 from tests.architectures import sm_90_first
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import _cur_sdpa_kernel_backends
 
-from dit_fast.kernels import attention, attention_backends, choose_backend, reference
-from dit_fast.kernels.attention import attention_backend
-from dit_fast.kernels.attention_backends import Choice, cudnn_attention, flash_version, sdpa_attention
+from dit_fast.kernels import attention, choose_backend, reference
+from dit_fast.kernels.attention import backends as attention_backends
+from dit_fast.kernels.attention.attention import attention_backend
+from dit_fast.kernels.attention.backends import Choice, cudnn_attention, flash_version, sdpa_attention
 from tests.tolerance import assert_close
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_fast.kernels import cublaslt, reference
+from dit_fast.kernels import reference
+from dit_fast.kernels.mlp import cublaslt
 
 
 class Epilogue(enum.IntEnum):

@@ -1,5 +1,7 @@
 """No operation escapes the proofs: what is exported or registered has an entry in the registry, or a reason."""
 
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import dit_fast.kernels
-from dit_fast.kernels.registry import REGISTRY
+from benchmarks.analysis.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 # Exported functions that are no operations.
@@ -20,15 +22,14 @@ PROVEN_ELSEWHERE = {
     "adamw_ema": ("changes its tensors in place, has no gradient", "tests/kernels/test_adamw_ema.py"),
     "grad_square_sum": ("sums over a list of tensors, has no gradient", "tests/kernels/test_adamw_ema.py"),
     "adaln_from_moments": ("part of a backward pass, has no gradient", "tests/kernels/test_recompute.py"),
-    "attention_flash4": ("calls the flash-attn package, no kernel of ours", "kernels/attention_backends.py"),
+    "attention_flash4": ("calls the flash-attn package, no kernel of ours", "kernels/attention/backends.py"),
 }
 
 
 def registered() -> set[str]:
     """Names in torch.ops.dit_fast once every kernel module is imported."""
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        if path.stem != "__init__":
-            __import__(f"dit_fast.kernels.{path.stem}")
+    for module in pkgutil.walk_packages(dit_fast.kernels.__path__, "dit_fast.kernels."):
+        importlib.import_module(module.name)
     names = torch._C._dispatch_get_all_op_names()
     return {name.removeprefix("dit_fast::").split(".")[0] for name in names if name.startswith("dit_fast::")}
 

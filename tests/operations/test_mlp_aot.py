@@ -9,15 +9,15 @@ import torch
 import triton
 from torch import Tensor
 
-from dit_fast.kernels.aot import MAX_SHARED, Compiled, ahead_of_time
+from benchmarks.analysis.aot import MAX_SHARED, Compiled, ahead_of_time
 from tests.architectures import sm_90_first
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="interpreted functions cannot be compiled"
 )
-gelu = importlib.import_module("dit_fast.kernels.gelu")
-gemm = importlib.import_module("dit_fast.kernels.gemm")
-swiglu = importlib.import_module("dit_fast.kernels.swiglu")
+gelu = importlib.import_module("dit_fast.kernels.mlp.gelu")
+gemm = importlib.import_module("dit_fast.kernels.mlp.gemm")
+swiglu = importlib.import_module("dit_fast.kernels.mlp.swiglu")
 ROWS = 65536
 
 

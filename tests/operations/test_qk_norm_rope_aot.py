@@ -4,8 +4,8 @@ import pytest
 import torch
 import triton
 
+from benchmarks.analysis.aot import Compiled, ahead_of_time
 from dit_fast.kernels import qk_norm_rope
-from dit_fast.kernels.aot import Compiled, ahead_of_time
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="interpreted functions cannot be compiled"

@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from benchmarks.analysis.registry import REGISTRY
 from dit_fast.kernels import attention, gated_residual_adaln, gelu, mlp, patch_embed, reference
 from dit_fast.kernels.launch import record_launches
-from dit_fast.kernels.op import IMPLEMENTATIONS, define_op
-from dit_fast.kernels.registry import REGISTRY
+from dit_fast.kernels.library import IMPLEMENTATIONS, define_op
 
 
 class Dispatched(TorchDispatchMode):

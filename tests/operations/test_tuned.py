@@ -13,12 +13,12 @@ import torch
 import triton
 
 from benchmarks import compile_ahead, tune
+from benchmarks.analysis.registry import REGISTRY, OpSpec
 from benchmarks.compile_ahead import Answer, compile_answer
 from benchmarks.op_bench import Bench
 from benchmarks.tune import Measured
-from dit_fast.kernels import gemm, reference, tuned
-from dit_fast.kernels.attention_short import backward_launch, forward_launch
-from dit_fast.kernels.gemm import gemm_launch
+from dit_fast.kernels import reference, tuned
+from dit_fast.kernels.attention.short import backward_launch, forward_launch
 from dit_fast.kernels.launch import (
     Products,
     RowLaunch,
@@ -28,7 +28,8 @@ from dit_fast.kernels.launch import (
     record_launches,
     row_launch,
 )
-from dit_fast.kernels.registry import REGISTRY, OpSpec
+from dit_fast.kernels.mlp import gemm
+from dit_fast.kernels.mlp.gemm import gemm_launch
 
 SHAPE = (256, 256, 1152)
 KEY = "D=1152 bfloat16,bfloat16"

@@ -52,7 +52,6 @@ MAY_OPEN = {
     "dit_fast.checkpoint.weight_file": "members of a zip archive, whose file was checked",
     "dit_fast.training.log": "appends to the run's log, unbuffered; the grid that the run has just drawn",
     "dit_fast.checkpoint.manifest": "a file of a checkpoint's temporary folder; bytes of a checked file",
-    "dit_fast.kernels.aot": "files of Triton's own cache and of the compiler's; kernels import nothing of ours",
     "dit_fast.kernels.tuned": "the package's own table; kernels import nothing of ours",
     "dit_fast.download": "a partial download, put in place once its SHA-256 holds",
 }

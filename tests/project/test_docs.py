@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.analysis.registry import REGISTRY
 from dit_fast.cli import COMMANDS, main
-from dit_fast.kernels.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

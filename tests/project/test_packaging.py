@@ -70,7 +70,14 @@ def test_the_wheel_claims_only_dit_fast(built: Path) -> None:
 def test_the_wheel_holds_every_file(built: Path) -> None:
     packed = {name for name in wheel_names(built) if name.startswith("dit_fast/")}
     assert packed == source_files()
-    assert {"dit_fast/kernels/adaln.py", "dit_fast/kernels/gated_residual.py", "dit_fast/py.typed"} <= packed
+    assert {"dit_fast/kernels/adaln.py", "dit_fast/py.typed"} <= packed
+
+
+def test_what_only_tests_and_benchmarks_use_is_not_in_the_wheel(built: Path) -> None:
+    """Ahead-of-time compilation, the list of operations with their inputs, the reader of machine code."""
+    outside = {path.name for path in (ROOT / "benchmarks" / "analysis").glob("*.py")} - {"__init__.py"}
+    assert outside == {"aot.py", "registry.py", "sass.py"}
+    assert not {name for name in wheel_names(built) if name.split("/")[-1] in outside}
 
 
 def test_the_wheel_carries_the_licence(built: Path) -> None:

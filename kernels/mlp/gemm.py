@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference, tuned
-from dit_fast.kernels.gelu import gelu_value, gelu_value_and_slope
 from dit_fast.kernels.launch import (
     accumulator,
     capability,
@@ -35,6 +34,7 @@ from dit_fast.kernels.launch import (
     next_power_of_2,
     require_powers_of_two,
 )
+from dit_fast.kernels.mlp.gelu import gelu_value, gelu_value_and_slope
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """Of A100, H100 and B200: how many programs a recorded launch has."""

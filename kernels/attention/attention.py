@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.kernels import attention_long, attention_short, reference, tuned
-from dit_fast.kernels.attention_backends import (
+from dit_fast.kernels import reference, tuned
+from dit_fast.kernels.attention import long as attention_long
+from dit_fast.kernels.attention import short as attention_short
+from dit_fast.kernels.attention.backends import (
     choose_backend,
     cudnn_attention,
     flash_attention,
     sdpa_attention,
 )
 from dit_fast.kernels.launch import capability
-from dit_fast.kernels.op import Run, check_tensors, define_op, uses_triton
+from dit_fast.kernels.library import Run, check_tensors, define_op, uses_triton
 
 MAX_HEAD_DIM = 128
 

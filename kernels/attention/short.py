@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference, tuned
-from dit_fast.kernels.attention_tiles import (
+from dit_fast.kernels.attention.tiles import (
     LOG2E,
     accumulate,
     add_bias,
@@ -52,7 +52,7 @@ from dit_fast.kernels.launch import (
     prepare,
     require_powers_of_two,
 )
-from dit_fast.kernels.op import Run
+from dit_fast.kernels.library import Run
 
 MOST_TOKENS = 256
 WIDEST = 96

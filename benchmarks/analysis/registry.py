@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.adaln import adaln_modulate
-from dit_fast.kernels.attention import attention
-from dit_fast.kernels.gated_residual import gated_residual
-from dit_fast.kernels.gated_residual_adaln import gated_residual_adaln
-from dit_fast.kernels.gelu import gelu
-from dit_fast.kernels.mlp import mlp
+from dit_fast.kernels.adaln import adaln_modulate, gated_residual, gated_residual_adaln
+from dit_fast.kernels.attention.attention import attention
+from dit_fast.kernels.mlp.gelu import gelu
+from dit_fast.kernels.mlp.mlp import mlp
+from dit_fast.kernels.mlp.swiglu import swiglu
 from dit_fast.kernels.patchify import patch_embed, unpatchify
 from dit_fast.kernels.qk_norm_rope import qk_norm_rope
-from dit_fast.kernels.swiglu import swiglu
 
 Shape = tuple[int, int, int]
 Make = Callable[..., Tensor]

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.activation import define_activation
 from dit_fast.kernels.launch import (
     accumulator,
     as_bias,
@@ -27,7 +26,8 @@ from dit_fast.kernels.launch import (
     nothing_like,
     prepare,
 )
-from dit_fast.kernels.op import uses_triton
+from dit_fast.kernels.library import uses_triton
+from dit_fast.kernels.mlp.activation import define_activation
 
 
 @triton.jit

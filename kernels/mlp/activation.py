@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.op import Run, check_tensors, define_op
+from dit_fast.kernels.library import Run, check_tensors, define_op
 
 
 def define_activation(

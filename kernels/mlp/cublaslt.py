@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.kernels.gelu import plan_gelu
+from dit_fast.kernels.mlp.gelu import plan_gelu
 
 CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF = 0, 2, 14  # cudaDataType_t
 COMPUTE_32F = 68  # cublasComputeType_t

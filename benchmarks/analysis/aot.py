@@ -25,7 +25,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import create_function_from_signature
 
-from dit_fast.kernels import sass
+from benchmarks.analysis import sass
 from dit_fast.kernels.launch import Launch, record_launches
 
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_fast.kernels import attention_long, attention_short, tuned
+from dit_fast.kernels import tuned
+from dit_fast.kernels.attention import long as attention_long
+from dit_fast.kernels.attention import short as attention_short
 from dit_fast.kernels.launch import device_capability
-from dit_fast.kernels.op import define_op
+from dit_fast.kernels.library import define_op
 
 BACKENDS = ("auto", "triton", "sdpa", "cudnn", "flash")
 # In this order; PyTorch leaves out what it cannot run on a device or for a shape.

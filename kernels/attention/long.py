@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.attention_tiles import (
+from dit_fast.kernels.attention.tiles import (
     LOG2E,
     accumulate,
     add_bias,
@@ -37,7 +37,7 @@ from dit_fast.kernels.attention_tiles import (
     zeros_head,
 )
 from dit_fast.kernels.launch import accumulator, as_bias, capability, cast, cdiv, next_power_of_2, prepare
-from dit_fast.kernels.op import Run
+from dit_fast.kernels.library import Run
 
 
 @triton.jit

@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_fast.kernels import cublaslt, gemm, reference, tuned
-from dit_fast.kernels.attention_backends import Choice
-from dit_fast.kernels.gelu import plan_gelu, plan_gelu_backward
+from dit_fast.kernels import reference, tuned
+from dit_fast.kernels.attention.backends import Choice
 from dit_fast.kernels.launch import cast, device_capability
-from dit_fast.kernels.op import DTYPES, Run, check_tensors, define_op, uses_triton
+from dit_fast.kernels.library import DTYPES, Run, check_tensors, define_op, uses_triton
+from dit_fast.kernels.mlp import cublaslt, gemm
+from dit_fast.kernels.mlp.gelu import plan_gelu, plan_gelu_backward
+from dit_fast.kernels.mlp.swiglu import plan_swiglu, plan_swiglu_backward
 from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments
-from dit_fast.kernels.swiglu import plan_swiglu, plan_swiglu_backward
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 EPILOGUES = ("auto", "separate", "triton", "cublaslt")

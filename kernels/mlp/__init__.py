@@ -1,0 +1,1 @@
+"""The MLP of a block: its activations, and who applies them."""
