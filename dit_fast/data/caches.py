@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit_fast.data.latents import LatentSet, Posterior, make_latent_set
-from dit_fast.data.rows import Rows, bytes_of, open_tensors, raise_unreadable
+from dit_fast.data.rows import FileBytes, Rows, open_tensors, raise_unreadable, read_samples
 from dit_fast.errors import CheckpointError, DataError
 from dit_fast.utils.files import MOST_LIST_BYTES, check_file, open_file, parse_json, read_json, read_npy
 
@@ -137,19 +137,13 @@ class TensorSource:
     starts: np.ndarray
 
     def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
+        def place(member: int, flip: bool) -> tuple[FileBytes, int]:
+            shard, row = self._place(member)
+            rows = (self.mirrored if flip else self.plain)[shard]
+            return rows.file, rows.start + row * rows.width
+
         first = self.plain[0]
-        moments = torch.empty(len(members), 1, *first.shape[1:], dtype=first.dtype)
-        reasons: dict[int, str] = {}
-        for row, member, flip in zip(
-            bytes_of(moments).reshape(len(members), -1), members, flips, strict=True
-        ):
-            shard, place = self._place(member)
-            try:
-                (self.mirrored if flip else self.plain)[shard].read_into(place, row)
-            except DataError as error:
-                reasons[member] = str(error)
-        raise_unreadable(reasons)
-        return moments
+        return read_samples(map(place, members, flips), members, (1, *first.shape[1:]), first.dtype)
 
     def where(self, member: int) -> str:
         shard, place = self._place(member)

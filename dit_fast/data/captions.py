@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dit_fast.data.conditions import Captions
 from dit_fast.data.image_files import FORMATS, find_images, list_classes, refuse_splits
-from dit_fast.data.rows import Rows, open_tensors, raise_unreadable
+from dit_fast.data.rows import Rows, open_tensors, raise_unreadable, read_samples
 from dit_fast.data.shards import MANIFEST, MANIFEST_CHECK, NAMES, TEXTS, digest_json, open_array, read_json
 from dit_fast.encoders.text import TextEncoder
 from dit_fast.errors import ConfigError, DataError
@@ -315,16 +315,13 @@ class CaptionShards:
         return [str(text) for text in texts]
 
     def read(self, members: Sequence[int]) -> Tensor:
-        made = torch.empty(len(members), *self.shape, dtype=self.shards[0].dtype)
-        reasons: dict[int, str] = {}
-        for row, member in zip(made.numpy(), members, strict=True):
-            shard, place = divmod(member, len(self.shards[0]))
-            try:
-                self.shards[shard].read_into(place, row)
-            except DataError as error:
-                reasons[member] = str(error)
-        raise_unreadable(reasons)
-        return made
+        length, width = len(self.shards[0]), self.shards[0].width
+        places = (
+            (shard.file, shard.start + member % length * width)
+            for member in members
+            for shard in (self.shards[member // length],)
+        )
+        return read_samples(places, members, self.shape, self.shards[0].dtype)
 
 
 def caption_name(shard: int) -> str:

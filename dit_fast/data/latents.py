@@ -28,7 +28,7 @@ from dit_fast.data.images import (
     heldout_mask,
     to_pixels,
 )
-from dit_fast.data.rows import Rows, raise_unreadable
+from dit_fast.data.rows import Rows, read_samples
 from dit_fast.data.shards import (
     LABELS,
     MANIFEST,
@@ -100,17 +100,14 @@ class ShardSource:
     shards: tuple[Rows, ...]
 
     def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
-        length, first = len(self.shards[0]), self.shards[0]
-        moments = torch.empty(len(members), *first.shape[2:], dtype=first.dtype)
-        reasons: dict[int, str] = {}
-        for row, member, flip in zip(moments.numpy(), members, flips, strict=True):
-            shard, place = divmod(member, length)
-            try:
-                self.shards[shard].read_into(place, row, int(flip))
-            except DataError as error:
-                reasons[member] = str(error)
-        raise_unreadable(reasons)
-        return moments
+        shards, first = self.shards, self.shards[0]
+        length, width, orientation = len(first), first.width, first.width // first.shape[1]
+        places = (
+            (shard.file, shard.start + member % length * width + flip * orientation)
+            for member, flip in zip(members, flips, strict=True)
+            for shard in (shards[member // length],)
+        )
+        return read_samples(places, members, first.shape[2:], first.dtype)
 
     def where(self, member: int) -> str:
         shard, place = divmod(member, len(self.shards[0]))

@@ -7,7 +7,7 @@ an error that names the file, and a run that meets it is saved first.
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,13 @@ class FileBytes:
             self.size, self.changed = found.st_size, found.st_mtime_ns
         _opened(self)
 
-    def read_into(self, start: int, target: np.ndarray) -> None:
-        """Fill `target`, of any shape and contiguous, with the bytes from `start` on."""
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill the bytes `target` with those of the file from `start` on."""
         descriptor = _opened(self)
         try:
-            done = os.preadv(descriptor.number, [target.data], start)
+            done = 0
             while done < target.nbytes:  # a signal, or a network file system, may end a read early
-                left = target.data.cast("B")[done:]
-                more = os.preadv(descriptor.number, [left], start + done)
+                more = os.preadv(descriptor.number, [target[done:]], start + done)
                 if not more:
                     raise DataError(
                         f"{self.path} has {os.fstat(descriptor.number).st_size} bytes, {self.size} when it was "
@@ -79,11 +78,17 @@ class FileBytes:
         except OSError as error:
             raise DataError(f"{self.path} cannot be read ({error.strerror or error})") from None
 
+    def read_bytes(self, start: int, count: int) -> bytes:
+        """`count` bytes from `start` on."""
+        content = bytearray(count)
+        self.read_into(start, memoryview(content))
+        return bytes(content)
+
     def read(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor of the bytes from `start` on."""
         made = torch.empty(tuple(shape), dtype=dtype)
         if made.numel():
-            self.read_into(start, bytes_of(made))
+            self.read_into(start, memoryview(bytes_of(made)))
         return made
 
 
@@ -105,12 +110,51 @@ class Rows:
         return self.shape[0]
 
     @functools.cached_property
-    def _width(self) -> int:
+    def width(self) -> int:
+        """Bytes per row."""
         return self.dtype.itemsize * math.prod(self.shape[1:])
 
-    def read_into(self, row: int, target: np.ndarray, part: int = 0) -> None:
-        """Fill `target` with its own size of the bytes of row `row`; `part`: how many such sizes to leave out."""
-        self.file.read_into(self.start + row * self._width + part * target.nbytes, target)
+
+def read_samples(
+    places: Iterable[tuple[FileBytes, int]], members: Sequence[int], shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Read one array per sample into a batch, each with one system call straight into the batch's memory.
+
+    Args:
+        places: file and first byte of each sample.
+        members: the samples' positions in their source, which errors refer to.
+        shape: shape of one sample.
+        dtype: element type, the same in all files.
+
+    Returns:
+        tensor (B, *shape).
+
+    Raises:
+        UnreadableError: some samples cannot be read; its `reasons` name each of them.
+    """
+    batch = torch.empty(len(members), *shape, dtype=dtype)
+    if not batch.numel():
+        return batch
+    width = batch[0].nbytes
+    memory = memoryview(bytes_of(batch))
+    reasons: dict[int, str] = {}
+    stop = 0
+    for (file, start), member in zip(places, members, strict=True):
+        first, stop = stop, stop + width
+        target = memory[first:stop]
+        # This loop runs once per sample and bounds the loading speed: attempt the plain read here, and leave
+        # short reads and errors to `read_into`, which retries and explains.
+        try:
+            if os.preadv(_opened(file).number, (target,), start) == width:
+                continue
+        except (OSError, DataError):
+            pass
+        try:
+            file.read_into(start, target)
+        except DataError as error:
+            reasons[member] = str(error)
+    raise_unreadable(reasons)
+    return batch
 
 
 def open_npy(path: Path, shape: Sequence[int], dtype: str, expected: int) -> Rows:
@@ -125,10 +169,8 @@ def open_npy(path: Path, shape: Sequence[int], dtype: str, expected: int) -> Row
         raise DataError(
             f"{path} has {file.size} bytes, expected {expected}: it is damaged; encode the set again"
         )
-    head = np.empty(min(file.size, 4096), np.uint8)
-    file.read_into(0, head)
     try:
-        found, size, fortran, start = npy_header(head.tobytes())
+        found, size, fortran, start = npy_header(file.read_bytes(0, min(file.size, 4096)))
     except ValueError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if size != tuple(shape) or found != np.dtype(dtype) or fortran:
@@ -142,13 +184,11 @@ def open_tensors(path: Path) -> dict[str, Rows]:
     with utf8_name(path) as name, safe_open(name, framework="pt") as tensors:
         # Of their dtypes and shapes alone: no page is touched.
         kinds = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-        length = np.empty(1, "<u8")
-        file.read_into(0, length)
-        header = np.empty(min(int(length[0]), file.size - 8), np.uint8)
-        file.read_into(8, header)
-        entries: dict[str, Any] = parse_json(header.tobytes().rstrip(b" "), f"{path}: its header", DataError)
+        length = int.from_bytes(file.read_bytes(0, 8), "little")
+        header = file.read_bytes(8, min(length, file.size - 8))
+        entries: dict[str, Any] = parse_json(header.rstrip(b" "), f"{path}: its header", DataError)
         return {
-            key: Rows(file, 8 + header.size + entries[key]["data_offsets"][0], tuple(kind.shape), kind.dtype)
+            key: Rows(file, 8 + len(header) + entries[key]["data_offsets"][0], tuple(kind.shape), kind.dtype)
             for key, kind in kinds.items()
         }
 
