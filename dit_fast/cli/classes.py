@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.cli.sample_options import PER_CLASS
-from dit_fast.data import captions_of
+from dit_fast.data import captions_of, relocate
 from dit_fast.data.captions import EMBEDDINGS, open_encoder
 from dit_fast.errors import ConfigError
 from dit_fast.interop import ModelInfo
@@ -108,7 +108,7 @@ def _of_training(args: argparse.Namespace, info: ModelInfo) -> Prompts:
     if args.num is None:
         raise ConfigError("--npz of random captions of the training: say how many images with --num")
     source, trained = str(info.data.get("name")), info.data.get("captions")
-    captions = captions_of(source)
+    captions = captions_of(relocate(source, info.working_directory, info.path))
     if captions is None or captions.encoder != trained:
         raise ConfigError(
             f"{source} does not have the captions (any more) that {info.path} was trained on: give --prompt"

@@ -94,6 +94,13 @@ def _write_folder(model: DiT, folder: Path, kind: str) -> None:
             model.save_pretrained(temporary)
         else:
             save_diffusers(model, temporary, conventions=DIFFUSERS)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if not folder.exists():
+                raise
+            raise OutputError(
+                f"--out {folder} was written by another process in the meantime; give another"
+            ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

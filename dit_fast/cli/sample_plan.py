@@ -21,7 +21,7 @@ from dit_fast.cli.sample_options import (
     SHOWN_CLASSES,
     asked_objective,
 )
-from dit_fast.data import Conversion, ImageSet, Size, open_images
+from dit_fast.data import Conversion, ImageSet, Size, open_images, relocate
 from dit_fast.data.caches import read_statistics
 from dit_fast.data.decode import read_each, read_header
 from dit_fast.data.image_files import SUFFIXES, name_some
@@ -144,7 +144,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         interval,
         args.cfg_schedule,
     )
-    vae = args.vae or (info.vae or _published_vae(model) if info.latent else "none")
+    trained = info.vae and relocate(info.vae, info.working_directory, info.path)
+    vae = args.vae or (trained or _published_vae(model) if info.latent else "none")
     if args.latent_stats is not None:
         info = _with_statistics(args.latent_stats, model, info, vae)
     solver = args.solver or default_solver(info.diffusion)
@@ -405,7 +406,7 @@ def images_as_trained(
     conversion = Conversion() if facts is None and not own else Conversion.of(facts)
     flip, holdout = (info.data.get("flip"), info.data.get("holdout")) if own else (None, None)
     images = open_images(
-        source,
+        relocate(source, info.working_directory, info.path) if own else source,
         image_size,
         channels=channels,
         num_classes=num_classes,

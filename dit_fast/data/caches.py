@@ -38,7 +38,7 @@ _REPA_LABELS = "dataset.json"
 _STATISTICS = "latents_stats.pt"
 
 
-def recognise(folder: Path) -> str | None:
+def recognize(folder: Path) -> str | None:
     """ "fast-DiT", "REPA" or "LightningDiT" for a folder that looks like one's cache, None for another."""
     if (folder / _REPA_LABELS).is_file() or (folder / _REPA_FOLDER / _REPA_LABELS).is_file():
         return "REPA"
@@ -68,7 +68,7 @@ def open_cache(
     range, ConfigError for options that contradict the cache.
     """
     folder = Path(folder)
-    kind = recognise(folder)
+    kind = recognize(folder)
     openers = {"fast-DiT": _open_fast_dit, "REPA": _open_repa, "LightningDiT": _open_lightning}
     if kind is None:
         raise DataError(f"{folder} is no latent cache of {', '.join(openers)}")

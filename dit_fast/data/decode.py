@@ -121,14 +121,22 @@ def read_image(
     channels: int,
     how: Conversion = Conversion(),
 ) -> Tensor:
-    """One file as uint8 (channels, height, width), scaled and cropped as `centre_crop` does.
+    """One file as uint8 (channels, height, width), scaled and cropped as `center_crop` does.
 
     Raises what `read_each` catches for files that are damaged or whose values have no known range.
     """
+    return read_first_frame(path, size, channels, how)[0]
+
+
+def read_first_frame(
+    path: Path, size: int | tuple[int, int], channels: int, how: Conversion
+) -> tuple[Tensor, bool]:
+    """The image of `read_image`, and whether the file has more frames or pages."""
     with Image.open(path, formats=_FORMATS) as file:
+        more = _has_more(file)
         image = _convert(file, "L" if channels == 1 else "RGB", how)
-    pixels = np.array(centre_crop(image, size))
-    return torch.from_numpy(pixels).view(*as_pair(size), channels).permute(2, 0, 1)
+    pixels = np.array(center_crop(image, size))
+    return torch.from_numpy(pixels).view(*as_pair(size), channels).permute(2, 0, 1), more
 
 
 def _convert(file: Image.Image, mode: str, how: Conversion) -> Image.Image:
@@ -192,7 +200,7 @@ def _has_late_exif(file: Image.Image, path: Path) -> bool:
         return b"eXIf" in stream.read()
 
 
-def centre_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     """The centre of `image`, of (height, width) `size` or square, once it is scaled to just cover that.
 
     The image is first halved with a box filter while it is at least twice as large, then scaled the rest of the
@@ -209,9 +217,9 @@ def centre_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def centre_crop_array(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
-    """`centre_crop` of a uint8 array (H, W) or (H, W, 3)."""
-    return np.asarray(centre_crop(Image.fromarray(image), size))
+def center_crop_array(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """`center_crop` of a uint8 array (H, W) or (H, W, 3)."""
+    return np.asarray(center_crop(Image.fromarray(image), size))
 
 
 def read_each(

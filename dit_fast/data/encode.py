@@ -30,7 +30,8 @@ from dit_fast.data.captions import (
     list_images,
     open_encoder,
 )
-from dit_fast.data.decode import Conversion, list_failures, read_each, read_image
+from dit_fast.data.decode import Conversion, list_failures, read_each, read_first_frame
+from dit_fast.data.image_files import warn_of_frames
 from dit_fast.data.shards import (
     DTYPES,
     FORMAT,
@@ -106,7 +107,7 @@ class EncodeConfig:
     vae          "ema", "mse" (stabilityai/sd-vae-ft-...) or a folder with a diffusers AutoencoderKL
     text_encoder stores embeddings of captions instead of classes: a CLIP or T5 of transformers, by name or folder, or a
                  .safetensors or .npz of embeddings; caption_tokens: their number (None: the encoder's own)
-    image_size   images are scaled and cropped to this side, as ADM does (`dit_fast.data.centre_crop`)
+    image_size   images are scaled and cropped to this side, as ADM does (`dit_fast.data.center_crop`)
     dtype        of the stored moments: float16 (error at most 2**-11 of a value) or float32, twice the size
     precision    of the autoencoder: fp32, tf32 (fp32 without a GPU) or bf16
     batch_size   images at a time; each is encoded plain and mirrored
@@ -311,6 +312,7 @@ class _Run:
         """
         failures: dict[int, str] = {}
         left_out = len(self.lost(set(self.own).difference(shards)))
+        frames: list[str] = []
         total = kept + sum(len(self.listing.rows(shard)) for shard in shards)
         with (
             ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader,
@@ -318,9 +320,12 @@ class _Run:
         ):
             for shard in shards:
                 try:
-                    left_out += self._encode_shard(shard, reader, bar, self.config.skip_unreadable - left_out)
+                    left_out += self._encode_shard(
+                        shard, reader, bar, self.config.skip_unreadable - left_out, frames
+                    )
                 except UnreadableError as error:
                     failures |= error.reasons
+        warn_of_frames(Path(self.config.data), frames, every_rank=True)
         if failures:
             count = len(failures) + left_out
             raise DataError(
@@ -407,7 +412,9 @@ class _Run:
     def _of(self, shard: int) -> dict[str, Any]:
         return {"settings": self.settings, "images": self.listing.digest(self.listing.rows(shard))}
 
-    def _encode_shard(self, shard: int, reader: ThreadPoolExecutor, bar: Any, allowed: int) -> int:
+    def _encode_shard(
+        self, shard: int, reader: ThreadPoolExecutor, bar: Any, allowed: int, frames: list[str]
+    ) -> int:
         """Encode and publish a shard; the number of images in it that could not be read.
 
         Raises UnreadableError for more than `allowed`.
@@ -416,7 +423,7 @@ class _Run:
         (self.out / record_name(shard)).unlink(missing_ok=True)
         file = publish(
             self.out / shard_name(shard),
-            lambda file: lost.update(self._write_shard(file, shard, reader, bar, allowed)),
+            lambda file: lost.update(self._write_shard(file, shard, reader, bar, allowed, frames)),
         )
         facts = {"file": file}
         if self.captions is not None:
@@ -437,13 +444,19 @@ class _Run:
             file.write(stored.numpy().data.cast("B"))
 
     def _write_shard(
-        self, file: HashingFile, shard: int, reader: ThreadPoolExecutor, bar: Any, allowed: int
+        self,
+        file: HashingFile,
+        shard: int,
+        reader: ThreadPoolExecutor,
+        bar: Any,
+        allowed: int,
+        frames: list[str],
     ) -> dict[int, str]:
         """The moments of a shard, NaN for the rows that could not be read, which it returns with their reasons."""
         shape = self.shape(shard)
         write_npy_header(file, shape, self.config.dtype)
         lost: dict[int, str] = {}
-        for rows, images, failures in self._read(shard, reader):
+        for rows, images, failures in self._read(shard, reader, frames):
             lost |= {rows[place]: reason for place, reason in failures.items()}
             if len(lost) <= allowed:
                 readable = [row for row, image in zip(rows, images, strict=True) if image is not None]
@@ -460,9 +473,12 @@ class _Run:
         return lost
 
     def _read(
-        self, shard: int, reader: ThreadPoolExecutor
+        self, shard: int, reader: ThreadPoolExecutor, frames: list[str]
     ) -> Iterator[tuple[range, list[Tensor | None], dict[int, str]]]:
-        """Batches of uint8 images, the next one decoded while the caller works on this one."""
+        """Batches of uint8 images; the next one is decoded while the caller processes this one.
+
+        Names of files with several frames or pages are added to `frames`.
+        """
         size, channels = self.config.image_size, self.encoder.image_channels
         workers = self.config.num_workers or os.cpu_count() or 1
         rows = self.listing.rows(shard)
@@ -473,7 +489,13 @@ class _Run:
 
         def load(batch: range) -> tuple[list[Tensor | None], dict[int, str]]:
             paths = self.listing.paths[batch.start : batch.stop]
-            return read_each(paths, lambda path: read_image(path, size, channels, how), workers)
+            read, failures = read_each(
+                paths, lambda path: read_first_frame(path, size, channels, how), workers
+            )
+            frames.extend(
+                self.listing.names[row] for row, one in zip(batch, read, strict=True) if one and one[1]
+            )
+            return [None if one is None else one[0] for one in read], failures
 
         ahead = reader.submit(load, batches[0])
         for batch, following in zip(batches, [*batches[1:], None], strict=True):

@@ -14,8 +14,8 @@ from dit_fast.data.buckets import BucketSource, Size, nearest_bucket
 from dit_fast.data.decode import (
     Conversion,
     Header,
-    centre_crop,
-    centre_crop_array,
+    center_crop,
+    center_crop_array,
     list_failures,
     read_each,
     read_header,
@@ -34,7 +34,7 @@ from dit_fast.model.embedders import as_pair
 if TYPE_CHECKING:
     from dit_fast.data.captions import FileCaptions
 
-__all__ = ["centre_crop", "centre_crop_array", "image_files", "list_classes", "open_folder", "read_image"]
+__all__ = ["center_crop", "center_crop_array", "image_files", "list_classes", "open_folder", "read_image"]
 
 
 @dataclass(frozen=True)

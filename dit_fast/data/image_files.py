@@ -228,9 +228,15 @@ class Found:
         return name_some([path.relative_to(self.root).as_posix() for path in paths])
 
 
-def warn_of_frames(root: Path, names: Sequence[str]) -> None:
-    """One line of the files below `root` whose first frame or page alone is read, from the first rank and once."""
-    if names and os.environ.get("RANK", "0") == "0":
+def warn_of_frames(root: Path, names: Sequence[str], every_rank: bool = False) -> None:
+    """Log the files below `root` of which only the first frame or page is read.
+
+    Args:
+        root: Folder of the images.
+        names: Files with several frames or pages.
+        every_rank: Log on all ranks, where each reads other files; else on rank 0.
+    """
+    if names and (every_rank or os.environ.get("RANK", "0") == "0"):
         _warn_once(
             f"{root}: of {len(names)} files with several frames or pages the first of each is read: {name_some(names)}"
         )

@@ -78,7 +78,7 @@ class FileBytes:
         except OSError as error:
             raise DataError(f"{self.path} cannot be read ({error.strerror or error})") from None
 
-    def read_bytes(self, start: int, count: int) -> bytes:
+    def bytes_at(self, start: int, count: int) -> bytes:
         """`count` bytes from `start` on."""
         content = bytearray(count)
         self.read_into(start, memoryview(content))
@@ -170,7 +170,7 @@ def open_npy(path: Path, shape: Sequence[int], dtype: str, expected: int) -> Row
             f"{path} has {file.size} bytes, expected {expected}: it is damaged; encode the set again"
         )
     try:
-        found, size, fortran, start = npy_header(file.read_bytes(0, min(file.size, 4096)))
+        found, size, fortran, start = npy_header(file.bytes_at(0, min(file.size, 4096)))
     except ValueError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if size != tuple(shape) or found != np.dtype(dtype) or fortran:
@@ -184,8 +184,8 @@ def open_tensors(path: Path) -> dict[str, Rows]:
     with utf8_name(path) as name, safe_open(name, framework="pt") as tensors:
         # Of their dtypes and shapes alone: no page is touched.
         kinds = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-        length = int.from_bytes(file.read_bytes(0, 8), "little")
-        header = file.read_bytes(8, min(length, file.size - 8))
+        length = int.from_bytes(file.bytes_at(0, 8), "little")
+        header = file.bytes_at(8, min(length, file.size - 8))
         entries: dict[str, Any] = parse_json(header.rstrip(b" "), f"{path}: its header", DataError)
         return {
             key: Rows(file, 8 + len(header) + entries[key]["data_offsets"][0], tuple(kind.shape), kind.dtype)

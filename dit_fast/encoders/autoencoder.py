@@ -46,7 +46,7 @@ _CONFIG = fields(
         "latents_std": maybe(array(number(1e-6, 1e6))),
     },
 )
-_PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
 class LatentDecoder:
@@ -156,7 +156,7 @@ class LatentEncoder:
         """JSON-ready facts; two encoders with equal facts, `name` aside, make the same latents."""
         return {
             "name": self.name,
-            "source": _PUBLISHED.get(self.name, self.name),
+            "source": PUBLISHED.get(self.name, self.name),
             "sha256": self.sha256,
             "latent_channels": self.latent_channels,
             "factor": self.factor,
@@ -170,8 +170,8 @@ def _load_autoencoder(name: str, accepted: str, does: str) -> Any:
 
     diffusers' own `from_pretrained` fills in what a file lacks with random numbers.
     """
-    source = _PUBLISHED.get(name, name)
-    published = source in _PUBLISHED.values()
+    source = PUBLISHED.get(name, name)
+    published = source in PUBLISHED.values()
     if not published and not Path(name).is_dir():
         raise ConfigError(f"--vae {name}: give {accepted} with a diffusers AutoencoderKL")
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.data import BUILTIN, Conversion, Size, centre_crop_array, nearest_bucket
+from dit_fast.data import BUILTIN, Conversion, Size, center_crop_array, nearest_bucket
 from dit_fast.data.decode import list_failures, read_each, read_header, read_image
 from dit_fast.data.image_files import FORMATS, image_files, warn_of_frames
 from dit_fast.errors import DataError
@@ -206,7 +206,7 @@ class ArchiveImages:
         for batch in self.archive.batches("arr_0", batch_size):
             images = batch[..., 0] if batch.ndim == 4 and batch.shape[3] == 1 else batch
             if self.stored != self.sizes[0]:
-                images = np.stack([centre_crop_array(image, self.sizes[0][0]) for image in images])
+                images = np.stack([center_crop_array(image, self.sizes[0][0]) for image in images])
             yield _to_rgb(images)
 
 
@@ -271,7 +271,7 @@ def open_source(
 
     Of what `dit-fast sample --out` wrote the single images are taken, or its archive, never its grid.
 
-    `image_size`: scale and crop to that side, as ADM does (`centre_crop`); None: the images must be square in a folder
+    `image_size`: scale and crop to that side, as ADM does (`center_crop`); None: the images must be square in a folder
     and all of one size. buckets: instead, each image of a folder is scaled and cropped to that whose aspect ratio is
     nearest, as in training. Raises DataError for fewer than 2 images, several sizes, damage, and what is none of these.
     """
@@ -313,7 +313,7 @@ def archive_images(archive: Archive, image_size: int | None = None) -> ArchiveIm
 def _builtin(name: str, image_size: int | None) -> ArrayImages:
     images, _ = BUILTIN[name]()
     if image_size is not None:
-        images = np.stack([centre_crop_array(image, image_size) for image in images])
+        images = np.stack([center_crop_array(image, image_size) for image in images])
     return ArrayImages(name, images)
 
 

@@ -50,7 +50,8 @@ class ModelInfo:
     channels, held-out fraction, fingerprint, and `flip` as the run was told), `diffusion` are arguments of
     `create_objective`. A pipeline's folder tells `class_names` and `diffusion` too; training files of SiT and
     LightningDiT tell `diffusion`, and for other weight files the caller may. `vae`: the autoencoder of the latents,
-    "ema", "mse" or a folder, where the checkpoint or the pipeline tells it.
+    "ema", "mse" or a folder, where the checkpoint or the pipeline tells it. `working_directory`: what the relative
+    paths in `data` and `vae` are relative to.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class ModelInfo:
     diffusion: dict[str, Any] = field(default_factory=dict)
     vae: str | None = None
     notes: tuple[str, ...] = ()
+    working_directory: str | None = None
 
     def summary(self) -> str:
         """One line: which weights of which file."""
@@ -186,6 +188,7 @@ def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> t
         diffusion=dict(manifest.get("diffusion") or {}),
         vae=(data.get("vae") or {}).get("name"),
         notes=file.notes,
+        working_directory=manifest.get("working_directory"),
     )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import math
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dit_fast.data import BUILTIN, Conversion, ImageSet, LatentSet, open_data, parse_buckets
+from dit_fast.data import Conversion, ImageSet, LatentSet, open_data, parse_buckets, relocate
 from dit_fast.diffusion.beta_schedules import DIFFUSION_STEPS, NOISE_SCHEDULES
 from dit_fast.distributed.sharding import PARALLEL
 from dit_fast.encoders.autoencoder import LatentEncoder
@@ -365,21 +364,12 @@ def relocated(
 ) -> TrainConfig:
     """`config` of a run that continues, with its paths where they are now.
 
-    One that was not `asked` for anew, and is not there from this working directory, is looked for in the directory that
-    the manifest names, then in the folders above the run: it may have been moved with it.
+    One that was not `asked` for anew is looked for with `dit_fast.data.relocate`.
     """
-    begun = manifest.get("working_directory") or "."
-    changes: dict[str, Any] = {}
-    for name in _PATHS:
-        given = getattr(config, name)
-        if given is None or given in BUILTIN or name in asked or os.path.lexists(given):
-            continue
-        tail = Path(given).name if Path(given).is_absolute() else given
-        places = [Path(begun) / given, *(parent / tail for parent in run.resolve().parents)]
-        found = next((str(place) for place in places if os.path.lexists(place)), None)
-        if found is not None:
-            changes[name] = found
-    return dataclasses.replace(config, **changes)
+    begun = manifest.get("working_directory")
+    given = {name: getattr(config, name) for name in _PATHS if name not in asked}
+    found = {name: relocate(source, begun, run) for name, source in given.items() if source is not None}
+    return dataclasses.replace(config, **found)
 
 
 def open_set(config: TrainConfig) -> ImageSet | LatentSet:

@@ -1,8 +1,11 @@
 """dit-fast export: the averaged weights of a run, written by one rank or by several, for other programs."""
 
+import multiprocessing
 import os
 import resource
 import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from dit_fast.checkpoint.tensors import Piece
 from dit_fast.cli import main
 from dit_fast.interop import DIFFUSERS, ConvertedDiT, load_model
 from dit_fast.models import DiT, load_weights
+from tests.latent_sets import in_child
+from tests.patience import PATIENCE
 from tests.tolerance import assert_close
 
 
@@ -106,3 +111,36 @@ def test_what_cannot_be_written(run, tmp_path, capsys) -> None:
     assert status == 1
     assert "cannot write" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["run", "taken"]
+
+
+def test_two_processes_at_once_write_one_whole_folder(run, tmp_path, monkeypatch) -> None:
+    """Both find the folder absent and write their files; one puts its folder in place, the other reports one error."""
+    out = tmp_path / "both"
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+    save = DiT.save_pretrained
+
+    def save_and_wait(self, folder) -> None:
+        save(self, folder)
+        barrier.wait(PATIENCE)
+
+    monkeypatch.setattr(DiT, "save_pretrained", save_and_wait)
+
+    def export() -> None:
+        descriptor = os.open(tmp_path / f"{os.getpid()}.err", os.O_CREAT | os.O_WRONLY)
+        os.dup2(descriptor, 2)
+        sys.stderr = os.fdopen(2, "w")
+        status = main(["export", "--ckpt", str(run), "--out", str(out)])
+        sys.stderr.flush()
+        assert status == 0
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(in_child, [export, export])) == [0, 1]
+    errors = [path.read_text() for path in tmp_path.glob("*.err")]
+    assert sorted(map(len, errors))[0] == 0
+    said = max(errors, key=len).splitlines()[0]
+    assert (
+        said == f"dit-fast: error: --out {out} was written by another process in the meantime; give another"
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert_close(outputs(DiT.from_pretrained(out)), outputs(build(2.0)))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".err") == ["both", "run"]

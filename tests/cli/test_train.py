@@ -1,5 +1,6 @@
 """`dit-fast train` as a user calls it: exit statuses, one-line errors, signals and resumption."""
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from PIL import Image
 from dit_fast.checkpoint import folder as checkpoint
 from dit_fast.cli import main
 from dit_fast.cli import train as train_command
+from dit_fast.data import relocate
 from dit_fast.training import load_checkpoint, read_manifest
 from dit_fast.training.log import read_log
 from tests.distributed.ranks import Ranks
@@ -287,6 +289,37 @@ def test_relative_data_are_found_from_elsewhere(tmp_path, photos, monkeypatch, c
     said = error_of(capsys)
     assert said.endswith(f"the run was trained in {there}: give --data")
     assert call("--resume", run, "--steps", 4, "--data", tmp_path / "lost") == 0
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["elsewhere", "moved"])
+def test_other_commands_find_the_relative_data_of_a_run(tmp_path, photos, monkeypatch, capsys, moved):
+    """`sample --compare-to` and `likelihood` search as `train --resume` does; the holdout shows that it is the set."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    photos.rename(here / "photos")
+    monkeypatch.chdir(here)
+    words = ["--data", "photos", "--image-size", "8", "--holdout", "0.4", *TINY[2:], "--batch-size", "4"]
+    assert call(*words, "--steps", 1, "--out", "runs/a") == 0
+    monkeypatch.chdir(there)
+    if moved:
+        here = here.rename(tmp_path / "moved")
+    ckpt = ["--ckpt", str(here / "runs" / "a"), "--out"]
+    capsys.readouterr()
+    assert main(["likelihood", *ckpt, "bits.json", "--num", "2"]) == 0
+    assert json.loads(Path("bits.json").read_text())["split"] == "held-out"
+    assert main(["sample", *ckpt, "drawn", "--num", "2", "--steps", "1", "--compare-to"]) == 0
+    assert "has changed" not in capsys.readouterr().out
+    (here / "photos").rename(tmp_path / "lost")
+    assert main(["likelihood", *ckpt, "bits.json", "--num", "2"]) == 1
+    assert "photos is neither a folder nor a built-in set" in error_of(capsys)
+
+
+def test_a_built_in_name_is_never_a_path(tmp_path, monkeypatch):
+    for name in ("digits", "ema"):
+        (tmp_path / name).mkdir()
+    for name in ("digits", "ema", "lost"):
+        assert relocate(name, str(tmp_path), tmp_path / "runs" / "a") == name
 
 
 def test_other_data_in_their_place_are_refused(tmp_path, photos, monkeypatch, capsys):

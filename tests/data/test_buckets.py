@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dit_fast.cli import main
-from dit_fast.data import centre_crop, open_images, open_stream, parse_buckets
+from dit_fast.data import center_crop, open_images, open_stream, parse_buckets
 from dit_fast.data.buckets import BucketOrder, nearest_bucket
 from dit_fast.data.stream import generator
 from dit_fast.errors import ConfigError
@@ -117,7 +117,7 @@ def test_of_equal_ratios_the_nearest_area_is_taken() -> None:
 def test_a_rectangle_is_the_centre_of_what_covers_it(source: tuple[int, int], size: tuple[int, int]) -> None:
     """A ramp along each axis stays centred: the mean of the crop is that of the image."""
     ramp = np.add.outer(np.linspace(0, 120, source[0]), np.linspace(0, 120, source[1])).astype(np.uint8)
-    cropped = np.asarray(centre_crop(Image.fromarray(ramp), size)).astype(float)
+    cropped = np.asarray(center_crop(Image.fromarray(ramp), size)).astype(float)
     assert cropped.shape == size
     assert cropped.mean() == pytest.approx(ramp.mean(), abs=3)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dit_fast.data import LatentSet, open_cache, open_data, open_stream, recognise
+from dit_fast.data import LatentSet, open_cache, open_data, open_stream
+from dit_fast.data.caches import recognize
 from dit_fast.errors import ConfigError, DataError
 from tests.tolerance import assert_close
 
@@ -62,7 +63,7 @@ def lightning(tmp_path: Path) -> tuple[Path, torch.Tensor]:
 
 def test_fast_dit(fast_dit):
     folder, latents = fast_dit
-    assert recognise(folder) == "fast-DiT"
+    assert recognize(folder) == "fast-DiT"
     data = open_data(folder)
     assert isinstance(data, LatentSet)
     assert (data.num_classes, data.image_size, data.channels, data.pixel_size) == (3, 8, 4, 64)
@@ -79,7 +80,7 @@ def test_fast_dit(fast_dit):
 
 def test_repa(repa):
     folder, moments = repa
-    assert (recognise(folder), recognise(folder / "vae-sd")) == ("REPA", "REPA")
+    assert (recognize(folder), recognize(folder / "vae-sd")) == ("REPA", "REPA")
     data = open_data(folder)
     assert (data.num_classes, data.image_size, data.channels, data.pixel_size) == (3, 8, 4, 64)
     assert data.train.labels.tolist() == LABELS
@@ -92,7 +93,7 @@ def test_repa(repa):
 
 def test_lightning(lightning):
     folder, both = lightning
-    assert recognise(folder) == "LightningDiT"
+    assert recognize(folder) == "LightningDiT"
     data = open_data(folder)
     assert (data.num_classes, data.image_size, data.channels, data.pixel_size) == (3, 4, 32, None)
     assert (data.flip, data.train.labels.tolist()) == (True, LABELS)
@@ -302,7 +303,7 @@ def test_bad_statistics(lightning, tmp_path, statistics, message):
 
 def test_other_folders_are_no_cache(tmp_path):
     (tmp_path / "a").mkdir()
-    assert recognise(tmp_path) is None
+    assert recognize(tmp_path) is None
     with pytest.raises(DataError, match="is no latent cache of fast-DiT, REPA, LightningDiT"):
         open_cache(tmp_path)
     for name in ("x_features", "x_labels"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_fast.data import centre_crop, open_latents, to_pixels
+from dit_fast.data import center_crop, open_latents, to_pixels
 from dit_fast.data.encode import encode
 from dit_fast.data.shards import read_json
 from dit_fast.encoders.autoencoder import LatentEncoder
@@ -40,7 +40,7 @@ def whole(work: Path) -> dict[str, bytes]:
 
 def pixels_of(path: Path) -> torch.Tensor:
     with Image.open(path) as image:
-        pixels = np.asarray(centre_crop(image.convert("RGB"), SIZE))
+        pixels = np.asarray(center_crop(image.convert("RGB"), SIZE))
     return to_pixels(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
 
 
@@ -384,3 +384,25 @@ def test_a_flat_folder_is_encoded_without_classes(work):
     assert len(open_latents(work / "set", num_classes=0).train) == 4
     with pytest.raises(ConfigError, match="--num-classes 5: sub-folders are classes; give 0 for none"):
         settings(work, num_classes=5)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "tiff", "gif"])
+def test_files_of_several_frames_are_counted_and_named(work, caplog, suffix):
+    """The first frame is encoded; each rank names its own files, as training does. A GIF may be named .png."""
+    first = encode(settings(work, out=work / "single")).out
+    name = f"a/001.{'png' if suffix == 'gif' else suffix}"
+    (work / "images" / "a" / "001.png").rename(work / "images" / name)
+    frames = [Image.new("RGB", (24, 20), color) for color in ((255, 0, 0), (0, 255, 0))]
+    kind, exact = ("GIF" if suffix == "gif" else None), {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(work / "images" / name, format=kind, save_all=True, append_images=frames[1:], **exact)
+    caplog.clear()
+    for rank in range(2):
+        encode(settings(work), rank, 2)
+    said = [line for line in caplog.messages if "frames" in line]
+    assert said == [
+        f"{work / 'images'}: of 1 files with several frames or pages the first of each is read: {name}"
+    ]
+    frames[0].save(work / "images" / name, format=kind, **exact)
+    alone = encode(settings(work, out=work / "alone")).out
+    assert (alone / "shard-00000.npy").read_bytes() == (work / "set" / "shard-00000.npy").read_bytes()
+    assert (alone / "shard-00000.npy").read_bytes() != (first / "shard-00000.npy").read_bytes()

@@ -17,7 +17,7 @@ from dit_fast.cli import main
 from dit_fast.data import Conversion, open_images
 from dit_fast.data import image_files as listing
 from dit_fast.data.captions import list_images
-from dit_fast.data.decode import centre_crop, read_header, read_image
+from dit_fast.data.decode import center_crop, read_header, read_image
 from dit_fast.data.image_files import find_images
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.evaluation import open_source
@@ -453,7 +453,7 @@ def test_a_plain_image_is_read_as_ever(tmp_path):
     for mode, channels in (("RGB", 3), ("L", 1), ("L", 3), ("RGB", 1)):
         image = Image.fromarray(noise((37, 50))).convert(mode)
         image.save(tmp_path / "a.png")
-        expected = np.asarray(centre_crop(image.convert("L" if channels == 1 else "RGB"), 16)).reshape(
+        expected = np.asarray(center_crop(image.convert("L" if channels == 1 else "RGB"), 16)).reshape(
             16, 16, channels
         )
         for how in (Conversion(), Conversion("black", raw=True)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_fast.data import centre_crop, from_arrays, open_images, to_pixels
+from dit_fast.data import center_crop, from_arrays, open_images, to_pixels
 from dit_fast.data.decode import read_image
 from dit_fast.data.images import heldout_mask
 from dit_fast.errors import ConfigError, DataError, MissingExtraError
@@ -126,7 +126,7 @@ def test_one_class_is_refused():
 
 def test_centre_crop_halves_by_averaging_then_cuts():
     pixels = np.arange(32 * 64, dtype=np.uint32).reshape(32, 64) % 251
-    cropped = centre_crop(Image.fromarray(pixels.astype(np.uint8)), 16)
+    cropped = center_crop(Image.fromarray(pixels.astype(np.uint8)), 16)
     # The shorter side 32 is halved to 16 in one box step, and columns 8 to 24 of 32 are the centre.
     means = pixels.reshape(16, 2, 32, 2).mean(axis=(1, 3))
     assert np.abs(np.asarray(cropped).astype(float) - means[:, 8:24]).max() <= 1.0
@@ -134,12 +134,12 @@ def test_centre_crop_halves_by_averaging_then_cuts():
 
 def test_centre_crop_scales_the_rest_with_a_bicubic_filter():
     gradient = np.tile(np.arange(24, dtype=np.uint8) * 10, (30, 1))
-    cropped = np.asarray(centre_crop(Image.fromarray(gradient), 16)).astype(float)
+    cropped = np.asarray(center_crop(Image.fromarray(gradient), 16)).astype(float)
     assert cropped.shape == (16, 16)
     # A straight ramp stays one: pixel x of 16 lies at 1.5 (x + 1/2) - 1/2 of 24 (borders aside).
     expected = 10 * (1.5 * (np.arange(16) + 0.5) - 0.5)
     assert np.abs(cropped[:, 2:-2] - expected[2:-2]).max() <= 1.0
-    assert centre_crop(Image.new("L", (5, 9)), 16).size == (16, 16), "small images are enlarged"
+    assert center_crop(Image.new("L", (5, 9)), 16).size == (16, 16), "small images are enlarged"
 
 
 def test_a_folder_is_read_in_sorted_order(folder):
