@@ -134,13 +134,25 @@ def norm_backward(g, deviation, mean_g, mean_gh, rstd_ptr, left, P: tl.constexpr
 @triton.jit
 def _adaln_fwd_kernel(
     # pointers
-    x_ptr, shift_ptr, scale_ptr, y_ptr, mean_ptr, rstd_ptr,
+    x_ptr,  # (B, T, D) residual stream
+    shift_ptr,  # (B, D)
+    scale_ptr,  # (B, D)
+    y_ptr,  # (B, T, D) modulated norm, dtype of scale
+    mean_ptr,  # (B, T) in ACC
+    rstd_ptr,  # (B, T) in ACC: 1 / deviation
     # sizes, strides
-    T, stride_shift, stride_scale,
+    T,  # tokens of a sample
+    stride_shift,  # elements between the shifts of two samples
+    stride_scale,  # elements between the scales of two samples
     # meta
-    EPS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    EVEN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    EPS: tl.constexpr,  # added to the variance
+    CENTRED: tl.constexpr,  # whether the mean is subtracted: a layer norm, else an RMSNorm
+    D: tl.constexpr,  # columns of a row
+    ROWS: tl.constexpr,  # rows of a tile
+    WARPS: tl.constexpr,  # num_warps, which share the columns of a row
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token, so that no row is masked
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
     TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
     b, start = first_token(tl.program_id(0), T, ROWS)
@@ -169,13 +181,26 @@ def _adaln_fwd_kernel(
 @triton.jit
 def _adaln_bwd_kernel(
     # pointers
-    dy_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr,
+    dy_ptr,  # (B, T, D) gradient of y
+    x_ptr,  # (B, T, D) residual stream
+    scale_ptr,  # (B, D)
+    mean_ptr,  # (B, T) in ACC
+    rstd_ptr,  # (B, T) in ACC: 1 / deviation
+    dx_ptr,  # (B, T, D) gradient of x
+    partial_ptr,  # (2, B, SPLITS, D) in ACC: d_shift and d_scale of each program's tokens
     # sizes, strides
-    B, T, stride_scale,
+    B,  # samples
+    T,  # tokens of a sample
+    stride_scale,  # elements between the scales of two samples
     # meta
-    SPLITS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    EVEN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    SPLITS: tl.constexpr,  # programs that share the tokens of a sample
+    CENTRED: tl.constexpr,  # whether the mean is subtracted: a layer norm, else an RMSNorm
+    D: tl.constexpr,  # columns of a row
+    ROWS: tl.constexpr,  # rows of a tile
+    WARPS: tl.constexpr,  # num_warps, which share the columns of a row
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token, so that no row is masked
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
     TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
     pid = tl.program_id(0)
@@ -376,13 +401,21 @@ def store_gate_sums(dgate_ptr, dbias_ptr, dx_branch, dx_sum, gate_ptr, bias_ptr,
 @triton.jit
 def _gated_residual_fwd_kernel(
     # pointers
-    x_ptr, branch_ptr, gate_ptr, bias_ptr, out_ptr,
+    x_ptr,  # (B, T, D) residual stream
+    branch_ptr,  # (B, T, D) output of attention or of the MLP
+    gate_ptr,  # (B, D)
+    bias_ptr,  # (D,) of the branch, or None
+    out_ptr,  # (B, T, D) new residual stream, dtype of x
     # sizes, strides
-    T, stride_gate,
+    T,  # tokens of a sample
+    stride_gate,  # elements between the gates of two samples
     # meta
-    D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+    D: tl.constexpr,  # columns of a row
+    ROWS: tl.constexpr,  # rows of a tile
+    WARPS: tl.constexpr,  # num_warps, which share the columns of a row
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token, so that no row is masked
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
     TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
     b, start = first_token(tl.program_id(0), T, ROWS)
@@ -399,13 +432,24 @@ def _gated_residual_fwd_kernel(
 @triton.jit
 def _gated_residual_bwd_kernel(
     # pointers
-    dout_ptr, branch_ptr, gate_ptr, bias_ptr, dbranch_ptr, dgate_ptr, dbias_ptr,
+    dout_ptr,  # (B, T, D) gradient of out
+    branch_ptr,  # (B, T, D) output of attention or of the MLP
+    gate_ptr,  # (B, D)
+    bias_ptr,  # (D,) of the branch, or None
+    dbranch_ptr,  # (B, T, D) gradient of the branch
+    dgate_ptr,  # (B, SPLITS, D) in ACC: d_gate of each program's tokens
+    dbias_ptr,  # (B, SPLITS, D) in ACC: terms of d_bias, or None
     # sizes, strides
-    T, stride_gate,
+    T,  # tokens of a sample
+    stride_gate,  # elements between the gates of two samples
     # meta
-    SPLITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+    SPLITS: tl.constexpr,  # programs that share the tokens of a sample
+    D: tl.constexpr,  # columns of a row
+    ROWS: tl.constexpr,  # rows of a tile
+    WARPS: tl.constexpr,  # num_warps, which share the columns of a row
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token, so that no row is masked
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
     TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
     pid = tl.program_id(0)
@@ -570,13 +614,30 @@ def _store_stream(x_ptr, branch_ptr, bias_ptr, gate_ptr, out_ptr, left, P: tl.co
 @triton.jit
 def _gated_residual_adaln_fwd_kernel(
     # pointers
-    x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, bias_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
+    x_ptr,  # (B, T, D) residual stream
+    branch_ptr,  # (B, T, D) output of attention or of the MLP
+    gate_ptr,  # (B, D)
+    shift_ptr,  # (B, D)
+    scale_ptr,  # (B, D)
+    bias_ptr,  # (D,) of the branch, or None
+    out_ptr,  # (B, T, D) new residual stream, dtype of x
+    y_ptr,  # (B, T, D) modulated norm, dtype of scale
+    mean_ptr,  # (B, T) in ACC, of out
+    rstd_ptr,  # (B, T) in ACC: 1 / deviation of out
     # sizes, strides
-    T, stride_gate, stride_shift, stride_scale,
+    T,  # tokens of a sample
+    stride_gate,  # elements between the gates of two samples
+    stride_shift,  # elements between the shifts of two samples
+    stride_scale,  # elements between the scales of two samples
     # meta
-    EPS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    EVEN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    EPS: tl.constexpr,  # added to the variance
+    CENTRED: tl.constexpr,  # whether the mean is subtracted: a layer norm, else an RMSNorm
+    D: tl.constexpr,  # columns of a row
+    ROWS: tl.constexpr,  # rows of a tile
+    WARPS: tl.constexpr,  # num_warps, which share the columns of a row
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token, so that no row is masked
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
     TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
     b, start = first_token(tl.program_id(0), T, ROWS)
@@ -625,14 +686,33 @@ def _backward_part(
 @triton.jit
 def _gated_residual_adaln_bwd_kernel(
     # pointers
-    dout_ptr, dy_ptr, out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, bias_ptr,
-    dx_ptr, dbranch_ptr, partial_ptr, dbias_ptr,
+    dout_ptr,  # (B, T, D) gradient of out
+    dy_ptr,  # (B, T, D) gradient of y
+    out_ptr,  # (B, T, D) new residual stream, dtype of x
+    branch_ptr,  # (B, T, D) output of attention or of the MLP
+    gate_ptr,  # (B, D)
+    scale_ptr,  # (B, D)
+    mean_ptr,  # (B, T) in ACC
+    rstd_ptr,  # (B, T) in ACC: 1 / deviation
+    bias_ptr,  # (D,) of the branch, or None
+    dx_ptr,  # (B, T, D) gradient of x
+    dbranch_ptr,  # (B, T, D) gradient of the branch
+    partial_ptr,  # (3, B, SPLITS, D) in ACC: d_shift, d_scale and d_gate of each program's tokens
+    dbias_ptr,  # (B, SPLITS, D) in ACC: terms of d_bias, or None
     # sizes, strides
-    B, T, stride_gate, stride_scale,
+    B,  # samples
+    T,  # tokens of a sample
+    stride_gate,  # elements between the gates of two samples
+    stride_scale,  # elements between the scales of two samples
     # meta
-    SPLITS: tl.constexpr, CENTRED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    EVEN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    SPLITS: tl.constexpr,  # programs that share the tokens of a sample
+    CENTRED: tl.constexpr,  # whether the mean is subtracted: a layer norm, else an RMSNorm
+    D: tl.constexpr,  # columns of a row
+    ROWS: tl.constexpr,  # rows of a tile
+    WARPS: tl.constexpr,  # num_warps, which share the columns of a row
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token, so that no row is masked
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
     TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
     pid = tl.program_id(0)

@@ -88,12 +88,17 @@ def update(
 @triton.jit
 def _square_sum_kernel(
     # pointers
-    table_ptr, grads_ptr, blocks_ptr, sums_ptr,
+    table_ptr,  # (tensors, COLUMNS) int64: addresses of each tensor's states, its size and its first block
+    grads_ptr,  # (tensors,) int64: addresses of gradients
+    blocks_ptr,  # (blocks,) int32: the table's row of each block
+    sums_ptr,  # partial sums of squares of the gradients, in ACC
     # sizes
-    BLOCKS,
+    BLOCKS,  # blocks of all tensors
     # meta
-    BLOCK: tl.constexpr, G_DTYPE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    BLOCK: tl.constexpr,  # elements of a block
+    G_DTYPE: tl.constexpr,  # dtype of the gradients
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     offsets = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], ACC)
     for index in range(tl.program_id(0), BLOCKS, tl.num_programs(0)):
@@ -113,13 +118,23 @@ def _square_sum_kernel(
 @triton.jit
 def _adamw_scalars_kernel(
     # pointers
-    table_ptr, sums_ptr, lr_ptr, found_inf_ptr, scalars_ptr,
+    table_ptr,  # (tensors, COLUMNS) int64: addresses of each tensor's states, its size and its first block
+    sums_ptr,  # partial sums of squares of the gradients, in ACC
+    lr_ptr,  # learning rate, one element
+    found_inf_ptr,  # one element, not 0: change nothing; or None
+    scalars_ptr,  # (tensors, 8): what is the same for all elements of a tensor
     # sizes
-    TENSORS, SUMS,
+    TENSORS,  # rows of the table
+    SUMS,  # partial sums, 0 without clipping
     # meta
-    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, WEIGHT_DECAY: tl.constexpr, EMA_DECAY: tl.constexpr,
-    EMA_WARMUP: tl.constexpr, MAX_NORM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    LOG_BETA1: tl.constexpr,  # log2 of beta1
+    LOG_BETA2: tl.constexpr,  # log2 of beta2
+    WEIGHT_DECAY: tl.constexpr,  # decoupled, times the learning rate
+    EMA_DECAY: tl.constexpr,  # factor of the average
+    EMA_WARMUP: tl.constexpr,  # whether the average begins faster
+    MAX_NORM: tl.constexpr,  # norm to clip to, or None
+    BLOCK: tl.constexpr,  # elements of a block
+):
     """Advance the step of every tensor, and derive from it what the update needs; BLOCK tensors a program."""
     o_block = tl.arange(0, BLOCK)
     clip = tl.full([], 1.0, tl.float64)
@@ -159,12 +174,22 @@ def _adamw_scalars_kernel(
 @triton.jit
 def _adamw_ema_kernel(
     # pointers
-    table_ptr, grads_ptr, blocks_ptr, scalars_ptr,
+    table_ptr,  # (tensors, COLUMNS) int64: addresses of each tensor's states, its size and its first block
+    grads_ptr,  # (tensors,) int64: addresses of gradients
+    blocks_ptr,  # (blocks,) int32: the table's row of each block
+    scalars_ptr,  # (tensors, 8): what is the same for all elements of a tensor
     # meta
-    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, HAS_EMA: tl.constexpr, HAS_COPY: tl.constexpr,
-    G_DTYPE: tl.constexpr, COPY_DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-):  # fmt: skip
+    BETA1: tl.constexpr,  # decay of the first moment
+    BETA2: tl.constexpr,  # decay of the second moment
+    EPS: tl.constexpr,  # added to the root of the second moment
+    HAS_EMA: tl.constexpr,  # whether there are averages
+    HAS_COPY: tl.constexpr,  # whether there are copies
+    G_DTYPE: tl.constexpr,  # dtype of the gradients
+    COPY_DTYPE: tl.constexpr,  # dtype of the copies
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+    BLOCK: tl.constexpr,  # elements of a block
+    PART: tl.constexpr,  # elements at a time in blocks that are not aligned or not full
+):
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(blocks_ptr + index).to(tl.int64)
     scalars_ptr += row * COLUMNS

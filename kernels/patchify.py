@@ -46,13 +46,25 @@ def pixel_offsets(o_n, o_k, T, C, W, P: tl.constexpr):
 @triton.jit
 def _patch_embed_fwd_kernel(
     # pointers
-    x_ptr, weight_ptr, bias_ptr, pos_ptr, tokens_ptr,
+    x_ptr,  # (B, C, height, W) image
+    weight_ptr,  # (D, K) projection
+    bias_ptr,  # (D,)
+    pos_ptr,  # (T, D) positions
+    tokens_ptr,  # (B, T, D) output
     # sizes
-    N, T, C, W,
+    N,  # tokens of all samples
+    T,  # tokens of a sample
+    C,  # channels
+    W,  # pixels of an image's row
     # meta
-    D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    D: tl.constexpr,  # columns of a row
+    K: tl.constexpr,  # elements of a patch, C * P * P
+    P: tl.constexpr,  # pixels of a patch's side
+    BLOCK_N: tl.constexpr,  # tokens of a tile
+    BLOCK_D: tl.constexpr,  # columns of a tile
+    BLOCK_K: tl.constexpr,  # elements of a patch in a tile
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_n, m_d = o_n < N, o_d < D
@@ -75,13 +87,25 @@ def _patch_embed_fwd_kernel(
 @triton.jit
 def _patch_embed_bwd_weight_kernel(
     # pointers
-    dtokens_ptr, x_ptr, dweight_ptr, dbias_ptr,
+    dtokens_ptr,  # (B, T, D) gradient of the tokens
+    x_ptr,  # (B, C, height, W) image
+    dweight_ptr,  # (SPLITS, D, K) in ACC: terms of d_weight
+    dbias_ptr,  # (SPLITS, D) in ACC: terms of d_bias
     # sizes
-    N, T, C, W,
+    N,  # tokens of all samples
+    T,  # tokens of a sample
+    C,  # channels
+    W,  # pixels of an image's row
     # meta
-    SPLITS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    SPLITS: tl.constexpr,  # programs that share all tokens
+    D: tl.constexpr,  # columns of a row
+    K: tl.constexpr,  # elements of a patch, C * P * P
+    P: tl.constexpr,  # pixels of a patch's side
+    BLOCK_N: tl.constexpr,  # tokens of a tile
+    BLOCK_D: tl.constexpr,  # columns of a tile
+    BLOCK_K: tl.constexpr,  # elements of a patch in a tile
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     split = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     o_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -108,13 +132,23 @@ def _patch_embed_bwd_weight_kernel(
 @triton.jit
 def _patch_embed_bwd_image_kernel(
     # pointers
-    dtokens_ptr, weight_ptr, dx_ptr,
+    dtokens_ptr,  # (B, T, D) gradient of the tokens
+    weight_ptr,  # (D, K) projection
+    dx_ptr,  # (B, C, height, W) gradient of the image
     # sizes
-    N, T, C, W,
+    N,  # tokens of all samples
+    T,  # tokens of a sample
+    C,  # channels
+    W,  # pixels of an image's row
     # meta
-    D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    D: tl.constexpr,  # columns of a row
+    K: tl.constexpr,  # elements of a patch, C * P * P
+    P: tl.constexpr,  # pixels of a patch's side
+    BLOCK_N: tl.constexpr,  # tokens of a tile
+    BLOCK_D: tl.constexpr,  # columns of a tile
+    BLOCK_K: tl.constexpr,  # elements of a patch in a tile
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_n, m_k = o_n < N, o_k < K
@@ -137,12 +171,18 @@ def _patch_embed_bwd_image_kernel(
 @triton.jit
 def _permute_kernel(
     # pointers
-    source_ptr, target_ptr,
+    source_ptr,  # tokens (B, T, P * P * C), or images (B, C, height, W)
+    target_ptr,  # the other one
     # sizes
-    total, T, C, W,
+    total,  # elements
+    T,  # tokens of a sample
+    C,  # channels
+    W,  # pixels of an image's row
     # meta
-    P: tl.constexpr, TO_IMAGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    P: tl.constexpr,  # pixels of a patch's side
+    TO_IMAGE: tl.constexpr,  # whether the source are tokens
+    BLOCK: tl.constexpr,  # elements that a program writes
+):
     """Tokens (B, T, P * P * C) to images (B, C, H, W), or back; each program writes BLOCK contiguous values."""
     o_target = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     columns = W // P

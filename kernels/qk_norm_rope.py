@@ -126,13 +126,24 @@ def _forward_tile(
 @triton.jit
 def _qk_norm_rope_fwd_kernel(
     # pointers
-    qkv_ptr, bias_ptr, weight_ptr, rotation_ptr, out_ptr,
+    qkv_ptr,  # (B, T, 3 * H * K) packed projection
+    bias_ptr,  # (3 * H * K,) of the projection, or None
+    weight_ptr,  # (2, K) of the norms of queries and keys, or None: no norm
+    rotation_ptr,  # (B or 1, T, K / 2, 2) cosines and sines, or None
+    out_ptr,  # (B, T, 3 * H * K)
     # sizes, strides
-    T, stride_rotation,
+    T,  # tokens of a sample
+    stride_rotation,  # elements between the rotations of two samples, 0 where all share one
     # meta
-    EPS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
-    MAIN: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    EPS: tl.constexpr,  # added to the mean square
+    H: tl.constexpr,  # heads
+    K: tl.constexpr,  # columns of a head
+    TOKENS: tl.constexpr,  # tokens of a tile
+    HEADS: tl.constexpr,  # heads of a tile
+    MAIN: tl.constexpr,  # columns of the main part, a power of two
+    TAIL: tl.constexpr,  # columns of the rest, or 0
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     pid = tl.program_id(0)
     # Groups of HEADS heads in the order of memory: queries', keys', values'.
     group = pid % (3 * H // HEADS)
@@ -229,13 +240,28 @@ def _backward_share(
 @triton.jit
 def _qk_norm_rope_bwd_kernel(
     # pointers
-    dout_ptr, qkv_ptr, bias_ptr, weight_ptr, rotation_ptr, dqkv_ptr, dbias_ptr, dweight_ptr,
+    dout_ptr,  # (B, T, 3 * H * K) gradient of out
+    qkv_ptr,  # (B, T, 3 * H * K) packed projection
+    bias_ptr,  # (3 * H * K,) of the projection, or None
+    weight_ptr,  # (2, K) of the norms of queries and keys, or None: no norm
+    rotation_ptr,  # (B or 1, T, K / 2, 2) cosines and sines, or None
+    dqkv_ptr,  # (B, T, 3 * H * K) gradient of qkv
+    dbias_ptr,  # (B * SPLITS, 3, H, K) in ACC: terms of d_bias, or None
+    dweight_ptr,  # (B * SPLITS, 2, H, K) in ACC: terms of d_weight, or None
     # sizes, strides
-    T, stride_rotation,
+    T,  # tokens of a sample
+    stride_rotation,  # elements between the rotations of two samples, 0 where all share one
     # meta
-    SPLITS: tl.constexpr, EPS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    SPLITS: tl.constexpr,  # programs that share the tokens of a sample
+    EPS: tl.constexpr,  # added to the mean square
+    H: tl.constexpr,  # heads
+    K: tl.constexpr,  # columns of a head
+    TOKENS: tl.constexpr,  # tokens of a tile
+    HEADS: tl.constexpr,  # heads of a tile
+    MAIN: tl.constexpr,  # columns of the main part, a power of two
+    TAIL: tl.constexpr,  # columns of the rest, or 0
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     pid = tl.program_id(0)
     group = pid % (3 * H // HEADS)
     share = (pid // (3 * H // HEADS)).to(tl.int64)

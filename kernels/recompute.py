@@ -44,13 +44,23 @@ def _from_moments_part(
 @triton.jit
 def _adaln_from_moments_kernel(
     # pointers
-    x_ptr, mean_ptr, rstd_ptr, shift_ptr, scale_ptr, y_ptr,
+    x_ptr,  # (B, T, D) residual stream
+    mean_ptr,  # (B, T) in ACC
+    rstd_ptr,  # (B, T) in ACC: 1 / deviation
+    shift_ptr,  # (B, D)
+    scale_ptr,  # (B, D)
+    y_ptr,  # (B, T, D) modulated norm, dtype of scale
     # sizes, strides
-    T, stride_shift, stride_scale,
+    T,  # tokens of a sample
+    stride_shift,  # elements between the shifts of two samples
+    stride_scale,  # elements between the scales of two samples
     # meta
-    D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+    D: tl.constexpr,  # columns of a row
+    ROWS: tl.constexpr,  # rows of a tile
+    WARPS: tl.constexpr,  # num_warps, which share the columns of a row
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token, so that no row is masked
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     MAIN: tl.constexpr = main_part(D, ROWS, WARPS, EVEN)
     TAIL: tl.constexpr = tail_part(D, ROWS, WARPS, EVEN)
     b, start = first_token(tl.program_id(0), T, ROWS)

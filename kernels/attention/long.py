@@ -43,13 +43,27 @@ from dit_fast.kernels.library import Run
 @triton.jit
 def _attention_long_fwd_kernel(
     # pointers
-    qkv_ptr, bias_ptr, out_ptr, lse_ptr,
+    qkv_ptr,  # (B, T, 3 * H * K) packed projection, strided
+    bias_ptr,  # (3 * H * K,) of the projection, or None
+    out_ptr,  # (B, T, H * K)
+    lse_ptr,  # (B, H, T) in ACC: log2 of each row's sum of exponentials
     # sizes, strides
-    T, H, stride_b8, stride_t8, TILES,
+    T,  # tokens of a sample
+    H,  # heads
+    stride_b8,  # elements between samples of qkv, over 8
+    stride_t8,  # elements between tokens of qkv, over 8
+    TILES,  # programs of a head
     # meta
-    SCALE: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    SCALE: tl.constexpr,  # 1 / sqrt(K)
+    K: tl.constexpr,  # columns of a head
+    MAIN: tl.constexpr,  # columns of the main part, a power of two
+    TAIL: tl.constexpr,  # columns of the padded rest, or 0
+    BLOCK_M: tl.constexpr,  # queries of a tile
+    BLOCK_N: tl.constexpr,  # keys of a tile
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token
+    STAGES: tl.constexpr,  # tiles that are loaded ahead of their use, with the one in use
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     b, h, tile = sample_head_tile(H, TILES)
     width8 = H * (K // 8)
     width = width8 * 8
@@ -92,13 +106,30 @@ def _attention_long_fwd_kernel(
 @triton.jit
 def _attention_long_bwd_queries_kernel(
     # pointers
-    dout_ptr, qkv_ptr, bias_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr,
+    dout_ptr,  # (B, T, H * K) gradient of out
+    qkv_ptr,  # (B, T, 3 * H * K) packed projection, strided
+    bias_ptr,  # (3 * H * K,) of the projection, or None
+    out_ptr,  # (B, T, H * K)
+    lse_ptr,  # (B, H, T) in ACC: log2 of each row's sum of exponentials
+    delta_ptr,  # (B, H, T) in ACC: sum(P * d_P) of each query
+    dqkv_ptr,  # (B, T, 3 * H * K) gradient of qkv, contiguous
     # sizes, strides
-    T, H, stride_b8, stride_t8, TILES,
+    T,  # tokens of a sample
+    H,  # heads
+    stride_b8,  # elements between samples of qkv, over 8
+    stride_t8,  # elements between tokens of qkv, over 8
+    TILES,  # programs of a head
     # meta
-    SCALE: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    SCALE: tl.constexpr,  # 1 / sqrt(K)
+    K: tl.constexpr,  # columns of a head
+    MAIN: tl.constexpr,  # columns of the main part, a power of two
+    TAIL: tl.constexpr,  # columns of the padded rest, or 0
+    BLOCK_M: tl.constexpr,  # queries of a tile
+    BLOCK_N: tl.constexpr,  # keys of a tile
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token
+    STAGES: tl.constexpr,  # tiles that are loaded ahead of their use, with the one in use
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     b, h, tile = sample_head_tile(H, TILES)
     width8 = H * (K // 8)
     width = width8 * 8
@@ -138,13 +169,30 @@ def _attention_long_bwd_queries_kernel(
 @triton.jit
 def _attention_long_bwd_keys_kernel(
     # pointers
-    dout_ptr, qkv_ptr, bias_ptr, lse_ptr, delta_ptr, dqkv_ptr, partial_ptr,
+    dout_ptr,  # (B, T, H * K) gradient of out
+    qkv_ptr,  # (B, T, 3 * H * K) packed projection, strided
+    bias_ptr,  # (3 * H * K,) of the projection, or None
+    lse_ptr,  # (B, H, T) in ACC: log2 of each row's sum of exponentials
+    delta_ptr,  # (B, H, T) in ACC: sum(P * d_P) of each query
+    dqkv_ptr,  # (B, T, 3 * H * K) gradient of qkv, contiguous
+    partial_ptr,  # (B, tiles of keys, 3 * H * K) in ACC: terms of d_bias; not written without a bias
     # sizes, strides
-    T, H, stride_b8, stride_t8, TILES,
+    T,  # tokens of a sample
+    H,  # heads
+    stride_b8,  # elements between samples of qkv, over 8
+    stride_t8,  # elements between tokens of qkv, over 8
+    TILES,  # programs of a head
     # meta
-    SCALE: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    SCALE: tl.constexpr,  # 1 / sqrt(K)
+    K: tl.constexpr,  # columns of a head
+    MAIN: tl.constexpr,  # columns of the main part, a power of two
+    TAIL: tl.constexpr,  # columns of the padded rest, or 0
+    BLOCK_M: tl.constexpr,  # queries of a tile
+    BLOCK_N: tl.constexpr,  # keys of a tile
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token
+    STAGES: tl.constexpr,  # tiles that are loaded ahead of their use, with the one in use
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     b, h, tile = sample_head_tile(H, TILES)
     width8 = H * (K // 8)
     width = width8 * 8

@@ -71,13 +71,27 @@ def runs_on(capability: int, dtype: torch.dtype, T: int, K: int) -> bool:
 @triton.jit
 def _attention_short_fwd_kernel(
     # pointers
-    qkv_ptr, bias_ptr, out_ptr, lse_ptr,
+    qkv_ptr,  # (B, T, 3 * H * K) packed projection, strided
+    bias_ptr,  # (3 * H * K,) of the projection, or None
+    out_ptr,  # (B, T, H * K)
+    lse_ptr,  # (B, H, T) in ACC: log2 of each row's sum of exponentials
     # sizes, strides
-    T, H, stride_b8, stride_t8, TILES,
+    T,  # tokens of a sample
+    H,  # heads
+    stride_b8,  # elements between samples of qkv, over 8
+    stride_t8,  # elements between tokens of qkv, over 8
+    TILES,  # programs of a head
     # meta
-    STEPS: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    STEPS: tl.constexpr,  # tiles of queries that a program walks through
+    SCALE: tl.constexpr,  # 1 / sqrt(K)
+    K: tl.constexpr,  # columns of a head
+    MAIN: tl.constexpr,  # columns of the main part, a power of two
+    TAIL: tl.constexpr,  # columns of the padded rest, or 0
+    BLOCK_M: tl.constexpr,  # queries of a tile
+    BLOCK_N: tl.constexpr,  # keys, all of them in one tile
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     b, h, tile = sample_head_tile(H, TILES)
     width8 = H * (K // 8)
     qkv_ptr += b * stride_b8 * 8 + h * K
@@ -113,13 +127,32 @@ def _attention_short_fwd_kernel(
 @triton.jit
 def _attention_short_bwd_kernel(
     # pointers
-    dout_ptr, qkv_ptr, bias_ptr, out_ptr, lse_ptr, dqkv_ptr, delta_ptr, scratch_ptr, partial_ptr,
+    dout_ptr,  # (B, T, H * K) gradient of out
+    qkv_ptr,  # (B, T, 3 * H * K) packed projection, strided
+    bias_ptr,  # (3 * H * K,) of the projection, or None
+    out_ptr,  # (B, T, H * K)
+    lse_ptr,  # (B, H, T) in ACC: log2 of each row's sum of exponentials
+    dqkv_ptr,  # (B, T, 3 * H * K) gradient of qkv, contiguous
+    delta_ptr,  # (B, H, T) in ACC: sum(P * d_P) of each query
+    scratch_ptr,  # (B, H, T, K) in ACC: d_q between two tiles of keys
+    partial_ptr,  # (B, tiles of keys, 3 * H * K) in ACC: terms of d_bias; not written without a bias
     # sizes, strides
-    T, H, stride_b8, stride_t8,
+    T,  # tokens of a sample
+    H,  # heads
+    stride_b8,  # elements between samples of qkv, over 8
+    stride_t8,  # elements between tokens of qkv, over 8
     # meta
-    KEY_TILES: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    KEY_TILES: tl.constexpr,  # tiles of keys of a head
+    SCALE: tl.constexpr,  # 1 / sqrt(K)
+    K: tl.constexpr,  # columns of a head
+    MAIN: tl.constexpr,  # columns of the main part, a power of two
+    TAIL: tl.constexpr,  # columns of the padded rest, or 0
+    BLOCK_M: tl.constexpr,  # queries of a tile
+    BLOCK_N: tl.constexpr,  # keys of a tile
+    EVEN: tl.constexpr,  # whether no tile reaches beyond the last token
+    STAGES: tl.constexpr,  # tiles that are loaded ahead of their use, with the one in use
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     b, h, _ = sample_head_tile(H, 1)
     dtype = qkv_ptr.dtype.element_ty
     width8 = H * (K // 8)

@@ -57,12 +57,17 @@ def gelu_value_and_slope(v):
 @triton.jit
 def _gelu_fwd_kernel(
     # pointers
-    pre_ptr, bias_ptr, act_ptr,
+    pre_ptr,  # (N, F) pre-activation without its bias
+    bias_ptr,  # (F,), or None
+    act_ptr,  # (N, F) activation, may be pre itself
     # sizes
-    N, F,
+    N,  # rows
+    F,  # features
     # meta
-    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    ROWS: tl.constexpr,  # rows of a tile
+    BLOCK_F: tl.constexpr,  # columns of a tile
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     blocks = tl.cdiv(F, BLOCK_F)
     pid = tl.program_id(0)
     o_f = (pid % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
@@ -79,12 +84,21 @@ def _gelu_fwd_kernel(
 @triton.jit
 def _gelu_bwd_kernel(
     # pointers
-    dact_ptr, pre_ptr, bias_ptr, dpre_ptr, act_ptr, partial_ptr,
+    dact_ptr,  # (N, F) gradient of act
+    pre_ptr,  # (N, F) pre-activation without its bias
+    bias_ptr,  # (F,), or None
+    dpre_ptr,  # (N, F) gradient of pre, may be dact itself
+    act_ptr,  # (N, F) activation, or None: not computed
+    partial_ptr,  # (SPLITS, F) in ACC: terms of d_bias, or None
     # sizes
-    N, F,
+    N,  # rows
+    F,  # features
     # meta
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    SPLITS: tl.constexpr,  # programs that share the rows of a block of columns
+    ROWS: tl.constexpr,  # rows of a tile
+    BLOCK_F: tl.constexpr,  # columns of a tile
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     blocks = tl.cdiv(F, BLOCK_F)
     pid = tl.program_id(0)
     o_f = (pid % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]

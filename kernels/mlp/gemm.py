@@ -181,13 +181,23 @@ def store_gradients(dact, pre_ptr, dpre_ptr, act_ptr, partial_ptr, row, column, 
 @triton.jit
 def _gemm_gelu_fwd_kernel(
     # pointers
-    x_ptr, w_ptr, bias_ptr, pre_ptr, act_ptr,
+    x_ptr,  # (M, K)
+    w_ptr,  # (N, K), the weight as nn.Linear has it
+    bias_ptr,  # (N,)
+    pre_ptr,  # (M, N) pre-activation, or None: not kept
+    act_ptr,  # (M, N) activation
     # sizes
-    M, N, K,
+    M,  # rows
+    N,  # columns of the output
+    K,  # terms of a sum
     # meta
-    PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    PROGRAMS: tl.constexpr,  # programs of the launch, each of which walks over output tiles
+    BLOCK_M: tl.constexpr,  # rows of a tile
+    BLOCK_N: tl.constexpr,  # columns of a tile
+    BLOCK_K: tl.constexpr,  # terms that are added at a time
+    DESCRIPTORS: tl.constexpr,  # whether tiles are copied by descriptor (TMA)
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     x, w = input_tiles(x_ptr, w_ptr, M, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=DESCRIPTORS):
@@ -205,13 +215,24 @@ def _gemm_gelu_fwd_kernel(
 @triton.jit
 def _gemm_gelu_bwd_kernel(
     # pointers
-    dout_ptr, w_ptr, pre_ptr, dpre_ptr, act_ptr, partial_ptr,
+    dout_ptr,  # (M, K) gradient of the MLP's output
+    w_ptr,  # (K, N), fc2's weight as nn.Linear has it
+    pre_ptr,  # (M, N) pre-activation
+    dpre_ptr,  # (M, N) gradient of pre
+    act_ptr,  # (M, N) activation, or None: not computed
+    partial_ptr,  # (tiles of rows, N) in ACC: terms of d_bias, or None
     # sizes
-    M, N, K,
+    M,  # rows
+    N,  # columns of the output
+    K,  # terms of a sum
     # meta
-    PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    PROGRAMS: tl.constexpr,  # programs of the launch, each of which walks over output tiles
+    BLOCK_M: tl.constexpr,  # rows of a tile
+    BLOCK_N: tl.constexpr,  # columns of a tile
+    BLOCK_K: tl.constexpr,  # terms that are added at a time
+    DESCRIPTORS: tl.constexpr,  # whether tiles are copied by descriptor (TMA)
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     dout, w = input_tiles(dout_ptr, w_ptr, M, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=DESCRIPTORS):

@@ -33,12 +33,17 @@ from dit_fast.kernels.mlp.activation import define_activation
 @triton.jit
 def _swiglu_fwd_kernel(
     # pointers
-    pre_ptr, bias_ptr, act_ptr,
+    pre_ptr,  # (N, 2 F) gates and values, without their bias
+    bias_ptr,  # (2 F,), or None
+    act_ptr,  # (N, F) activation
     # sizes
-    N, F,
+    N,  # rows
+    F,  # features
     # meta
-    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    ROWS: tl.constexpr,  # rows of a tile
+    BLOCK_F: tl.constexpr,  # columns of a tile
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     blocks = tl.cdiv(F, BLOCK_F)
     pid = tl.program_id(0)
     o_f = (pid % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
@@ -60,12 +65,21 @@ def _swiglu_fwd_kernel(
 @triton.jit
 def _swiglu_bwd_kernel(
     # pointers
-    dact_ptr, pre_ptr, bias_ptr, dpre_ptr, act_ptr, partial_ptr,
+    dact_ptr,  # (N, F) gradient of act
+    pre_ptr,  # (N, 2 F) gates and values, without their bias
+    bias_ptr,  # (2 F,), or None
+    dpre_ptr,  # (N, 2 F) gradient of pre
+    act_ptr,  # (N, F) activation, or None: not computed
+    partial_ptr,  # (SPLITS, 2 F) in ACC: terms of d_bias, or None
     # sizes
-    N, F,
+    N,  # rows
+    F,  # features
     # meta
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    SPLITS: tl.constexpr,  # programs that share the rows of a block of columns
+    ROWS: tl.constexpr,  # rows of a tile
+    BLOCK_F: tl.constexpr,  # columns of a tile
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
     blocks = tl.cdiv(F, BLOCK_F)
     pid = tl.program_id(0)
     o_f = (pid % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
