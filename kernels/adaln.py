@@ -364,7 +364,7 @@ def adaln_modulate(
     """norm(x) * (1 + scale) + shift, norm a layer norm or an RMSNorm without affine parameters.
 
     x (B, T, D); shift, scale (B, D), rows contiguous or strided; returns (B, T, D) in the dtype of `scale`.
-    `norm`: "layernorm" or "rmsnorm"; `kernels`: "auto", "triton" or "reference". Raises ValueError for another word
+    `norm`: "layernorm" or "rmsnorm"; `kernels`: "auto", "triton" or "reference". Raises ValueError for an unknown value
     and for shapes that do not fit.
     """
     if not uses_triton(kernels, x):
@@ -479,7 +479,7 @@ def _gated_residual_bwd_kernel(
         branch_ptr += ROWS * D
         dbranch_ptr += ROWS * D
 
-    # The sums of this share of tokens, rows of (B, SPLITS, D).
+    # The sums over this program's tokens, rows of (B, SPLITS, D).
     dgate_ptr += (b * SPLITS + split) * D
     if bias_ptr is not None:
         dbias_ptr += (b * SPLITS + split) * D

@@ -158,7 +158,7 @@ class AdamWTensors:
         capturing = p.is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing or addresses != self._addresses:
             self._host, self.grads = on_device(addresses, torch.int64, p.device)
-            # A captured copy is made again at each replay, from the same host memory; it is not made by the capture.
+            # A captured copy is repeated at each replay, from the same host memory; the capture itself does not copy.
             self._addresses = [] if capturing else addresses
             if capturing:
                 self._captured.append(self._host)

@@ -109,7 +109,7 @@ def first_token(pid, T, ROWS: tl.constexpr):
 
 @triton.jit
 def split_tokens(T, SPLITS: tl.constexpr, ROWS: tl.constexpr):
-    """Tokens in one of SPLITS shares of a sample, a multiple of ROWS."""
+    """Tokens in one of SPLITS parts of a sample, a multiple of ROWS."""
     return tl.cdiv(tl.cdiv(T, ROWS), SPLITS) * ROWS
 
 

@@ -1,4 +1,4 @@
-"""How a launch is cut and carried out: launch configurations, layouts, and the recording that needs no device."""
+"""How a launch is configured, prepared and executed: launch configurations, layouts, and the recording that needs no device."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def require_powers_of_two(**ranges: tuple[int, int, int]) -> None:
-    """ValueError naming the first of `name=(value, least, most)` that is no power of two from least to most."""
+    """ValueError naming the first of `name=(value, least, most)` that is not a power of two from least to most."""
     for name, (value, least, most) in ranges.items():
         if not least <= value <= most or value & (value - 1):
             raise ValueError(f"{name} is {value}, expected a power of two from {least} to {most}")
@@ -224,7 +224,7 @@ class Products(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was recorded instead of carried out. `options` are the compiler's: num_warps, num_stages."""
+    """A launch that was recorded instead of executed. `options` are the compiler's: num_warps, num_stages."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -239,7 +239,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Recording:
-    """Where launches go instead of to a device, and the compute capability that launchers are told meanwhile."""
+    """Where launches go instead of to a device, and the compute capability that launchers then see."""
 
     launches: list[Launch]
     capability: int

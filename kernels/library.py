@@ -33,7 +33,7 @@ def uses_triton(kernels: str, x: Tensor) -> bool:
 
     "auto" is the Triton kernel on CUDA and the PyTorch reference elsewhere. "triton" is the registered operation
     on any device; on a CPU that runs the reference behind the same registration (Triton's interpreter, when on,
-    runs the kernel itself). Raises ValueError for another word.
+    runs the kernel itself). Raises ValueError for an unknown value.
     """
     if kernels not in KERNEL_MODES:
         raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(map(repr, KERNEL_MODES))}")
@@ -41,7 +41,7 @@ def uses_triton(kernels: str, x: Tensor) -> bool:
 
 
 def is_centred(norm: str) -> bool:
-    """Whether a norm of NORMS subtracts the mean. Raises ValueError for another word."""
+    """Whether a norm of NORMS subtracts the mean. Raises ValueError for an unknown value."""
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r}: choose one of {', '.join(map(repr, NORMS))}")
     return norm == "layernorm"
@@ -180,7 +180,7 @@ def define_op(
     if flops is not None:
         # The counter adds `out_shape`, and leaves out arguments that are equal to their defaults.
         register_flop_formula(packet)(flops)
-    # A backend's kernel called by code that torch.compile left alone is no code to compile.
+    # A backend's kernel called by code that torch.compile left alone is not code to compile.
     _library.impl(name, torch.compiler.disable(launch_impl), "CUDA")
     _library.impl(name, torch.compiler.disable(cpu_impl), "CPU")
     allocate = fake or functools.partial(_reference_outputs, reference_impl)
@@ -306,7 +306,7 @@ def _refuse_shards(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _owning_outputs(reference_impl: Callable[..., Any]) -> Callable[..., Any]:
-    """`reference_impl` whose outputs are views of nothing, as the kernels' are: autograd would refuse to change them
+    """`reference_impl` whose outputs are no views, as those of the kernels: autograd would refuse to change them
     in place.
     """
 

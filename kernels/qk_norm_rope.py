@@ -6,7 +6,7 @@
 Shapes    qkv, out (B, T, 3 * H * K), rows [q; k; v] of (H, K) each; bias (3 * H * K,) or None; weight (2, K), of
           queries and of keys, or None: no norm; rotation (B or 1, T, K / 2, 2), cosine and sine of a pair, or None.
 Backward  with h = x * rstd and d = R^T d_out: d_weight = sum_BTH(d * h), g = d * weight,
-          d_x = rstd * (g - h * mean_K(g * h)), d_bias = sum_BT(d_x). rstd is made again from qkv; without a norm
+          d_x = rstd * (g - h * mean_K(g * h)), d_bias = sum_BT(d_x). rstd is recomputed from qkv; without a norm
           d_x = d, and qkv is not kept. rotation is a constant.
 Traffic   U = B * T * H * K: forward 6 U (qkv, out); backward 8 U (d_out, q and k, d_qkv), 6 U without a norm.
 Numerics  float32 (float64 for float64), one rounding at the store, out in the dtype of qkv; sums over tokens are
@@ -270,7 +270,7 @@ def _qk_norm_rope_bwd_kernel(
     first = (share % SPLITS).to(tl.int32) * tokens
     dout_ptr += b * T * (3 * H * K)
     dqkv_ptr += b * T * (3 * H * K)
-    # Sums of each share of tokens are a row: (3, H, K) of d_bias, (2, H, K) of the weights.
+    # The sums over each program's tokens are a row: (3, H, K) of d_bias, (2, H, K) of the weights.
     if dbias_ptr is not None:
         dbias_ptr += share * (3 * H * K)
     if weight_ptr is not None:
@@ -376,12 +376,12 @@ def _backward(
     ) -> tuple[Tensor, Tensor, Tensor]:
         dout, (rotation, stride) = dout.contiguous(), _samples(rotation)
         dqkv = torch.empty_like(dout)
-        # As rows of the (3, H, K) sums of each share of tokens, and of (2, H, K).
+        # Rows are the (3, H, K) and (2, H, K) sums over each program's tokens.
         dbias = None if bias is None else dout.new_empty((B * cfg.splits, packed), dtype=acc)
         dweight = None if weight is None else dout.new_empty((B * cfg.splits, 2, num_heads, K), dtype=acc)
         if qkv is not None:
             qkv = qkv.contiguous()
-            # The values are not read, which those who count a recorded launch's bytes should see.
+            # The values' columns are not read: a recorded launch counts the bytes of its arguments.
             qkv = qkv[..., : 2 * num_heads * K] if recorded else qkv
         start(
             dout_ptr=dout, qkv_ptr=qkv, bias_ptr=as_bias(bias), weight_ptr=as_bias(weight),

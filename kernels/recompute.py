@@ -103,7 +103,7 @@ adaln_from_moments = define_op(
 
 
 class _RecomputingLinear(torch.autograd.Function):
-    """F.linear on an input that is made again for the weight's gradient."""
+    """F.linear on an input that is recomputed for the weight's gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, *recipe: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def qk_norm_rope(
     rotation: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """qkv + bias, (B, T, 3 * H * K) read as (3, H, K), queries and keys normalised and turned where told."""
+    """qkv + bias, (B, T, 3 * H * K) read as (3, H, K), queries and keys normalised and turned where given."""
     if bias is not None:
         qkv = qkv + bias.to(qkv.dtype)
     qk, v = qkv.unflatten(2, (3 * num_heads, -1)).split((2 * num_heads, num_heads), dim=2)

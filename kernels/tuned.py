@@ -5,7 +5,7 @@ on such a GPU. Nothing is ever searched while a program runs. A table that does 
 Triton, or the device code as it is now, is ignored with one warning that names the file and the reason.
 
 A tuned tile may add the terms of a sum in another order than the heuristic's: results are repeatable to the bit on
-one architecture, and may differ in the last bits between architectures. Into how many shares a sum over tokens is cut
+one architecture, and may differ in the last bits between architectures. Into how many parts a sum over tokens is split
 stays a function of the shape alone.
 """
 

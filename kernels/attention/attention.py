@@ -79,7 +79,7 @@ def _attention_flops(qkv: tuple[int, ...], *rest: Any, **kw: Any) -> int:
 
 
 def _attention_backward_flops(dout: Any, qkv: tuple[int, ...], *rest: Any, **kw: Any) -> int:
-    """Five products for two: the scores are computed again."""
+    """Five products for two: the scores are recomputed."""
     return _attention_flops(qkv) * 5 // 2
 
 
@@ -126,7 +126,7 @@ def attention(
     dtype of `qkv`. backend: "auto", "triton" (these kernels), "sdpa" (PyTorch), "cudnn" (PyTorch with cuDNN first) or
     "flash" (a flash-attn package); see `choose_backend`. kernels: "triton" makes "auto" these kernels, "reference" is
     PyTorch whatever the backend.
-    Raises ValueError for arguments that do not fit or another word, ImportError where a package is missing.
+    Raises ValueError for arguments that do not fit or an unknown value, ImportError where a package is missing.
     """
     if type(qkv) is not Tensor or torch.compiler.is_compiling():
         chosen = _checked_backend(qkv, num_heads, bias, backend, kernels)

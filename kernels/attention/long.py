@@ -3,7 +3,7 @@
 
 Forward   a program owns a tile of queries and walks through the keys with a running maximum and sum.
 Backward  two kernels without atomics. The first owns a tile of queries: delta = sum(d_out * (out - b_v)), which it
-          leaves to the second, and d_q over all keys. The second owns a tile of keys: d_k, d_v and the shares of the
+          leaves to the second, and d_q over all keys. The second owns a tile of keys: d_k, d_v and the terms of the
           bias gradients over all queries.
 Traffic   with U = B * T * H * K elements and tiles of a head sharing the cache: forward reads 3 U and writes U;
           backward reads 5 U and writes U, then reads 4 U and writes 2 U. Seven products where one kernel needs five.

@@ -3,7 +3,7 @@
 
 Shapes    pre, act (..., F); bias (F,) or None.
 Backward  with s = sigmoid(2 u): d_pre = d_act * (s + 2 v s (1 - s) u'), u' = sqrt(2 / pi) * (1 + 0.134145 v^2);
-          d_bias = sum of d_pre over all rows. Only pre is saved: act can be computed again in the same pass.
+          d_bias = sum of d_pre over all rows. Only pre is saved: act can be recomputed in the same pass.
 Traffic   in U = one (B, T, D) token tensor, F = 4 D: forward reads pre and writes act, 8 U; backward reads pre and
           d_act and writes d_pre, 12 U, and act on demand, 16 U. In the epilogue of a GEMM (gemm.py) the same work
           writes pre, 4 U, and reads it again, 4 U (and 4 U to write act again).
@@ -34,7 +34,7 @@ from dit_fast.kernels.mlp.activation import define_activation
 
 @triton.jit
 def gelu_gate(v):
-    """sigmoid(2 u): the share of v that passes, and twice the slope of u."""
+    """sigmoid(2 u): the fraction of v that passes, and twice the slope of u."""
     square = v * v
     gate = tl.sigmoid(1.5957691216057308 * v * (1.0 + 0.044715 * square))
     return gate, 1.5957691216057308 * (1.0 + 0.134145 * square)

@@ -6,7 +6,7 @@ Backward  d_act = dout w, d_pre = d_act * GELU'(pre), d_bias = sum_M(d_pre): dou
 Traffic   in U = one (B, T, D) token tensor, N = 4 D: the epilogues add 4 U for writing pre in the forward pass, 4 U
           for reading it in the backward pass and 4 U for writing act again; a pass of its own moves 8 + 16 U.
 Numerics  float32 sums (float64 for float64), one rounding at each store. act comes from the rounded pre, so that
-          the backward pass computes the same act again. d_bias: one partial sum for each row of tiles, added in a
+          the backward pass recomputes the same act. d_bias: one partial sum for each row of tiles, added in a
           fixed order, without atomics; no sum depends on the number of multiprocessors.
 
 A program walks over output tiles (persistent). Where the architecture copies tiles by descriptor (TMA, sm_90 on) and

@@ -4,14 +4,14 @@
 Shapes    x (..., D), fc1_weight (F, D), fc1_bias (F,), fc2_weight (E, F); out (..., E), usually E = D and F = 4 D.
           SwiGLU: fc1_weight (2 F, D), fc1_bias (2 F,), usually F = 8/3 D.
           fc2's bias is left to the gated residual that follows, which adds it and gives its gradient.
-Backward  pre = x fc1_weight^T + fc1_bias is saved, and act = f(pre) if kept, else computed again:
+Backward  pre = x fc1_weight^T + fc1_bias is saved, and act = f(pre) if kept, else recomputed:
           d_act = d_out fc2_weight, d_pre = f'(pre) d_act, d_fc2_weight = d_out^T act,
           d_fc1_weight = d_pre^T x, d_fc1_bias = sum(d_pre), d_x = d_pre fc1_weight.
 Traffic   beside the products, in U = one (B, T, D) token tensor, F = 4 D: a GELU pass of its own moves 8 forward and
           16 backward (12 with act kept); epilogues 4 forward (writing pre) and 4 backward (reading it), and 4 for act
           again. Keeping act costs 4 U of memory. SwiGLU's pass: 8 and 16 (13.3), act 2.7 U.
 Numerics  products in the dtype of x, sums in float32; f as in gelu.py and swiglu.py, from the pre-activation as it was
-          rounded, so that act is the same kept or computed again.
+          rounded, so that act is the same whether kept or recomputed.
 
 Who applies the GELU is the `epilogue`: "separate", products by PyTorch (cuBLAS) and the pass of gelu.py; "triton",
 the products of gemm.py; "cublaslt", cuBLASLt's own epilogues (cublaslt.py, the extra `epilogues`). SwiGLU, which joins
@@ -44,7 +44,7 @@ def choose_epilogue(
     """What `mlp(..., epilogue=epilogue)` runs, given (rows, D, F), the dtype and the device of x; nothing is launched.
 
     "auto" is "separate" until the tuned table of the device, measured by `benchmarks.tune`, says otherwise; rows
-    count in powers of two. Raises ValueError for another word, ImportError where "cublaslt" is not installed.
+    count in powers of two. Raises ValueError for an unknown value, ImportError where "cublaslt" is not installed.
     """
     if epilogue not in EPILOGUES:
         raise ValueError(f"mlp: epilogue={epilogue!r}, choose one of {', '.join(map(repr, EPILOGUES))}")
@@ -285,7 +285,7 @@ _mlp_backward_op = define_op(
 def _mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, fc1_weight, _, fc2_weight, ctx.keep_activation, _, ctx.epilogue, ctx.activation, *recipe = inputs
     _, pre, act = output
-    # With the recipe of x (stream, mean, rstd, shift, scale), x is made again in the backward pass.
+    # With the recipe of x (stream, mean, rstd, shift, scale), x is recomputed in the backward pass.
     kept = x if recipe[0] is None else None, pre, act if ctx.keep_activation else None
     ctx.save_for_backward(*kept, fc1_weight, fc2_weight, *recipe)
     ctx.mark_non_differentiable(pre, act)
