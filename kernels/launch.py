@@ -1,4 +1,4 @@
-"""How a launch is configured, prepared and executed: launch configurations, layouts, and the recording that needs no device."""
+"""How launches are configured, prepared and executed: configurations, layouts, and recording without a device."""
 
 import functools
 from collections.abc import Callable, Iterator
