@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks.plain_dit import PlainBlock, PlainLightningBlock
 from benchmarks.traffic import Program
 from benchmarks.traffic.inductor import Workload
+from dit_fast.model.backends import Backends
 from dit_fast.model.blocks import DiTBlock, Stream
 from dit_fast.model.layers import Layout
 
@@ -66,9 +67,14 @@ def plain(program: Program) -> Workload:
     return chain(program, lambda: PlainBlock(program.width, program.heads, 4.0), lazy=False)
 
 
-def dit_fast(program: Program, **settings: Any) -> Workload:
-    """Our block; `settings` are further arguments of `DiTBlock`."""
-    return chain(program, lambda: DiTBlock(program.width, program.heads, **settings), lazy=True)
+def dit_fast(program: Program, trunk: dict[str, Any] | None = None, **settings: str) -> Workload:
+    """Our block with `Backends(**settings)`; `trunk` are further arguments of `DiTBlock`."""
+    backends = Backends(**settings)
+    return chain(
+        program,
+        lambda: DiTBlock(program.width, program.heads, backends=backends, **(trunk or {})),
+        lazy=True,
+    )
 
 
 def plain_lightning(program: Program) -> Workload:
@@ -78,9 +84,10 @@ def plain_lightning(program: Program) -> Workload:
     )
 
 
-def lightning(program: Program, **settings: Any) -> Workload:
+def lightning(program: Program, **settings: str) -> Workload:
     """Our block with the same trunk: RMSNorm, SwiGLU, normed queries and keys, rotary positions."""
-    return rotated(program, dit_fast(program, norm="rmsnorm", mlp="swiglu", qk_norm=True, **settings))
+    trunk = {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True}
+    return rotated(program, dit_fast(program, trunk, **settings))
 
 
 def rotated(program: Program, workload: Workload) -> Workload:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from dit_fast.checkpoint.weight_file import first_line
 from dit_fast.errors import ConfigError
-from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES, attention, mlp, uses_triton
+from dit_fast.kernels import attention, mlp, uses_triton
 from dit_fast.kernels.attention.attention import attention_backend
+from dit_fast.model.backends import Backends
 from dit_fast.model.blocks import Stream, without_bias
-from dit_fast.model.config import one_of
 from dit_fast.model.dit import DiT
 
 ATTENTION = ("qkv", "proj")
@@ -418,11 +418,8 @@ def accelerate(
 
     Raises ConfigError, in one line, for a model that is none of these, is wrapped, or is accelerated already.
     """
-    switches = Fusion(
-        kernels=one_of("kernels", kernels, KERNEL_MODES),
-        attention=one_of("attention", attention, BACKENDS),
-        mlp_epilogue=one_of("mlp_epilogue", mlp_epilogue, EPILOGUES),
-    )
+    backends = Backends(kernels, attention, mlp_epilogue)
+    switches = Fusion(backends.kernels, backends.attention, backends.mlp_epilogue)
     family, candidates = _candidates(model)
     if any(_is_fused(module) for module in model.modules()):
         raise ConfigError(f"this {type(model).__name__} is accelerated already: restore(model) first")

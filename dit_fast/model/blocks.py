@@ -1,8 +1,8 @@
-"""The paper's plain and adaLN-Zero blocks and final layer (Peebles & Xie 2023, figure 3), on fused operations.
+"""Blocks and final layers of every conditioning (Peebles & Xie 2023, figure 3), on fused operations.
 
-A block adds its branches lazily: `Stream` carries the residual stream together with the branch that has not been
-added yet, so that the addition and the next norm are one pass over memory. Biases wait in the same way, so that
-the kernel that adds one also sums its gradient.
+A block adds its branches lazily: `Stream` carries the residual stream together with the branch that is not added yet,
+so that the addition and the next norm are one pass over memory. Biases are delayed in the same way, so that the kernel
+that adds a bias also sums its gradient.
 """
 
 from typing import Any, ClassVar, NamedTuple, TypeGuard
@@ -15,6 +15,7 @@ from dit_fast.kernels import adaln_modulate, gated_residual, gated_residual_adal
 from dit_fast.kernels.adaln import adaln_with_moments, gated_residual_adaln_with_moments
 from dit_fast.kernels.library import is_centred
 from dit_fast.kernels.recompute import NormRecipe
+from dit_fast.model.backends import Backends
 from dit_fast.model.layers import (
     Attention,
     Layout,
@@ -28,12 +29,9 @@ from dit_fast.model.layers import (
     without_bias,
 )
 
-RECOMPUTE = ("none", "cheap", "blocks")
-"""What is made again in the backward pass: nothing; norm outputs and activations; every block from its input."""
-
 
 class Normed(NamedTuple):
-    """The residual stream x, y = norm(x) * (1 + scale) + shift, and what y is made of (None: keep y)."""
+    """The residual stream x, y = norm(x) * (1 + scale) + shift, and the recipe that recomputes y (None: save y)."""
 
     x: Tensor
     y: Tensor
@@ -41,9 +39,9 @@ class Normed(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """The residual stream x + gate * (branch + bias) with its last addition pending (none: `branch` is None).
+    """The residual stream x + gate * (branch + bias), its last addition pending (`branch` None: none is).
 
-    x, branch (N, T, D); gate (N, D); bias (D,) or None. layout: of its tokens, None where there is nothing to say.
+    x, branch (N, T, D); gate (N, D); bias (D,) or None. layout: positions and padding of the tokens, or None.
     """
 
     x: Tensor
@@ -61,7 +59,7 @@ class Stream(NamedTuple):
     def norm_modulate(
         self, shift: Tensor, scale: Tensor, eps: float, kernels: str, norm: str = "layernorm"
     ) -> Normed:
-        """Add what is pending, then norm(stream) * (1 + scale) + shift; `norm`: of NORMS."""
+        """Add the pending branch, then norm(stream) * (1 + scale) + shift; `norm`: one of NORMS."""
         fused = uses_triton(kernels, self.x)
         if self.branch is None or self.gate is None:
             if not fused:
@@ -83,11 +81,10 @@ def normed(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Normed:
-    """Add what is pending, then norm(stream) * (1 + scale) + shift; without shift and scale, norm(stream).
+    """Add the pending branch, then norm(stream) * (1 + scale) + shift; without shift and scale, norm(stream).
 
-    A norm that was built here is fused: its kind and eps count, and its weight and bias where there is no shift and
-    scale from the condition. Another one in its place, one with hooks, or one whose weights an adaptive norm does not
-    have, is called.
+    A norm from `make_norm` is fused, with its eps and, without shift and scale, its weight and bias. Any other is
+    called: a replaced norm, one with hooks, or one that has a weight beside shift and scale.
     """
     adaptive = shift is not None and scale is not None
     if shift is None or scale is None:
@@ -100,7 +97,7 @@ def normed(
 
 
 def is_built_here(norm: nn.Module) -> TypeGuard[nn.LayerNorm | RMSNorm]:
-    """Whether the norm is exactly what `make_norm` builds, so that a fused operation may stand for it."""
+    """Whether the norm is as `make_norm` builds it, so that a fused operation computes the same."""
     return is_plain(norm, nn.LayerNorm) or is_plain(norm, RMSNorm)
 
 
@@ -110,10 +107,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def affine_modulation(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(shift, scale), each (N, D), that make `normed` compute norm(x) * weight + bias of an affine norm.
+    """(shift, scale), each (N, D), with which `normed` computes norm(x) * weight + bias of an affine norm.
 
-    Zeros for a norm that `normed` calls, and for a weight or bias that it does not have. Under autocast the scale is of
-    its dtype, which is then the dtype of the norm's output.
+    Zeros for a norm that `normed` calls, and in place of a missing weight or bias. Under autocast the scale has
+    autocast's dtype, which is then the dtype of the norm's output.
     """
     shift = scale = x.new_zeros(1, x.shape[-1]).expand(x.shape[0], -1)
     if is_built_here(norm):
@@ -128,16 +125,16 @@ def affine_modulation(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_gate(x: Tensor) -> Tensor:
-    """The gate (N, D) of a branch that is added as it is: the fused addition and norm then serve it too."""
+    """A gate of ones (N, D): the fused addition and norm then also compute a branch without a gate."""
     return x.new_ones(1, x.shape[-1]).expand(x.shape[0], -1)
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm transformer block (Dosovitskiy et al. 2021), what in-context conditioning runs and the others extend.
+    """A pre-norm transformer block (Dosovitskiy et al. 2021): the one of in-context conditioning, which others extend.
 
-    `forward(x, c)`: x (N, T, D) -> (N, T, D); this block takes the condition from its tokens and does not read c.
-    Given a `Stream`, returns a `Stream`: that is how `DiT` runs its blocks. `affine`: whether the norms have a weight
-    and a bias of their own. The other options as in `DiT`.
+    `forward(x, c)`: x (N, T, D) -> (N, T, D); c is not read, the condition is among the tokens. For a `Stream` it
+    returns a `Stream`: `DiT` runs its blocks so. `affine`: whether the norms have their own weight and bias. The
+    other options as in `DiT`.
     """
 
     def __init__(
@@ -150,33 +147,22 @@ class TransformerBlock(nn.Module):
         norm: str = "layernorm",
         mlp: str = "gelu",
         qk_norm: bool = False,
-        kernels: str = "auto",
-        attention: str = "auto",
-        mlp_epilogue: str = "auto",
-        recompute: str = "none",
+        backends: Backends | None = None,
     ):
         super().__init__()
-        self.kernels = kernels
-        self.recompute = recompute
+        self.backends = backends or Backends()
         self.norm1 = make_norm(norm, hidden_size, affine)
-        self.attn = Attention(
-            hidden_size, num_heads=num_heads, qkv_bias=True, backend=attention, qk_norm=qk_norm
-        )
+        self.attn = Attention(hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, backends=self.backends)
         self.norm2 = make_norm(norm, hidden_size, affine)
-        hidden = int(hidden_size * mlp_ratio)
-        self.mlp = (
-            SwiGLU(hidden_size, hidden)
-            if mlp == "swiglu"
-            else Mlp(hidden_size, hidden, epilogue=mlp_epilogue)
-        )
+        self.mlp = (SwiGLU if mlp == "swiglu" else Mlp)(hidden_size, int(hidden_size * mlp_ratio))
 
     @property
     def condition_layer(self) -> nn.Module | None:
-        """What is applied to the condition alone, so that sampling can do it before its loop; None: nothing is."""
+        """The layer of the condition alone, which sampling computes before its loop; None: there is none."""
         return None
 
     def macs(self, tokens: int, condition_tokens: int) -> int:
-        """Multiply-adds of one sample of so many tokens, told by so many more; elementwise work is not counted."""
+        """Multiply-adds of one sample of `tokens` with `condition_tokens`; elementwise work is not counted."""
         per_token = matrix_size(self.attn) + matrix_size(self.mlp)
         return tokens * per_token + 2 * tokens**2 * self.attn.proj.out_features
 
@@ -185,7 +171,7 @@ class TransformerBlock(nn.Module):
     ) -> Tensor | Stream:
         stream = x if isinstance(x, Stream) else Stream(x)
         stream = self.feed_forward(self.self_attention(stream))
-        return stream if isinstance(x, Stream) else stream.add(self.kernels)
+        return stream if isinstance(x, Stream) else stream.add(self.backends.kernels)
 
     def self_attention(
         self,
@@ -194,9 +180,11 @@ class TransformerBlock(nn.Module):
         scale: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Stream:
-        """The stream with attention's branch pending; without a gate it is added as it is, without shift and scale
-        the norm's own weights are used."""
-        h, layout = normed(stream, self.norm1, self.kernels, shift, scale), stream.layout
+        """The stream with attention's branch pending.
+
+        Without shift and scale the norm uses its own weights; without a gate the branch is added unscaled.
+        """
+        h, layout = normed(stream, self.norm1, self.backends.kernels, shift, scale), stream.layout
         gate = unit_gate(h.x) if gate is None else gate
         return Stream(h.x, *self.attention_branch(h, layout), gate, layout)
 
@@ -207,33 +195,33 @@ class TransformerBlock(nn.Module):
         scale: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Stream:
-        """The stream with the MLP's branch pending; without a gate it is added as it is."""
-        h = normed(stream, self.norm2, self.kernels, shift, scale)
+        """The stream with the MLP's branch pending; shift, scale and gate as in `self_attention`."""
+        h = normed(stream, self.norm2, self.backends.kernels, shift, scale)
         return Stream(h.x, *self.mlp_branch(h), unit_gate(h.x) if gate is None else gate, stream.layout)
 
     def attention_branch(self, h: Normed, layout: Layout | None = None) -> tuple[Tensor, Tensor | None]:
-        """`self.attn(h.y, layout)` as (branch, bias still to be added)."""
-        if not uses_triton(self.kernels, h.y) or not is_plain(self.attn, Attention):
-            # What stands in for an attention need not know layouts.
+        """`self.attn(h.y, layout)` as (branch, bias that is not added yet)."""
+        if not uses_triton(self.backends.kernels, h.y) or not is_plain(self.attn, Attention):
+            # A module in attention's place need not take a layout, which most models do not have.
             return self.attn(h.y) if layout is None else self.attn(h.y, layout), None
-        recipe = None if self.recompute == "none" else h.recipe
-        return without_bias(self.attn.proj, self.attn.attend(h.y, layout, recipe, self.kernels))
+        recipe = None if self.backends.recompute == "none" else h.recipe
+        return without_bias(self.attn.proj, self.attn.attend(h.y, layout, recipe))
 
     def mlp_branch(self, h: Normed) -> tuple[Tensor, Tensor | None]:
-        """`self.mlp(h.y)` as (branch, bias still to be added)."""
+        """`self.mlp(h.y)` as (branch, bias that is not added yet)."""
         module = self.mlp
         if (
-            not uses_triton(self.kernels, h.y)
+            not uses_triton(self.backends.kernels, h.y)
             or not isinstance(module, Mlp | SwiGLU)
             or not module.is_fusible()
         ):
             return module(h.y), None
         first, last = module.linears
-        keep = self.recompute == "none"
+        keep = self.backends.recompute == "none"
         branch = mlp(
             h.y, first.weight, first.bias, last.weight,
-            activation=module.activation, keep_activation=keep, epilogue=module.epilogue,
-            recipe=None if keep else h.recipe, kernels=self.kernels,
+            activation=module.activation, keep_activation=keep, epilogue=self.backends.mlp_epilogue,
+            recipe=None if keep else h.recipe, kernels=self.backends.kernels,
         )  # fmt: skip
         bias: Tensor | None = last.bias
         if bias is not None and hasattr(type(self), "reshard"):
@@ -245,8 +233,8 @@ class TransformerBlock(nn.Module):
 class AdaptiveBlock(TransformerBlock):
     """A transformer block whose norms take shift and scale from the condition (adaptive layer norm).
 
-    `forward(x, c)`: x (N, T, D), c (N, D) -> (N, T, D). Arguments and streams as in `TransformerBlock`. `vectors`: how
-    many of width D the condition becomes, the first half for attention: shift, scale and, where there are 6, a gate.
+    `forward(x, c)`: x (N, T, D), c (N, D) -> (N, T, D). Arguments and streams as in `TransformerBlock`. The condition
+    becomes `vectors` vectors (N, D): shift, scale and, of 6, gate for attention, and the same for the MLP.
     """
 
     vectors: ClassVar[int]
@@ -266,24 +254,24 @@ class AdaptiveBlock(TransformerBlock):
     def forward(
         self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
     ) -> Tensor | Stream:
-        """`modulation` (N, `vectors` * D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
+        """`modulation` (N, `vectors` * D): `adaLN_modulation(c)` computed earlier; c is then not read."""
         stream = x if isinstance(x, Stream) else Stream(x)
         if modulation is None:
             modulation = self.adaLN_modulation(c)
         parts, half = modulation.chunk(self.vectors, dim=1), self.vectors // 2
         stream = self.self_attention(stream, *parts[:half])
         stream = self.feed_forward(stream, *parts[half:])
-        return stream if isinstance(x, Stream) else stream.add(self.kernels)
+        return stream if isinstance(x, Stream) else stream.add(self.backends.kernels)
 
 
 class DiTBlock(AdaptiveBlock):
-    """A transformer block with adaptive layer norm and gates, initialised to the identity (adaLN-Zero)."""
+    """A transformer block with adaptive layer norm and gates, initialized to the identity (adaLN-Zero)."""
 
     vectors = 6
 
 
 class Projection(nn.Module):
-    """A norm, and the projection of each token to its patch of noise (and variance): what final layers share."""
+    """Base of the final layers: a norm, and the projection of each token to its patch of noise (and variance)."""
 
     def __init__(
         self,
@@ -293,18 +281,18 @@ class Projection(nn.Module):
         *,
         affine: bool,
         norm: str = "layernorm",
-        kernels: str = "auto",
+        backends: Backends | None = None,
     ):
         super().__init__()
-        self.kernels = kernels
+        self.backends = backends or Backends()
         self.norm_final = make_norm(norm, hidden_size, affine)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True)
 
 
 class FinalLayer(Projection):
-    """The final layer with adaptive norm."""
+    """The final layer with adaptive norm: `forward(x, c)`, x (N, T, D), c (N, D) -> (N, T, P * P * C)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, **options: str):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, **options: Any):
         super().__init__(hidden_size, patch_size, out_channels, affine=False, **options)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size, bias=True))
 
@@ -318,16 +306,16 @@ class FinalLayer(Projection):
         return tokens * matrix_size(self.linear) + matrix_size(self.adaLN_modulation)
 
     def forward(self, x: Tensor | Stream, c: Tensor | None, modulation: Tensor | None = None) -> Tensor:
-        """`modulation` (N, 2 D): what `adaLN_modulation(c)` gave earlier; then `c` is not read."""
+        """`modulation` (N, 2 D): `adaLN_modulation(c)` computed earlier; c is then not read."""
         stream = x if isinstance(x, Stream) else Stream(x)
         if modulation is None:
             modulation = self.adaLN_modulation(c)
         shift, scale = modulation.chunk(2, dim=1)
-        return self.linear(normed(stream, self.norm_final, self.kernels, shift, scale).y)
+        return self.linear(normed(stream, self.norm_final, self.backends.kernels, shift, scale).y)
 
 
 ADAPTIVE = ("adaln_zero", "adaln")
-"""Conditionings by one vector (N, D), timestep plus class; the others take these, or a caption, as tokens."""
+"""Conditionings by one vector (N, D), timestep plus class; the others take the condition as tokens."""
 
 
 class AdaLNBlock(AdaptiveBlock):
@@ -349,21 +337,21 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def attend(self, q: Tensor, kv: Tensor, told: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, kv: Tensor, present: Tensor | None = None) -> Tensor:
         """Attention before the output projection: q (N, T, D), kv (N, S, 2 D) -> (N, T, D).
 
-        told: bool (N, S), False for padding that is not attended to; None: all are.
+        present: bool (N, S), False for padding of the condition, which is not attended to; None: no padding.
         """
         N, T, D = q.shape
         q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mask = None if told is None else told[:, None, None]
+        mask = None if present is None else present[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, mask)
         return out.transpose(1, 2).reshape(N, T, D)
 
-    def forward(self, x: Tensor, kv: Tensor, told: Tensor | None = None) -> Tensor:
-        """x (N, T, D) and what `self.kv` made of the condition's tokens, (N, S, 2 D) -> (N, T, D); as `attend`."""
-        return self.proj(self.attend(self.q(x), kv, told))
+    def forward(self, x: Tensor, kv: Tensor, present: Tensor | None = None) -> Tensor:
+        """x (N, T, D) and keys and values of the condition, `self.kv(c)` (N, S, 2 D) -> (N, T, D); as `attend`."""
+        return self.proj(self.attend(self.q(x), kv, present))
 
 
 class CrossAttentionBlock(TransformerBlock):
@@ -389,30 +377,30 @@ class CrossAttentionBlock(TransformerBlock):
     def forward(
         self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
     ) -> Tensor | Stream:
-        """`modulation` (N, S * 2 D): what `cross.kv(c)` gave earlier, flattened; then `c` is not read."""
+        """`modulation` (N, S * 2 D): `cross.kv(c)` computed earlier, flattened; c is then not read."""
         stream = x if isinstance(x, Stream) else Stream(x)
-        made = None if modulation is None else modulation.unflatten(1, (-1, self.cross.kv.out_features))
-        kv = self.cross.kv(c) if made is None else made
+        width = self.cross.kv.out_features
+        kv = self.cross.kv(c) if modulation is None else modulation.unflatten(1, (-1, width))
         stream = self.self_attention(stream)
         stream = self.cross_attention(stream, kv)
         stream = self.feed_forward(stream)
-        return stream if isinstance(x, Stream) else stream.add(self.kernels)
+        return stream if isinstance(x, Stream) else stream.add(self.backends.kernels)
 
     def cross_attention(self, stream: Stream, kv: Tensor) -> Stream:
         """The stream with cross-attention's branch pending."""
-        norm, told = self.norm_cross, None if stream.layout is None else stream.layout.told
-        h = normed(stream, norm, self.kernels)
-        if not uses_triton(self.kernels, h.y) or not is_plain(self.cross, CrossAttention):
-            return Stream(h.x, self.cross(h.y, kv, told), None, unit_gate(h.x), stream.layout)
-        recipe = None if self.recompute == "none" else h.recipe
-        attended = self.cross.attend(with_bias(self.cross.q, h.y, recipe), kv, told)
+        present = None if stream.layout is None else stream.layout.condition_present
+        h = normed(stream, self.norm_cross, self.backends.kernels)
+        if not uses_triton(self.backends.kernels, h.y) or not is_plain(self.cross, CrossAttention):
+            return Stream(h.x, self.cross(h.y, kv, present), None, unit_gate(h.x), stream.layout)
+        recipe = None if self.backends.recompute == "none" else h.recipe
+        attended = self.cross.attend(with_bias(self.cross.q, h.y, recipe), kv, present)
         return Stream(h.x, *without_bias(self.cross.proj, attended), unit_gate(h.x), stream.layout)
 
 
 class PlainFinalLayer(Projection):
-    """The final layer with a norm of its own weight; the condition is not read."""
+    """The final layer whose norm has its own weight: `forward(x)`; the condition is not read."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, **options: str):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, **options: Any):
         super().__init__(hidden_size, patch_size, out_channels, affine=True, **options)
 
     @property
@@ -427,7 +415,7 @@ class PlainFinalLayer(Projection):
         self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
     ) -> Tensor:
         stream = x if isinstance(x, Stream) else Stream(x)
-        return self.linear(normed(stream, self.norm_final, self.kernels).y)
+        return self.linear(normed(stream, self.norm_final, self.backends.kernels).y)
 
 
 BLOCKS: dict[str, tuple[type[TransformerBlock], Any]] = {

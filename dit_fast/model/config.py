@@ -1,9 +1,8 @@
-"""The words that a `DiT`'s options take: what makes one model of the family another, docs/models.md."""
+"""Options and sizes of a `DiT`, and the values that they may have; docs/models.md describes each."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from dit_fast.errors import ConfigError
 from dit_fast.kernels import ACTIVATIONS, NORMS
 from dit_fast.model.blocks import CONDITIONING
 from dit_fast.model.positions import POSITIONS
@@ -16,10 +15,10 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "mlp": ACTIVATIONS,
     "qk_norm": (False, True),
 }
-"""The first is the paper's: what a configuration that does not name the option means."""
+"""Choices of each option. The first is the paper's, and the default of a configuration without the option."""
 
 MOST_MLP = 1 << 10
-"""What nobody's MLP is wider than, over the model's width: a mistyped ratio is refused before memory is asked for."""
+"""Upper bound of mlp_ratio: a mistyped ratio is rejected before memory is allocated."""
 
 SIZES: dict[str, Value] = {
     "patch_size": Whole(1, 1 << 12),
@@ -33,15 +32,15 @@ SIZES: dict[str, Value] = {
     "class_dropout_prob": Number(0, 1),
     "learn_sigma": FLAG,
 }
-"""Sizes of a model. The largest are what nobody means to exceed: a mistyped or hostile one is refused before memory is
-asked for it.
+"""Ranges of a model's sizes. The upper bounds are beyond any real model: a mistyped or hostile size is rejected before
+memory is allocated.
 """
 
-PAPER: dict[str, Any] = {name: words[0] for name, words in OPTIONS.items()}
+PAPER: dict[str, Any] = {name: choices[0] for name, choices in OPTIONS.items()}
 
 
 def beyond_the_paper(config: Mapping[str, Any]) -> str:
-    """What makes a model of `DiT.config` another than the paper's, in words for a message; "" for the paper's."""
+    """The options in which a `DiT.config` differs from the paper's, for a message; "" for the paper's model."""
     others = {name: config[name] for name in OPTIONS if config.get(name, PAPER[name]) != PAPER[name]}
     if config.get("caption_dim"):
         others["caption_dim"] = config["caption_dim"]
@@ -51,12 +50,5 @@ def beyond_the_paper(config: Mapping[str, Any]) -> str:
 
 
 def check_sizes(**sizes: Any) -> dict[str, Any]:
-    """Sizes of a `DiT`, the constructor's arguments by name, in Python's types; ConfigError for what no model has."""
+    """The constructor's sizes by name, converted to Python's types; ConfigError for one out of range."""
     return {name: SIZES[name].check(name, value) for name, value in sizes.items()}
-
-
-def one_of(name: str, value: Any, words: tuple[Any, ...]) -> Any:
-    """`value`; ConfigError where it is none of `words`."""
-    if value not in words:
-        raise ConfigError(f"{name}={value!r}: choose one of {', '.join(map(repr, words))}")
-    return value

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dit_fast.model.blocks import CONDITIONING, RECOMPUTE
+from dit_fast.model.backends import RECOMPUTE
+from dit_fast.model.blocks import CONDITIONING
 from dit_fast.model.dit import DiT
 from dit_fast.model.presets import DiT_models
 

@@ -1,6 +1,6 @@
-"""`DiT`, the Diffusion Transformer (Peebles & Xie 2023): embedders, blocks, final layer, and what is done with them.
+"""`DiT`, the Diffusion Transformer (Peebles & Xie 2023): embedders, blocks and final layer.
 
-`N` batch, `C` channels, `T` tokens, `D` width.
+`N` batch, `C` channels, `T` tokens, `D` width, `P` patch size, `S` and `E` tokens and width of a caption.
 """
 
 from collections.abc import Sequence
@@ -12,167 +12,49 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from dit_fast import __version__, kernels
+from dit_fast import __version__
 from dit_fast.errors import ConfigError
-from dit_fast.kernels import KERNEL_MODES
-from dit_fast.model.blocks import ADAPTIVE, BLOCKS, RECOMPUTE, Stream, TransformerBlock
-from dit_fast.model.config import OPTIONS, PAPER, check_sizes, one_of
+from dit_fast.kernels import unpatchify
+from dit_fast.model.backends import Backends, one_of
+from dit_fast.model.blocks import ADAPTIVE, BLOCKS, Stream
+from dit_fast.model.config import OPTIONS, PAPER, check_sizes
 from dit_fast.model.embedders import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, as_pair
 from dit_fast.model.folder import load_weights, read_model, write_model
-from dit_fast.model.layers import Layout, Mlp, matrix_size
+from dit_fast.model.layers import Layout, matrix_size
 from dit_fast.model.positions import ROTARY, SINES, check_rotary, resized_table, rotary_angles, sincos_table
 from dit_fast.utils.values import Number
-
-
-class Switches(nn.Module):
-    """Of a model with `x_embedder`, `blocks` and `final_layer`; each property may be assigned."""
-
-    x_embedder: Any
-    blocks: nn.ModuleList
-    final_layer: Any
-
-    @property
-    def kernels(self) -> str:
-        """Which kernels run: "auto", "triton" or "reference"; assign to change it for the whole model."""
-        return self.x_embedder.kernels
-
-    @kernels.setter
-    def kernels(self, mode: str) -> None:
-        kernels.uses_triton(mode, self.x_embedder.proj.weight)
-        for module in (self.x_embedder, *self.blocks, self.final_layer):
-            module.kernels = mode
-
-    @property
-    def attention(self) -> str:
-        """Which attention runs: "auto", "triton", "sdpa", "cudnn" or "flash"; assign to change it in all blocks."""
-        return self._attention
-
-    @attention.setter
-    def attention(self, backend: str) -> None:
-        self._attention = one_of("attention", backend, kernels.BACKENDS)
-        for block in self.blocks:
-            cast(TransformerBlock, block).attn.backend = backend
-
-    @property
-    def mlp_epilogue(self) -> str:
-        """Who applies the GELU: "auto", "separate", "triton" or "cublaslt"; assign to change it for the whole model."""
-        return self._mlp_epilogue
-
-    @mlp_epilogue.setter
-    def mlp_epilogue(self, epilogue: str) -> None:
-        self._mlp_epilogue = one_of("mlp_epilogue", epilogue, kernels.EPILOGUES)
-        for block in self.blocks:
-            module = cast(TransformerBlock, block).mlp
-            if isinstance(module, Mlp):
-                module.epilogue = epilogue
-            elif epilogue not in ("auto", "separate"):
-                raise ConfigError(
-                    f"mlp_epilogue={epilogue!r} applies a GELU, which mlp='swiglu' has not: "
-                    "give 'auto' or 'separate'"
-                )
-
-    @property
-    def recompute(self) -> str:
-        """What the backward pass makes again: "none", "cheap" or "blocks"; assign to change it."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, what: str) -> None:
-        self._recompute = one_of("recompute", what, RECOMPUTE)
-        for block in self.blocks:
-            cast(TransformerBlock, block).recompute = what
-
-
-class Gridded(Switches):
-    """Of a model with `x_embedder`, `patch_size`, `head_dim`, and `positions` of the kind that `pos_embed` holds."""
-
-    patch_size: int
-    head_dim: int
-    positions: str
-    pos_embed: nn.Parameter
-
-    def _set_positions(self, table: Tensor) -> None:
-        self.pos_embed = nn.Parameter(table.detach().to(self.pos_embed), self.pos_embed.requires_grad)
-
-    def _table(self, grid: tuple[int, int], steps: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-        """What is added to the tokens of a grid, (1, T, D), made anew: sines, zeros, or the learned table resized."""
-        own = self.pos_embed
-        if self.positions == "learned":
-            return resized_table(own, self.x_embedder.grid_size, grid)
-        if self.positions == "rope":
-            return own.new_zeros(1, grid[0] * grid[1], own.shape[-1])
-        return sincos_table(grid, own.shape[-1], steps, own.device).to(own.dtype)
-
-    def regrid(self, input_size: int | tuple[int, int], mode: str | None = None) -> Self:
-        """Take inputs of this size for the model's own from now on; returns the model.
-
-        Replaces the position table, in place of the (1, T, D) parameter: "extend" numbers the new grid 0, 1, 2, ...
-        as a model built for that size does; "interpolate" spreads the coordinates of the present grid over the
-        new one, or resizes a learned table. None: "extend", where the table is learned "interpolate". Raises
-        ConfigError for a size that is not a multiple of the patch, or a mode that the positions do not have.
-        """
-        modes = {"sincos": ("extend", "interpolate"), "learned": ("interpolate",)}.get(
-            self.positions, ("extend",)
-        )
-        if mode is not None and mode not in modes:
-            known = " or ".join(map(repr, modes))
-            raise ConfigError(f"regrid mode {mode!r}: choose {known} where positions={self.positions!r}")
-        size = as_pair(input_size)
-        try:
-            rows, columns = self.x_embedder.grid_of(size)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        old_rows, old_columns = self.x_embedder.grid_size
-        steps = (old_rows / rows, old_columns / columns) if mode == "interpolate" else (1.0, 1.0)
-        self._set_positions(self._table((rows, columns), steps))
-        self.x_embedder.set_img_size(size)
-        return self
-
-    def unpatchify(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Tokens (N, T, P * P * C) of a grid of (rows, columns) to images (N, C, H, W).
-
-        Without `grid` it is the model's own; a T that is not the model's must then be a square.
-        """
-        rows, columns = self.x_embedder.grid_size if grid is None else grid
-        if x.shape[1] != rows * columns:
-            rows = columns = int(x.shape[1] ** 0.5)
-            if rows * columns != x.shape[1]:
-                raise ValueError(
-                    f"{x.shape[1]} tokens are no square and not the model's {self.x_embedder.grid_size} grid"
-                )
-        return kernels.unpatchify(x, self.patch_size, rows, columns, kernels=self.kernels)
-
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens of images (N, T, D), and their rotary angles (T, K / 2) where positions are so."""
-        grid = self.x_embedder.grid_of(x.shape[-2:])
-        own = grid == self.x_embedder.grid_size
-        tokens = self.x_embedder(x, self.pos_embed if own else self._table(grid))
-        if self.positions not in ROTARY:
-            return tokens, None
-        return tokens, rotary_angles(grid, self.head_dim, x.device)
-
 
 CFG_SCALE = Number(-1e6, 1e6)
 _LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class DiT(Gridded):
-    """Diffusion model with a transformer backbone, told a class, a caption or nothing.
+class DiT(nn.Module):
+    """Diffusion model with a transformer backbone, conditioned on a timestep and a class, a caption or nothing else.
 
-    input_size: height and width of the latent (or image), one number or a pair; patch_size: side of a patch;
-    in_channels: channels of the latent; hidden_size, depth, num_heads, mlp_ratio: the transformer;
-    class_dropout_prob: share of labels dropped in training, 0 for a model without a null class;
-    num_classes, 0 for an unconditional model; learn_sigma: predict the variance beside the noise.
-    caption_dim: width E of the caption tokens (N, S, E) that are given in place of labels, `num_classes` then counting
-    for nothing; a token of zeros is padding, a caption of nothing else the null caption. 0: labels.
-    conditioning, how blocks learn of timestep and class: "adaln_zero", "adaln", "cross_attention" or "in_context";
-    positions: "sincos", "learned", "rope" or "sincos_rope"; norm: "layernorm" or "rmsnorm"; mlp: "gelu" or "swiglu";
-    qk_norm: norms of each head's queries and keys. The paper's are the defaults; docs/models.md has the others.
-    kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "triton" or "reference"; attention: "auto", "triton", "sdpa",
-    "cudnn" or "flash"; mlp_epilogue, who applies the GELU: "auto" (as the device's tuned table says), "separate",
-    "triton" or "cublaslt"; recompute, in the backward pass: "none", "cheap" (norm outputs and activations, where the
-    kernels run: a third less memory for no matrix product) or "blocks" (every block from its input). Raises ConfigError
-    for what does not fit together.
+    The defaults are the paper's DiT-XL/2; docs/models.md describes every option.
+
+    Args:
+        input_size: Height and width of the latent (or image), one number or a pair.
+        patch_size: Side of a patch.
+        in_channels: Channels of the latent.
+        hidden_size: Width D of the tokens.
+        depth: Number of blocks.
+        num_heads: Attention heads of a block.
+        mlp_ratio: Width of an MLP's hidden layer over `hidden_size`.
+        class_dropout_prob: Fraction of labels dropped in training; 0 for a model without a null class.
+        num_classes: Number of classes; 0 for an unconditional model.
+        learn_sigma: Predict the variance beside the noise, in as many channels again.
+        conditioning: How blocks take the condition: "adaln_zero", "adaln", "cross_attention" or "in_context".
+        positions: "sincos", "learned", "rope" or "sincos_rope".
+        norm: "layernorm" or "rmsnorm".
+        mlp: "gelu" or "swiglu".
+        qk_norm: Normalize the queries and keys of each head.
+        caption_dim: Width E of caption tokens (N, S, E), which then replace labels (`num_classes` is ignored). A token
+            of zeros is padding, a caption of zeros the null caption. 0: labels.
+        kernels, attention, mlp_epilogue, recompute: See `Backends`; each is also an attribute that may be assigned.
+
+    Raises:
+        ConfigError: A value out of range, or values that do not fit together.
     """
 
     def __init__(
@@ -200,16 +82,15 @@ class DiT(Gridded):
         recompute: str = "none",
     ):
         super().__init__()
-        sizes = check_sizes(
+        (
+            patch_size, in_channels, hidden_size, depth, num_heads,
+            mlp_ratio, class_dropout_prob, num_classes, learn_sigma, caption_dim,
+        ) = check_sizes(
             patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth, num_heads=num_heads,
             mlp_ratio=mlp_ratio, class_dropout_prob=class_dropout_prob, num_classes=num_classes,
             learn_sigma=learn_sigma, caption_dim=caption_dim,
-        )  # fmt: skip
-        patch_size, in_channels, hidden_size = sizes["patch_size"], sizes["in_channels"], sizes["hidden_size"]
-        depth, num_heads, mlp_ratio = sizes["depth"], sizes["num_heads"], sizes["mlp_ratio"]
-        class_dropout_prob, num_classes = sizes["class_dropout_prob"], sizes["num_classes"]
-        learn_sigma, caption_dim = sizes["learn_sigma"], sizes["caption_dim"]
-        one_of("kernels", kernels, KERNEL_MODES)
+        ).values()  # fmt: skip
+        self.backends = Backends(kernels, attention, "auto", recompute)
         self.learn_sigma = learn_sigma
         self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
@@ -228,73 +109,35 @@ class DiT(Gridded):
         make_block, make_final = BLOCKS[conditioning]
         self._sizes = {"hidden_size": hidden_size, "depth": depth, "mlp_ratio": mlp_ratio}
         try:
-            self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, kernels=kernels)
+            self.x_embedder = PatchEmbed(
+                input_size, patch_size, in_channels, hidden_size, backends=self.backends
+            )
             self.t_embedder = TimestepEmbedder(hidden_size)
             self.y_embedder: LabelEmbedder | CaptionEmbedder | None = None
             if caption_dim:
                 self.y_embedder = CaptionEmbedder(caption_dim, hidden_size, class_dropout_prob)
             elif num_classes:
                 self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-            # A parameter so that it is saved; frozen unless it is learned. "rope" adds nothing: zeros.
+            # A parameter, as in the reference's state dict, and frozen unless it is learned. For "rope" it stays zeros.
             self.pos_embed = nn.Parameter(
                 torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=positions == "learned"
             )
-            trunk: dict[str, Any] = {"norm": norm, "mlp": mlp, "qk_norm": qk_norm, "kernels": kernels}
+            trunk: dict[str, Any] = {"norm": norm, "mlp": mlp, "qk_norm": qk_norm, "backends": self.backends}
             self.blocks = nn.ModuleList(
                 make_block(hidden_size, num_heads, mlp_ratio, **trunk) for _ in range(depth)
             )
             self.final_layer = make_final(
-                hidden_size, patch_size, self.out_channels, norm=norm, kernels=kernels
+                hidden_size, patch_size, self.out_channels, norm=norm, backends=self.backends
             )
-            self.attention, self.mlp_epilogue, self.recompute = attention, mlp_epilogue, recompute
+            self.mlp_epilogue = mlp_epilogue
             if positions in ROTARY:
                 check_rotary(self.head_dim)
             self.initialize_weights()
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
-    @property
-    def num_classes(self) -> int:
-        """Classes, without the null class; 0 for a model of captions or of nothing."""
-        return self.y_embedder.num_classes if isinstance(self.y_embedder, LabelEmbedder) else 0
-
-    @property
-    def null_class(self) -> int | None:
-        """The label that stands for no class; None for a model without one."""
-        return self.num_classes if self.num_classes and self.has_null else None
-
-    @property
-    def has_null(self) -> bool:
-        """Whether the model was told nothing now and then, by a null class or caption, which guidance needs."""
-        return self.y_embedder is not None and self.y_embedder.dropout_prob > 0
-
-    def condition_tokens(self, caption_tokens: int = 1) -> int:
-        """Tokens that timestep and class, or a caption, become, where `conditioning` takes them as tokens."""
-        return 1 + (caption_tokens if self.caption_dim else self.y_embedder is not None)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments as JSON values, without those that say how it is computed.
-
-        An option is there where it is not the paper's, which every reader of DiT configurations takes for granted.
-        """
-        return {
-            "input_size": list(self.x_embedder.img_size),
-            "patch_size": self.patch_size,
-            "in_channels": self.in_channels,
-            "hidden_size": self._sizes["hidden_size"],
-            "depth": self._sizes["depth"],
-            "num_heads": self.num_heads,
-            "mlp_ratio": self._sizes["mlp_ratio"],
-            "class_dropout_prob": 0.0 if self.y_embedder is None else self.y_embedder.dropout_prob,
-            "num_classes": self.num_classes,
-            "learn_sigma": self.learn_sigma,
-            **{name: value for name, value in self.options.items() if value != PAPER[name]},
-            **({"caption_dim": self.caption_dim} if self.caption_dim else {}),
-        }
-
     def initialize_weights(self) -> None:
-        """The paper's initialisation, drawing random numbers in the reference's order."""
+        """Initialize as the paper does, drawing random numbers in the reference's order."""
 
         def xavier(module: nn.Module) -> None:
             if isinstance(module, nn.Linear):
@@ -306,7 +149,7 @@ class DiT(Gridded):
         if self.positions in SINES:
             self._set_positions(self._table(self.x_embedder.grid_size))
 
-        # The patch projection is initialised like the linear layer that it is.
+        # As a linear layer of (D, C * P * P): what a convolution with stride P is.
         weight = self.x_embedder.proj.weight
         nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
         nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
@@ -327,37 +170,86 @@ class DiT(Gridded):
             nn.init.normal_(self.pos_embed, std=0.02)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Noise (and variance) predicted for noisy latents.
+        """Predict the noise (and variance) of noisy latents.
 
-        x (N, C, H, W) of any size that the patch divides; t (N,) timesteps, int or fractional; y (N,) class labels or
-        (N, S, E) captions of any S, not read by an unconditional model -> (N, out_channels, H, W). Another size than
-        the model's own has its positions made as `regrid` does. In training mode a share `class_dropout_prob` of the
-        labels becomes the null class, or of the captions the null caption.
+        In training mode, a fraction `class_dropout_prob` of the labels or captions is replaced by the null one.
+
+        Args:
+            x: Noisy latents (N, C, H, W), of any size that the patch divides. A size other than the model's own gets
+                the positions that `regrid` would give it.
+            t: Timesteps (N,), integer or fractional.
+            y: Class labels (N,), or captions (N, S, E) of any S; ignored by an unconditional model.
+
+        Returns:
+            The prediction (N, out_channels, H, W).
+
+        Raises:
+            ConfigError: Inputs that do not fit each other or the model.
         """
         t = self._check_inputs(x, t, y)
         c = self.condition(self.t_embedder(t), self.embed_labels(y, self.training))
-        return self._leave(self._through(self._enter(x, c), c), self.x_embedder.grid_of(x.shape[-2:]))
+        return self._to_images(self._run_blocks(self._tokens(x, c), c), self.x_embedder.grid_of(x.shape[-2:]))
 
     def forward_mixed(self, images: Sequence[Tensor], t: Tensor, y: Tensor | None = None) -> list[Tensor]:
-        """`forward` of N images of any sizes in one batch, each (C, H, W): N answers (out_channels, H, W).
+        """`forward` of N images of different sizes in one batch, each (C, H, W): N predictions (out_channels, H, W).
 
-        Their tokens, padded to the longest image's, are one batch in which no token attends to padding, so that an
-        answer depends on no other image (NaViT, Dehghani et al. 2023, with one image to a row).
+        Tokens are padded to those of the largest image, and none attends to padding, so that a prediction depends on
+        no other image (NaViT, Dehghani et al. 2023, with one image per row).
         """
         c = self.condition(self.t_embedder(t), self.embed_labels(y, self.training))
         if not images:
             return []
-        parts = [self._embed(image[None]) for image in images]
-        tokens = pad_sequence([tokens[0] for tokens, _ in parts], batch_first=True)
-        turned = [angles for _, angles in parts if angles is not None]
-        angles = pad_sequence(turned, batch_first=True) if turned else None
-        there = [tokens.new_ones(own.shape[1], dtype=torch.bool) for own, _ in parts]
-        out = self._through(self._stream(tokens, c, angles, pad_sequence(there, batch_first=True)), c)
+        embedded = [self._embed(image[None]) for image in images]
+        tokens = pad_sequence([tokens[0] for tokens, _ in embedded], batch_first=True)
+        rotary = [angles for _, angles in embedded if angles is not None]
+        angles = pad_sequence(rotary, batch_first=True) if rotary else None
+        lengths = [tokens.new_ones(own.shape[1], dtype=torch.bool) for own, _ in embedded]
+        present = pad_sequence(lengths, batch_first=True)
+        out = self._run_blocks(self._stream(tokens, c, angles, present), c)
         grids = [self.x_embedder.grid_of(image.shape[-2:]) for image in images]
-        return [self._leave(row[None], grid)[0] for row, grid in zip(out, grids, strict=True)]
+        return [self._to_images(row[None], grid)[0] for row, grid in zip(out, grids, strict=True)]
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float | Tensor, cfg_channels: int | None = 3
+    ) -> Tensor:
+        """Predict with classifier-free guidance (Ho & Salimans 2022, equation 6, in the reference's scaling).
+
+        eps = uncond + cfg_scale * (cond - uncond) in the first `cfg_channels` channels of the noise; every other
+        output channel is that of each half alone.
+
+        Args:
+            x: Noisy latents (2n, C, H, W); only the first half is read.
+            t: Timesteps (2n,).
+            y: Labels (2n,) or captions (2n, S, E): the first half conditional, the second half null.
+            cfg_scale: Guidance scale, from -1e6 to 1e6; the values of a tensor are not checked.
+            cfg_channels: Guided channels; None: all. The reference guides the first 3, also of 4.
+
+        Returns:
+            The prediction (2n, out_channels, H, W).
+
+        Raises:
+            ConfigError: A model without a null class or caption, an odd batch, or a scale out of range.
+        """
+        if not isinstance(cfg_scale, Tensor) and not torch.compiler.is_compiling():
+            cfg_scale = CFG_SCALE.check("cfg_scale", cfg_scale)
+        if not self.has_null:
+            raise ConfigError(
+                "guidance needs a null class: num_classes (or caption_dim) and class_dropout_prob above 0"
+            )
+        if len(x) % 2:
+            raise ConfigError(
+                f"a batch of {len(x)}: guidance takes pairs, a conditional half and a null half; give an even number"
+            )
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        guided = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)
+        eps, rest = out[:, :guided], out[:, guided:]
+        cond, uncond = eps.chunk(2)
+        eps = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([eps, eps]), rest], dim=1)
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """Timesteps (N,), of one or of N; ConfigError for inputs that do not fit each other or the model."""
+        """Timesteps (N,), a single one repeated; ConfigError for inputs that do not fit each other or the model."""
         weight = self.pos_embed
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ConfigError(
@@ -382,7 +274,7 @@ class DiT(Gridded):
         return t
 
     def embed_labels(self, y: Tensor | None, train: bool = False) -> Tensor | None:
-        """Embedded labels (N, D) or captions (N, S, D), some dropped where `train`; None for an unconditional model."""
+        """Embedded labels (N, D) or captions (N, S, D), some dropped if `train`; None for an unconditional model."""
         if self.y_embedder is None:
             return None
         if (
@@ -405,57 +297,83 @@ class DiT(Gridded):
         return self.y_embedder(y, train)
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """What blocks are told, of embedded timesteps (N, D) and labels or captions: their sum, or tokens (N, S, D)."""
+        """The blocks' condition from embedded timesteps (N, D) and labels or captions: the sum, or tokens (N, S, D)."""
         if self.conditioning in ADAPTIVE:
             return t if y is None else t + y
         if y is None:
             return t[:, None]
         return torch.cat([t[:, None].to(y.dtype), y if self.caption_dim else y[:, None]], dim=1)
 
-    def _enter(self, x: Tensor, c: Tensor | None) -> Stream:
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens of images (N, T, D), positions added, and rotary angles (T, K / 2); None for positions without."""
+        grid = self.x_embedder.grid_of(x.shape[-2:])
+        own = grid == self.x_embedder.grid_size
+        tokens = self.x_embedder(x, self.pos_embed if own else self._table(grid))
+        if self.positions not in ROTARY:
+            return tokens, None
+        return tokens, rotary_angles(grid, self.head_dim, x.device)
+
+    def _tokens(self, x: Tensor, c: Tensor | None) -> Stream:
         tokens, angles = self._embed(x)
         return self._stream(tokens, c, None if angles is None else angles[None])
 
     def _stream(
         self, tokens: Tensor, c: Tensor | None, angles: Tensor | None, present: Tensor | None = None
     ) -> Stream:
-        """Tokens (N, T, D) and after them, in context, those of the condition, which have no place; with the layout of
-        all. angles (N or 1, T, K / 2); present (N, T), False for padding. A caption's padding is zeros in `c` too.
+        """The token sequence with its layout; in-context condition tokens are appended without a position.
+
+        tokens (N, T, D); angles (N or 1, T, K / 2); present bool (N, T), False for padding.
         """
-        told = (cast(Tensor, c) != 0).any(dim=-1) if self.caption_dim else None
+        # `CaptionEmbedder` keeps padding tokens at zero, so that `c` itself shows which tokens are padding.
+        condition_present = (cast(Tensor, c) != 0).any(dim=-1) if self.caption_dim else None
         if self.conditioning == "in_context":
             c = cast(Tensor, c)
-            if told is not None:
+            if condition_present is not None:
                 present = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if present is None else present
-                present = torch.cat([present, told], dim=1)
+                present = torch.cat([present, condition_present], dim=1)
             elif present is not None:
                 present = nn.functional.pad(present, (0, c.shape[1]), value=True)
             tokens = torch.cat([tokens, c.to(tokens.dtype)], dim=1)
+            # An angle of 0 leaves the condition's queries and keys as they are.
             angles = None if angles is None else nn.functional.pad(angles, (0, 0, 0, c.shape[1]))
-        if angles is None and present is None and told is None:
+        if angles is None and present is None and condition_present is None:
             return Stream(tokens)
         rotation = None if angles is None else torch.stack([angles.cos(), angles.sin()], dim=-1)
-        return Stream(tokens, layout=Layout(rotation, present, told))
+        return Stream(tokens, layout=Layout(rotation, present, condition_present))
 
-    def _through(self, stream: Stream, c: Tensor) -> Tensor:
-        """Blocks and final layer: (N, T, P * P * C), the condition's tokens and padding among the T."""
+    def _run_blocks(self, stream: Stream, c: Tensor) -> Tensor:
+        """Blocks and final layer: (N, T, P * P * C); T includes in-context condition tokens and padding."""
         for block in self.blocks:
-            if self.recompute == "blocks" and torch.is_grad_enabled():
-                # A block draws nothing, and generators' states cannot be read while a CUDA graph is captured.
+            if self.backends.recompute == "blocks" and torch.is_grad_enabled():
+                # A block draws no random numbers, and generator states cannot be read during CUDA graph capture.
                 stream = checkpoint(block, stream, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 stream = block(stream, c)
         return self.final_layer(stream, c)
 
-    def _leave(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Images of the final layer's tokens, those of no patch cut off: narrow by now, so that this copies little."""
+    def _to_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Images from the final layer's tokens, without those that belong to no patch."""
         return self.unpatchify(tokens[:, : grid[0] * grid[1]], grid)
 
-    def modulation_layers(self) -> list[nn.Module]:
-        """What is applied to the condition alone, each output going to one block or to the final layer.
+    def unpatchify(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Tokens (N, T, P * P * C) of a grid of (rows, columns) to images (N, C, H, W).
 
-        The adaLN layers, or cross-attention's keys and values; in context, and of captions, the tokens themselves: a
-        table of keys and values would take (S + 1) 2 D depth numbers for each caption and step.
+        Without `grid`: the model's own grid, or the square of T tokens where T differs from the model's.
+        """
+        rows, columns = self.x_embedder.grid_size if grid is None else grid
+        if x.shape[1] != rows * columns:
+            rows = columns = int(x.shape[1] ** 0.5)
+            if rows * columns != x.shape[1]:
+                raise ValueError(
+                    f"{x.shape[1]} tokens are neither a square nor the model's grid {self.x_embedder.grid_size}"
+                )
+        return unpatchify(x, self.patch_size, rows, columns, kernels=self.backends.kernels)
+
+    def modulation_layers(self) -> list[nn.Module]:
+        """Layers whose input is the condition alone, one per block or final layer.
+
+        The adaLN layers, or cross-attention's projections to keys and values. In context, and for captions, the
+        identity: keys and values of all blocks would take (S + 1) * 2 D * depth elements per caption and step.
         """
         if self._keeps_tokens:
             return [nn.Identity()]
@@ -467,7 +385,7 @@ class DiT(Gridded):
         return self.conditioning == "in_context" or self.caption_dim > 0
 
     def modulation_widths(self, caption_tokens: int = 1) -> list[int]:
-        """Numbers of one timestep and label for each block, and for the final layer or `modulation_layers`' tokens."""
+        """Widths of `modulations` for each block, and then for the final layer (or the condition's tokens)."""
         width, tokens = self.pos_embed.shape[-1], self.condition_tokens(caption_tokens)
         if self._keeps_tokens:
             return [0] * len(self.blocks) + [tokens * width]
@@ -479,36 +397,120 @@ class DiT(Gridded):
         return [each] * len(self.blocks) + [last]
 
     def modulations(self, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """What `forward` makes of timesteps and labels, (N, sum of `modulation_widths`), blocks first.
+        """Outputs of all `modulation_layers` for t and y, (N, sum of `modulation_widths`), for `forward_modulated`.
 
-        t (N,), y as of `forward`, the null class among the labels; nothing is dropped. `forward_modulated` takes it,
-        so that sampling makes it once for all steps.
+        Sampling computes them once for all steps. t (N,) and y as in `forward`; y may contain the null class, and no
+        label is dropped.
         """
         c = self.condition(self.t_embedder(t), self.embed_labels(y))
         return torch.cat([layer(c).flatten(1) for layer in self.modulation_layers()], dim=1)
 
     def forward_modulated(self, x: Tensor, modulations: Tensor) -> Tensor:
-        """`forward` with what `modulations` gave for its timesteps and labels: x (N, C, H, W)."""
+        """`forward` of x (N, C, H, W) with the `modulations` of its timesteps and labels."""
         grid = self.x_embedder.grid_of(x.shape[-2:])
         if self._keeps_tokens:
             c = modulations.unflatten(1, (-1, self.pos_embed.shape[-1]))
-            return self._leave(self._through(self._enter(x, c), c), grid)
-        *parts, last = modulations.split(self.modulation_widths(), dim=1)
-        stream = self._enter(x, None)
-        for block, modulation in zip(self.blocks, parts, strict=True):
+            return self._to_images(self._run_blocks(self._tokens(x, c), c), grid)
+        *slices, last = modulations.split(self.modulation_widths(), dim=1)
+        stream = self._tokens(x, None)
+        for block, modulation in zip(self.blocks, slices, strict=True):
             stream = block(stream, None, modulation)
-        return self._leave(self.final_layer(stream, None, last), grid)
+        return self._to_images(self.final_layer(stream, None, last), grid)
+
+    def regrid(self, input_size: int | tuple[int, int], mode: str | None = None) -> Self:
+        """Change the model's own input size; returns the model.
+
+        The position table becomes a new (1, T, D) parameter.
+
+        Args:
+            input_size: Height and width, one number or a pair.
+            mode: "extend" numbers the new grid 0, 1, 2, ... as a model built for that size does; "interpolate" spreads
+                the coordinates of the old grid over the new one, or resizes a learned table. None: "interpolate" for
+                a learned table, else "extend".
+
+        Raises:
+            ConfigError: A size that is not a multiple of the patch, or a mode that the positions do not support.
+        """
+        modes = {"sincos": ("extend", "interpolate"), "learned": ("interpolate",)}.get(
+            self.positions, ("extend",)
+        )
+        if mode is not None and mode not in modes:
+            known = " or ".join(map(repr, modes))
+            raise ConfigError(f"regrid mode {mode!r}: choose {known} where positions={self.positions!r}")
+        size = as_pair(input_size)
+        try:
+            rows, columns = self.x_embedder.grid_of(size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        old_rows, old_columns = self.x_embedder.grid_size
+        steps = (old_rows / rows, old_columns / columns) if mode == "interpolate" else (1.0, 1.0)
+        self._set_positions(self._table((rows, columns), steps))
+        self.x_embedder.set_img_size(size)
+        return self
+
+    def _set_positions(self, table: Tensor) -> None:
+        self.pos_embed = nn.Parameter(table.detach().to(self.pos_embed), self.pos_embed.requires_grad)
+
+    def _table(self, grid: tuple[int, int], steps: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+        """Positions (1, T, D) added to the tokens of a grid: sines, zeros, or the learned table resized."""
+        own = self.pos_embed
+        if self.positions == "learned":
+            return resized_table(own, self.x_embedder.grid_size, grid)
+        if self.positions == "rope":
+            return own.new_zeros(1, grid[0] * grid[1], own.shape[-1])
+        return sincos_table(grid, own.shape[-1], steps, own.device).to(own.dtype)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes without the null class; 0 for a model of captions and an unconditional one."""
+        return self.y_embedder.num_classes if isinstance(self.y_embedder, LabelEmbedder) else 0
+
+    @property
+    def null_class(self) -> int | None:
+        """The label of the null class; None for a model without one."""
+        return self.num_classes if self.num_classes and self.has_null else None
+
+    @property
+    def has_null(self) -> bool:
+        """Whether the model has a null class or caption, which guidance needs."""
+        return self.y_embedder is not None and self.y_embedder.dropout_prob > 0
+
+    def condition_tokens(self, caption_tokens: int = 1) -> int:
+        """Number of condition tokens, of timestep and class or caption, where `conditioning` takes tokens."""
+        return 1 + (caption_tokens if self.caption_dim else self.y_embedder is not None)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON values, without the backends.
+
+        Options with the paper's value are left out, so that other readers of DiT configurations accept the file.
+        """
+        return {
+            "input_size": list(self.x_embedder.img_size),
+            "patch_size": self.patch_size,
+            "in_channels": self.in_channels,
+            "hidden_size": self._sizes["hidden_size"],
+            "depth": self._sizes["depth"],
+            "num_heads": self.num_heads,
+            "mlp_ratio": self._sizes["mlp_ratio"],
+            "class_dropout_prob": 0.0 if self.y_embedder is None else self.y_embedder.dropout_prob,
+            "num_classes": self.num_classes,
+            "learn_sigma": self.learn_sigma,
+            **{name: value for name, value in self.options.items() if value != PAPER[name]},
+            **({"caption_dim": self.caption_dim} if self.caption_dim else {}),
+        }
 
     def macs(self, input_size: int | tuple[int, int] | None = None, caption_tokens: int = 1) -> int:
-        """Multiply-adds of one image's forward pass: linear layers, the patch projection, attention's two products.
+        """Multiply-adds of one image's forward pass: linear layers, patch projection, attention's two products.
 
-        input_size: of the image; None: the model's own. caption_tokens: S, padding included, which is computed too.
+        input_size: height and width of the image; None: the model's own. caption_tokens: S, including padding, which
+        is computed too.
         """
         rows, columns = self.x_embedder.grid_of(as_pair(input_size or self.x_embedder.img_size))
-        image, told = rows * columns, self.condition_tokens(caption_tokens)
-        tokens = image + told if self.conditioning == "in_context" else image
+        image, condition = rows * columns, self.condition_tokens(caption_tokens)
+        tokens = image + condition if self.conditioning == "in_context" else image
         modules = (*self.blocks, self.final_layer)
-        trunk = sum(cast(Any, module).macs(tokens, told) for module in modules)
+        trunk = sum(cast(Any, module).macs(tokens, condition) for module in modules)
         embedder = self.y_embedder
         captions = matrix_size(embedder.mlp) if isinstance(embedder, CaptionEmbedder) else 0
         return (
@@ -518,38 +520,50 @@ class DiT(Gridded):
             + caption_tokens * captions
         )
 
-    def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float | Tensor, cfg_channels: int | None = 3
-    ) -> Tensor:
-        """Classifier-free guidance in one batch: the first half of `y` conditional, the second half null labels or
-        captions (zeros).
+    # Kept as attributes of the model, though `backends` holds the values: they predate it, and are its public names.
 
-        Only the first half of `x` (2n, C, H, W) is read. eps = uncond + cfg_scale * (cond - uncond) on the first
-        `cfg_channels` channels of the noise (the reference's 3; None for all); every other output channel stays
-        each half's own. Ho & Salimans 2022, equation 6, in the reference's scaling. Raises ConfigError for a model
-        without a null class or caption, and for a scale that is not a number from -1e6 to 1e6; a tensor's values are
-        not read.
-        """
-        if not isinstance(cfg_scale, Tensor) and not torch.compiler.is_compiling():
-            cfg_scale = CFG_SCALE.check("cfg_scale", cfg_scale)
-        if not self.has_null:
+    @property
+    def kernels(self) -> str:
+        """`Backends.kernels` of the whole model."""
+        return self.backends.kernels
+
+    @kernels.setter
+    def kernels(self, mode: str) -> None:
+        self.backends.kernels = mode
+
+    @property
+    def attention(self) -> str:
+        """`Backends.attention` of the whole model."""
+        return self.backends.attention
+
+    @attention.setter
+    def attention(self, backend: str) -> None:
+        self.backends.attention = backend
+
+    @property
+    def mlp_epilogue(self) -> str:
+        """`Backends.mlp_epilogue` of the whole model; an MLP with SwiGLU has only "auto" and "separate"."""
+        return self.backends.mlp_epilogue
+
+    @mlp_epilogue.setter
+    def mlp_epilogue(self, epilogue: str) -> None:
+        if self.options["mlp"] == "swiglu" and epilogue in ("triton", "cublaslt"):
             raise ConfigError(
-                "guidance needs a null class: num_classes (or caption_dim) and class_dropout_prob above 0"
+                f"mlp_epilogue={epilogue!r} applies a GELU, which mlp='swiglu' has not: give 'auto' or 'separate'"
             )
-        if len(x) % 2:
-            raise ConfigError(
-                f"a batch of {len(x)}: guidance takes pairs, a conditional half and a null half; give an even number"
-            )
-        half = x[: len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y)
-        guided = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)
-        eps, rest = out[:, :guided], out[:, guided:]
-        cond, uncond = eps.chunk(2)
-        eps = uncond + cfg_scale * (cond - uncond)
-        return torch.cat([torch.cat([eps, eps]), rest], dim=1)
+        self.backends.mlp_epilogue = epilogue
+
+    @property
+    def recompute(self) -> str:
+        """`Backends.recompute` of the whole model."""
+        return self.backends.recompute
+
+    @recompute.setter
+    def recompute(self, what: str) -> None:
+        self.backends.recompute = what
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` to `folder`, made when missing."""
+        """Write `config.json` and `model.safetensors` to `folder`, which is created when missing."""
         write_model(
             self, {"_class_name": "DiT", "_dit_fast_version": __version__, **self.config}, Path(folder)
         )
@@ -558,10 +572,16 @@ class DiT(Gridded):
     def from_pretrained(
         cls, folder: str | Path, *, weights: str = "model", kernels: str = "auto", device: str = "cpu"
     ) -> "DiT":
-        """The model of a folder that `save_pretrained` or the trainer wrote, in eval mode.
+        """Load the model of a folder that `save_pretrained` or the trainer wrote, in eval mode.
 
-        `weights`: "model", or "ema" for a training checkpoint's averaged weights. Raises CheckpointError for a
-        folder that is incomplete or whose weights are not of its configuration.
+        Args:
+            folder: Folder with `config.json` and `<weights>.safetensors`.
+            weights: "model", or "ema" for a training checkpoint's averaged weights.
+            kernels: As in `Backends`.
+            device: Device of the model.
+
+        Raises:
+            CheckpointError: The folder is incomplete, or its weights do not fit its configuration.
         """
         config, state, source = read_model(Path(folder), weights)
         with torch.device("meta"):

@@ -1,5 +1,4 @@
-"""What turns image, timestep and label into vectors, `PatchEmbed`, `TimestepEmbedder`, `LabelEmbedder`; and a caption
-into tokens: `CaptionEmbedder`.
+"""Embedders of image, timestep, class label and caption.
 
 `N` batch, `C` channels, `T` tokens, `D` width. Peebles & Xie 2023, section 3.2; the sinusoids are Vaswani et al. 2017.
 """
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from dit_fast import kernels
 from dit_fast.errors import ConfigError
+from dit_fast.model.backends import Backends
 from dit_fast.model.layers import is_plain
 from dit_fast.utils.values import MANY, Pair, Whole
 
@@ -26,8 +26,8 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 class PatchEmbed(nn.Module):
     """Image to patch tokens: a convolution whose kernel and stride are one patch.
 
-    `forward(x, pos=None)` takes (N, C, H, W) and returns (N, T, D), tokens in row-major order, plus `pos`
-    (1, T, D) when given. Raises ConfigError when a side of the image is not a multiple of the patch.
+    `forward(x, pos=None)`: image (N, C, H, W) -> tokens (N, T, D) in row-major order, plus `pos` (1, T, D) if given.
+    Raises ConfigError when a side of the image is not a multiple of the patch.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class PatchEmbed(nn.Module):
         in_chans: int,
         embed_dim: int,
         *,
-        kernels: str = "auto",
+        backends: Backends | None = None,
     ):
         super().__init__()
         self.patch_size = (patch_size, patch_size)
-        self.kernels = kernels
+        self.backends = backends or Backends()
         self.set_img_size(img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
@@ -68,10 +68,11 @@ class PatchEmbed(nn.Module):
             pos = x.new_zeros(1, rows * columns, self.proj.out_channels, dtype=self.proj.weight.dtype)
         if not is_plain(self.proj, nn.Conv2d):
             tokens = self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
-            # The convolution's own order would stay the residual stream's, see `reference.patch_embed`.
+            # Without a copy, the residual stream would keep the convolution's channels-first memory order through all
+            # blocks, see `reference.patch_embed`.
             return tokens.contiguous() + pos
         bias = cast(Tensor, self.proj.bias)
-        return kernels.patch_embed(x, self.proj.weight, bias, pos, kernels=self.kernels)
+        return kernels.patch_embed(x, self.proj.weight, bias, pos, kernels=self.backends.kernels)
 
 
 class TimestepEmbedder(nn.Module):
@@ -117,7 +118,7 @@ class LabelEmbedder(nn.Module):
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def token_drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
-        """(N,) labels with a random share, or those where `force_drop_ids` is 1, replaced by the null class."""
+        """Labels (N,), a random fraction of them, or those where `force_drop_ids` is 1, replaced by the null class."""
         if force_drop_ids is None:
             drop = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
         else:
@@ -129,7 +130,7 @@ class LabelEmbedder(nn.Module):
             labels = self.token_drop(labels, force_drop_ids)
         try:
             return self.embedding_table(labels)
-        except IndexError:  # On CUDA the device stops instead.
+        except IndexError:  # CUDA reports this by a device-side assertion instead.
             found = f"{int(labels.min())} to {int(labels.max())}"
             raise ConfigError(
                 f"labels are {found}: the model has {self.num_classes} classes, 0 to {self.num_classes - 1}"

@@ -1,4 +1,4 @@
-"""What a saved model's files hold: its configuration, checked, and its weights, fitted to a model."""
+"""Files of a saved model: config.json, which is checked, and its weights in safetensors."""
 
 import json
 import os
@@ -23,17 +23,17 @@ def read_config(path: Path) -> dict[str, Any]:
     expected: dict[str, type | tuple[type, ...]] = {
         "input_size": list, "patch_size": int, "in_channels": int, "hidden_size": int, "depth": int,
         "num_heads": int, "mlp_ratio": number, "class_dropout_prob": number, "num_classes": int,
-        "learn_sigma": bool, **{name: type(words[0]) for name, words in OPTIONS.items()},
+        "learn_sigma": bool, **{name: type(choices[0]) for name, choices in OPTIONS.items()},
         "caption_dim": int,
     }  # fmt: skip
     problems = [f"unknown key {key!r:.80}" for key in sorted(config.keys() - expected.keys())]
-    # An option that is not named is the paper's.
+    # An option that is missing has the paper's value: files written before the option existed stay readable.
     required = expected.keys() - OPTIONS.keys() - {"caption_dim"}
     problems += [f"missing key {key!r}" for key in expected if key in required - config.keys()]
     for key in expected.keys() & config.keys():
         value, kinds = config[key], expected[key]
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
-        # No classes: an unconditional model.
+        # Zero classes: an unconditional model.
         wrong = wrong or (kinds is int and not (key != "num_classes") <= value < 1 << 24)
         wrong = wrong or (kinds is number and not 0 <= value <= MOST_MLP)
         wrong = wrong or (key == "class_dropout_prob" and value > 1)

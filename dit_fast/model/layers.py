@@ -1,4 +1,4 @@
-"""Norms, self-attention and MLP of a block, and how linear layers run: whole, or with the bias to be added yet."""
+"""Norms, self-attention and MLPs of a block, and linear layers that leave their bias to a later kernel."""
 
 from typing import NamedTuple, TypeGuard, TypeVar
 
@@ -9,19 +9,20 @@ from dit_fast.kernels import attention, qk_norm_rope, uses_triton
 from dit_fast.kernels.attention.attention import MAX_HEAD_DIM, attention_backend
 from dit_fast.kernels.recompute import NormRecipe, linear
 from dit_fast.kernels.reference import rotate
+from dit_fast.model.backends import Backends
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def matrix_size(module: nn.Module) -> int:
-    """Numbers in a module's matrices: the multiply-adds of one token that goes through each of them once."""
+    """Elements of a module's matrices: its multiply-adds per token, if a token passes through each matrix once."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
 
 
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether the module is exactly a `kind`, so that its parts may be used instead of calling it.
+    """Whether the module is exactly a `kind`, so that a fused operation may read its weights instead of calling it.
 
-    Not so for a subclass or another module in its place (LoRA, float8), hooks, or a forward that was replaced.
+    False for a subclass or another module in its place (LoRA, float8), for hooks, and for a replaced forward.
     """
     hooked = (
         module._forward_hooks
@@ -36,10 +37,10 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
 def without_bias(
     layer: nn.Module, x: Tensor, recipe: NormRecipe | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`layer(x)` as (product, bias still to be added), so that a fused kernel adds it and gives its gradient.
+    """`layer(x)` as (product, bias that is not added yet): a later fused kernel adds it and computes its gradient.
 
-    `recipe`: of x, kept in its place. A layer that is not a plain nn.Linear (LoRA, float8) or has hooks is called as
-    it is: (its output, None).
+    `recipe` recomputes x in the backward pass; if given, it is saved instead of x. A layer that is not a plain
+    nn.Linear (LoRA, float8) or has hooks is called: (its output, None).
     """
     if is_plain(layer, nn.Linear):
         return linear(x, layer.weight, recipe=recipe), layer.bias
@@ -47,23 +48,24 @@ def without_bias(
 
 
 def with_bias(layer: nn.Module, x: Tensor, recipe: NormRecipe | None = None) -> Tensor:
-    """`layer(x)`, keeping `recipe` in place of x where the layer is a plain nn.Linear."""
+    """`layer(x)`; a plain nn.Linear saves `recipe`, if given, instead of x."""
     if is_plain(layer, nn.Linear):
         return linear(x, layer.weight, layer.bias, recipe)
     return layer(x)
 
 
 class Layout(NamedTuple):
-    """Where a sequence's tokens stand, and which of them are there.
+    """Positions and padding of a batch of sequences, for their attention.
 
-    rotation: (N or 1, T, K / 2, 2), cosine and sine of rotary positions, or None; present: bool (N, T), False for
-    padding that no token attends to, or None: all are. told: the same of the condition's tokens, bool (N, S), where
-    cross-attention attends to them.
+    Attributes:
+        rotation: Cosine and sine of rotary positions (N or 1, T, K / 2, 2); None: no rotation.
+        present: Bool (N, T), False for padding that no token attends to; None: no padding.
+        condition_present: The same for the condition's tokens (N, S), where cross-attention attends to them.
     """
 
     rotation: Tensor | None = None
     present: Tensor | None = None
-    told: Tensor | None = None
+    condition_present: Tensor | None = None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -78,7 +80,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(kind: str, width: int, affine: bool) -> nn.LayerNorm | RMSNorm:
-    """A norm of NORMS over the last dimension, with a weight (a layer norm: and a bias) of its own or without."""
+    """A norm of NORMS over the last dimension; `affine`: with its own weight (and bias, for a layer norm)."""
     if kind == "rmsnorm":
         return RMSNorm(width, eps=1e-6, elementwise_affine=affine)
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
@@ -87,10 +89,9 @@ def make_norm(kind: str, width: int, affine: bool) -> nn.LayerNorm | RMSNorm:
 class Attention(nn.Module):
     """Multi-head self-attention on one packed projection; rows of `qkv` are [q; k; v], each (heads, head_dim).
 
-    `backend`: "auto" | "triton" | "sdpa" | "cudnn" | "flash", see `dit_fast.kernels.attention`. `qk_norm`: an RMSNorm
-    for the queries and one for the keys of each head (Dehghani et al. 2023, section 2). It, a layout's rotation and the
-    bias before them are one operation where the kernels run, `dit_fast.kernels.qk_norm_rope`, unless a norm was
-    replaced or hooked; a layout with padding is attended to by PyTorch's attention alone.
+    `qk_norm`: RMSNorms of each head's queries and keys (Dehghani et al. 2023, section 2). Where the kernels run, these
+    norms, the rotation and the bias before them are one operation, `dit_fast.kernels.qk_norm_rope`, unless a norm was
+    replaced or has hooks. A layout with padding always uses PyTorch's attention.
     """
 
     def __init__(
@@ -99,8 +100,8 @@ class Attention(nn.Module):
         num_heads: int = 8,
         qkv_bias: bool = False,
         *,
-        backend: str = "auto",
         qk_norm: bool = False,
+        backends: Backends | None = None,
     ):
         super().__init__()
         if dim % num_heads:
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
-        self.backend = backend
+        self.backends = backends or Backends()
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.q_norm: nn.Module = RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
@@ -121,7 +122,7 @@ class Attention(nn.Module):
         recipe: NormRecipe | None = None,
         kernels: str = "reference",
     ) -> Tensor:
-        """Queries, keys and values (N, T, 3, H, K) of tokens x (N, T, D), normalised and rotated where they are."""
+        """Queries, keys and values (N, T, 3, H, K) of tokens x (N, T, D), after QK-norm and rotation."""
         heads = (3, self.num_heads, self.head_dim)
         rotation = None if layout is None else layout.rotation
         norm = self.fused_norm() if uses_triton(kernels, x) and self.is_prepared(layout) else None
@@ -140,12 +141,12 @@ class Attention(nn.Module):
         return torch.stack([q, k, v], dim=2)
 
     def is_prepared(self, layout: Layout | None) -> bool:
-        """Whether something is done to queries and keys between projection and attention."""
+        """Whether queries and keys are normalized or rotated between projection and attention."""
         rotated = layout is not None and layout.rotation is not None
         return rotated or type(self.q_norm) is not nn.Identity or type(self.k_norm) is not nn.Identity
 
     def fused_norm(self) -> tuple[Tensor | None, float] | None:
-        """Weight (2, K) of both norms (None without) and eps; None where `qk_norm_rope` cannot stand for them."""
+        """Weights (2, K) of both norms (None without norms) and eps; None where `qk_norm_rope` does not fit."""
         q, k = self.q_norm, self.k_norm
         if self.head_dim > MAX_HEAD_DIM:
             return None
@@ -162,11 +163,11 @@ class Attention(nn.Module):
         x: Tensor,
         layout: Layout | None = None,
         recipe: NormRecipe | None = None,
-        kernels: str = "auto",
     ) -> Tensor:
-        """Attention before the output projection, (N, T, D); `recipe`: of x, kept in its place."""
+        """Attention before the output projection (N, T, D), fused; `recipe` as in `without_bias`."""
+        kernels = self.backends.kernels
         masked = layout is not None and layout.present is not None
-        fused = attention_backend(x, self.head_dim, self.backend, kernels) == "triton"
+        fused = attention_backend(x, self.head_dim, self.backends.attention, kernels) == "triton"
         if fused and not masked and not self.is_prepared(layout):
             return self._mix(*without_bias(self.qkv, x, recipe), layout, kernels)
         return self._mix(self.project(x, layout, recipe, kernels).flatten(2), None, layout, kernels)
@@ -175,9 +176,9 @@ class Attention(nn.Module):
         return self.proj(self._mix(self.project(x, layout).flatten(2), None, layout))
 
     def _mix(self, qkv: Tensor, bias: Tensor | None, layout: Layout | None, kernels: str = "auto") -> Tensor:
-        """Attention of qkv + bias, (N, T, 3 * H * K), among the tokens that are there: (N, T, D)."""
+        """Attention of qkv + bias, (N, T, 3 * H * K), among the tokens that are present: (N, T, D)."""
         if layout is None or layout.present is None:
-            return attention(qkv, self.num_heads, bias, backend=self.backend, kernels=kernels)
+            return attention(qkv, self.num_heads, bias, backend=self.backends.attention, kernels=kernels)
         packed = qkv.unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
         mask = layout.present[:, None, None]
@@ -185,16 +186,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear - GELU (tanh approximation) - Linear.
-
-    `epilogue`: who applies the GELU where the kernels run, see `dit_fast.kernels.mlp`; `forward` is plain PyTorch.
-    """
+    """Linear - GELU (tanh approximation) - Linear; `forward` is plain PyTorch."""
 
     activation = "gelu"
 
-    def __init__(self, in_features: int, hidden_features: int, *, epilogue: str = "auto"):
+    def __init__(self, in_features: int, hidden_features: int):
         super().__init__()
-        self.epilogue = epilogue
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(hidden_features, in_features)
@@ -207,26 +204,25 @@ class Mlp(nn.Module):
         return self.fc1, self.fc2
 
     def is_fusible(self) -> bool:
-        """Whether this and its parts are what was built here, so that one operation may stand for them."""
+        """Whether this module and its layers are unchanged, so that `dit_fast.kernels.mlp` computes the same."""
         linears = all(is_plain(linear, nn.Linear) for linear in self.linears)
         tanh = is_plain(self.act, nn.GELU) and self.act.approximate == "tanh"
         return is_plain(self, Mlp) and linears and tanh
 
 
 def swiglu_width(hidden_features: int) -> int:
-    """The width of the `SwiGLU` that stands for a GELU of so many features."""
+    """Width of the `SwiGLU` with the parameters of a GELU MLP of `hidden_features`: 2/3 of it, a multiple of 8."""
     return -(-2 * hidden_features // 24) * 8
 
 
 class SwiGLU(nn.Module):
     """w3(SiLU(w1 x) * w2 x), w1 and w2 in one matrix `w12` (Shazeer 2020, equation 6); `forward` is plain PyTorch.
 
-    `hidden_features`: of the GELU that it stands for; two thirds of it, up to a multiple of 8, are its own, so that
-    the three matrices have the parameters of two.
+    `hidden_features`: those of the GELU MLP that it replaces, see `swiglu_width`: its three matrices then have as many
+    parameters as the two of that MLP.
     """
 
     activation = "swiglu"
-    epilogue = "separate"
 
     def __init__(self, in_features: int, hidden_features: int):
         super().__init__()

@@ -17,7 +17,7 @@ from dit_fast.encoders.autoencoder import LatentEncoder
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.evaluation import FEATURES
 from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
-from dit_fast.model.blocks import RECOMPUTE
+from dit_fast.model.backends import RECOMPUTE
 from dit_fast.model.config import OPTIONS, SIZES
 from dit_fast.model.dit import DiT
 from dit_fast.model.presets import SIZES as MODEL_SIZES

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_fast.cli import main
-from dit_fast.model.blocks import CONDITIONING, RECOMPUTE
+from dit_fast.model.backends import RECOMPUTE
+from dit_fast.model.blocks import CONDITIONING
 from dit_fast.model.cost import count, kept_bytes, table
 from dit_fast.models import DiT
 

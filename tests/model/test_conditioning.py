@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.model.backends import Backends
 from dit_fast.model.blocks import (
     BLOCKS,
     CONDITIONING,
@@ -142,7 +143,7 @@ def test_fused_operations_equal_the_reference(conditioning: str, recompute: str)
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 def test_the_plain_block_is_pytorchs_encoder_layer(mode: str) -> None:
     """In-context runs the standard pre-norm block: nn.TransformerEncoderLayer with the same weights."""
-    ours = TransformerBlock(32, 4, kernels=mode)
+    ours = TransformerBlock(32, 4, backends=Backends(mode))
     theirs = nn.TransformerEncoderLayer(
         32, 4, 128, 0.0, lambda v: nn.functional.gelu(v, approximate="tanh"), 1e-6,
         batch_first=True, norm_first=True,
@@ -163,7 +164,7 @@ def test_the_plain_block_is_pytorchs_encoder_layer(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 def test_cross_attention_is_pytorchs(mode: str) -> None:
     """The middle sublayer against nn.MultiheadAttention over two condition tokens, on a norm of PyTorch's."""
-    block = CrossAttentionBlock(32, 4, kernels=mode)
+    block = CrossAttentionBlock(32, 4, backends=Backends(mode))
     with torch.no_grad():
         for name, p in block.named_parameters():
             p.copy_(seeded(name, *p.shape) * 0.3)
@@ -258,7 +259,7 @@ def test_bfloat16_in_weights_and_by_autocast(conditioning: str, mode: str) -> No
     expected = model(x(), T, Y)
     size = expected.abs().max()
     with torch.autocast("cpu", torch.bfloat16):
-        stream = model._enter(x(), model.condition(model.t_embedder(T), model.y_embedder(Y, False)))
+        stream = model._tokens(x(), model.condition(model.t_embedder(T), model.y_embedder(Y, False)))
         c = model.condition(model.t_embedder(T), model.y_embedder(Y, False))
         after = model.blocks[0](stream, c)
         assert (after.x.dtype, after.branch.dtype) == (torch.float32, torch.bfloat16)

@@ -217,7 +217,9 @@ def test_kernels_do_not_change_result_or_gradients() -> None:
     model = golden_model(kernels="reference")
     out, expected = model(images(), T, Y), gradients(model)
     model.kernels = "triton"
-    assert model.kernels == model.blocks[1].kernels == model.final_layer.kernels == "triton"
+    parts = (model, model.x_embedder, *model.blocks, model.blocks[1].attn, model.final_layer)
+    assert {id(part.backends) for part in parts} == {id(model.backends)}
+    assert model.kernels == model.backends.kernels == "triton"
     assert_close(model(images(), T, Y), out)
     assert_same_gradients(gradients(model), expected)
 
@@ -244,7 +246,7 @@ def test_recomputation_changes_no_gradient_and_keeps_less(recompute: str) -> Non
     model = golden_model(kernels="triton")
     plain, expected = kept(model), gradients(model)
     model.recompute = recompute
-    assert model.blocks[1].recompute == recompute
+    assert model.blocks[1].backends.recompute == recompute
     assert kept(model) < {"cheap": 0.8, "blocks": 0.5}[recompute] * plain
     assert_same_gradients(gradients(model), expected)
 

@@ -18,6 +18,7 @@ from dit_fast.interop import DIFFUSERS, load_model, save_diffusers
 from dit_fast.interop.infer_config import infer_config
 from dit_fast.kernels.recompute import adaln_from_moments
 from dit_fast.kernels.reference import rotate
+from dit_fast.model.backends import Backends
 from dit_fast.model.blocks import CONDITIONING, Stream, normed
 from dit_fast.model.cost import kept_bytes
 from dit_fast.model.layers import Attention, Layout, RMSNorm, SwiGLU, make_norm
@@ -117,8 +118,8 @@ def test_sines_and_rotary_positions_are_both_there() -> None:
     model, sines = model_of(positions="sincos_rope"), model_of()
     assert torch.equal(model.pos_embed, sines.pos_embed)
     assert not model.pos_embed.requires_grad
-    turned = model._enter(x(), model.t_embedder(T)).layout
-    alone = model_of(positions="rope")._enter(x(), model.t_embedder(T)).layout
+    turned = model._tokens(x(), model.t_embedder(T)).layout
+    alone = model_of(positions="rope")._tokens(x(), model.t_embedder(T)).layout
     assert torch.equal(turned.rotation, alone.rotation)
     assert (model(x(), T, Y) - sines(x(), T, Y)).abs().max() > 1e-3
     with pytest.raises(
@@ -130,7 +131,7 @@ def test_sines_and_rotary_positions_are_both_there() -> None:
 def test_condition_tokens_in_context_are_not_rotated() -> None:
     model = model_of(positions="rope", conditioning="in_context")
     c = model.condition(model.t_embedder(T), model.embed_labels(Y))
-    rotation = model._enter(x(), c).layout.rotation
+    rotation = model._tokens(x(), c).layout.rotation
     assert rotation.shape == (1, 16 + 2, 8, 2)
     assert torch.equal(rotation[0, 16:], torch.tensor([1.0, 0.0]).expand(2, 8, 2))
     assert (rotation[0, 1:16] - torch.tensor([1.0, 0.0])).abs().amax((1, 2)).min() > 0.1
@@ -138,7 +139,7 @@ def test_condition_tokens_in_context_are_not_rotated() -> None:
 
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 def test_attention_with_qk_norm_and_rotation_is_the_plain_formula(mode: str) -> None:
-    attention = Attention(32, 4, qkv_bias=True, qk_norm=True)
+    attention = Attention(32, 4, qkv_bias=True, qk_norm=True, backends=Backends(mode))
     with torch.no_grad():
         for name, p in attention.named_parameters():
             p.copy_(seeded(name, *p.shape) * 0.3)
@@ -156,7 +157,7 @@ def test_attention_with_qk_norm_and_rotation_is_the_plain_formula(mode: str) -> 
     q, k = prepared(0, attention.q_norm), prepared(1, attention.k_norm)
     v = (tokens @ attention.qkv.weight[64:].T + attention.qkv.bias[64:]).view(2, 6, 4, 8).transpose(1, 2)
     expected = ((q @ k.transpose(2, 3)) / math.sqrt(8)).softmax(-1) @ v
-    out = attention.attend(tokens, layout, kernels=mode)
+    out = attention.attend(tokens, layout)
     assert_close(out, expected.transpose(1, 2).reshape(2, 6, 32))
 
 
