@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -51,7 +52,7 @@ class PatchEmbed(nn.Module):
         self.grid_size = self.grid_of(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
-    def grid_of(self, img_size: tuple[int, int]) -> tuple[int, int]:
+    def grid_of(self, img_size: Sequence[int]) -> tuple[int, int]:
         """(rows, columns) of the patches of an image; ConfigError when its size is not a multiple of the patch."""
         (height, width), patch = img_size, self.patch_size[0]
         if height < 1 or width < 1 or height % patch or width % patch:
