@@ -15,7 +15,7 @@ import torch
 
 from dit_fast.interop import load_model
 from dit_fast.model.blocks import CONDITIONING
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_schedule
 from dit_fast.training.config import TrainConfig, open_set
 from dit_fast.training.log import read_log
 from dit_fast.training.loop import train
@@ -103,8 +103,8 @@ def largest_sample(run: Path) -> float:
     """Of ten samples of a run, guided, in 20 steps."""
     model, info = load_model(run)
     solver = default_solver(info.diffusion)
-    nodes = sampling_nodes(info.diffusion, 20, solver, learn_sigma=model.learn_sigma)
-    sampler = Sampler(model, nodes, SamplerConfig(solver=solver, guidance=Guidance(2.0, None), clip=True))
+    schedule = sampling_schedule(info.diffusion, 20, solver, learn_sigma=model.learn_sigma)
+    sampler = Sampler(model, schedule, SamplerConfig(solver=solver, guidance=Guidance(2.0, None), clip=True))
     return float(sampler(range(10)).abs().max())
 
 

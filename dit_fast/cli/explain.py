@@ -77,12 +77,12 @@ def run(args: argparse.Namespace) -> int:
     shown = list(dict.fromkeys(plan.labels.first(_MOST_LOOKED_AT).tolist()))[:_MOST_LABELS]
     titles = [short_label(names[label]) if names else f"class {label}" for label in shown]
     labels = plan.told(torch.tensor(shown))
-    steps = len(sampler.nodes)
+    steps = len(sampler.schedule)
     counts = args.step_counts or sorted({max(1, steps // part) for part in (1, 2, 5, 10)})
     if steps < 2:
         raise ConfigError(f"--steps {args.steps}: there is no way to show in one step; choose at least 2")
     for count in counts:
-        thinned(sampler.nodes, count)
+        thinned(sampler.schedule, count)
     for scale in args.scales:
         replace(sampler.config.guidance, scale=scale)
     block = len(plan.model.blocks) // 2 if args.block is None else args.block

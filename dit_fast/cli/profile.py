@@ -15,7 +15,7 @@ from dit_fast.cli import train
 from dit_fast.data import LatentSet
 from dit_fast.distributed.world import choose_device
 from dit_fast.errors import ConfigError, OutputError
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_schedule
 from dit_fast.training import PRESETS, TrainConfig, Trainer
 from dit_fast.training.config import apply_to_process, build_model, open_set
 from dit_fast.training.precision import choose_precision
@@ -103,7 +103,7 @@ def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
     solver = default_solver(objective)
     sampler = Sampler(
         model,
-        sampling_nodes(objective, config.steps, solver, learn_sigma=bool(config.learn_sigma)),
+        sampling_schedule(objective, config.steps, solver, learn_sigma=bool(config.learn_sigma)),
         SamplerConfig(
             solver=solver,
             guidance=Guidance(4.0 if model.has_null else 1.0),

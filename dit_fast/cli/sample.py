@@ -24,7 +24,8 @@ from dit_fast.errors import DitFastError, OutputError
 from dit_fast.evaluation import Scorer
 from dit_fast.sampling import Step, draw_grid, save_grid, short_label, to_pil, to_uint8
 from dit_fast.sampling.progress import Progress
-from dit_fast.utils.files import ARCHIVE, GRID, IMAGES, SCORES, TEMPORARY, write_atomically
+from dit_fast.sampling.shards import ARCHIVE, GRID, IMAGES, SCORES
+from dit_fast.utils.files import TEMPORARY, write_atomically
 from dit_fast.utils.locks import FolderLock
 from dit_fast.utils.terminal import say
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if plan.rank == 0:
         ranks = f" and {plan.world - 1} more" if plan.world > 1 else ""
         say(
-            f"{plan.info.summary()}; {parts.num} images, {len(sampler.nodes)} {sampler.config.solver} steps, "
+            f"{plan.info.summary()}; {parts.num} images, {len(sampler.schedule)} {sampler.config.solver} steps, "
             f"guidance {args.cfg_scale:g}, seed {args.seed}, on {plan.model.pos_embed.device}{ranks}",
         )
     with FolderLock(args.out, "sample", plan.rank):
@@ -96,10 +97,10 @@ def _draw(args: argparse.Namespace, plan: Plan) -> None:
     there = parts.num - sum(len(parts.numbers(part)) for part in parts.missing())
     if there and plan.rank == 0:
         say(f"{there} of {parts.num} images are there already: resuming")
-    progress = Progress(parts.num, len(sampler.nodes), there, show=plan.rank == 0)
+    progress = Progress(parts.num, len(sampler.schedule), there, show=plan.rank == 0)
     started = time.perf_counter()
     # Under a graph the trajectory is replayed in pieces between two reports.
-    every = 1 if plan.model.pos_embed.device.type == "cpu" else max(1, len(sampler.nodes) // 10)
+    every = 1 if plan.model.pos_embed.device.type == "cpu" else max(1, len(sampler.schedule) // 10)
 
     def draw(shards: Sequence[int]) -> None:
         for part in shards:
@@ -206,7 +207,7 @@ def _write_film(args: argparse.Namespace, plan: Plan) -> None:
         )
         frames.append(to_uint8(shown))
 
-    every = max(1, len(plan.sampler.nodes) // _FRAMES)
+    every = max(1, len(plan.sampler.schedule) // _FRAMES)
     plan.sampler(
         plan.told(plan.labels.of(numbers)),
         seed=args.seed,
@@ -244,7 +245,7 @@ def _score(args: argparse.Namespace, plan: Plan, scorer: Scorer, images: np.ndar
         "weights": plan.info.weights,
         "step": plan.info.step,
         "cfg_scale": args.cfg_scale,
-        "steps": len(plan.sampler.nodes),
+        "steps": len(plan.sampler.schedule),
         "solver": plan.sampler.config.solver,
         "seed": args.seed,
     }

@@ -27,7 +27,7 @@ RESPACING = Pattern(
     r"(ddim)?\d{1,7}|\d{1,7}(,\d{1,7})*",
     "a number, of diffusion also numbers with commas, or ddim and a number",
 )
-"""Steps of sampling, as `dit_fast.sampling.sampling_nodes` takes them."""
+"""Steps of sampling, as `dit_fast.sampling.sampling_schedule` takes them."""
 
 
 class ImageSize(Pair):

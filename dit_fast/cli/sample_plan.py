@@ -39,11 +39,11 @@ from dit_fast.evaluation import Scorer
 from dit_fast.interop import ModelInfo, load_model, registry_size
 from dit_fast.interop.diffusers import conventions_of
 from dit_fast.model.dit import DiT
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_nodes
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_schedule
 from dit_fast.sampling.guidance import INTERVAL
-from dit_fast.sampling.schedule import Nodes
-from dit_fast.sampling.shards import Parts
-from dit_fast.utils.files import ARCHIVE, IMAGES, PARTS, SCORES, WRITTEN, prepare_folder
+from dit_fast.sampling.schedule import NoiseSchedule
+from dit_fast.sampling.shards import ARCHIVE, IMAGES, OUTPUTS, SCORES, SHARDS, SampleShards
+from dit_fast.utils.files import prepare_folder
 from dit_fast.utils.terminal import say
 
 
@@ -63,7 +63,7 @@ class Plan:
     names: Sequence[str] | None
     decoder: LatentDecoder | None
     scorer: Scorer | None
-    parts: Parts
+    parts: SampleShards
     rank: int
     world: int
 
@@ -81,7 +81,7 @@ def _refuse_other_results(args: argparse.Namespace) -> None:
     """Raise OutputError for results of an earlier command that would lie beside this one's as if they were its own."""
     if args.save_images and args.out.is_dir():
         others = sorted(
-            path.name for path in args.out.iterdir() if path.is_dir() and path.name not in WRITTEN
+            path.name for path in args.out.iterdir() if path.is_dir() and path.name not in OUTPUTS
         )
         classes = [name for name in others if _holds_an_image(args.out / name)]
         if classes:
@@ -90,7 +90,7 @@ def _refuse_other_results(args: argparse.Namespace) -> None:
                 "more class; choose another --out"
             )
     # In the folder of a command that did not end, they may be its own; it is continued, and writes them again.
-    if (args.out / PARTS).exists():
+    if (args.out / SHARDS).exists():
         return
     replaced = {ARCHIVE: args.npz, SCORES: args.compare_to is not None, IMAGES: False}
     left = [
@@ -149,7 +149,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.latent_stats is not None:
         info = _with_statistics(args.latent_stats, model, info, vae)
     solver = args.solver or default_solver(info.diffusion)
-    nodes = sampling_nodes(
+    schedule = sampling_schedule(
         info.diffusion, args.steps, solver, learn_sigma=model.learn_sigma, shift=args.shift
     )
     clip = args.clip_denoised if args.clip_denoised is not None else vae == "none" and not info.latent
@@ -164,7 +164,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         graph="never" if args.no_graph else "auto",
         compile=args.compile,
     )
-    sampler = Sampler(model, nodes, config)
+    sampler = Sampler(model, schedule, config)
     prompts = open_prompts(args, model, info, device)
     names: Sequence[str] | None = info.class_names if prompts is None else prompts.names
     labels = _labels(args, model.num_classes, info.class_names) if prompts is None else prompts.labels
@@ -194,7 +194,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     request = {
         "weights": weights_digest(model.state_dict()),
         "model": {**model.config, **asdict(conventions_of(model))},
-        "noise_schedule": _noise_schedule_digest(nodes),
+        "noise_schedule": _noise_schedule_digest(schedule),
         "objective": info.diffusion,
         "solver": [solver, args.last_step if solver.startswith("sde") else args.eta],
         "guidance": [guidance.scale, guidance.channels, *guidance.interval, guidance.schedule],
@@ -213,15 +213,21 @@ def make_plan(args: argparse.Namespace) -> Plan:
         },
     }
     kept = (height, width, shape[0]) if pixels else shape
-    parts = Parts(args.out, request, num, args.batch_size, kept, "uint8" if pixels else "float32")
+    parts = SampleShards(args.out, request, num, args.batch_size, kept, "uint8" if pixels else "float32")
     parts.open()
     return Plan(model, info, sampler, labels, prompts, names, decoder, scorer, parts, rank, world)
 
 
-def _noise_schedule_digest(nodes: Nodes) -> str:
+def _noise_schedule_digest(schedule: NoiseSchedule) -> str:
     """SHA-256 of everything that a solver reads of the noise schedule."""
-    digest = hashlib.sha256(f"{nodes.prediction} {nodes.variance}".encode())
-    for values in (nodes.times, nodes.levels, nodes.alphas, nodes.sigmas, *(nodes.rates or ())):
+    digest = hashlib.sha256(f"{schedule.prediction} {schedule.variance}".encode())
+    for values in (
+        schedule.times,
+        schedule.levels,
+        schedule.alphas,
+        schedule.sigmas,
+        *(schedule.rates or ()),
+    ):
         digest.update(values.tobytes())
     return digest.hexdigest()
 

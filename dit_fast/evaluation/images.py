@@ -20,7 +20,8 @@ from dit_fast.data.decode import list_failures, read_each, read_header, read_ima
 from dit_fast.data.image_files import FORMATS, image_files, warn_of_frames
 from dit_fast.errors import DataError
 from dit_fast.evaluation.metrics import GaussianStatistics
-from dit_fast.utils.files import ARCHIVE, GRID, IMAGES, PARTS, WRITTEN, check_file
+from dit_fast.sampling.shards import ARCHIVE, GRID, IMAGES, OUTPUTS, SHARDS
+from dit_fast.utils.files import check_file
 
 # Deflate packs zeros a thousandfold, images hardly at all; a small member is harmless however it is packed.
 _MOST_RATIO = 100
@@ -325,12 +326,12 @@ def _folder(
     conversion: Conversion,
 ) -> ImageSource:
     if (root / GRID).is_file() and all(
-        entry.name in WRITTEN or entry.name.startswith(".") for entry in root.iterdir()
+        entry.name in OUTPUTS or entry.name.startswith(".") for entry in root.iterdir()
     ):
-        if (root / PARTS).is_dir():
+        if (root / SHARDS).is_dir():
             # What else lies there may be of an earlier command.
             raise DataError(
-                f"{root}: dit-fast sample has not finished there ({PARTS}); run the same command again, or wait for it"
+                f"{root}: dit-fast sample has not finished there ({SHARDS}); run the same command again, or wait for it"
             )
         # A folder of dit-fast sample. Its grid is not told apart by a mark where an older version drew it.
         if (root / IMAGES).is_dir():

@@ -1,6 +1,6 @@
-"""Pictures that explain a model: its way from noise, what guidance and the number of steps do, where a head attends.
+"""Pictures that explain a model: trajectories, effects of guidance and of the number of steps, attention of a head.
 
-`decode` turns states float (M, C, H, W) into images float (M, 1 or 3, h, w) in [-1, 1]; every picture is PIL's, RGB.
+`decode` maps states, float (M, C, H, W), to images, float (M, 1 or 3, h, w) in [-1, 1]. Pictures are RGB images of PIL.
 """
 
 import dataclasses
@@ -17,21 +17,31 @@ from dit_fast.errors import ConfigError
 from dit_fast.model.blocks import Attention
 from dit_fast.model.dit import DiT
 from dit_fast.sampling.sampler import Sampler, Step
-from dit_fast.sampling.schedule import Nodes
+from dit_fast.sampling.schedule import NoiseSchedule
 from dit_fast.utils.images import draw_grid, to_uint8
 
 Decode = Callable[[Tensor], Tensor]
-# Of the heat in an overlay; the image keeps the rest.
+# Opacity of the heat map in an overlay.
 _HEAT = 0.6
 
 
 def film_strip(
     sampler: Sampler, labels: Tensor, names: Sequence[str], decode: Decode, seed: int = 0, frames: int = 10
 ) -> Image.Image:
-    """A row for each of `labels` (M,) or captions (M, S, E), named: its state at about `frames` points on the way to
-    the sample.
+    """Draw states on the way from noise to the sample, one row per label.
+
+    Args:
+        sampler: The sampler.
+        labels: Labels (M,) or captions (M, S, E).
+        names: Name of each row.
+        decode: Maps states to images.
+        seed: Random seed.
+        frames: Approximate number of states per row.
+
+    Returns:
+        The picture.
     """
-    every = max(1, len(sampler.nodes) // max(frames - 1, 1))
+    every = max(1, len(sampler.schedule) // max(frames - 1, 1))
     states: list[np.ndarray] = []
 
     def keep(step: Step) -> None:
@@ -45,7 +55,18 @@ def film_strip(
 def guidance_sweep(
     sampler: Sampler, labels: Tensor, scales: Sequence[float], decode: Decode, seed: int = 0
 ) -> Image.Image:
-    """A row for each guidance scale, all from the same noise; `sampler` is as before afterwards."""
+    """Draw samples for several guidance scales, one row per scale, from the same noise.
+
+    Args:
+        sampler: The sampler; its configuration is restored afterwards.
+        labels: Labels (M,) or captions (M, S, E).
+        scales: Guidance scales.
+        decode: Maps states to images.
+        seed: Random seed.
+
+    Returns:
+        The picture.
+    """
     config = sampler.config
     try:
         rows = []
@@ -62,35 +83,47 @@ def guidance_sweep(
 def steps_sweep(
     sampler: Sampler, labels: Tensor, steps: Sequence[int], decode: Decode, seed: int = 0
 ) -> Image.Image:
-    """A row for each number of steps, all from the same noise; `sampler` is as before afterwards.
+    """Draw samples for several numbers of steps, one row per number, from the same noise.
 
-    Raises ConfigError for more steps than the sampler has.
+    Args:
+        sampler: The sampler; its noise schedule is restored afterwards.
+        labels: Labels (M,) or captions (M, S, E).
+        steps: Numbers of steps.
+        decode: Maps states to images.
+        seed: Random seed.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ConfigError: The sampler has fewer steps.
     """
-    nodes = sampler.nodes
-    schedules = [thinned(nodes, count) for count in steps]
+    whole = sampler.schedule
+    schedules = [thinned(whole, count) for count in steps]
     try:
         rows = []
         for schedule in schedules:
-            sampler.nodes = schedule
+            sampler.schedule = schedule
             rows.append((f"{len(schedule)} steps", _draw(sampler, labels, decode, seed)))
     finally:
-        sampler.nodes = nodes
+        sampler.schedule = whole
     return draw_grid(rows)
 
 
-def thinned(nodes: Nodes, steps: int) -> Nodes:
-    """`steps` of the nodes, evenly spaced, the first among them; ConfigError where there are not so many."""
-    if not 1 <= steps <= len(nodes):
-        raise ConfigError(f"{steps} steps: choose 1 to {len(nodes)}")
-    kept = np.rint(np.linspace(0, len(nodes) - 1, steps)).astype(int)
-    ends = np.append(kept, len(nodes))
+def thinned(schedule: NoiseSchedule, steps: int) -> NoiseSchedule:
+    """`steps` evenly spaced steps of a schedule, the first one included; ConfigError where it has fewer."""
+    if not 1 <= steps <= len(schedule):
+        raise ConfigError(f"{steps} steps: choose 1 to {len(schedule)}")
+    kept = np.rint(np.linspace(0, len(schedule) - 1, steps)).astype(int)
+    # alphas and sigmas have one entry more: the end of the trajectory.
+    ends = np.append(kept, len(schedule))
     return dataclasses.replace(
-        nodes,
-        times=nodes.times[kept],
-        levels=nodes.levels[kept],
-        alphas=nodes.alphas[ends],
-        sigmas=nodes.sigmas[ends],
-        rates=None if nodes.rates is None else (nodes.rates[0][kept], nodes.rates[1][kept]),
+        schedule,
+        times=schedule.times[kept],
+        levels=schedule.levels[kept],
+        alphas=schedule.alphas[ends],
+        sigmas=schedule.sigmas[ends],
+        rates=None if schedule.rates is None else (schedule.rates[0][kept], schedule.rates[1][kept]),
     )
 
 
@@ -104,14 +137,29 @@ def attention_film(
     seed: int = 0,
     frames: int = 10,
 ) -> Image.Image:
-    """Two rows for each of `labels` (M,) or captions (M, S, E): its state on the way from noise, and over it the
-    attention that each place gets in `block` from all places, of one `head` or the mean of all (None), scaled to its
-    greatest.
+    """Draw states on the way from noise and, in a second row per label, the attention that each patch receives.
 
-    The conditional branch is looked at, at the state that the next step starts from.
+    The attention is that of the conditional branch at the state from which the next step starts, averaged over all
+    tokens that attend and scaled to its maximum.
+
+    Args:
+        sampler: The sampler.
+        labels: Labels (M,) or captions (M, S, E).
+        names: Name of each row.
+        decode: Maps states to images.
+        block: Number of the block.
+        head: Number of the head; None averages all heads.
+        seed: Random seed.
+        frames: Approximate number of states per row.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ConfigError: The model has no such block or head.
     """
-    model, times = sampler.model, sampler.nodes.times
-    # At least one of the states before the last is looked at.
+    model, times = sampler.model, sampler.schedule.times
+    # At least one state before the last is shown.
     every = max(1, min(len(times) - 1, len(times) // max(frames - 1, 1)))
     plain: list[np.ndarray] = []
     heated: list[np.ndarray] = []
@@ -138,7 +186,7 @@ def attention_film(
 
 
 def check_attention(model: DiT, block: int, head: int | None) -> None:
-    """ConfigError where the model has no such block or head."""
+    """Raise ConfigError where the model has no such block or head."""
     if not 0 <= block < len(model.blocks):
         raise ConfigError(f"block {block}: the model has blocks 0 to {len(model.blocks) - 1}")
     heads = _attention(model, block).num_heads
@@ -153,11 +201,21 @@ def _attention(model: DiT, block: int) -> Attention:
 
 
 def attention_maps(model: DiT, x: Tensor, t: Tensor, y: Tensor, block: int) -> Tensor:
-    """softmax(q k^T / sqrt(K)) of `block`: float32 (N, H, T, h, w), the attention of each of T tokens to each patch.
+    """Attention maps softmax(q k^T / sqrt(K)) of a block.
 
-    x (N, C, H, W); t (N,) timesteps; y (N,) labels or captions (N, S, E). Tokens that are no patches (in-context
-    conditioning) come after the patches among the T, and their share of the attention is not shown; padding gets none
-    and gives none.
+    Args:
+        model: The model.
+        x: States (N, C, H, W).
+        t: Timesteps (N,).
+        y: Labels (N,) or captions (N, S, E).
+        block: Number of the block.
+
+    Returns:
+        Attention of each of T tokens to each patch, float32 (N, heads, T, h, w). In-context conditioning tokens follow
+        the patches along T; the attention to them is not returned. Padding neither attends nor is attended to.
+
+    Raises:
+        ConfigError: The model has no such block.
     """
     check_attention(model, block, None)
     kept: list[Tensor] = []
@@ -175,7 +233,7 @@ def attention_maps(model: DiT, x: Tensor, t: Tensor, y: Tensor, block: int) -> T
             maps = scores.masked_fill(~present, -torch.inf).softmax(dim=3)
             kept.append(maps * present.transpose(2, 3))
 
-    # A block that finds a hook calls its attention as a module instead of using its parts.
+    # A block whose attention has a hook calls it as a module instead of fusing its layers.
     handle = _attention(model, block).register_forward_pre_hook(keep)
     try:
         with torch.no_grad():
@@ -188,7 +246,15 @@ def attention_maps(model: DiT, x: Tensor, t: Tensor, y: Tensor, block: int) -> T
 
 
 def overlay(images: np.ndarray, maps: Tensor) -> np.ndarray:
-    """uint8 images (M, H, W, 1 or 3) under maps (M, h, w) in red, each scaled to its greatest: uint8 (M, H, W, 3)."""
+    """Overlay images with red heat maps, each scaled to its maximum.
+
+    Args:
+        images: uint8 (M, H, W, 1 or 3).
+        maps: Heat maps (M, h, w).
+
+    Returns:
+        uint8 (M, H, W, 3).
+    """
     size = images.shape[1:3]
     heat = F.interpolate(maps[:, None].float().cpu(), size, mode="bilinear", align_corners=False)[
         :, 0

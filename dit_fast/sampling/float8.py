@@ -1,8 +1,8 @@
-"""Float8 arithmetic in a model's blocks: which linears take it, on which devices, and the linear that samples with it.
+"""Float8 linear layers for sampling.
 
 Row-wise scaling (Micikevicius et al. 2022, arXiv:2209.05433, format e4m3): each output channel of a weight and each
-token has a scale of its own, which takes its largest magnitude to 448. A token's result then depends on that token
-alone, so that a sample does not depend on the batch that it is drawn in.
+token has its own scale, which maps its largest magnitude to 448. The result of a token depends on that token alone, so
+that a sample does not depend on the rest of its batch.
 """
 
 from typing import cast
@@ -16,15 +16,17 @@ from dit_fast.model.dit import DiT
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max
-# Of a row that is all but zero: its scale must not underflow.
+# Lower bound on the largest magnitude of a row, so that the scale of a row of zeros does not underflow.
 _LEAST = 1e-12
+# First compute capability with float8 matrix products (Ada).
 _CAPABILITY = (8, 9)
+# The hardware needs dimensions that are multiples of this.
 _MULTIPLE = 16
 _ROWS = F.ScalingType.RowWise
 
 
 def require_float8_device(device: torch.device) -> None:
-    """ConfigError for a device without float8 products. A CPU has them, exact and slow."""
+    """Raise ConfigError for a device without float8 products. On a CPU they are exact and slow."""
     if device.type == "cuda":
         found = torch.cuda.get_device_capability(device)
         if found < _CAPABILITY:
@@ -37,7 +39,7 @@ def require_float8_device(device: torch.device) -> None:
 
 
 def require_float8(model: DiT) -> None:
-    """ConfigError for a model that is on no device for float8, or has no linear for it."""
+    """Raise ConfigError where the device of the model, or every one of its widths, does not support float8."""
     require_float8_device(model.pos_embed.device)
     if not any(takes_float8(module, name) for name, module in model.named_modules()):
         raise ConfigError(
@@ -47,10 +49,10 @@ def require_float8(model: DiT) -> None:
 
 
 def takes_float8(module: nn.Module, name: str) -> bool:
-    """Whether a module of a DiT, called `name` in it, is a linear over tokens that float8 products fit.
+    """Whether the module `name` of a DiT is a linear layer that is converted to float8.
 
-    Those of attention and MLP of each block. Linears over the batch (modulation, embedders, keys of the condition) are
-    too small to gain, and the hardware takes dimensions that are multiples of 16.
+    These are the layers over tokens in the attention and MLP of each block, where their dimensions are multiples of 16.
+    Layers over the batch (modulation, embedders, keys and values of the condition) are too small to gain.
     """
     fits = isinstance(module, nn.Linear) and not (
         module.in_features % _MULTIPLE or module.out_features % _MULTIPLE
@@ -59,10 +61,15 @@ def takes_float8(module: nn.Module, name: str) -> bool:
     return fits and over and not name.endswith("cross.kv")
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., D) as (values in float8, scales float32 (..., 1)) with x = values * scales, rounded to nearest.
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row to float8, rounded to nearest.
 
-    |values * scales - x| is at most 2^-4 |x|, or 2^-10 scales where that is more.
+    Args:
+        x: (..., D).
+
+    Returns:
+        Values, float8 (..., D), and scales, float32 (..., 1), with x = values * scales up to an error of at most
+        2^-4 |x|, or 2^-10 scales where that is more.
     """
     x = x.float()
     scales = x.abs().amax(dim=-1, keepdim=True).clamp(min=_LEAST) / _LARGEST
@@ -70,21 +77,25 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Float8Linear(nn.Module):
-    """x W^T + b of a linear layer with float8 weights, and tokens (..., in_features) made float8 as they come.
+    """Linear layer x W^T + b with float8 weights that quantizes its input; for inference.
 
-    The result has the dtype of x, which CUDA wants to be bfloat16; products are summed in float32. Without gradients.
+    The output (..., out_features) has the dtype of the input (..., in_features), which must be bfloat16 on CUDA.
+    Products are accumulated in float32.
+
+    Args:
+        linear: The layer that it replaces.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        values, scales = quantise(linear.weight.detach())
+        values, scales = quantize(linear.weight.detach())
         self.weight = nn.Parameter(values, requires_grad=False)
         self.bias = linear.bias
         self.scales: Tensor
         self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        values, scales = quantise(x.flatten(0, -2))
+        values, scales = quantize(x.flatten(0, -2))
         product = F.scaled_mm(
             values, self.weight.t(), scales, _ROWS, self.scales.t(), _ROWS,
             bias=self.bias, output_dtype=x.dtype, use_fast_accum=True,
@@ -93,7 +104,7 @@ class Float8Linear(nn.Module):
 
 
 def use_float8_linears(model: DiT) -> None:
-    """Put a `Float8Linear` in the place of every linear that `takes_float8`."""
+    """Replace every layer that `takes_float8` by a `Float8Linear`."""
     chosen = [(name, module) for name, module in model.named_modules() if takes_float8(module, name)]
     for name, module in chosen:
         parent, _, child = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Guidance: classifier-free (Ho & Salimans 2022) and by a classifier (Dhariwal & Nichol 2021)."""
+"""Guidance: classifier-free (Ho & Salimans 2022) and with a classifier (Dhariwal & Nichol 2021)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,18 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.sampling.schedule import Array, Nodes
+from dit_fast.sampling.schedule import Array, NoiseSchedule
 from dit_fast.utils.values import Number, OneOf, Value, Whole, check_fields
 
-# How much of (scale - 1) is applied, by the share of the way from noise to data.
 SCHEDULES: dict[str, Callable[[Array], Array]] = {
     "constant": np.ones_like,
-    "linear": lambda way: way,
-    "cosine": lambda way: (1 - np.cos(np.pi * way)) / 2,
-    "power-cosine": lambda way: (1 - np.cos(np.pi * way**4)) / 2,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - np.cos(np.pi * progress)) / 2,
+    "power-cosine": lambda progress: (1 - np.cos(np.pi * progress**4)) / 2,
 }
-"""Linear and cosine rise: Wang et al. 2024 (arXiv:2404.13040), section 4; power-cosine: Gao et al. 2023 (MDT)."""
+"""Fraction of (scale - 1) that is applied, by progress from 0 (noise) to 1 (data).
 
+Linear and cosine: Wang et al. 2024 (arXiv:2404.13040), section 4; power-cosine: Gao et al. 2023 (MDT).
+"""
 
 SCALE = Number(0, 1e6)
 LEVEL = Number(0, 1)
@@ -49,16 +50,18 @@ _RANGES: dict[str, Value] = {
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: answer = null + scale * (conditional - null), in the reference's scaling; 1 is none.
+    """Classifier-free guidance: null + scale * (conditional - null), with the scale of the reference; 1 disables it.
 
-    scale     finite, at least 0
-    channels  how many of the model's channels are guided, the others being the conditional answer's: the reference's
-              3, None for all
-    interval  noise levels (low, high) between which there is guidance, 0 data, 1 noise; outside only the conditional
-              branch is run (Kynkaanniemi et al. 2024, arXiv:2404.07724)
-    schedule  one of SCHEDULES: "constant", or rising from 1 at noise to `scale` at data
+    Args:
+        scale: Guidance scale, at least 0.
+        channels: Number of model channels that are guided; the others are taken from the conditional branch. The
+            reference guides 3; None guides all.
+        interval: Noise levels (low, high) between which guidance is applied, 0 data, 1 noise. Outside of it only the
+            conditional branch is evaluated (Kynkaanniemi et al. 2024, arXiv:2404.07724).
+        schedule: One of `SCHEDULES`: "constant", or increasing from 1 at noise to `scale` at data.
 
-    Raises ConfigError for values out of range.
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     scale: float = 4.0
@@ -74,18 +77,27 @@ class Guidance:
         """Whether any step may need the null class."""
         return self.scale != 1
 
-    def scales(self, nodes: Nodes) -> Array:
-        """The scale at each node, float64 (N,); exactly 1 where only the conditional branch is to be run."""
+    def scales(self, schedule: NoiseSchedule) -> Array:
+        """Scale at each step, float64 (N,); exactly 1 where only the conditional branch is evaluated."""
         low, high = self.interval
-        scales = 1 + (self.scale - 1) * SCHEDULES[self.schedule](1 - nodes.levels)
-        return np.where((nodes.levels >= low) & (nodes.levels <= high), scales, 1.0)
+        scales = 1 + (self.scale - 1) * SCHEDULES[self.schedule](1 - schedule.levels)
+        return np.where((schedule.levels >= low) & (schedule.levels <= high), scales, 1.0)
 
 
-def guide(answer: Tensor, scale: Tensor | float, channels: int) -> Tensor:
-    """(2n, C, H, W), conditional half first, to the guided answer (n, C, H, W): the first `channels` of it guided."""
-    conditional, null = answer.chunk(2)
+def guide(output: Tensor, scale: Tensor | float, channels: int) -> Tensor:
+    """Combine both branches of a model output.
+
+    Args:
+        output: (2n, C, H, W), the conditional half first.
+        scale: Guidance scale.
+        channels: Number of channels that are guided, at most C.
+
+    Returns:
+        The guided output (n, C, H, W).
+    """
+    conditional, null = output.chunk(2)
     guided = null[:, :channels] + scale * (conditional[:, :channels] - null[:, :channels])
-    if channels == answer.shape[1]:
+    if channels == output.shape[1]:
         return guided
     return torch.cat([guided, conditional[:, channels:]], dim=1)
 
@@ -93,9 +105,14 @@ def guide(answer: Tensor, scale: Tensor | float, channels: int) -> Tensor:
 def classifier_cond_fn(
     classifier: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0
 ) -> Callable[..., Tensor]:
-    """`cond_fn(x, t, y)`: scale * grad_x log p(y | x) of a classifier of noisy data (Dhariwal & Nichol 2021).
+    """Classifier guidance for `Sampler(cond_fn=...)` (Dhariwal & Nichol 2021).
 
-    `classifier(x, t)` gives logits (N, classes) for x (N, C, H, W) at the model's timesteps t (N,).
+    Args:
+        classifier: classifier(x, t) returns logits (N, classes) for noisy x (N, C, H, W) at model timesteps t (N,).
+        scale: Factor of the gradient.
+
+    Returns:
+        cond_fn(x, t, y), which returns scale * grad_x log p(y | x), (N, C, H, W).
     """
 
     def cond_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How far sampling is, for a person: a bar on a terminal, a line every ten seconds elsewhere."""
+"""Progress of sampling: a bar on a terminal, a line every ten seconds elsewhere."""
 
 import sys
 import time
@@ -12,7 +12,14 @@ _LOG_SECONDS = 10.0
 
 
 class Progress:
-    """Progress over `images` samples of `steps` steps, `there` of which are drawn already."""
+    """Progress display.
+
+    Args:
+        images: Number of samples.
+        steps: Steps per sample.
+        there: Samples that an earlier run has drawn.
+        show: False shows nothing.
+    """
 
     def __init__(self, images: int, steps: int, there: int = 0, show: bool = True) -> None:
         self.images, self.steps, self.there, self.show = images, steps, there, show
@@ -24,12 +31,12 @@ class Progress:
         )
 
     def finish(self, images: int) -> None:
-        """`images` samples are there, whoever drew them."""
+        """Report that `images` samples are complete, on all ranks together."""
         self.finished = images
         self._show(images * self.steps, "")
 
     def step(self, step: Step) -> None:
-        """A batch has come to `step`."""
+        """Report the progress of a batch."""
         self._show(
             self.finished * self.steps + step.images * step.done, f"step {step.done} of {step.total}, "
         )

@@ -1,8 +1,9 @@
-"""Many samples on disk: drawn in shards by any number of ranks, resumed after a kill, joined at the end.
+"""Output folder of `dit-fast sample`: shards while it runs, results when it has finished.
 
-A shard is one batch, `parts/NNNNNN.npy`: an array, which `numpy.load` reads, followed by a SHA-256 of the request and
-of the array's bytes. A shard that is cut, damaged or from another request therefore counts as missing, and which shards
-are missing is all that a resumed run needs to know, whatever the number of ranks.
+Shards are drawn by any number of ranks, survive a kill, and are joined at the end. A shard is one batch,
+`parts/NNNNNN.npy`: an array, which `numpy.load` reads, followed by a SHA-256 of the request and of the array's bytes.
+A shard that is truncated, damaged or from another request counts as missing, and the missing shards are all that a
+resumed run needs to know, whatever the number of ranks.
 """
 
 import contextlib
@@ -20,7 +21,6 @@ import numpy as np
 from dit_fast.errors import OutputError
 from dit_fast.utils.files import (
     MOST_LIST_BYTES,
-    PARTS,
     TEMPORARY,
     parse_npy,
     read_bytes,
@@ -29,18 +29,25 @@ from dit_fast.utils.files import (
 )
 from dit_fast.utils.schema import shown
 
-# Of every member of an archive, so that equal samples give equal bytes: the first date that zip can hold.
+GRID, IMAGES, ARCHIVE, SCORES = "sample.png", "images", "samples.npz", "scores.json"
+"""Grid, folder of single images, ADM archive and scores."""
+SHARDS = "parts"
+"""Folder of the shards; removed when the results are complete."""
+OUTPUTS = frozenset((GRID, IMAGES, ARCHIVE, SCORES, SHARDS, "trajectory.gif", "latents.npy"))
+"""Everything that `dit-fast sample` may write to its folder."""
+
+# Date of every archive member, so that equal samples give equal bytes: the first date that zip can represent.
 _DATE = (1980, 1, 1, 0, 0, 0)
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
-class Parts:
-    """The shards of `num` samples in `folder`/parts, with `batch_size` samples in each but the last.
+class SampleShards:
+    """Shards of `num` samples in `folder`/parts, with `batch_size` samples in each but the last.
 
     Args:
         folder: Output folder of the command.
-        request: JSON values for everything that determines a sample's value: weights, model configuration, solver,
-            precision, autoencoder. Shards of another request are never mixed in.
+        request: JSON values of everything that determines a sample: weights, model configuration, solver,
+            precision, autoencoder. Shards of different requests are never mixed.
         num: Number of samples.
         batch_size: Samples per shard.
         shape: Shape of one sample.
@@ -56,26 +63,26 @@ class Parts:
         shape: tuple[int, ...],
         dtype: str,
     ) -> None:
-        self.folder = folder / PARTS
+        self.folder = folder / SHARDS
         self.num, self.batch_size, self.shape, self.dtype = num, batch_size, shape, np.dtype(dtype)
         self.count = -(-num // batch_size)
         self.request = {**request, "num": num, "batch_size": batch_size, "shape": list(shape), "dtype": dtype}
         self._text = json.dumps(self.request, indent=2, sort_keys=True) + "\n"
-        # Shards that this process has read in full once: their checksums are not computed again to count them.
+        # Shards whose checksum this process has verified, so that counting them does not read them again.
         self._verified: set[int] = set()
 
     def open(self) -> None:
         """Create the folder, or check that the existing one belongs to the same request.
 
-        A folder of another request that has no shard holds nothing to lose and is taken over.
+        A folder of another request without any shard is reused.
 
         Raises:
-            OutputError: The folder holds shards of another request (names what differs), or cannot be used.
+            OutputError: The folder holds shards of another request, or is not writable.
         """
         path = self.folder / "request.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # What a killed process had not finished writing.
+            # Unfinished files of a killed process.
             for partial in self.folder.glob(f"{TEMPORARY}*.npy"):
                 partial.unlink(missing_ok=True)
             if not path.exists() or not any(self.folder.glob("[0-9]*.npy")):
@@ -98,52 +105,56 @@ class Parts:
                 f"{self.folder} holds samples of another request: {differing}; remove it or choose another --out"
             )
 
-    def numbers(self, part: int) -> range:
-        """The samples of a shard."""
-        return range(part * self.batch_size, min((part + 1) * self.batch_size, self.num))
+    def numbers(self, shard: int) -> range:
+        """Sample numbers of a shard."""
+        return range(shard * self.batch_size, min((shard + 1) * self.batch_size, self.num))
 
-    def path(self, part: int) -> Path:
-        return self.folder / f"{part:06d}.npy"
+    def path(self, shard: int) -> Path:
+        return self.folder / f"{shard:06d}.npy"
 
     def _checksum(self, array_bytes: bytes | memoryview) -> bytes:
         digest = hashlib.sha256(self._text.encode())
         digest.update(array_bytes)
         return digest.digest()
 
-    def read(self, part: int) -> np.ndarray | None:
-        """A shard (n, *shape); None where it is missing, incomplete, damaged or from another request."""
+    def read(self, shard: int) -> np.ndarray | None:
+        """A shard (n, *shape); None where it is missing, truncated, damaged or from another request."""
         try:
-            stored = read_bytes(self.path(part), OutputError, MOST_LIST_BYTES)
+            stored = read_bytes(self.path(shard), OutputError, MOST_LIST_BYTES)
             body, checksum = memoryview(stored)[:-_CHECKSUM_BYTES], stored[-_CHECKSUM_BYTES:]
             if self._checksum(body) != checksum:
                 return None
-            array = parse_npy(body, str(self.path(part)), OutputError)
+            array = parse_npy(body, str(self.path(shard)), OutputError)
         except OutputError:
             return None
-        whole = array.shape == (len(self.numbers(part)), *self.shape) and array.dtype == self.dtype
+        whole = array.shape == (len(self.numbers(shard)), *self.shape) and array.dtype == self.dtype
         return array if whole else None
 
-    def is_whole(self, part: int) -> bool:
-        """Whether a shard is there and its checksum holds; read once per process."""
-        if part not in self._verified and self.read(part) is not None:
-            self._verified.add(part)
-        return part in self._verified
+    def is_whole(self, shard: int) -> bool:
+        """Whether a shard exists and matches its checksum; verified once per process."""
+        if shard not in self._verified and self.read(shard) is not None:
+            self._verified.add(shard)
+        return shard in self._verified
 
     def missing(self) -> list[int]:
-        """Shards that have yet to be drawn."""
-        return [part for part in range(self.count) if not self.is_whole(part)]
+        """Numbers of the shards that have not been drawn."""
+        return [shard for shard in range(self.count) if not self.is_whole(shard)]
 
     def finished(self) -> int:
-        """Number of samples whose shards are there, of all ranks; checksums are not verified."""
+        """Number of samples in existing shards, of all ranks; checksums are not verified."""
         there = {path.name for path in self.folder.glob("*.npy")}
-        return sum(len(self.numbers(part)) for part in range(self.count) if f"{part:06d}.npy" in there)
+        return sum(len(self.numbers(shard)) for shard in range(self.count) if f"{shard:06d}.npy" in there)
 
-    def write(self, part: int, samples: np.ndarray) -> None:
-        """Store a shard; it survives a kill from here on."""
-        expected = (len(self.numbers(part)), *self.shape)
+    def write(self, shard: int, samples: np.ndarray) -> None:
+        """Store a shard (n, *shape) durably.
+
+        Raises:
+            OutputError: It cannot be written, or does not read back as written.
+        """
+        expected = (len(self.numbers(shard)), *self.shape)
         if samples.shape != expected or samples.dtype != self.dtype:
             raise ValueError(
-                f"shard {part} is {samples.dtype} {samples.shape}, expected {self.dtype} {expected}"
+                f"shard {shard} is {samples.dtype} {samples.shape}, expected {self.dtype} {expected}"
             )
 
         def save(temporary: Path) -> None:
@@ -153,16 +164,18 @@ class Parts:
                 file.write(buffer.getbuffer())
                 file.write(self._checksum(buffer.getbuffer()))
 
-        write_atomically(self.path(part), save)
-        if not self.is_whole(part):
-            raise OutputError(f"{self.path(part)} does not read back as it was written; choose another --out")
+        write_atomically(self.path(shard), save)
+        if not self.is_whole(shard):
+            raise OutputError(
+                f"{self.path(shard)} does not read back as it was written; choose another --out"
+            )
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """The shards in order, each (n, *shape)."""
-        for part in range(self.count):
-            array = self.read(part)
+        """The shards in order, each (n, *shape); OutputError for one that is missing or damaged."""
+        for shard in range(self.count):
+            array = self.read(shard)
             if array is None:
-                raise OutputError(f"{self.path(part)} is missing or damaged; run the command again")
+                raise OutputError(f"{self.path(shard)} is missing or damaged; run the command again")
             yield array
 
     def first(self, most: int) -> np.ndarray:
@@ -175,7 +188,7 @@ class Parts:
         return np.concatenate(taken)
 
     def write_npz(self, path: Path) -> None:
-        """All samples as ADM's archive: uint8 (num, H, W, C) under `arr_0`, stored; equal samples give equal bytes."""
+        """Write an ADM archive: `arr_0`, uint8 (num, H, W, C), uncompressed; equal samples give equal bytes."""
 
         def save(temporary: Path) -> None:
             with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
@@ -193,7 +206,7 @@ class Parts:
         write_atomically(path, save)
 
     def remove(self) -> None:
-        """Delete the shards, once the results are made of them."""
+        """Delete the shards, once the results are written."""
         with contextlib.suppress(OSError):
             shutil.rmtree(self.folder)
 

@@ -1,30 +1,33 @@
-"""Solvers: plain generators over a denoiser, one state for each step from noise to data.
+"""Solvers: generators over a denoiser that yield the state after each step, from noise to data.
 
-`denoise(x, i) -> Denoised` answers for the state x (N, C, H, W) at node i of `nodes`. Coefficients are computed in
-float64 before the loop and lie on the state's device, so that no step waits for the host and a whole trajectory can be
-captured as one CUDA graph (after a first run, which makes the device's copy). States are float32 or float64.
+`denoise(x, i) -> Denoised` predicts x_0 for the state x (N, C, H, W) at step i of `schedule`. Coefficients are computed
+in float64 before the loop and stored on the device of the state, so that no step synchronizes with the host and a whole
+trajectory can be captured as one CUDA graph. States are float32 or float64.
 
-Each solver is written on the predicted x_0. With lambda = log(alpha / sigma), the probability flow's exact solution
-from node s to node t is x_t = (sigma_t / sigma_s) x_s + sigma_t int exp(lambda) x_0(lambda) d lambda
-(Lu et al. 2022, DPM-Solver++, arXiv:2211.01095, equation 8); solvers differ in what they take x_0(lambda) for.
+Each solver is written in terms of the predicted x_0. With lambda = log(alpha / sigma), the exact solution of the
+probability-flow ODE from step s to step t is
+
+    x_t = (sigma_t / sigma_s) x_s + sigma_t int exp(lambda) x_0(lambda) d lambda
+
+(Lu et al. 2022, DPM-Solver++, arXiv:2211.01095, equation 8); solvers differ in how they approximate x_0(lambda).
 """
 
-import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.diffusion.gaussian_diffusion import DeviceTable
 from dit_fast.errors import ConfigError
-from dit_fast.sampling.schedule import Array, Nodes
+from dit_fast.sampling.schedule import Array, NoiseSchedule
 
 
 class Denoised(NamedTuple):
-    """A model's prediction of x_0 and, where it learned one, what it says of the variance: as `Nodes.variance` has it,
-    the place between its bounds, in [-1, 1], or its logarithm.
+    """Prediction of x_0, (N, C, H, W), and of a learned variance.
+
+    `variance` follows `NoiseSchedule.variance`: for "learned" the position between the bounds, in [-1, 1]; for
+    "learned-log" the logarithm; None where the model does not learn one.
     """
 
     data: Tensor
@@ -32,13 +35,14 @@ class Denoised(NamedTuple):
 
 
 Denoiser = Callable[[Tensor, int], Denoised]
-# noise(i) -> standard normal values (N, C, H, W) of step i.
+"""denoise(x, i): prediction of x_0 for the state x (N, C, H, W) at step i."""
 Noise = Callable[[int], Tensor]
-# score(x, i) -> gradient of log p(y | x) with respect to x.
+"""noise(i): standard normal values (N, C, H, W) for step i."""
 Score = Callable[[Tensor, int], Tensor]
-Trajectory = Iterator[Tensor]
+"""score(x, i): gradient of log p(y | x) with respect to x at step i."""
+States = Iterator[Tensor]
+"""The state (N, C, H, W) after each step."""
 
-# w of an SDE from t, sigma and the w of score-based diffusion (SiT's choices).
 DIFFUSION_FORMS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "constant": lambda t, sigma, sbdm: np.ones_like(t),
     "sbdm": lambda t, sigma, sbdm: sbdm,
@@ -47,75 +51,98 @@ DIFFUSION_FORMS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "decreasing": lambda t, sigma, sbdm: (np.cos(np.pi * t) + 1) ** 2 / 4,
     "increasing-decreasing": lambda t, sigma, sbdm: np.sin(np.pi * t) ** 2,
 }
+"""Diffusion coefficient w of an SDE, from t, sigma and the w of score-based diffusion; the choices of SiT."""
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
+"""Last step: without noise ("mean"), along the ODE ("euler"), to the predicted x_0 ("tweedie"), or omitted."""
 
 
 def ddpm(
-    denoise: Denoiser, x: Tensor, nodes: Nodes, noise: Noise, *, score: Score | None = None
-) -> Trajectory:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), with the variance that `nodes.variance` names.
+    denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, noise: Noise, *, score: Score | None = None
+) -> States:
+    """DDPM: ancestral sampling (Ho et al. 2020, algorithm 2).
 
     A learned variance is interpolated between the logarithms of its bounds (Nichol & Dhariwal 2021, equation 15).
-    `score`: of a classifier, which moves the mean by variance * score (Dhariwal & Nichol 2021, algorithm 1).
+
+    Args:
+        denoise: Predicts x_0.
+        x: Initial noise (N, C, H, W).
+        schedule: Noise schedule; its `variance` selects the variance of a step.
+        noise: Noise of each step.
+        score: Score of a classifier, which shifts the mean by variance * score (Dhariwal & Nichol 2021, algorithm 1).
+
+    Yields:
+        The state after each step (N, C, H, W).
+
+    Raises:
+        ConfigError: The schedule has a learned variance and the model does not predict one.
     """
-    table = _rows(ddpm_table(nodes), x)
-    for i in range(len(nodes)):
+    table = _on_device(ddpm_table, schedule, x)
+    for i in range(len(schedule)):
         of_x, of_data, log_small, log_large = table[i]
         data, learned = denoise(x, i)
         mean = torch.addcmul(of_x * x, of_data, data)
-        if not nodes.variance.startswith("learned"):
-            log_variance = log_small if nodes.variance == "small" else log_large
+        if not schedule.variance.startswith("learned"):
+            log_variance = log_small if schedule.variance == "small" else log_large
         elif learned is None:
-            raise ConfigError("these nodes have a learned variance and the model predicts none")
-        elif nodes.variance == "learned":
+            raise ConfigError("the noise schedule has a learned variance and the model predicts none")
+        elif schedule.variance == "learned":
             log_variance = torch.lerp(log_small, log_large, (learned + 1) / 2)
         else:
             log_variance = learned
         if score is not None:
             mean = mean + log_variance.exp() * score(x, i)
-        x = mean if i + 1 == len(nodes) else torch.addcmul(mean, (0.5 * log_variance).exp(), noise(i))
+        x = mean if i + 1 == len(schedule) else torch.addcmul(mean, (0.5 * log_variance).exp(), noise(i))
         yield x
 
 
-@functools.lru_cache(maxsize=32)
-def ddpm_table(nodes: Nodes) -> DeviceTable:
-    """(N, 4): what the posterior's mean takes of x and of x_0, and the logarithms of both bounds of its variance."""
-    (alpha, next_alpha), (sigma, next_sigma) = _pairs(nodes.alphas), _pairs(nodes.sigmas)
+def ddpm_table(schedule: NoiseSchedule) -> Array:
+    """Coefficients (N, 4) of x and of x_0 in the posterior mean, and the log of the lower and upper variance bound."""
+    (alpha, next_alpha), (sigma, next_sigma) = _pairs(schedule.alphas), _pairs(schedule.sigmas)
     ratio = alpha / next_alpha
     beta = sigma**2 - ratio**2 * next_sigma**2
     posterior = beta * next_sigma**2 / sigma**2
-    # The last posterior has no variance; where its logarithm is read, it is the one before's (or of beta, if alone).
-    small = np.where(posterior > 0, posterior, posterior[-2] if len(nodes) > 1 else beta)
-    large = np.append(beta[:-1], small[-1:]) if nodes.variance == "large" else beta
+    # The variance of the last posterior is 0; its logarithm is that of the step before, as in Ho et al.'s code.
+    small = np.where(posterior > 0, posterior, posterior[-2] if len(schedule) > 1 else beta)
+    large = np.append(beta[:-1], small[-1:]) if schedule.variance == "large" else beta
     return _table(
         ratio * next_sigma**2 / sigma**2, next_alpha * beta / sigma**2, np.log(small), np.log(large)
     )
 
 
 def ddim(
-    denoise: Denoiser, x: Tensor, nodes: Nodes, noise: Noise | None = None, *, eta: float = 0.0
-) -> Trajectory:
-    """DDIM (Song et al. 2020, equation 12): `eta` 0 is deterministic, 1 has the small variance of DDPM.
+    denoise: Denoiser, x: Tensor, schedule: NoiseSchedule, noise: Noise | None = None, *, eta: float = 0.0
+) -> States:
+    """DDIM (Song et al. 2020, equation 12).
 
-    At eta 0 this is also DPM-Solver++ of order one. Raises ConfigError for an eta outside [0, 1].
+    Args:
+        denoise: Predicts x_0.
+        x: Initial noise (N, C, H, W).
+        schedule: Noise schedule.
+        noise: Noise of each step; needed for eta above 0.
+        eta: 0 is deterministic, and equals first-order DPM-Solver++; 1 has the small variance of DDPM.
+
+    Yields:
+        The state after each step (N, C, H, W).
+
+    Raises:
+        ConfigError: `eta` is outside [0, 1], or above 0 without `noise`.
     """
     if not 0 <= eta <= 1:
         raise ConfigError(f"eta {eta}: choose a number from 0 (deterministic) to 1")
     if eta and noise is None:
         raise ConfigError(f"eta {eta} draws noise at every step: give noise")
-    table = _rows(ddim_table(nodes, eta), x)
-    for i in range(len(nodes)):
+    table = _on_device(ddim_table, schedule, x, eta)
+    for i in range(len(schedule)):
         of_x, of_data, of_noise = table[i]
         x = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
-        if eta and noise is not None and i + 1 < len(nodes):
+        if eta and noise is not None and i + 1 < len(schedule):
             x = torch.addcmul(x, of_noise, noise(i))
         yield x
 
 
-@functools.lru_cache(maxsize=32)
-def ddim_table(nodes: Nodes, eta: float = 0.0) -> DeviceTable:
-    """(N, 3): what the next state takes of x, of x_0 and of fresh noise."""
-    (alpha, next_alpha), (sigma, next_sigma) = _pairs(nodes.alphas), _pairs(nodes.sigmas)
+def ddim_table(schedule: NoiseSchedule, eta: float) -> Array:
+    """Coefficients (N, 3) of x, x_0 and new noise in the next state."""
+    (alpha, next_alpha), (sigma, next_sigma) = _pairs(schedule.alphas), _pairs(schedule.sigmas)
     fresh = (
         eta * next_sigma / sigma * np.sqrt(np.maximum(sigma**2 - (alpha / next_alpha * next_sigma) ** 2, 0))
     )
@@ -123,34 +150,39 @@ def ddim_table(nodes: Nodes, eta: float = 0.0) -> DeviceTable:
     return _table(of_x, next_alpha - of_x * alpha, fresh)
 
 
-def ddim_inversion(denoise: Denoiser, x: Tensor, nodes: Nodes) -> Trajectory:
-    """The deterministic DDIM path from data to noise (Song et al. 2020, section 4.3).
+def ddim_inversion(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
+    """DDIM inversion: the deterministic path from data to noise (Song et al. 2020, section 4.3).
 
-    x is taken for the state at the last, least noisy node; N - 1 steps lead to the first node.
+    Args:
+        denoise: Predicts x_0.
+        x: State (N, C, H, W) at the last, least noisy step of `schedule`.
+        schedule: Noise schedule of n steps.
+
+    Yields:
+        The state after each of n - 1 steps; the last one is the state at the first, noisiest step.
     """
-    table = _rows(inversion_table(nodes), x)
-    for i in range(len(nodes) - 1, 0, -1):
+    table = _on_device(inversion_table, schedule, x)
+    for i in range(len(schedule) - 1, 0, -1):
         of_x, of_data = table[i]
         x = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
         yield x
 
 
-@functools.lru_cache(maxsize=32)
-def inversion_table(nodes: Nodes) -> DeviceTable:
-    """(N, 2): what the state at node i - 1 takes of x and x_0 at node i; the first row is not used."""
-    alpha, sigma = nodes.alphas[:-1], nodes.sigmas[:-1]
+def inversion_table(schedule: NoiseSchedule) -> Array:
+    """Coefficients (N, 2) of x and x_0 at step i in the state at step i - 1; the first row is not used."""
+    alpha, sigma = schedule.alphas[:-1], schedule.sigmas[:-1]
     back = np.roll(sigma, 1) / sigma
     return _table(back, np.roll(alpha, 1) - back * alpha)
 
 
-def dpm_solver_pp_2m(denoise: Denoiser, x: Tensor, nodes: Nodes) -> Trajectory:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order, one evaluation a step.
+def dpm_solver_pp_2m(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order, one evaluation per step.
 
-    The first step is of order one, and so is a last step to sigma 0, where lambda is infinite.
+    The first step is first-order, and so is a last step to sigma = 0, where lambda is infinite.
     """
-    table = _rows(dpm_table(nodes), x)
+    table = _on_device(dpm_table, schedule, x)
     previous: Tensor | None = None
-    for i in range(len(nodes)):
+    for i in range(len(schedule)):
         of_x, of_data, of_previous = table[i]
         data = denoise(x, i).data
         x = torch.addcmul(of_x * x, of_data, data)
@@ -160,27 +192,26 @@ def dpm_solver_pp_2m(denoise: Denoiser, x: Tensor, nodes: Nodes) -> Trajectory:
         yield x
 
 
-@functools.lru_cache(maxsize=32)
-def dpm_table(nodes: Nodes) -> DeviceTable:
-    """(N, 3): what the next state takes of x, of x_0 here and of x_0 at the node before."""
-    of_x, total, step = _first_order(nodes)
-    extra = np.zeros(len(nodes))
-    for i in range(1, len(nodes)):
+def dpm_table(schedule: NoiseSchedule) -> Array:
+    """Coefficients (N, 3) of x, x_0 and the previous x_0 in the next state."""
+    of_x, total, step = _first_order(schedule)
+    extra = np.zeros(len(schedule))
+    for i in range(1, len(schedule)):
         if np.isfinite(step[i]) and np.isfinite(step[i - 1]):
             extra[i] = total[i] * step[i] / (2 * step[i - 1])
     return _table(of_x, total + extra, -extra)
 
 
-def unipc(denoise: Denoiser, x: Tensor, nodes: Nodes) -> Trajectory:
-    """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867, algorithm 1): third order at one evaluation.
+def unipc(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
+    """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867, algorithm 1): third order.
 
-    Each evaluation first corrects the state that it was made at (UniC-2), then predicts the next one (UniP-2, which
-    for this B is DPM-Solver++(2M)).
+    Each step evaluates the model once, corrects the state at which it did (UniC-2), and predicts the next state (UniP-2,
+    which for this B is DPM-Solver++(2M)).
     """
-    predictor, corrector = _rows(dpm_table(nodes), x), _rows(unipc_table(nodes), x)
-    before: Tensor | None = None  # the corrected state at node i - 1
-    history: list[Tensor] = []  # x_0 at nodes i - 1 and i - 2
-    for i in range(len(nodes)):
+    predictor, corrector = _on_device(dpm_table, schedule, x), _on_device(unipc_table, schedule, x)
+    before: Tensor | None = None  # the corrected state at step i - 1
+    history: list[Tensor] = []  # x_0 at steps i - 1 and i - 2
+    for i in range(len(schedule)):
         data = denoise(x, i).data
         if before is not None:
             of_before, of_here, of_last, of_older = corrector[i]
@@ -197,87 +228,98 @@ def unipc(denoise: Denoiser, x: Tensor, nodes: Nodes) -> Trajectory:
         yield x
 
 
-@functools.lru_cache(maxsize=32)
-def unipc_table(nodes: Nodes) -> DeviceTable:
-    """(N, 4): what the corrected state at node i takes of the state before, and of x_0 here, before, and before that.
+def unipc_table(schedule: NoiseSchedule) -> Array:
+    """Coefficients (N, 4) of the state at i - 1 and of x_0 at i, i - 1 and i - 2 in the corrected state at step i.
 
-    The first row is not used. With one x_0 before, the difference weighs 1/2 (UniC-1); with two, both differences are
-    weighed so that the parabola through the three x_0 is integrated exactly (UniC-2).
+    The first row is not used. With one earlier x_0, the difference has weight 1/2 (UniC-1); with two, the weights
+    integrate the parabola through the three x_0 exactly (UniC-2).
     """
-    of_x, total, step = _first_order(nodes)
-    rows = np.zeros((len(nodes), 4))
-    for i in range(1, len(nodes)):
+    of_x, total, step = _first_order(schedule)
+    rows = np.zeros((len(schedule), 4))
+    for i in range(1, len(schedule)):
         h = step[i - 1]
         here, older = 0.0, 0.0
         if np.isfinite(h):
             here = 0.5
         if i > 1 and np.isfinite(h) and np.isfinite(step[i - 2]):
-            # int_0^1 exp((u - 1) h) u^k du over that for k = 0, at k = 1 and 2; u is (lambda - lambda_s) / h.
+            # With u = (lambda - lambda_s) / h: the moments int_0^1 exp((u - 1) h) u^k du for k = 1 and 2, divided by
+            # that for k = 0.
             first = -1 / np.expm1(-h) - 1 / h
             second = -1 / np.expm1(-h) - 2 / h * first
             place = -step[i - 2] / h
             here, older = np.linalg.solve([[1.0, place], [1.0, place**2]], [first, second])
         scaled = total[i - 1] * np.array([here, 1 - here - older, older])
         rows[i] = of_x[i - 1], *scaled
-    return DeviceTable(torch.from_numpy(rows))
+    return rows
 
 
-def euler(denoise: Denoiser, x: Tensor, nodes: Nodes) -> Trajectory:
+def euler(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
     """Euler's method for flow matching (Liu et al. 2022, Rectified Flow, section 2.1).
 
-    With s = alpha + sigma, x / s moves on the straight path with velocity x_0 - noise in the time alpha / s, whatever
-    the schedule: one step of constant velocity is one step of DDIM, which is what is computed.
+    With s = alpha + sigma, x / s follows the straight path with velocity x_0 - noise in the time alpha / s for every
+    schedule. A step of constant velocity is therefore a step of DDIM, and is computed as one.
     """
-    return ddim(denoise, x, nodes)
+    return ddim(denoise, x, schedule)
 
 
-def heun(denoise: Denoiser, x: Tensor, nodes: Nodes) -> Trajectory:
+def heun(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
     """Heun's second-order method (Karras et al. 2022, EDM, algorithm 1, without noise) on the path of `euler`.
 
-    Two evaluations a step, but one for the last, which ends where no model was trained.
+    Two evaluations per step, except for the last step, which ends at sigma = 0, where no model was trained.
     """
-    predictor, corrector = _rows(ddim_table(nodes), x), _rows(heun_table(nodes), x)
-    for i in range(len(nodes)):
+    predictor, corrector = _on_device(ddim_table, schedule, x, 0.0), _on_device(heun_table, schedule, x)
+    for i in range(len(schedule)):
         of_x, of_data, _ = predictor[i]
         guess = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
-        if i + 1 < len(nodes):
+        if i + 1 < len(schedule):
             of_x, of_guess, of_data = corrector[i]
             guess = torch.addcmul(of_x * x + of_guess * guess, of_data, denoise(guess, i + 1).data)
         x = guess
         yield x
 
 
-@functools.lru_cache(maxsize=32)
-def heun_table(nodes: Nodes) -> DeviceTable:
-    """(N, 3): what the next state takes of x, of Euler's guess and of x_0 at the guess; the last row is not used."""
-    total = nodes.alphas + nodes.sigmas
-    time = nodes.alphas / total
+def heun_table(schedule: NoiseSchedule) -> Array:
+    """Coefficients (N, 3) of x, the Euler guess and x_0 at the guess in the next state; the last row is not used."""
+    total = schedule.alphas + schedule.sigmas
+    time = schedule.alphas / total
     gain = np.diff(time)[:-1] / (1 - time[1:-1])
-    rows = np.zeros((len(nodes), 3))
+    rows = np.zeros((len(schedule), 3))
     rows[:-1, 0] = total[1:-1] / (2 * total[:-2])
     rows[:-1, 1] = (1 - gain) / 2
     rows[:-1, 2] = gain * total[1:-1] / 2
-    return DeviceTable(torch.from_numpy(rows))
+    return rows
 
 
 def sde(
     denoise: Denoiser,
     x: Tensor,
-    nodes: Nodes,
+    schedule: NoiseSchedule,
     noise: Noise,
     *,
     form: str = "sigma",
     last_step: str = "mean",
-) -> Trajectory:
-    """Euler and Maruyama's method for dx = (velocity + w score) dt + sqrt(2 w) dW, from noise to data.
+) -> States:
+    """Euler-Maruyama method for dx = (velocity + w score) dt + sqrt(2 w) dW, from noise to data.
 
-    For every w(t) that is not negative its states have the same distributions as the flow's (Ma et al. 2024, SiT,
-    arXiv:2401.08740, section 2); `form` names one of DIFFUSION_FORMS. `last_step`: one of LAST_STEPS, "mean" and
-    "euler" without noise, the latter along the flow alone; "tweedie" to the predicted x_0; "none" ends before it.
-    Raises ConfigError for another name, for discrete timesteps, or where w is infinite.
+    For every w(t) >= 0 the states have the same distributions as those of the ODE (Ma et al. 2024, SiT,
+    arXiv:2401.08740, section 2).
+
+    Args:
+        denoise: Predicts x_0.
+        x: Initial noise (N, C, H, W).
+        schedule: Noise schedule in continuous time, with `rates`.
+        noise: Noise of each step.
+        form: Diffusion coefficient w, one of `DIFFUSION_FORMS`.
+        last_step: One of `LAST_STEPS`.
+
+    Yields:
+        The state after each step (N, C, H, W).
+
+    Raises:
+        ConfigError: A name is unknown, the timesteps are discrete, or w is infinite.
     """
-    table = _rows(sde_table(nodes, form, last_step), x)
-    steps = len(nodes)
+    table = _on_device(sde_table, schedule, x, form, last_step)
+    steps = len(schedule)
     for i in range(steps - (last_step == "none")):
         of_x, of_data, of_noise = table[i]
         x = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
@@ -288,22 +330,25 @@ def sde(
         yield x
 
 
-@functools.lru_cache(maxsize=32)
-def sde_table(nodes: Nodes, form: str, last_step: str) -> DeviceTable:
-    """(N, 3): what the next state takes of x, of x_0 and of fresh noise."""
+def sde_table(schedule: NoiseSchedule, form: str, last_step: str) -> Array:
+    """Coefficients (N, 3) of x, x_0 and new noise in the next state."""
     if form not in DIFFUSION_FORMS or last_step not in LAST_STEPS:
         raise ConfigError(
             f"diffusion form {form!r}, last step {last_step!r}: choose {', '.join(DIFFUSION_FORMS)}; "
             f"{', '.join(LAST_STEPS)}"
         )
-    if nodes.rates is None:
-        raise ConfigError("an SDE runs in continuous time, and these timesteps are discrete: use ddpm")
-    alpha, sigma, (alpha_rate, sigma_rate) = nodes.alphas[:-1], nodes.sigmas[:-1], nodes.rates
-    step = np.diff(nodes.times, append=1.0)
+    if schedule.rates is None:
+        raise ConfigError("an SDE needs continuous time, and these timesteps are discrete: use ddpm")
+    alpha, sigma, (alpha_rate, sigma_rate) = schedule.alphas[:-1], schedule.sigmas[:-1], schedule.rates
+    step = np.diff(schedule.times, append=1.0)
     with np.errstate(divide="ignore"):
-        weight = DIFFUSION_FORMS[form](nodes.times, sigma, sigma * (alpha_rate * sigma / alpha - sigma_rate))
+        weight = DIFFUSION_FORMS[form](
+            schedule.times, sigma, sigma * (alpha_rate * sigma / alpha - sigma_rate)
+        )
     if not np.isfinite(weight).all():
-        raise ConfigError(f"diffusion form {form} is infinite at alpha 0: start later, or choose another")
+        raise ConfigError(
+            f"diffusion form {form} is infinite at alpha 0: choose a later start or another form"
+        )
     if last_step == "euler":
         weight[-1] = 0.0
     # velocity = alpha' x_0 + sigma' noise and score = -noise / sigma, with noise = (x - alpha x_0) / sigma.
@@ -316,29 +361,36 @@ def sde_table(nodes: Nodes, form: str, last_step: str) -> DeviceTable:
 
 
 def _pairs(values: Array) -> tuple[Array, Array]:
-    """Each node's value and the next one's."""
+    """The value at each step and at the next one."""
     return values[:-1], values[1:]
 
 
-def _first_order(nodes: Nodes) -> tuple[Array, Array, Array]:
-    """sigma_t / sigma_s; alpha_t (1 - exp(-h)), what x_t takes of a constant x_0; and h = lambda_t - lambda_s."""
-    (alpha, next_alpha), (sigma, next_sigma) = _pairs(nodes.alphas), _pairs(nodes.sigmas)
+def _first_order(schedule: NoiseSchedule) -> tuple[Array, Array, Array]:
+    """sigma_t / sigma_s; alpha_t (1 - exp(-h)), the coefficient of a constant x_0; and h = lambda_t - lambda_s."""
+    (alpha, next_alpha), (sigma, next_sigma) = _pairs(schedule.alphas), _pairs(schedule.sigmas)
     of_x = next_sigma / sigma
     with np.errstate(divide="ignore"):
         step = np.log(next_alpha / next_sigma) - np.log(alpha / sigma)
     return of_x, next_alpha - of_x * alpha, step
 
 
-def _table(*columns: Array) -> DeviceTable:
-    return DeviceTable(torch.from_numpy(np.stack(columns, axis=1)))
+def _table(*columns: Array) -> Array:
+    return np.stack(columns, axis=1)
 
 
-def _rows(table: DeviceTable, x: Tensor) -> Tensor:
-    """The table on the device of x, each entry rounded once to its dtype; a row's entries are views."""
-    return table.on(x.device).to(x.dtype)
+def _on_device(table: Callable[..., Array], schedule: NoiseSchedule, x: Tensor, *options: Any) -> Tensor:
+    """`table(schedule, *options)` on the device of x, each entry rounded once to its dtype.
+
+    Copied once and kept by the schedule: while a CUDA graph is captured, nothing may be copied from the host, and its
+    replays read the table for as long as the schedule is in use.
+    """
+    key = (table, x.device, x.dtype, *options)
+    if key not in schedule.device_tables:
+        schedule.device_tables[key] = torch.from_numpy(table(schedule, *options)).to(x.dtype).to(x.device)
+    return schedule.device_tables[key]
 
 
-DETERMINISTIC: dict[str, Callable[[Denoiser, Tensor, Nodes], Trajectory]] = {
+DETERMINISTIC: dict[str, Callable[[Denoiser, Tensor, NoiseSchedule], States]] = {
     "dpm++2m": dpm_solver_pp_2m,
     "unipc": unipc,
     "euler": euler,

@@ -1,7 +1,13 @@
-"""One trajectory of a batch: its fixed memory, the steps that read it, and how it is captured."""
+"""Sampling trajectory of one batch: its noise, its modulation table, its steps, and their capture as CUDA graphs.
 
-from collections.abc import Callable, Iterator
+A captured trajectory reads and writes fixed memory. Its inputs are copied there before each replay and its outputs are
+cloned afterwards, so that a later replay never overwrites a tensor of the caller.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,20 +15,29 @@ from torch import Tensor
 
 from dit_fast.model.dit import DiT
 from dit_fast.sampling import solvers
-from dit_fast.sampling.guidance import Guidance, guide
-from dit_fast.sampling.schedule import Nodes
+from dit_fast.sampling.config import SamplerConfig
+from dit_fast.sampling.guidance import guide
+from dit_fast.sampling.schedule import NoiseSchedule
 from dit_fast.sampling.solvers import Denoised
 from dit_fast.utils import keyed
-from dit_fast.utils.cuda_graphs import GraphBackend, Replay
 
-# A draw covers this many steps: one launch of the generator costs as much as several steps' numbers.
-BLOCK = 25
+CondFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""cond_fn(x, t, y): gradient of log p(y | x) with respect to x, (N, C, H, W)."""
+Evaluate = Callable[..., Denoised]
+
+# Steps whose noise is drawn at once: a launch of the generator costs as much as the numbers of several steps.
+_NOISE_STEPS = 25
+# UniPC reaches its last branch, with two earlier predictions, at the third step.
+_WARM_UP_STEPS = 3
 
 
 class KeyedNoise:
-    """Noise of sample i that depends on (seed, i) alone: not on the batch, the ranks, or the samples before.
+    """Noise of sample i as a function of (seed, i): independent of the batch, the ranks and earlier samples.
 
-    `numbers`: int64 (n,), on the device of the draws. `shape`: (C, H, W).
+    Args:
+        seed: Random seed.
+        numbers: Sample numbers, int64 (n,), on the device of the draws.
+        shape: (C, H, W) of a sample.
     """
 
     def __init__(self, seed: int, numbers: Tensor, shape: tuple[int, ...]) -> None:
@@ -30,48 +45,53 @@ class KeyedNoise:
         self._block, self._values = -1, torch.empty(0)
 
     def start(self) -> Tensor:
-        """Pure noise to begin with, float32 (n, C, H, W)."""
+        """Initial noise, float32 (n, C, H, W)."""
         return keyed.normal(keyed.key(self.seed, "sampling start"), self.numbers, self.shape)
 
     def step(self, i: int) -> Tensor:
-        """The noise of step i, float32 (n, C, H, W)."""
-        if i // BLOCK != self._block:
-            self._block = i // BLOCK
-            key = keyed.key(self.seed, f"sampling steps {self._block}")
-            self._values = keyed.normal(key, self.numbers, (BLOCK, *self.shape))
-        return self._values[:, i % BLOCK]
+        """Noise of step i, float32 (n, C, H, W)."""
+        block, place = divmod(i, _NOISE_STEPS)
+        if block != self._block:
+            key = keyed.key(self.seed, f"sampling steps {block}")
+            self._block, self._values = block, keyed.normal(key, self.numbers, (_NOISE_STEPS, *self.shape))
+        return self._values[:, place]
 
 
 class ReferenceNoise:
-    """The reference's draws after `torch.manual_seed(seed)`: n to begin with, then 2n at each step under guidance.
+    """Draws of the reference's sample.py after `torch.manual_seed(seed)`; steps must be requested in order.
 
-    Steps must be asked for in order. The second half of 2n belongs to the null branch, whose state is thrown away.
+    Args:
+        seed: Random seed.
+        numbers: Sample numbers, int64 (n,), on the device of the draws.
+        shape: (C, H, W) of a sample.
+        doubled: Draw 2n samples per step, as under guidance. The second half belongs to the null branch, whose state
+            the reference discards.
     """
 
     def __init__(self, seed: int, numbers: Tensor, shape: tuple[int, ...], doubled: bool) -> None:
         self.shape, self.doubled, self.n = shape, doubled, len(numbers)
         self.device = numbers.device
-        self.generator = torch.Generator(self.device).manual_seed(batch_seed(seed, int(numbers[0])))
+        self.generator = torch.Generator(self.device).manual_seed(_batch_seed(seed, int(numbers[0])))
 
     def start(self) -> Tensor:
-        """As `KeyedNoise.start`."""
+        """Initial noise, float32 (n, C, H, W)."""
         return torch.randn(self.n, *self.shape, generator=self.generator, device=self.device)
 
     def step(self, i: int) -> Tensor:
-        """As `KeyedNoise.step`, for the next i."""
+        """Noise of step i, the step after the last one requested, float32 (n, C, H, W)."""
         n = 2 * self.n if self.doubled else self.n
         return torch.randn(n, *self.shape, generator=self.generator, device=self.device)[: self.n]
 
 
-def batch_seed(seed: int, first: int) -> int:
-    """Seed of the batch whose first sample has number `first`; the first batch has `seed` itself."""
+def _batch_seed(seed: int, first: int) -> int:
+    """Seed of the batch whose first sample has number `first`; `seed` itself for the first batch."""
     if first == 0:
         return seed
     return int(np.random.SeedSequence((seed, first)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def loop_parameters(model: DiT) -> list[Tensor]:
-    """The parameters that a step with given modulation vectors reads."""
+    """Parameters that a step reads once its modulation vectors are known."""
     hoisted = {id(p) for layer in model.modulation_layers() for p in layer.parameters()}
     return [
         p
@@ -81,16 +101,21 @@ def loop_parameters(model: DiT) -> list[Tensor]:
 
 
 def modulation_width(model: DiT, caption_tokens: int = 1) -> int:
-    """Numbers in one modulation vector: (6 depth + 2) D under adaLN-Zero, (1 + S) D of a caption of S tokens."""
+    """Size of a modulation vector: (6 depth + 2) D with adaLN-Zero, (1 + S) D for a caption of S tokens."""
     return sum(model.modulation_widths(caption_tokens))
 
 
 class ModulationTable:
-    """Modulation vectors of up to `steps` consecutive nodes for `rows` labels, or captions of `caption_tokens` tokens:
-    (steps, rows, `modulation_width`).
+    """Modulation vectors for consecutive steps and the labels of a batch.
 
-    `values` keeps its memory when it is filled again. With `offload`, the adaLN weights wait on the CPU and each is
-    brought to the table's device while it is used.
+    `values` (steps, rows, `modulation_width`) keeps its memory when it is filled again.
+
+    Args:
+        model: The model.
+        steps: Upper bound on the number of steps.
+        rows: Number of labels or captions.
+        caption_tokens: Tokens of a caption.
+        offload: Keep the adaLN weights on the CPU and copy each to the device of the table while it is used.
     """
 
     def __init__(
@@ -102,7 +127,12 @@ class ModulationTable:
         self.values = torch.zeros(steps, rows, width, dtype=like.dtype, device=like.device)
 
     def fill(self, times: Tensor, labels: Tensor) -> None:
-        """Make the vectors of `times` (at most `steps`) and `labels` (rows,), up to the null class, or captions."""
+        """Compute the vectors.
+
+        Args:
+            times: Timesteps, at most `steps`.
+            labels: Labels int64 (rows,), the null class included, or captions (rows, S, E).
+        """
         t = self.model.t_embedder(times)
         y = self.model.embed_labels(labels)
         y = None if y is None else y.repeat(len(times), *[1] * (y.ndim - 1))
@@ -111,171 +141,240 @@ class ModulationTable:
         for layer in self.model.modulation_layers():
             if self.offload:
                 layer.to(c.device)
-            made = layer(c).flatten(1).unflatten(0, (len(times), len(labels)))
+            vectors = layer(c).flatten(1).unflatten(0, (len(times), len(labels)))
             if self.offload:
                 layer.to("cpu")
-            self.values[: len(times), :, start : start + made.shape[-1]] = made
-            start += made.shape[-1]
-
-
-_WARM_UP_STEPS = 3
-
-# cond_fn(x, t, y) -> gradient of log p(y | x) with respect to x.
-CondFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-Evaluate = Callable[..., Denoised]
-
-
-@dataclass(frozen=True)
-class ProgramKey:
-    """All that a captured trajectory is made for; another value of any of these needs another capture.
-
-    `rows`: labels or captions in the modulation table; `caption`: shape (S, E) of one, () of labels;
-    `segments`: (start, stop) of the steps that are run in one go;
-    `switches`: which kernels and attention the model runs; `weights`: addresses of the parameters that steps read.
-    """
-
-    batch: int
-    rows: int
-    caption: tuple[int, ...]
-    nodes: Nodes
-    solver: str
-    eta: float
-    last_step: str
-    guidance: Guidance
-    clip: bool
-    dtype: torch.dtype
-    device: torch.device
-    segments: tuple[tuple[int, int], ...]
-    compiled: bool
-    offload: bool
-    switches: tuple[str, ...]
-    weights: tuple[int, ...]
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether steps draw noise."""
-        return self.solver.startswith(("ddpm", solvers.SDE)) or (self.solver == "ddim" and self.eta > 0)
+            self.values[: len(times), :, start : start + vectors.shape[-1]] = vectors
+            start += vectors.shape[-1]
 
 
 def evaluate(
     model: DiT, x: Tensor, rows: Tensor, slots: Tensor, a: Tensor, b: Tensor, scale: Tensor | None,
-    channels: int, of_data: bool, clip: bool,
+    channels: int, predicts_data: bool, clip: bool,
 ) -> Denoised:  # fmt: skip
-    """x_0 = a x + b answer, predicted for states x (n, C, H, W) from the modulation vectors `rows[slots]`.
+    """Evaluate the model once and predict x_0 = a x + b output.
 
-    Under guidance (`scale` given) `slots` has 2n places, the null class's last. `of_data`: the answer is x_0 itself.
+    Args:
+        model: The model.
+        x: States (n, C, H, W).
+        rows: Modulation vectors (rows, `modulation_width`) of this step.
+        slots: Row of each sample, int64 (n,), or (2n,) under guidance, where the null class comes second.
+        a: Coefficient of x.
+        b: Coefficient of the output.
+        scale: Guidance scale; None evaluates the conditional branch alone.
+        channels: Number of guided channels.
+        predicts_data: The output is x_0 itself; a and b are not used.
+        clip: Clamp x_0 to [-1, 1].
+
+    Returns:
+        The predicted x_0 (n, C, H, W), and the variance where the model learns one.
     """
     inputs = x if scale is None else torch.cat([x, x])
-    answer = model.forward_modulated(inputs.to(rows.dtype), rows.index_select(0, slots)).to(x.dtype)
+    output = model.forward_modulated(inputs.to(rows.dtype), rows.index_select(0, slots)).to(x.dtype)
     if scale is not None:
-        answer = guide(answer, scale, channels)
-    prediction, variance = answer[:, : x.shape[1]], answer[:, x.shape[1] :]
-    data = prediction if of_data else torch.addcmul(a * x, b, prediction)
+        output = guide(output, scale, channels)
+    prediction, variance = output[:, : x.shape[1]], output[:, x.shape[1] :]
+    data = prediction if predicts_data else torch.addcmul(a * x, b, prediction)
     return Denoised(data.clamp(-1, 1) if clip else data, variance if model.learn_sigma else None)
 
 
-class Program:
-    """The memory of one trajectory and its steps; `load` and `start` fill the memory, `states` reads it."""
+class GraphCapture:
+    """Capture of launches as CUDA graphs."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """The reason why nothing can be captured on `device`; None where it can."""
+        return None if device.type == "cuda" else f"there are no CUDA graphs on {device.type}"
+
+    def pool(self) -> Any:
+        """A memory pool for graphs that are replayed one after the other."""
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, run: Callable[[], None], pool: Any) -> Callable[[], None]:
+        """Record the launches of `run` without executing them; the returned function executes them."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            run()
+        return graph.replay
+
+
+@dataclass(frozen=True)
+class TrajectoryKey:
+    """Everything that a captured trajectory depends on; a new value of any field needs a new capture.
+
+    Args:
+        config: Configuration of the sampler.
+        schedule: Noise schedule, by identity.
+        batch: Number of samples.
+        rows: Number of labels or captions in the modulation table, the null class included.
+        caption: Shape (S, E) of a caption, () for labels.
+        segments: (start, stop) of the steps that run at once.
+        dtype: Dtype of the model.
+        device: Device of the model.
+        backends: The model's kernels and attention backend.
+        weights: Addresses of the parameters that steps read.
+    """
+
+    config: SamplerConfig
+    schedule: NoiseSchedule
+    batch: int
+    rows: int
+    caption: tuple[int, ...]
+    segments: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+    device: torch.device
+    backends: tuple[str, ...]
+    weights: tuple[int, ...]
+
+
+def draws_noise(config: SamplerConfig) -> bool:
+    """Whether the steps of this solver add noise."""
+    return config.solver.startswith(("ddpm", solvers.SDE)) or (config.solver == "ddim" and config.eta > 0)
+
+
+class Trajectory:
+    """Memory and steps of one trajectory.
+
+    `begin` loads a batch; for each segment, `load` then computes what its steps read and `advance` runs them, eagerly
+    or, after `capture`, by replaying a graph.
+
+    Args:
+        model: The model.
+        key: The request.
+        run: `evaluate`, or a compiled version of it.
+        cond_fn: Classifier guidance; not captured.
+    """
 
     def __init__(
-        self, model: DiT, key: ProgramKey, run: Evaluate = evaluate, cond_fn: CondFn | None = None
+        self, model: DiT, key: TrajectoryKey, run: Evaluate = evaluate, cond_fn: CondFn | None = None
     ) -> None:
-        self.model, self.key, self.nodes, self.run, self.cond_fn = model, key, key.nodes, run, cond_fn
+        self.model, self.key, self.run, self.cond_fn = model, key, run, cond_fn
+        self.config, self.schedule = key.config, key.schedule
         state_dtype = torch.float64 if key.dtype is torch.float64 else torch.float32
         shape = (key.batch, model.in_channels, *model.x_embedder.img_size)
         longest = max(stop - start for start, stop in key.segments)
         self.start = torch.zeros(shape, dtype=state_dtype, device=key.device)
-        self.noise = self.start.new_zeros((longest if key.stochastic else 0, *shape))
-        # Heun's method reads one node ahead.
+        self.noise = self.start.new_zeros((longest if draws_noise(self.config) else 0, *shape))
+        # One step more than a segment has: Heun's method evaluates the model at the next timestep too.
         self.table = ModulationTable(
             model,
-            min(longest + 1, len(self.nodes)),
+            min(longest + 1, len(self.schedule)),
             key.rows,
             caption_tokens=key.caption[0] if key.caption else 1,
-            offload=key.offload,
+            offload=self.config.offload,
         )
         self.slots = torch.zeros(2 * key.batch, dtype=torch.int64, device=key.device)
-        kind = key.dtype if key.caption else torch.int64
-        self.labels = torch.zeros(key.batch, *key.caption, dtype=kind, device=key.device)
+        label_dtype = key.dtype if key.caption else torch.int64
+        self.labels = torch.zeros(key.batch, *key.caption, dtype=label_dtype, device=key.device)
 
-        a, b = self.nodes.data_coefficients()
-        self.of_data = not a.any()
-        scales = key.guidance.scales(self.nodes)
+        a, b = self.schedule.data_coefficients
+        self.predicts_data = not a.any()
+        scales = self.config.guidance.scales(self.schedule)
         self.guided = [bool(scale != 1) for scale in scales]
         self.coefficients = torch.from_numpy(np.stack([a, b, scales], axis=1)).to(self.start)
-        times = torch.as_tensor(self.nodes.times)
-        whole = bool((times == times.round()).all())
-        self.times = (times.long() if whole else times.float()).to(key.device)
-        # Dhariwal & Nichol 2021, algorithm 2: noise' = noise - sigma * score moves x_0 by sigma^2 / alpha * score.
-        self.shift = self.nodes.sigmas[:-1] ** 2 / self.nodes.alphas[:-1].clip(1e-12)
+        times = torch.as_tensor(self.schedule.times)
+        # Discrete timesteps are integers for the model, as in the reference; times of flow matching are not.
+        integers = bool((times == times.round()).all())
+        self.times = (times.long() if integers else times.float()).to(key.device)
+        # Dhariwal & Nichol 2021, algorithm 2: noise' = noise - sigma * score shifts x_0 by sigma^2 / alpha * score.
+        self.shift = self.schedule.sigmas[:-1] ** 2 / self.schedule.alphas[:-1].clip(1e-12)
+        # The step that row 0 of `table` and `noise` belongs to.
         self.first = 0
-        self.replays: list[tuple[Replay, Tensor]] = []
+        self.replays: list[tuple[Callable[[], None], Tensor]] = []
 
     def begin(self, labels: Tensor, slots: Tensor, start: Tensor) -> None:
-        """Take a batch: its labels (n,) or captions, their rows in the table (2n,), the null's n last, and x_T."""
+        """Load a batch.
+
+        Args:
+            labels: Labels int64 (n,) or captions (n, S, E).
+            slots: Table row of each sample and, after these, of its null branch, int64 (2n,).
+            start: Initial noise (n, C, H, W).
+        """
         self.labels.copy_(labels)
         self.slots.copy_(slots)
         self.start.copy_(start)
 
     def load(self, start: int, stop: int, rows: Tensor, noise: KeyedNoise | ReferenceNoise) -> None:
-        """Make what the steps from `start` up to `stop` read: vectors for the labels `rows`, and noise."""
+        """Compute the modulation vectors and the noise of the steps from `start` up to `stop`.
+
+        Args:
+            start: First step.
+            stop: Step after the last one.
+            rows: Labels (rows,) or captions (rows, S, E) of the modulation table.
+            noise: Source of the noise.
+        """
         self.first = start
-        self.table.fill(self.times[start : min(stop + 1, len(self.nodes))], rows)
-        if self.key.stochastic:
-            for i in range(start, stop):
-                self.noise[i - start] = noise.step(i)
+        self.table.fill(self.times[start : min(stop + 1, len(self.schedule))], rows)
+        for i in range(start, stop) if draws_noise(self.config) else ():
+            self.noise[i - start] = noise.step(i)
 
-    def denoise(self, x: Tensor, i: int) -> Denoised:
-        """The guided prediction of x_0 at node i."""
-        a, b, scale = self.coefficients[i]
-        channels = min(self.key.guidance.channels or self.model.in_channels, self.model.in_channels)
-        data, variance = self.run(
-            self.model,
-            x,
-            self.table.values[i - self.first],
-            self.slots if self.guided[i] else self.slots[: len(x)],
-            a,
-            b,
-            scale if self.guided[i] else None,
-            channels,
-            self.of_data,
-            self.key.clip,
-        )
-        if self.cond_fn is not None and self.key.solver != "ddpm":
-            data = data + float(self.shift[i]) * self.score(x, i)
-        return Denoised(data, variance)
+    def advance(self, segment: int, states: Iterator[Tensor]) -> Tensor:
+        """Run a segment.
 
-    def score(self, x: Tensor, i: int) -> Tensor:
-        """The classifier's gradient at node i."""
-        assert self.cond_fn is not None
-        return self.cond_fn(x, self.times[i].expand(len(x)), self.labels)
+        Args:
+            segment: Its number; segments run in order.
+            states: An iterator from `states`, the same one for all segments; not used after `capture`.
+
+        Returns:
+            The state (n, C, H, W) after the segment, in memory that the next replay overwrites.
+        """
+        if self.replays:
+            replay, state = self.replays[segment]
+            replay()
+            return state
+        start, stop = self.key.segments[segment]
+        for _ in range(start, stop):
+            state = next(states)
+        return state
 
     def states(self) -> Iterator[Tensor]:
-        """The state after each step, (n, C, H, W)."""
-        key = self.key
+        """Iterator over the states after each step, (n, C, H, W); `load` must have been called for a step."""
+        solver, schedule = self.config.solver, self.schedule
 
         def noise(i: int) -> Tensor:
             return self.noise[i - self.first]
 
-        if key.solver == "ddpm":
-            score = None if self.cond_fn is None else self.score
-            return solvers.ddpm(self.denoise, self.start, self.nodes, noise, score=score)
-        if key.solver == "ddim":
-            return solvers.ddim(self.denoise, self.start, self.nodes, noise, eta=key.eta)
-        if key.solver.startswith(solvers.SDE):
-            form = key.solver.removeprefix(solvers.SDE)
-            return solvers.sde(
-                self.denoise, self.start, self.nodes, noise, form=form, last_step=key.last_step
-            )
-        return solvers.DETERMINISTIC[key.solver](self.denoise, self.start, self.nodes)
+        if solver == "ddpm":
+            score = None if self.cond_fn is None else self._score
+            return solvers.ddpm(self.denoise, self.start, schedule, noise, score=score)
+        if solver == "ddim":
+            return solvers.ddim(self.denoise, self.start, schedule, noise, eta=self.config.eta)
+        if solver.startswith(solvers.SDE):
+            form, last_step = solver.removeprefix(solvers.SDE), self.config.last_step
+            return solvers.sde(self.denoise, self.start, schedule, noise, form=form, last_step=last_step)
+        return solvers.DETERMINISTIC[solver](self.denoise, self.start, schedule)
 
-    def capture(self, backend: GraphBackend) -> None:
-        """Record every segment; afterwards `replays` has what runs it and where its last state then lies.
+    def denoise(self, x: Tensor, i: int) -> Denoised:
+        """The guided prediction of x_0 for the state x (n, C, H, W) at step i."""
+        a, b, scale = self.coefficients[i]
+        guided, channels = self.guided[i], self.config.guidance.channels or self.model.in_channels
+        data, variance = self.run(
+            self.model,
+            x,
+            self.table.values[i - self.first],
+            self.slots if guided else self.slots[: len(x)],
+            a,
+            b,
+            scale if guided else None,
+            min(channels, self.model.in_channels),
+            self.predicts_data,
+            self.config.clip,
+        )
+        # The DDPM solver applies the score itself, to the mean of its step.
+        if self.cond_fn is not None and self.config.solver != "ddpm":
+            data = data + float(self.shift[i]) * self._score(x, i)
+        return Denoised(data, variance)
 
-        Segments share one pool of memory: they are replayed in the order of their capture.
+    def _score(self, x: Tensor, i: int) -> Tensor:
+        assert self.cond_fn is not None
+        return self.cond_fn(x, self.times[i].expand(len(x)), self.labels)
+
+    def capture(self, graphs: GraphCapture) -> None:
+        """Capture every segment; `advance` replays them from here on.
+
+        The segments use one memory pool, since they are replayed in the order of their capture.
         """
         self._warm_up()
-        pool, states, reached = backend.pool(), self.states(), self.start
+        pool, states, reached = graphs.pool(), self.states(), self.start
         for start, stop in self.key.segments:
             self.first = start
 
@@ -284,16 +383,39 @@ class Program:
                 for _ in range(steps):
                     reached = next(states)
 
-            replay = backend.capture(run, pool)
+            replay = graphs.capture(run, pool)
             self.replays.append((replay, reached))
 
     def _warm_up(self) -> None:
-        """Run each kind of step once: kernels are compiled and coefficients reach the device before the capture."""
-        for kind in (True, False):
-            if kind in self.guided:
-                self.first = self.guided.index(kind)
+        """Run each kind of step once, so that kernels are compiled and coefficients are on the device."""
+        for guided in (True, False):
+            if guided in self.guided:
+                self.first = self.guided.index(guided)
                 self.denoise(self.start, self.first)
         self.first = 0
         states = self.states()
         for _ in range(min(_WARM_UP_STEPS, self.key.segments[0][1])):
             next(states)
+
+
+class TrajectoryCache:
+    """Captured trajectories of the last `size` keys; the least recently used one is discarded first."""
+
+    def __init__(self, size: int = 4) -> None:
+        self.size, self.captures = size, 0
+        self._trajectories: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, capture: Callable[[], Any]) -> Any:
+        """The trajectory of `key`; `capture` makes it where there is none."""
+        if key not in self._trajectories:
+            # Discarded before the capture, which needs the memory.
+            while len(self._trajectories) >= self.size:
+                self._trajectories.popitem(last=False)
+            self._trajectories[key] = capture()
+            self.captures += 1
+        self._trajectories.move_to_end(key)
+        return self._trajectories[key]
+
+    def clear(self) -> None:
+        """Discard all trajectories and their memory."""
+        self._trajectories.clear()

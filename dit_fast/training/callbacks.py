@@ -39,7 +39,7 @@ from dit_fast.sampling import (
     SamplerConfig,
     default_solver,
     draw_grid,
-    sampling_nodes,
+    sampling_schedule,
     save_grid,
     short_label,
     to_uint8,
@@ -82,7 +82,7 @@ class AverageSampler:
         steps = min(config.sample_steps, objective.get("diffusion_steps", config.sample_steps))
         self.trainer = trainer
         self.sizes: tuple[Size, ...] = data.buckets or (trainer.model.x_embedder.img_size,)
-        self.nodes = sampling_nodes(objective, steps, solver, learn_sigma=bool(config.learn_sigma))
+        self.schedule = sampling_schedule(objective, steps, solver, learn_sigma=bool(config.learn_sigma))
         self.config = SamplerConfig(
             solver=solver,
             guidance=Guidance(guidance if trainer.model.has_null else 1.0, channels=None),
@@ -100,7 +100,7 @@ class AverageSampler:
             return
         try:
             self._samplers = [
-                Sampler(self._model(averages, size), self.nodes, self.config) for size in self.sizes
+                Sampler(self._model(averages, size), self.schedule, self.config) for size in self.sizes
             ]
             yield
         finally:

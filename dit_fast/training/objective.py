@@ -10,7 +10,7 @@ from dit_fast.diffusion.objective import OBJECTIVES, create_objective
 from dit_fast.diffusion.paths import PATHS, PREDICTIONS
 from dit_fast.diffusion.timesteps import TIMESTEP_SAMPLING, TimestepSampling
 from dit_fast.errors import ConfigError
-from dit_fast.sampling.schedule import diffusion_nodes
+from dit_fast.sampling.schedule import diffusion_schedule
 
 _OF_FLOW = FLOW_WEIGHTINGS[1:]
 OBJECTIVE_CHOICES = {
@@ -89,7 +89,7 @@ class ObjectiveConfig:
         TimestepSampling(objective, 0, self.timestep_sampling)
         if isinstance(objective, GaussianDiffusion):
             try:
-                diffusion_nodes(objective)
+                diffusion_schedule(objective)
             except ConfigError as error:
                 raise ConfigError(
                     f"--diffusion-steps {self.diffusion_steps}: the model could be trained but never sampled, {error}; "

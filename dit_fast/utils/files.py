@@ -365,14 +365,6 @@ def _shortened(path: str | Path) -> str:
     return text if len(text) <= 300 and text.isprintable() else f"{text[:100]!r}..."
 
 
-GRID, IMAGES, ARCHIVE = "sample.png", "images", "samples.npz"
-"""What `dit-fast sample` writes to its folder: a grid, single images and an archive of them, ..."""
-SCORES, PARTS = "scores.json", "parts"
-"""... scores and, until all of these are written, the shards, ..."""
-WRITTEN = frozenset((GRID, IMAGES, ARCHIVE, "trajectory.gif", "latents.npy", SCORES, PARTS))
-"""... and all that it may leave there."""
-
-
 def prepare_folder(folder: Path, needed_bytes: int = 0) -> None:
     """Make `folder` and see that it takes files and has `needed_bytes` left; OutputError if not."""
     try:

@@ -52,7 +52,7 @@ def device_with_everything(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """No rung is left out: graphs are recorded calls, torchao a mark on the model. Returns the models marked."""
     marked: list[Any] = []
     monkeypatch.setattr(climbing, "lacks", lambda rung, device: None)
-    monkeypatch.setattr("dit_fast.sampling.sampler.CudaGraphs", SampledGraphs)
+    monkeypatch.setattr("dit_fast.sampling.sampler.GraphCapture", SampledGraphs)
     monkeypatch.setattr(training, "CudaGraphs", TrainedGraphs)
     monkeypatch.setattr(training, "use_float8", lambda model, device: marked.append(model))
     return marked
@@ -260,7 +260,7 @@ def test_a_rung_that_fails_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_graph_that_is_refused_is_no_graph(device_with_everything: list[Any], monkeypatch) -> None:
     monkeypatch.setattr(training, "CudaGraphs", lambda: TrainedGraphs("operation not permitted", 2))
     monkeypatch.setattr(
-        "dit_fast.sampling.sampler.CudaGraphs", lambda: SampledGraphs(RuntimeError("not permitted"))
+        "dit_fast.sampling.sampler.GraphCapture", lambda: SampledGraphs(RuntimeError("not permitted"))
     )
     assert climbed("train", "ours + CUDA graph")[0].failed == "no CUDA graph: operation not permitted"
     assert climbed("sample", "ours + CUDA graph")[0].failed == "no CUDA graph: capture failed: not permitted"

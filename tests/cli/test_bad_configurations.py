@@ -9,7 +9,7 @@ from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
 from dit_fast.model.blocks import CONDITIONING
 from dit_fast.models import DiT
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig, flow_nodes
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, flow_schedule
 
 SMALL = {
     "input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3,
@@ -72,9 +72,9 @@ def test_guidance_without_a_null_token_is_refused_by_name(
         (
             create_diffusion("2"),
             "sde-sigma",
-            "solver sde-sigma is of flow matching: for a diffusion model use",
+            "solver sde-sigma applies only to flow matching: for a diffusion model use",
         ),
-        (flow_nodes(2), "ddpm", "solver ddpm is of diffusion models: for a model of flow matching use"),
+        (flow_schedule(2), "ddpm", "solver ddpm applies only to diffusion models: for flow matching use"),
     ],
 )
 def test_a_solver_of_the_other_kind_is_refused_when_the_sampler_is_built(process, solver, message) -> None:

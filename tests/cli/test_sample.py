@@ -88,11 +88,11 @@ def test_the_checkpoint_s_own_diffusion_and_clipping_are_used(run, tmp_path, mon
         for key, value in small_model(seed).state_dict().items():
             assert torch.equal(seen["sampler"].model.state_dict()[key], value)
     sampler = seen["sampler"]
-    assert sampler.nodes.times.tolist() == [99, 74, 50, 25, 0]
+    assert sampler.schedule.times.tolist() == [99, 74, 50, 25, 0]
     assert (sampler.config.clip, sampler.config.mode, seen["seed"]) == (True, "reference", 0)
     assert sampler.config.guidance == Guidance(4.0, 3)
     assert command("--ckpt", run, "--num", 1, "--out", tmp_path) == 0
-    assert len(seen["sampler"].nodes) == 100
+    assert len(seen["sampler"].schedule) == 100
     guided = ("--cfg-channels", "all", "--cfg-interval", 0.1, 0.7, "--cfg-schedule", "linear")
     assert command("--ckpt", run, "--steps", 1, "--no-clip-denoised", *guided, "--out", tmp_path) == 0
     config = seen["sampler"].config

@@ -17,7 +17,7 @@ from dit_fast.encoders.text import TextEncoder
 from dit_fast.errors import CheckpointError, ConfigError, DataError
 from dit_fast.interop import load_model
 from dit_fast.models import DiT
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig, sampling_nodes
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, sampling_schedule
 from dit_fast.training.config import TrainConfig
 from dit_fast.training.trainer import Trainer
 from dit_fast.utils import keyed
@@ -268,9 +268,9 @@ def test_prompts_are_drawn_with_the_training_s_encoder(images, tmp_path, capsys)
     assert drawn.shape == (3, 2, 4, 4)
     captions = TextEncoder(str(text), 6)([], ["a red cat", "the blue dog"])
     model, info = load_model(run)
-    nodes = sampling_nodes(info.diffusion, "2", "ddpm", learn_sigma=True)
+    schedule = sampling_schedule(info.diffusion, "2", "ddpm", learn_sigma=True)
     config = SamplerConfig(guidance=Guidance(2.0), graph="never", precision="fp32")
-    assert_close(Sampler(model, nodes, config)(captions[[0, 1, 0]], seed=0), drawn)
+    assert_close(Sampler(model, schedule, config)(captions[[0, 1, 0]], seed=0), drawn)
     capsys.readouterr()
 
     refusals = [

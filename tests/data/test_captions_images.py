@@ -26,7 +26,7 @@ from dit_fast.sampling import (
     Sampler,
     SamplerConfig,
     draw_grid,
-    sampling_nodes,
+    sampling_schedule,
     short_label,
     to_uint8,
 )
@@ -190,8 +190,8 @@ def test_captions_are_encoded_into_the_folder_and_prompts_as_they_were(photos, t
     assert run(*sample, "--prompt", "a red cat", "--num", 1, "--mode", "fast", "--npz") == 0
     model, info = load_model(out)
     config = SamplerConfig(guidance=Guidance(4.0), clip=True, graph="never", precision="fp32")
-    nodes = sampling_nodes(info.diffusion, "2", "ddpm", learn_sigma=True)
-    expected = Sampler(model, nodes, config)(encoder([], ["a red cat"]), seed=0)
+    schedule = sampling_schedule(info.diffusion, "2", "ddpm", learn_sigma=True)
+    expected = Sampler(model, schedule, config)(encoder([], ["a red cat"]), seed=0)
     found = np.load(tmp_path / "drawn" / "samples.npz")["arr_0"]
     assert np.abs(found.astype(int) - to_uint8(expected)).max() <= 1
 
@@ -209,7 +209,7 @@ def test_grids_are_of_the_captions_of_training_samples(photos, tmp_path):
     names = [CAPTIONS[member] for member in trainer.data.train.members.tolist()]
     assert (tmp_path / "samples" / "captions.txt").read_text() == "".join(f"{name}\n" for name in names)
     told = padded()[trainer.data.train.members].repeat_interleave(8, dim=0)
-    images = to_uint8(Sampler(trainer.model, grids.sampler.nodes, grids.sampler.config)(told, seed=0))
+    images = to_uint8(Sampler(trainer.model, grids.sampler.schedule, grids.sampler.config)(told, seed=0))
     rows = [(short_label(name), images[8 * row : 8 * row + 8]) for row, name in enumerate(names)]
     drawn = np.asarray(Image.open(tmp_path / "samples" / "step.png"))
     assert np.array_equal(drawn, np.asarray(draw_grid(rows)))

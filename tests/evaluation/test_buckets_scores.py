@@ -138,7 +138,7 @@ def test_each_shape_is_drawn_with_its_own_positions_and_seed(run: Path, folder: 
             drawn = evaluation.sampler.draw(labels, bucket=bucket)
             alone = Sampler(
                 load_model(run, input_size=size)[0],
-                evaluation.sampler.nodes,
+                evaluation.sampler.schedule,
                 SamplerConfig(guidance=Guidance(1.0), clip=True, graph="never"),
             )(labels, seed=3 + bucket)
             assert drawn.shape == (2, 3, *size)

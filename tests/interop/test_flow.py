@@ -18,9 +18,9 @@ from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop import load_model
 from dit_fast.interop.lightningdit import state_to_lightningdit
 from dit_fast.models import DiT
-from dit_fast.sampling import flow_nodes, to_uint8
-from dit_fast.sampling.schedule import sampling_nodes
-from dit_fast.sampling.shards import Parts
+from dit_fast.sampling import flow_schedule, to_uint8
+from dit_fast.sampling.schedule import sampling_schedule
+from dit_fast.sampling.shards import SampleShards
 from tests import reference_layout
 from tests.interop.test_download import StandInVae
 from tests.latent_sets import save_vae
@@ -207,7 +207,7 @@ def test_of_bare_weights_the_caller_tells_it(tmp_path: Path) -> None:
     assert told({"prediction": "v"}) == {"prediction": "v"}
     full = {"objective": "flow", "path": "vp", "prediction": "score"}
     assert told(full) == full
-    assert sampling_nodes(full, 4, "heun", learn_sigma=True).prediction == "score"
+    assert sampling_schedule(full, 4, "heun", learn_sigma=True).prediction == "score"
     for wrong, message in [
         ("diffuse", "objective 'diffuse': choose diffusion or flow"),
         ({"path": "gvp"}, r"path gvp is of flow matching: give objective flow \(--objective flow\) with it"),
@@ -258,7 +258,7 @@ def test_sit_is_sampled_as_by_its_own_program(scale: float, shift: float, tmp_pa
 def test_times_of_lightningdit_s_sampler() -> None:
     """Its num_sampling_steps are the points of the path, of which 249 are evaluated."""
     t = np.linspace(0, 1, 250)
-    assert np.allclose(flow_nodes(249, 1 / 0.3).times, (0.3 * t / (1 - 0.7 * t))[:-1], atol=1e-12)
+    assert np.allclose(flow_schedule(249, 1 / 0.3).times, (0.3 * t / (1 - 0.7 * t))[:-1], atol=1e-12)
 
 
 def test_sampling_refuses_what_the_checkpoint_contradicts(
@@ -270,7 +270,7 @@ def test_sampling_refuses_what_the_checkpoint_contradicts(
     for options, message in [
         ((tmp_path / "light.pt", "--objective", "diffusion"), "objective is flow in the checkpoint, diffusion asked"),
         ((tmp_path / "light.pt",), "--vae is missing: the model makes latents of 8 channels; give the folder of"),
-        ((tmp_path / "SiT.pt", "--vae", "none", "--shift", 3), "shift 3 is of flow matching"),
+        ((tmp_path / "SiT.pt", "--vae", "none", "--shift", 3), "shift 3 applies only to flow matching"),
         ((tmp_path / "SiT.pt", "--vae", "none", "--latent-stats", "f.pt"), "SiT.pt is not decoded, with --vae none"),
         ((tmp_path / "SiT.pt", "--latent-stats", "nowhere.pt"), "nowhere.pt is missing"),
     ]:  # fmt: skip
@@ -285,13 +285,13 @@ def test_samples_of_two_objectives_are_not_mixed(
 ) -> None:
     sit(tmp_path / "SiT.pt")
 
-    write = Parts.write
+    write = SampleShards.write
 
     def killed(*arguments: object) -> None:
         write(*arguments)
         raise ConfigError("killed")
 
-    monkeypatch.setattr(Parts, "write", killed)
+    monkeypatch.setattr(SampleShards, "write", killed)
     common = ("sample", "--ckpt", tmp_path / "SiT.pt", "--num-heads", 4, "--objective", "flow", "--steps", 2)
     common = (
         *common,

@@ -43,9 +43,9 @@ MAY_OPEN = {
     "dit_fast.data.decode": "Pillow opens images, which the listing found to be files, by format",
     "dit_fast.data.image_files": "the first bytes of a file, which the listing found to be one",
     "dit_fast.data.shards": "the temporary file of publish",
-    "dit_fast.sampling.shards": "arrays in memory, within write_atomically; Parts.open",
-    "dit_fast.cli.sample": "Parts.open",
-    "dit_fast.cli.sample_plan": "Parts.open",
+    "dit_fast.sampling.shards": "arrays in memory, within write_atomically; SampleShards.open",
+    "dit_fast.cli.sample": "SampleShards.open",
+    "dit_fast.cli.sample_plan": "SampleShards.open",
     "dit_fast.evaluation.images": (
         "members of a zip archive, whose file was checked; the temporary path that write_atomically gives"
     ),

@@ -10,7 +10,7 @@ from PIL import Image
 from dit_fast.cli import main
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig, diffusion_nodes, draw_grid, to_uint8
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, diffusion_schedule, draw_grid, to_uint8
 from dit_fast.sampling.explain import (
     attention_film,
     attention_maps,
@@ -45,7 +45,7 @@ def keep(states):
 
 
 def test_sweeps_are_the_sampler_s_own_answers_and_leave_it_as_it_was(sampler):
-    before = (sampler.config, sampler.nodes)
+    before = (sampler.config, sampler.schedule)
 
     def drawn(scale: float, steps: str) -> np.ndarray:
         other = Sampler(
@@ -61,13 +61,13 @@ def test_sweeps_are_the_sampler_s_own_answers_and_leave_it_as_it_was(sampler):
     full = draw_grid([("8 steps", drawn(2, "8")), ("1 steps", rows[0][1])])
     half = picture.height // 2 - 4
     assert np.array_equal(np.asarray(picture)[:half], np.asarray(full)[:half])
-    assert (sampler.config, sampler.nodes) == before
+    assert (sampler.config, sampler.schedule) == before
     with pytest.raises(ConfigError, match="9 steps: choose 1 to 8"):
         steps_sweep(sampler, LABELS, (9,), keep)
 
 
-def test_thinned_nodes_run_from_the_same_noise_to_the_same_end():
-    nodes = diffusion_nodes(create_diffusion("10"))
+def test_thinned_schedules_run_from_the_same_noise_to_the_same_end():
+    nodes = diffusion_schedule(create_diffusion("10"))
     for steps in (1, 2, 5, 10):
         few = thinned(nodes, steps)
         assert (len(few), few.times[0], few.alphas[-1], few.sigmas[-1]) == (steps, nodes.times[0], 1.0, 0.0)
@@ -85,7 +85,7 @@ def test_a_film_strip_ends_with_the_sample(sampler):
     picture = film_strip(sampler, LABELS, ["a", "b"], decode, seed=3, frames=5)
     assert len(seen) == 4
     # At the first step the clean image is the noise prediction times this.
-    gain = sampler.nodes.sigmas[0] / sampler.nodes.alphas[0]
+    gain = sampler.schedule.sigmas[0] / sampler.schedule.alphas[0]
     assert_close(seen[-1], sampler(LABELS, seed=3), scale=gain)
     film = np.stack([to_uint8(states) for states in seen], axis=1)
     assert same(picture, [("a", film[0]), ("b", film[1])])

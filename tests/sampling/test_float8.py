@@ -12,7 +12,7 @@ from dit_fast.cli import main
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
 from dit_fast.sampling import Sampler, SamplerConfig
-from dit_fast.sampling.float8 import Float8Linear, quantise, require_float8_device
+from dit_fast.sampling.float8 import Float8Linear, quantize, require_float8_device
 from dit_fast.sampling.trajectory import loop_parameters
 from tests.sampling.test_graphs import FakeGraphs
 from tests.small_models import small_model as build
@@ -40,13 +40,13 @@ small_model = partial(
 def test_values_are_within_half_a_spacing():
     x = spread(64, 48)
     x[5] = 0
-    values, scales = quantise(x)
+    values, scales = quantize(x)
     assert values.dtype is torch.float8_e4m3fn
     assert values.float().abs().amax(dim=1).tolist() == [448.0] * 5 + [0.0] + [448.0] * 58
     assert ((values.float() * scales - x).abs() <= rounding(x, scales) * 1.00001).all()
     assert (values.float() * scales - x).abs().max() > 0.5 * rounding(x, scales).max(), "the bound is tight"
-    assert quantise(torch.tensor([[1.0, float("nan")]]))[0].float().isnan().any()
-    assert quantise(torch.tensor([[1.0, float("inf")]]))[0].float().isnan().any()
+    assert quantize(torch.tensor([[1.0, float("nan")]]))[0].float().isnan().any()
+    assert quantize(torch.tensor([[1.0, float("inf")]]))[0].float().isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,7 +58,7 @@ def test_a_linear_is_within_the_bound_of_its_rounding(dtype):
     low = Float8Linear(linear)
     x64, w64 = x.double(), linear.weight.detach().double()
     exact = x64 @ w64.t() + linear.bias.detach().double()
-    of_x, of_w = rounding(x64, quantise(x)[1]), rounding(w64, low.scales)
+    of_x, of_w = rounding(x64, quantize(x)[1]), rounding(w64, low.scales)
     bound = of_x @ w64.abs().t() + x64.abs() @ of_w.t() + of_x @ of_w.t()
     bound += 2 * torch.finfo(dtype).eps * (x64.abs() @ w64.abs().t() + 1)
     answer = low(x)
@@ -87,7 +87,7 @@ def test_the_linears_over_tokens_are_replaced_in_a_copy():
     assert {type(module) for module in model.modules()}.isdisjoint({Float8Linear})
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     crossed = Sampler(
-        small_model(conditioning="cross_attention"), sampler.nodes, SamplerConfig(precision="fp8")
+        small_model(conditioning="cross_attention"), sampler.schedule, SamplerConfig(precision="fp8")
     )
     low = {name for name, module in crossed._loop_model().named_modules() if isinstance(module, Float8Linear)}
     assert low == {f"blocks.{i}.{part}" for i in range(2) for part in (*parts, "cross.q", "cross.proj")}
@@ -122,10 +122,10 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_captured_and_compiled_as_eager():
-    model, nodes = small_model(), create_diffusion("4")
+    model, schedule = small_model(), create_diffusion("4")
     config = SamplerConfig(precision="fp8", solver="ddim")
-    graph = Sampler(model, nodes, config, backend=FakeGraphs())
-    eager = Sampler(model, nodes, replace(config, graph="never"))
+    graph = Sampler(model, schedule, config, graphs=FakeGraphs())
+    eager = Sampler(model, schedule, replace(config, graph="never"))
     expected = eager([1, 2])
     assert torch.equal(graph([1, 2]), expected)
     assert graph.eager_reason is None

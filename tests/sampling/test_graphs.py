@@ -1,4 +1,4 @@
-"""Captured trajectories on the CPU: a stand-in that records every ATen call and replays it into the same memory.
+"""Captured trajectories on the CPU: a stub that records every ATen call and replays it into the same memory.
 
 As a CUDA graph does, it reads what lies in the memory that was captured and overwrites the tensors of its last run.
 """
@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from dit_fast.diffusion import create_diffusion
 from dit_fast.models import DiT
-from dit_fast.sampling import SOLVERS, Guidance, Sampler, SamplerConfig, classifier_cond_fn, flow_nodes
-from dit_fast.utils.cuda_graphs import GraphCache
+from dit_fast.sampling import SOLVERS, Guidance, Sampler, SamplerConfig, classifier_cond_fn, flow_schedule
+from dit_fast.sampling.trajectory import TrajectoryCache
 from tests.small_models import small_model as build
 from tests.tolerance import assert_close
 
@@ -74,15 +74,15 @@ def model() -> DiT:
 
 
 def process_of(solver: str, steps: str):
-    return flow_nodes(int(steps), start=0.1) if solver.startswith("sde") else create_diffusion(steps)
+    return flow_schedule(int(steps), start=0.1) if solver.startswith("sde") else create_diffusion(steps)
 
 
 def pair(model, steps="5", config=None, **options) -> tuple[Sampler, Sampler]:
     """A sampler that captures and one that does not."""
     config = config or SamplerConfig(**options)
     process = process_of(config.solver, steps)
-    graph = Sampler(model, process, config, backend=FakeGraphs())
-    return graph, Sampler(model, graph.nodes, replace(config, graph="never"))
+    graph = Sampler(model, process, config, graphs=FakeGraphs())
+    return graph, Sampler(model, graph.schedule, replace(config, graph="never"))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -94,7 +94,7 @@ def test_replays_are_the_eager_trajectory_for_other_labels_seeds_and_numbers(mod
         drawn = graph(labels, seed=seed, numbers=numbers)
         assert graph.eager_reason is None
         assert torch.equal(drawn, eager(labels, seed=seed, numbers=numbers))
-    assert graph.programs.captures == graph.backend.captures == 1
+    assert graph.trajectories.captures == graph.graphs.captures == 1
 
 
 def test_what_the_caller_keeps_is_never_overwritten(model):
@@ -106,7 +106,9 @@ def test_what_the_caller_keeps_is_never_overwritten(model):
     graph([3, 4], seed=1, on_step=lambda step: None, every=2)
     for tensor, copy in zip([first, *(step.state for step in seen)], kept, strict=True):
         assert torch.equal(tensor, copy)
-    outputs = [state for program in graph.programs._programs.values() for _, state in program.replays]
+    outputs = [
+        state for trajectory in graph.trajectories._trajectories.values() for _, state in trajectory.replays
+    ]
     memory = {state.untyped_storage().data_ptr() for state in outputs}
     assert memory.isdisjoint(t.untyped_storage().data_ptr() for t in [first, *(s.state for s in seen)])
     assert torch.equal(first, eager([1, 2], on_step=lambda step: None, every=2))
@@ -116,14 +118,14 @@ def test_what_the_caller_keeps_is_never_overwritten(model):
 @pytest.mark.parametrize("solver", ["ddpm", "heun", "unipc"])
 def test_segments_of_any_length_give_the_same_samples(model, solver, budget):
     graph, eager = pair(model, "7", solver=solver, table_bytes=budget)
-    whole = Sampler(model, graph.nodes, replace(eager.config, table_bytes=1 << 30))([1, 2, 3])
+    whole = Sampler(model, graph.schedule, replace(eager.config, table_bytes=1 << 30))([1, 2, 3])
     drawn = eager([1, 2, 3])
     # The products that make the table have other numbers of rows: they may round otherwise.
     assert_close(drawn, whole)
     assert torch.equal(graph([1, 2, 3]), drawn)
     assert torch.equal(graph([1, 2, 3]), drawn)
     lengths = {1: 7, 20_000: 2, 1 << 30: 1}
-    assert graph.backend.captures >= lengths[budget]
+    assert graph.graphs.captures >= lengths[budget]
 
 
 def test_another_key_is_another_capture_and_an_old_key_is_not(model):
@@ -131,11 +133,11 @@ def test_another_key_is_another_capture_and_an_old_key_is_not(model):
     base = graph.config
 
     def captures(labels=(1, 2), **change) -> int:
-        before = graph.programs.captures
+        before = graph.trajectories.captures
         graph.config = replace(base, **change)
-        eager.config, eager.nodes = replace(graph.config, graph="never"), graph.nodes
+        eager.config, eager.schedule = replace(graph.config, graph="never"), graph.schedule
         assert torch.equal(graph(list(labels)), eager(list(labels)))
-        return graph.programs.captures - before
+        return graph.trajectories.captures - before
 
     assert captures() == 1
     assert captures((7, 8)) == 0, "other labels"
@@ -145,10 +147,10 @@ def test_another_key_is_another_capture_and_an_old_key_is_not(model):
     assert captures() == 0, "still there"
     assert captures(solver="ddim") == 1
     assert captures(clip=True) == 1
-    nodes = graph.nodes
-    graph.nodes = Sampler(model, create_diffusion("6")).nodes
+    schedule = graph.schedule
+    graph.schedule = Sampler(model, create_diffusion("6")).schedule
     assert captures() == 1, "steps"
-    graph.nodes = nodes
+    graph.schedule = schedule
     assert captures((1, 2), precision="bf16") == 1
 
 
@@ -160,10 +162,10 @@ def test_weights_in_place_are_followed_and_moved_ones_captured_again(model):
             parameter.mul_(1.1)
     assert torch.equal(graph([1, 2]), eager([1, 2]))
     assert (graph([1, 2]) - before).abs().max() > 1e-3
-    assert graph.programs.captures == 1
+    assert graph.trajectories.captures == 1
     model.load_state_dict(small_model(1).state_dict(), assign=True)
     assert torch.equal(graph([1, 2]), eager([1, 2]))
-    assert graph.programs.captures == 2
+    assert graph.trajectories.captures == 2
 
 
 def test_a_cast_copy_follows_the_model_s_weights(model):
@@ -183,7 +185,7 @@ def test_random_batches_of_many_labels_share_a_capture():
         labels = torch.randint(100, (8,), generator=torch.Generator().manual_seed(seed))
         assert len(set(labels.tolist())) > 4
         graph(labels)
-    assert graph.programs.captures == 1
+    assert graph.trajectories.captures == 1
 
 
 @pytest.mark.parametrize(
@@ -191,12 +193,12 @@ def test_random_batches_of_many_labels_share_a_capture():
 )
 def test_what_cannot_be_captured_is_run_eagerly_and_says_why(model, error):
     _, eager = pair(model)
-    graph = Sampler(model, eager.nodes, SamplerConfig(), backend=FakeGraphs(fails=error))
+    graph = Sampler(model, eager.schedule, SamplerConfig(), graphs=FakeGraphs(fails=error))
     assert torch.equal(graph([1, 2]), eager([1, 2]))
     assert graph.eager_reason == f"capture failed: {error}"
     graph([3, 4])
     assert graph.eager_reason == f"capture failed: {error}"
-    assert graph.backend.captures == 1, "not tried again for the same request"
+    assert graph.graphs.captures == 1, "not tried again for the same request"
 
 
 def test_reasons_for_running_eagerly(model):
@@ -208,16 +210,16 @@ def test_reasons_for_running_eagerly(model):
     sampler([1])
     assert sampler.eager_reason == "graph is 'never'"
     cond_fn = classifier_cond_fn(lambda x, t: x.flatten(1)[:, :9])
-    guided = Sampler(model, process, cond_fn=cond_fn, backend=FakeGraphs())
+    guided = Sampler(model, process, cond_fn=cond_fn, graphs=FakeGraphs())
     guided([1])
     assert guided.eager_reason == "a classifier's gradient is not captured"
 
 
 def test_the_cache_keeps_the_last_used():
-    cache = GraphCache(most=2)
+    cache = TrajectoryCache(2)
     for key in "aabac":
         cache.get(key, lambda key=key: key.upper())
-    assert list(cache._programs) == ["a", "c"]
+    assert list(cache._trajectories) == ["a", "c"]
     assert cache.captures == 3
 
 
@@ -227,8 +229,8 @@ def test_cuda_graphs_are_the_eager_trajectory(solver):
     model = small_model().cuda()
     config = SamplerConfig(solver=solver, guidance=Guidance(2.0, interval=(0.2, 0.9)))
     graph = Sampler(model, process_of(solver, "5"), config)
-    eager = Sampler(model, graph.nodes, replace(config, graph="never"))
+    eager = Sampler(model, graph.schedule, replace(config, graph="never"))
     for labels, seed in (([1, 2], 0), ([3, 8], 5)):
         assert torch.equal(graph(labels, seed=seed), eager(labels, seed=seed))
         assert graph.eager_reason is None
-    assert graph.programs.captures == 1
+    assert graph.trajectories.captures == 1

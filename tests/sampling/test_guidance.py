@@ -17,8 +17,8 @@ from dit_fast.sampling import (
     Sampler,
     SamplerConfig,
     classifier_cond_fn,
-    diffusion_nodes,
-    flow_nodes,
+    diffusion_schedule,
+    flow_schedule,
 )
 from dit_fast.sampling.guidance import guide
 from dit_fast.sampling.trajectory import ModulationTable, loop_parameters, modulation_width
@@ -69,13 +69,13 @@ def test_the_null_branch_is_run_only_where_it_counts(monkeypatch, guidance, bran
 
 
 def test_scales_follow_interval_and_schedule():
-    nodes = flow_nodes(4)
-    assert nodes.levels.tolist() == [1.0, 0.75, 0.5, 0.25]
-    assert Guidance(3.0, interval=(0.3, 0.8)).scales(nodes).tolist() == [1.0, 3.0, 3.0, 1.0]
-    assert Guidance(3.0, schedule="linear").scales(nodes).tolist() == [1.0, 1.5, 2.0, 2.5]
+    schedule = flow_schedule(4)
+    assert schedule.levels.tolist() == [1.0, 0.75, 0.5, 0.25]
+    assert Guidance(3.0, interval=(0.3, 0.8)).scales(schedule).tolist() == [1.0, 3.0, 3.0, 1.0]
+    assert Guidance(3.0, schedule="linear").scales(schedule).tolist() == [1.0, 1.5, 2.0, 2.5]
     cosine = 1 + 2 * (1 - np.cos(np.pi * np.array([0, 0.25, 0.5, 0.75]))) / 2
-    np.testing.assert_allclose(Guidance(3.0, schedule="cosine").scales(nodes), cosine)
-    rising = Guidance(3.0, schedule="power-cosine").scales(nodes)
+    np.testing.assert_allclose(Guidance(3.0, schedule="cosine").scales(schedule), cosine)
+    rising = Guidance(3.0, schedule="power-cosine").scales(schedule)
     assert rising[0] == 1.0
     assert (np.diff(rising) > 0).all()
 
@@ -83,12 +83,12 @@ def test_scales_follow_interval_and_schedule():
 @torch.no_grad()
 def test_an_interval_changes_nothing_outside_it():
     """Guided in (0.5, 1] only: the first half of the trajectory is the guided one."""
-    model, nodes = golden_model(), diffusion_nodes(create_diffusion("10"))
+    model, schedule = golden_model(), diffusion_schedule(create_diffusion("10"))
 
     def states(guidance):
         seen = []
         config = SamplerConfig(solver="ddim", guidance=guidance)
-        Sampler(model, nodes, config)([1, 2], on_step=lambda step: seen.append(step.state))
+        Sampler(model, schedule, config)([1, 2], on_step=lambda step: seen.append(step.state))
         return seen
 
     cut, full = states(Guidance(4.0, interval=(0.5, 1.0))), states(Guidance(4.0))
@@ -177,7 +177,7 @@ def test_a_noisy_classifier_leads_an_unconditional_model_to_its_class(monkeypatc
     step = {"i": 0}
 
     def exact(self, x, modulations):
-        t = int(plain.nodes.times[step["i"] % 50])
+        t = int(plain.schedule.times[step["i"] % 50])
         step["i"] += 1
         return mixture(x, torch.full((len(x),), t))
 

@@ -18,7 +18,7 @@ from dit_fast.sampling import (
     Sampler,
     SamplerConfig,
     draw_grid,
-    flow_nodes,
+    flow_schedule,
     to_uint8,
 )
 from dit_fast.sampling.progress import Progress
@@ -65,7 +65,7 @@ def test_a_sample_depends_on_its_number_not_on_its_batch(model, diffusion, solve
     """Sample i is the same in batches of 1, 4 and 8, and wherever in a batch it stands."""
     labels = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
     if solver.startswith("sde"):
-        diffusion = flow_nodes(6, start=0.1)
+        diffusion = flow_schedule(6, start=0.1)
     whole = draw(model, diffusion, labels, solver=solver, eta=0.5)
     for size in (1, 4):
         assert_close(draw(model, diffusion, labels, solver=solver, eta=0.5, batch_size=size), whole)
@@ -230,8 +230,8 @@ def test_precision_is_of_the_loop_not_of_the_states(model, diffusion):
 def test_models_of_flow_matching(solver):
     """A model of the velocity: Euler's method is x + dt v, with t from 0 (noise) to 1 (data) as the model reads it."""
     model = small_model(learn_sigma=False, in_channels=1)
-    nodes = flow_nodes(4)
-    drawn = draw(model, nodes, [0, 1], scale=1.0, solver=solver)
+    schedule = flow_schedule(4)
+    drawn = draw(model, schedule, [0, 1], scale=1.0, solver=solver)
     x = KeyedNoise(0, torch.arange(2), (1, 4, 4)).start()
     with torch.no_grad():
         for t in (0.0, 0.25, 0.5, 0.75):
@@ -271,8 +271,8 @@ def test_models_that_do_not_fit_the_request(diffusion):
         draw(plain, diffusion, [0])
     with pytest.raises(ConfigError, match="learned variance and the model predicts none"):
         draw(plain, diffusion, [0], scale=1.0)
-    with pytest.raises(ConfigError, match="solver ddpm is of diffusion models"):
-        draw(plain, flow_nodes(4), [0], scale=1.0)
+    with pytest.raises(ConfigError, match="solver ddpm applies only to diffusion models"):
+        draw(plain, flow_schedule(4), [0], scale=1.0)
     fixed = create_diffusion("6", learn_sigma=False)
     assert draw(plain, fixed, [0], scale=1.0).isfinite().all()
     with pytest.raises(ConfigError, match="every 0: give a whole number from 1"):

@@ -21,16 +21,16 @@ from dit_fast.errors import OutputError
 from dit_fast.interop import ModelInfo
 from dit_fast.models import DiT
 from dit_fast.sampling import Sampler
-from dit_fast.sampling.shards import Parts
+from dit_fast.sampling.shards import SampleShards
 from tests.distributed.ranks import Forked
 from tests.patience import wait_until
 
 
-def parts_of(folder, num=10, batch_size=4, **request) -> Parts:
-    return Parts(folder, {"seed": 0, **request}, num, batch_size, (2, 2, 3), "uint8")
+def parts_of(folder, num=10, batch_size=4, **request) -> SampleShards:
+    return SampleShards(folder, {"seed": 0, **request}, num, batch_size, (2, 2, 3), "uint8")
 
 
-def images(parts: Parts, part: int) -> np.ndarray:
+def images(parts: SampleShards, part: int) -> np.ndarray:
     return np.stack([np.full((2, 2, 3), number, dtype=np.uint8) for number in parts.numbers(part)])
 
 
@@ -70,7 +70,7 @@ def test_a_part_that_does_not_read_back_is_an_error(tmp_path, monkeypatch):
     """Waited for, it would be for ever."""
     parts = parts_of(tmp_path)
     parts.open()
-    monkeypatch.setattr(Parts, "_checksum", lambda self, array: os.urandom(32))
+    monkeypatch.setattr(SampleShards, "_checksum", lambda self, array: os.urandom(32))
     with pytest.raises(OutputError, match=r"000000\.npy does not read back as it was written"):
         parts.write(0, images(parts, 0))
 
@@ -149,7 +149,7 @@ def arguments(checkpoint, out, *more) -> list[str]:
 def held_rank(hold_after: int, command: list[str]) -> None:
     """A rank that waits to be killed before it writes a shard more than so many; -1 for never."""
     torch.set_num_threads(1)
-    write, written = Parts.write, []
+    write, written = SampleShards.write, []
 
     def held(self, part, samples):
         if len(written) == hold_after:
@@ -157,7 +157,7 @@ def held_rank(hold_after: int, command: list[str]) -> None:
         written.append(part)
         return write(self, part, samples)
 
-    Parts.write = held
+    SampleShards.write = held
     sys.exit(main(command))
 
 
@@ -239,7 +239,7 @@ def test_a_shard_damaged_by_the_time_all_are_drawn_is_drawn_again(checkpoint, tm
         drawn.extend(path.name for path in shard.parent.glob("[0-9]*.npy"))
 
     monkeypatch.setattr(World, "wait", damage)
-    monkeypatch.setattr(Parts, "is_whole", lambda self, part: self.read(part) is not None)
+    monkeypatch.setattr(SampleShards, "is_whole", lambda self, part: self.read(part) is not None)
     assert main(arguments(checkpoint, tmp_path / "out")) == 0
     assert len(drawn) == 15
     assert (tmp_path / "out" / "samples.npz").read_bytes() == (
@@ -281,16 +281,16 @@ def test_everything_that_determines_a_pixel_is_part_of_the_request(checkpoint, t
 def test_images_of_the_same_command_do_not_block_its_second_try(checkpoint, tmp_path, monkeypatch, capsys):
     """The archive did not fit after the images were written: the command runs again."""
     command = [*arguments(checkpoint, tmp_path), "--save-images"]
-    write_npz = Parts.write_npz
+    write_npz = SampleShards.write_npz
 
     def full(self, path):
         raise OutputError("no space")
 
-    monkeypatch.setattr(Parts, "write_npz", full)
+    monkeypatch.setattr(SampleShards, "write_npz", full)
     assert main(command) == 1
     assert len(list((tmp_path / "images").iterdir())) == 60
     (tmp_path / ".tmp-images-killed").mkdir()
-    monkeypatch.setattr(Parts, "write_npz", write_npz)
+    monkeypatch.setattr(SampleShards, "write_npz", write_npz)
     assert main(command) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "sample.png", "samples.npz"]
     assert main(command) == 1
@@ -309,7 +309,7 @@ def test_a_failure_before_the_first_shard_leaves_nothing(checkpoint, tmp_path, m
 
 def test_resumed_in_process_after_an_interruption(checkpoint, tmp_path, monkeypatch, capsys):
     """The same command goes on where it was cut off, and refuses to mix another request in."""
-    write, written = Parts.write, []
+    write, written = SampleShards.write, []
 
     def interrupted(self, part, samples):
         if len(written) == 3:
@@ -317,7 +317,7 @@ def test_resumed_in_process_after_an_interruption(checkpoint, tmp_path, monkeypa
         written.append(part)
         write(self, part, samples)
 
-    monkeypatch.setattr(Parts, "write", interrupted)
+    monkeypatch.setattr(SampleShards, "write", interrupted)
     assert main(arguments(checkpoint, tmp_path)) == 130
     assert "interrupted" in capsys.readouterr().err
     assert main(arguments(checkpoint, tmp_path, "--cfg-scale", "2")) == 1
@@ -326,7 +326,7 @@ def test_resumed_in_process_after_an_interruption(checkpoint, tmp_path, monkeypa
     assert error.count("\n") == 1
 
     monkeypatch.setattr(
-        Parts, "write", lambda self, part, samples: (written.append(part), write(self, part, samples))
+        SampleShards, "write", lambda self, part, samples: (written.append(part), write(self, part, samples))
     )
     assert main(arguments(checkpoint, tmp_path)) == 0
     assert "12 of 60 images are there already: resuming" in capsys.readouterr().out

@@ -13,7 +13,13 @@ import torch
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
 from dit_fast.sampling import solvers
-from dit_fast.sampling.schedule import Nodes, default_solver, diffusion_nodes, flow_nodes, sampling_nodes
+from dit_fast.sampling.schedule import (
+    NoiseSchedule,
+    default_solver,
+    diffusion_schedule,
+    flow_schedule,
+    sampling_schedule,
+)
 from dit_fast.sampling.solvers import Denoised
 from tests.tolerance import FEW, assert_close, rounding
 
@@ -21,11 +27,11 @@ MEAN, SPREAD = 0.7, 0.4
 Z = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
 
 
-def exact_denoiser(nodes: Nodes):
-    """E[x_0 | x] at each node."""
+def exact_denoiser(schedule: NoiseSchedule):
+    """E[x_0 | x] at each step."""
 
     def denoise(x, i):
-        alpha, sigma = nodes.alphas[i], nodes.sigmas[i]
+        alpha, sigma = schedule.alphas[i], schedule.sigmas[i]
         gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
         return Denoised(MEAN + gain * (x - alpha * MEAN))
 
@@ -36,34 +42,34 @@ def exact_state(alpha: float, sigma: float) -> torch.Tensor:
     return alpha * MEAN + float(np.hypot(alpha * SPREAD, sigma)) * Z
 
 
-def smooth_nodes(steps: int) -> Nodes:
+def smooth_schedule(steps: int) -> NoiseSchedule:
     """A variance-preserving path, even in lambda = log(alpha / sigma), which ends before sigma is 0."""
     lam = np.linspace(-2.0, 2.5, steps + 1)
     alphas, sigmas = 1 / np.sqrt(1 + np.exp(-2 * lam)), 1 / np.sqrt(1 + np.exp(2 * lam))
-    return Nodes(np.arange(steps, 0, -1.0), sigmas[:-1], alphas, sigmas)
+    return NoiseSchedule(np.arange(steps, 0, -1.0), sigmas[:-1], alphas, sigmas)
 
 
-def uneven_nodes(steps: int) -> Nodes:
+def uneven_schedule(steps: int) -> NoiseSchedule:
     """The same path with steps that shrink towards its end, so that weights of uneven steps count."""
     u = np.linspace(0.0, 1.0, steps + 1)
     lam = -2.0 + 4.5 * u * (1.5 - 0.5 * u)
     alphas, sigmas = 1 / np.sqrt(1 + np.exp(-2 * lam)), 1 / np.sqrt(1 + np.exp(2 * lam))
-    return Nodes(np.arange(steps, 0, -1.0), sigmas[:-1], alphas, sigmas)
+    return NoiseSchedule(np.arange(steps, 0, -1.0), sigmas[:-1], alphas, sigmas)
 
 
-def short_flow(steps: int) -> Nodes:
+def short_flow(steps: int) -> NoiseSchedule:
     alphas = np.linspace(0.05, 0.95, steps + 1)
     one = np.ones(steps)
-    return Nodes(alphas[:-1], 1 - alphas[:-1], alphas, 1 - alphas, "velocity", rates=(one, -one))
+    return NoiseSchedule(alphas[:-1], 1 - alphas[:-1], alphas, 1 - alphas, "velocity", rates=(one, -one))
 
 
-def error(solver, nodes: Nodes, **options) -> float:
-    x = exact_state(nodes.alphas[0], nodes.sigmas[0])
-    *_, x = solver(exact_denoiser(nodes), x, nodes, **options)
-    return (x - exact_state(nodes.alphas[-1], nodes.sigmas[-1])).abs().max().item()
+def error(solver, schedule: NoiseSchedule, **options) -> float:
+    x = exact_state(schedule.alphas[0], schedule.sigmas[0])
+    *_, x = solver(exact_denoiser(schedule), x, schedule, **options)
+    return (x - exact_state(schedule.alphas[-1], schedule.sigmas[-1])).abs().max().item()
 
 
-@pytest.mark.parametrize("path", [smooth_nodes, uneven_nodes, short_flow])
+@pytest.mark.parametrize("path", [smooth_schedule, uneven_schedule, short_flow])
 @pytest.mark.parametrize(
     ("solver", "order"),
     [
@@ -85,16 +91,16 @@ def test_order_of_convergence(solver, order, path):
 def test_inversion_is_the_same_path_upwards_and_of_first_order():
     errors = []
     for steps in (40, 80, 160):
-        nodes = smooth_nodes(steps)
-        x = exact_state(nodes.alphas[-2], nodes.sigmas[-2])
-        *_, noise = solvers.ddim_inversion(exact_denoiser(nodes), x, nodes)
-        errors.append((noise - exact_state(nodes.alphas[0], nodes.sigmas[0])).abs().max().item())
+        schedule = smooth_schedule(steps)
+        x = exact_state(schedule.alphas[-2], schedule.sigmas[-2])
+        *_, noise = solvers.ddim_inversion(exact_denoiser(schedule), x, schedule)
+        errors.append((noise - exact_state(schedule.alphas[0], schedule.sigmas[0])).abs().max().item())
     assert abs(np.log2(errors[1] / errors[2]) - 1) < 0.2
 
 
 def test_inversion_is_the_reference_s_reverse_step():
     diffusion = create_diffusion("20", learn_sigma=False)
-    nodes = diffusion_nodes(diffusion)
+    schedule = diffusion_schedule(diffusion)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
 
     def model(x, t):
@@ -104,17 +110,17 @@ def test_inversion_is_the_reference_s_reverse_step():
     for i in range(19):
         t = torch.full((2,), i)
         expected = diffusion.ddim_reverse_sample(model, expected, t, clip_denoised=False)["sample"]
-    *_, noise = solvers.ddim_inversion(denoiser_of(model, nodes), x, nodes)
+    *_, noise = solvers.ddim_inversion(denoiser_of(model, schedule), x, schedule)
     # The process keeps its schedule in float32.
     assert_close(noise, expected, dtype=torch.float32)
 
 
-def denoiser_of(model, nodes, channels: int | None = None):
+def denoiser_of(model, schedule, channels: int | None = None):
     """The denoiser of a model of the noise (and of the variance, from channel `channels` on)."""
-    a, b = nodes.data_coefficients()
+    a, b = schedule.data_coefficients
 
     def denoise(x, i):
-        out = model(x, torch.full((len(x),), nodes.times[i]))
+        out = model(x, torch.full((len(x),), schedule.times[i]))
         if channels is None:
             return Denoised(a[i] * x + b[i] * out)
         return Denoised(a[i] * x + b[i] * out[:, :channels], out[:, channels:])
@@ -122,7 +128,7 @@ def denoiser_of(model, nodes, channels: int | None = None):
     return denoise
 
 
-def difference_from_the_loop(diffusion, nodes, model, channels: int | None) -> torch.Tensor:
+def difference_from_the_loop(diffusion, schedule, model, channels: int | None) -> torch.Tensor:
     """Of the ancestral solver and the reference's loop with the same draws, over the largest value; both read tables
     in float32, of up to 40 steps.
     """
@@ -130,8 +136,8 @@ def difference_from_the_loop(diffusion, nodes, model, channels: int | None) -> t
     torch.manual_seed(1)
     expected = diffusion.p_sample_loop(model, x.shape, x, clip_denoised=False, device="cpu")
     torch.manual_seed(1)
-    draws = [torch.randn_like(x) for _ in range(len(nodes))]
-    *_, drawn = solvers.ddpm(denoiser_of(model, nodes, channels), x, nodes, draws.__getitem__)
+    draws = [torch.randn_like(x) for _ in range(len(schedule))]
+    *_, drawn = solvers.ddpm(denoiser_of(model, schedule, channels), x, schedule, draws.__getitem__)
     return (drawn - expected).abs().max() / expected.abs().max()
 
 
@@ -147,33 +153,33 @@ def difference_from_the_loop(diffusion, nodes, model, channels: int | None) -> t
 def test_ddpm_is_the_reference_s_loop(options, channels, respacing):
     """Every kind of variance and respacing, with the same draws: the same numbers but for rounding."""
     diffusion = create_diffusion(respacing, diffusion_steps=40, **options)
-    nodes = diffusion_nodes(diffusion)
+    schedule = diffusion_schedule(diffusion)
     weight = torch.randn(3 if channels is None else 6, 3, dtype=torch.float64) * 0.3
 
     def model(x, t):
         return torch.einsum("oc,nchw->nohw", weight, torch.tanh(x)) * (1 + t.view(-1, 1, 1, 1) / 40)
 
-    assert difference_from_the_loop(diffusion, nodes, model, channels) <= rounding(40 * FEW)
+    assert difference_from_the_loop(diffusion, schedule, model, channels) <= rounding(40 * FEW)
 
 
 def test_a_variance_learned_by_its_logarithm_is_that_of_all_steps():
     """Against the reference's loop; fewer steps are longer ones, of which the model knows no variance."""
     options = {"diffusion_steps": 40, "learned_range": False}
     diffusion = create_diffusion("", **options)
-    nodes = diffusion_nodes(diffusion)
+    schedule = diffusion_schedule(diffusion)
 
     def model(x, t):
         return torch.cat([torch.tanh(x), -4 + 0.5 * torch.tanh(x)], dim=1) * (1 + t.view(-1, 1, 1, 1) / 40)
 
-    assert difference_from_the_loop(diffusion, nodes, model, 3) <= rounding(40 * FEW)
+    assert difference_from_the_loop(diffusion, schedule, model, 3) <= rounding(40 * FEW)
     with pytest.raises(
-        ConfigError, match="holds for all 40 steps, not for 20 longer ones: keep all with ddpm"
+        ConfigError, match="is valid for all 40 steps, not for 20 longer ones: keep all steps with ddpm"
     ):
-        diffusion_nodes(create_diffusion("20", **options))
+        diffusion_schedule(create_diffusion("20", **options))
     assert default_solver(options) == "ddim"
-    assert len(sampling_nodes(options, 20, "ddim", learn_sigma=True)) == 20
-    with pytest.raises(ConfigError, match="or take another solver"):
-        sampling_nodes(options, 20, "ddpm", learn_sigma=True)
+    assert len(sampling_schedule(options, 20, "ddim", learn_sigma=True)) == 20
+    with pytest.raises(ConfigError, match="or choose another solver"):
+        sampling_schedule(options, 20, "ddpm", learn_sigma=True)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +187,7 @@ def test_a_variance_learned_by_its_logarithm_is_that_of_all_steps():
 )
 def test_ddim_is_the_reference_s_loop(eta, prediction):
     diffusion = create_diffusion("ddim10", learn_sigma=False, prediction=prediction)
-    nodes = sampling_nodes({"prediction": prediction}, "ddim10", "ddim", learn_sigma=False)
+    schedule = sampling_schedule({"prediction": prediction}, "ddim10", "ddim", learn_sigma=False)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
 
     def model(x, t):
@@ -190,16 +196,16 @@ def test_ddim_is_the_reference_s_loop(eta, prediction):
     torch.manual_seed(1)
     expected = diffusion.ddim_sample_loop(model, x.shape, x, clip_denoised=False, device="cpu", eta=eta)
     torch.manual_seed(1)
-    draws = [torch.randn_like(x) for _ in range(len(nodes))]
-    *_, drawn = solvers.ddim(denoiser_of(model, nodes), x, nodes, draws.__getitem__, eta=eta)
+    draws = [torch.randn_like(x) for _ in range(len(schedule))]
+    *_, drawn = solvers.ddim(denoiser_of(model, schedule), x, schedule, draws.__getitem__, eta=eta)
     assert_close(drawn, expected, dtype=torch.float32)
 
 
 def test_ddpm_has_the_moments_of_the_data():
     """With the exact denoiser and the posterior's variance, many samples have the data's mean and spread."""
-    nodes = diffusion_nodes(create_diffusion("", learn_sigma=False, sigma_small=True))
+    schedule = diffusion_schedule(create_diffusion("", learn_sigma=False, sigma_small=True))
     x = torch.randn(20000, 1, 1, 1, dtype=torch.float64)
-    *_, drawn = solvers.ddpm(exact_denoiser(nodes), x, nodes, lambda i: torch.randn_like(x))
+    *_, drawn = solvers.ddpm(exact_denoiser(schedule), x, schedule, lambda i: torch.randn_like(x))
     assert abs(drawn.mean().item() - MEAN) < 0.02
     assert abs(drawn.std().item() - SPREAD) < 0.02
 
@@ -218,7 +224,7 @@ def test_multistep_solvers_are_those_of_diffusers(solver):
     scheduler.set_timesteps(12)
     steps = scheduler.timesteps.numpy().astype(int)
     bars = np.cumprod(1 - betas)[steps]
-    nodes = Nodes(
+    schedule = NoiseSchedule(
         steps.astype(float), steps / 1000, np.append(np.sqrt(bars), 1.0), np.append(np.sqrt(1 - bars), 0.0)
     )
     start = torch.randn(2, 3, 4, 4)
@@ -229,36 +235,38 @@ def test_multistep_solvers_are_those_of_diffusers(solver):
     x = start
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t), t, x).prev_sample
-    *_, drawn = solver(denoiser_of(model, nodes), start.double(), nodes)
+    *_, drawn = solver(denoiser_of(model, schedule), start.double(), schedule)
     assert_close(drawn, x, terms=4096)
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm_solver_pp_2m", "unipc"])
 def test_flow_from_pure_noise_ends_at_data(name):
     """The whole flow, from alpha 0 to sigma 0, where lambda is infinite at both ends."""
-    nodes = flow_nodes(100, shift=1.5)
-    *_, x = getattr(solvers, name)(exact_denoiser(nodes), Z.clone(), nodes)
+    schedule = flow_schedule(100, shift=1.5)
+    *_, x = getattr(solvers, name)(exact_denoiser(schedule), Z.clone(), schedule)
     assert (x - (MEAN + SPREAD * Z)).abs().max() < 0.02
 
 
-def test_bad_nodes_and_options_are_refused():
-    nodes = smooth_nodes(4)
+def test_bad_schedules_and_options_are_refused():
+    schedule = smooth_schedule(4)
     with pytest.raises(ConfigError, match=r"eta 2\.0: choose a number from 0"):
-        next(solvers.ddim(exact_denoiser(nodes), Z, nodes, eta=2.0))
+        next(solvers.ddim(exact_denoiser(schedule), Z, schedule, eta=2.0))
     with pytest.raises(ConfigError, match=r"eta 0\.5 draws noise at every step"):
-        next(solvers.ddim(exact_denoiser(nodes), Z, nodes, eta=0.5))
-    learned = diffusion_nodes(create_diffusion("4"))
+        next(solvers.ddim(exact_denoiser(schedule), Z, schedule, eta=0.5))
+    learned = diffusion_schedule(create_diffusion("4"))
     with pytest.raises(ConfigError, match="learned variance and the model predicts none"):
         next(solvers.ddpm(exact_denoiser(learned), Z, learned, lambda i: Z))
     with pytest.raises(ConfigError, match="4 times, 4 levels, 4 alphas and 5 sigmas"):
-        Nodes(nodes.times, nodes.levels, nodes.alphas[1:], nodes.sigmas)
-    with pytest.raises(ConfigError, match="must fall from node to node"):
-        Nodes(nodes.times, nodes.levels, nodes.alphas[::-1], nodes.sigmas[::-1])
+        NoiseSchedule(schedule.times, schedule.levels, schedule.alphas[1:], schedule.sigmas)
+    with pytest.raises(ConfigError, match="must decrease at every step"):
+        NoiseSchedule(schedule.times, schedule.levels, schedule.alphas[::-1], schedule.sigmas[::-1])
     with pytest.raises(ConfigError, match="prediction 'noise': choose epsilon, x0, v, velocity, score"):
-        Nodes(nodes.times, nodes.levels, nodes.alphas, nodes.sigmas, prediction="noise")
+        NoiseSchedule(schedule.times, schedule.levels, schedule.alphas, schedule.sigmas, prediction="noise")
     with pytest.raises(ConfigError, match="the velocity is a derivative by time"):
-        Nodes(nodes.times, nodes.levels, nodes.alphas, nodes.sigmas, prediction="velocity")
+        NoiseSchedule(
+            schedule.times, schedule.levels, schedule.alphas, schedule.sigmas, prediction="velocity"
+        )
     with pytest.raises(ConfigError, match="steps 0: give a whole number from 1"):
-        flow_nodes(0)
+        flow_schedule(0)
     with pytest.raises(ConfigError, match=r"shift 0\.0: give a number above 0"):
-        flow_nodes(4, shift=0.0)
+        flow_schedule(4, shift=0.0)

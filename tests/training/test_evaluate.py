@@ -76,7 +76,7 @@ def test_a_score_is_what_dit_fast_evaluate_says_of_the_same_samples(tmp_path, op
     assert main(["evaluate", str(samples), *asked, "--out", str(out), "--device", "cpu"]) == 0
     assert_same_distance(json.loads(out.read_text())["fid"], line["fid"])
     assert (line["step"], line["extractor"], line["proxy"]) == (3, "small network", False)
-    assert (len(evaluation.sampler.nodes), evaluation.sampler.config.guidance.active) == (3, False)
+    assert (len(evaluation.sampler.schedule), evaluation.sampler.config.guidance.active) == (3, False)
 
 
 class OneOfTwo(World):

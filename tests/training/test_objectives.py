@@ -11,7 +11,7 @@ from dit_fast.diffusion import FlowMatching, create_diffusion
 from dit_fast.diffusion.likelihood import bits_per_dim, log_likelihood
 from dit_fast.diffusion.paths import PATHS, PREDICTIONS, Point, convert, target
 from dit_fast.errors import ConfigError
-from dit_fast.sampling import flow_nodes, sampling_nodes, solvers
+from dit_fast.sampling import flow_schedule, sampling_schedule, solvers
 from dit_fast.sampling.solvers import Denoised
 from tests.tolerance import FEW, assert_close
 
@@ -283,17 +283,19 @@ def test_diffusion_bound_is_its_exact_value():
     assert entropy < found["total_bpd"].mean().item() < 1.3 * entropy
 
 
-def denoiser(nodes):
+def denoiser(schedule):
     """The optimal x_0 by way of the model's answer, at each node."""
-    a, b = nodes.data_coefficients()
+    a, b = schedule.data_coefficients
 
     def denoise(x, i):
-        alpha, sigma = nodes.alphas[i], nodes.sigmas[i]
+        alpha, sigma = schedule.alphas[i], schedule.sigmas[i]
         parts = (
-            (alpha, sigma) if nodes.rates is None else (alpha, sigma, nodes.rates[0][i], nodes.rates[1][i])
+            (alpha, sigma)
+            if schedule.rates is None
+            else (alpha, sigma, schedule.rates[0][i], schedule.rates[1][i])
         )
         point = Point(*(torch.tensor(part, dtype=torch.float64) for part in parts))
-        answer = target(nodes.prediction, *expected(x, alpha, sigma), point)
+        answer = target(schedule.prediction, *expected(x, alpha, sigma), point)
         return Denoised(a[i] * x + b[i] * answer)
 
     return denoise
@@ -307,11 +309,11 @@ def test_the_ode_s_error_falls_at_the_solver_s_order(solver, order, path, predic
     variances, axes = torch.linalg.eigh(COVARIANCE)
 
     def error(steps: int) -> float:
-        nodes = flow_nodes(steps, path=path, prediction=prediction)
-        alpha, sigma = nodes.alphas[0], nodes.sigmas[0]
+        schedule = flow_schedule(steps, path=path, prediction=prediction)
+        alpha, sigma = schedule.alphas[0], schedule.sigmas[0]
         places = (start.flatten(1) - alpha * MEAN) @ axes / (alpha**2 * variances + sigma**2).sqrt()
         exact = MEAN + places * variances.sqrt() @ axes.T
-        *_, x = solver(denoiser(nodes), start, nodes)
+        *_, x = solver(denoiser(schedule), start, schedule)
         return (x.flatten(1) - exact).abs().max().item()
 
     errors = [error(steps) for steps in (20, 40, 80, 160)]
@@ -335,13 +337,13 @@ def test_the_sde_has_the_mean_and_covariance_of_the_data(path, form, last_step):
     generator = torch.Generator().manual_seed(6)
     # An SDE that is still noisy at the end loses what a last step without noise would have added.
     length = {"none": 0.004, "mean": 0.01 if path == "vp" else 0.04}.get(last_step, 0.04)
-    nodes = flow_nodes(250, path=path, last_step=length)
+    schedule = flow_schedule(250, path=path, last_step=length)
     x = torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64)
 
     def noise(i):
         return torch.randn(x.shape, generator=generator, dtype=torch.float64)
 
-    *_, x = solvers.sde(denoiser(nodes), x, nodes, noise, form=form, last_step=last_step)
+    *_, x = solvers.sde(denoiser(schedule), x, schedule, noise, form=form, last_step=last_step)
     flat = x.flatten(1)
     # Four standard errors, and the bias of a discretisation in 250 steps.
     assert (flat.mean(0) - MEAN).abs().max() < 4 * math.sqrt(0.3 / count) + 0.01
@@ -352,9 +354,9 @@ def test_the_sde_has_the_mean_and_covariance_of_the_data(path, form, last_step):
 @pytest.mark.parametrize("form", solvers.DIFFUSION_FORMS)
 def test_steps_of_the_sde_are_by_its_equation(path, form):
     """With SiT's w and last steps, which moments do not tell: they are the same for every w."""
-    nodes = flow_nodes(4, path=path, start=0.1, last_step=0.04)
+    schedule = flow_schedule(4, path=path, start=0.1, last_step=0.04)
     start, *draws = torch.randn(5, 2, *SHAPE, generator=torch.Generator().manual_seed(7)).double()
-    denoise, ends = denoiser(nodes), [*nodes.times, 1.0]
+    denoise, ends = denoiser(schedule), [*schedule.times, 1.0]
     assert ends[-2:] == pytest.approx([0.96, 1.0])
     for last_step in solvers.LAST_STEPS:
         x = start
@@ -381,14 +383,14 @@ def test_steps_of_the_sde_are_by_its_equation(path, form):
                     "tweedie": (x + sigma**2 * score) / alpha,
                     "none": x,
                 }[last_step]
-        *_, found = solvers.sde(denoise, start, nodes, draws.__getitem__, form=form, last_step=last_step)
+        *_, found = solvers.sde(denoise, start, schedule, draws.__getitem__, form=form, last_step=last_step)
         torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
 
 
 def test_sampling_begins_and_ends_as_sit_s():
     def ends(solver: str, path: str = "linear", prediction: str = "velocity") -> list[float]:
         objective = {"objective": "flow", "path": path, "prediction": prediction}
-        times = sampling_nodes(objective, 10, solver, learn_sigma=False).times
+        times = sampling_schedule(objective, 10, solver, learn_sigma=False).times
         return [times[0], times[-1]]
 
     assert ends("euler") == pytest.approx([0.0, 0.9])
@@ -398,7 +400,7 @@ def test_sampling_begins_and_ends_as_sit_s():
         assert ends("heun", "gvp", prediction)[0] == pytest.approx(0.001)
         assert ends("heun", "vp", prediction)[0] == 0
     # Esser et al. 2024, equation 23, of noise levels 1, 3/4, 1/2 and 1/4.
-    assert flow_nodes(4, shift=3.0).levels.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    assert flow_schedule(4, shift=3.0).levels.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5])
 
 
 def test_what_cannot_be_is_refused():
@@ -424,10 +426,10 @@ def test_what_cannot_be_is_refused():
         flow.training_losses(lambda x, t: x, zeros, torch.zeros(2), noise=zeros[:1])
     with pytest.raises(ConfigError, match="of a diffusion take calc_bpd_loop"):
         log_likelihood(create_diffusion(""), lambda x, t: x, zeros)
-    nodes = flow_nodes(4, last_step=0.1)
+    schedule = flow_schedule(4, last_step=0.1)
     with pytest.raises(ConfigError, match="diffusion form sbdm is infinite at alpha 0"):
-        next(solvers.sde(denoiser(nodes), zeros, nodes, lambda i: zeros, form="sbdm"))
+        next(solvers.sde(denoiser(schedule), zeros, schedule, lambda i: zeros, form="sbdm"))
     with pytest.raises(ConfigError, match="choose constant, sbdm"):
-        next(solvers.sde(denoiser(nodes), zeros, nodes, lambda i: zeros, form="cubic"))
+        next(solvers.sde(denoiser(schedule), zeros, schedule, lambda i: zeros, form="cubic"))
     with pytest.raises(ConfigError, match=r"last step 1\.5: choose a length in t above 0 and below 1"):
-        flow_nodes(4, last_step=1.5)
+        flow_schedule(4, last_step=1.5)

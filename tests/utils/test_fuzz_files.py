@@ -28,7 +28,7 @@ from dit_fast.interop import load_model
 from dit_fast.interop.diffusers import DIFFUSERS, save_diffusers
 from dit_fast.interop.objective import pipeline_facts
 from dit_fast.models import DiT
-from dit_fast.sampling.shards import Parts
+from dit_fast.sampling.shards import SampleShards
 from dit_fast.training.config import TrainConfig
 from tests import latent_sets
 from tests.checkpoints import save_checkpoint
@@ -189,7 +189,7 @@ def kinds(folder: Path, name: str) -> Kind:
 
         return Kind(folder / "p" / file, facts)
     if name == "request of samples":
-        parts = Parts(
+        parts = SampleShards(
             folder / "s", {"weights": "a", "guidance": [4.0, 3], "vae": None}, 8, 4, (2, 2, 1), "uint8"
         )
         parts.open()

@@ -22,7 +22,7 @@ from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError, DitFastError
 from dit_fast.interop import load_model
 from dit_fast.models import DiT
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig, flow_nodes
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig, flow_schedule
 from dit_fast.sampling import guidance as guidance_module
 from dit_fast.sampling import sampler as sampler_module
 from dit_fast.training.config import RANGES, TrainConfig
@@ -239,7 +239,7 @@ def test_labels_of_any_integer_dtype(model: DiT, dtype: torch.dtype) -> None:
 def test_numpys_integers_are_numbers(model: DiT) -> None:
     for steps in (np.int64(4), np.uint8(4), [np.int64(4)], np.array([4])):
         assert create_diffusion(steps).timestep_map == create_diffusion(4).timestep_map
-    assert np.array_equal(flow_nodes(np.int32(3)).times, flow_nodes(3).times)
+    assert np.array_equal(flow_schedule(np.int32(3)).times, flow_schedule(3).times)
     sampler = Sampler(model, create_diffusion(np.int64(2)))
     expected = sampler([1, 2, 0], seed=3, numbers=torch.tensor([4, 5, 6]), batch_size=2)
     for labels in (np.array([1, 2, 0]), [np.int64(1), np.uint8(2), 0], np.array([1, 2, 0], dtype=np.int8)):
@@ -266,8 +266,8 @@ def test_numpys_integers_are_numbers(model: DiT) -> None:
             lambda m: create_diffusion("4", diffusion_steps=10**12),
             "diffusion steps 1000000000000: give a whole",
         ),
-        (lambda m: flow_nodes(10**12), "steps 1000000000000: give a whole number from 1 to 1048576"),
-        (lambda m: flow_nodes(3, start=math.nan), "start nan: give a number from 0, below 1"),
+        (lambda m: flow_schedule(10**12), "steps 1000000000000: give a whole number from 1 to 1048576"),
+        (lambda m: flow_schedule(3, start=math.nan), "start nan: give a number from 0, below 1"),
         (lambda m: Sampler(m, create_diffusion(2))(3), "labels 3: give a tensor or a sequence of integers"),
         (lambda m: Sampler(m, create_diffusion(2))(["1"]), "labels ['1']: give a tensor or a sequence"),
         (
@@ -284,7 +284,7 @@ def test_numpys_integers_are_numbers(model: DiT) -> None:
         (lambda m: Sampler(m, create_diffusion(2))([1], every=1.5), "every 1.5: give a whole number from 1"),
         (
             lambda m: Sampler(m, create_diffusion(2))([1], numbers=[-3]),
-            "numbers hold -3: samples are numbered from 0",
+            "numbers contain -3: samples are numbered from 0",
         ),
         (lambda m: open_stream(digits(), 0, 0, False), "batch_size 0: give a whole number from 1"),
         (lambda m: open_stream(digits(), 4.0, 0, False), "batch_size 4.0: give a whole number"),
