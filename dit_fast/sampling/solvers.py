@@ -205,7 +205,7 @@ def dpm_table(schedule: NoiseSchedule) -> Array:
 def unipc(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
     """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867, algorithm 1): third order.
 
-    Each step evaluates the model once, corrects the state at which it did (UniC-2), and predicts the next state (UniP-2,
+    Each step evaluates the model once, corrects the state at which it did (UniC-2), and predicts the next one (UniP-2,
     which for this B is DPM-Solver++(2M)).
     """
     predictor, corrector = _on_device(dpm_table, schedule, x), _on_device(unipc_table, schedule, x)

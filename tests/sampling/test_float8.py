@@ -79,7 +79,7 @@ def test_the_linears_over_tokens_are_replaced_in_a_copy():
     model = small_model()
     sampler = Sampler(model, create_diffusion("4"), SamplerConfig(precision="fp8", solver="ddim"))
     sampler([1, 2])
-    copy = sampler._loop_model()
+    copy = sampler._cast_model()
     low = {name for name, module in copy.named_modules() if isinstance(module, Float8Linear)}
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert low == {f"blocks.{i}.{part}" for i in range(2) for part in parts}
@@ -89,7 +89,7 @@ def test_the_linears_over_tokens_are_replaced_in_a_copy():
     crossed = Sampler(
         small_model(conditioning="cross_attention"), sampler.schedule, SamplerConfig(precision="fp8")
     )
-    low = {name for name, module in crossed._loop_model().named_modules() if isinstance(module, Float8Linear)}
+    low = {name for name, module in crossed._cast_model().named_modules() if isinstance(module, Float8Linear)}
     assert low == {f"blocks.{i}.{part}" for i in range(2) for part in (*parts, "cross.q", "cross.proj")}
 
 
@@ -97,8 +97,8 @@ def test_a_step_reads_half_the_bytes_of_bfloat16():
     model, bytes_read = small_model(hidden_size=128, num_heads=2), {}
     for precision in ("bf16", "fp8"):
         sampler = Sampler(model, create_diffusion("4"), SamplerConfig(precision=precision))
-        read = {id(p) for p in loop_parameters(sampler._loop_model())}
-        blocks = [p for p in sampler._loop_model().blocks.parameters() if id(p) in read and p.ndim == 2]
+        read = {id(p) for p in loop_parameters(sampler._cast_model())}
+        blocks = [p for p in sampler._cast_model().blocks.parameters() if id(p) in read and p.ndim == 2]
         bytes_read[precision] = sum(p.numel() * p.itemsize for p in blocks)
     assert bytes_read["fp8"] * 2 == bytes_read["bf16"]
 

@@ -23,8 +23,8 @@ from dit_fast.errors import ConfigError, DitFastError
 from dit_fast.interop import load_model
 from dit_fast.models import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, flow_schedule
+from dit_fast.sampling import config as sampler_config
 from dit_fast.sampling import guidance as guidance_module
-from dit_fast.sampling import sampler as sampler_module
 from dit_fast.training.config import RANGES, TrainConfig
 from dit_fast.utils import keyed
 from dit_fast.utils.values import MANY, Flag, Number, OneOf, Place, Text, Value, Whole
@@ -122,7 +122,7 @@ def test_no_path(given: Any) -> None:
 CONFIGS: list[tuple[type, dict[str, Value], dict[str, Any]]] = [
     (TrainConfig, RANGES, {"data": "digits"}),
     (EncodeConfig, ENCODE_RANGES, {"data": "images", "out": "set"}),
-    (SamplerConfig, sampler_module._RANGES, {}),
+    (SamplerConfig, sampler_config._RANGES, {}),
     (Guidance, guidance_module._RANGES, {}),
 ]
 
