@@ -183,7 +183,7 @@ def call_qkvpacked(version: int) -> Callable[..., Any]:
 
 
 # flash-attn 4 compiles its kernels from Python, which torch.compile cannot trace: it stands behind a registered
-# operation, forward and backward.
+# operation, forward and backward. Its fakes are written by hand: there is no reference of its two outputs here.
 
 
 def _flash4(qkv: Tensor) -> tuple[Tensor, Tensor]:

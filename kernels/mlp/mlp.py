@@ -242,25 +242,6 @@ def _mlp_backward_reference(
     return dx, dpre.t() @ rows, dbias, dout.t() @ (again if act is None else act)
 
 
-def _mlp_backward_fake(
-    dout: Tensor,
-    x: Tensor,
-    pre: Tensor,
-    act: Tensor | None,
-    fc1_weight: Tensor,
-    fc2_weight: Tensor,
-    weights: bool,
-    epilogue: str,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(fc1_weight.shape if weights else 0),
-        x.new_empty(fc1_weight.shape[0] if weights else 0),
-        x.new_empty(fc2_weight.shape if weights else 0),
-    )
-
-
 def _mlp_flops(
     x: tuple[int, ...], fc1: tuple[int, ...], _: Any, fc2: tuple[int, ...], *rest: Any, **kw: Any
 ) -> int:
