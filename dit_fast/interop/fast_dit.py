@@ -16,6 +16,7 @@ from dit_fast.interop.diffusers import (
     adapter_config,
     config_from_diffusers,
     conventions_of,
+    from_diffusers,
 )
 from dit_fast.model.dit import DiT
 
@@ -38,7 +39,7 @@ the noise; `cfg_channels` is kept for `.dit.forward_with_cfg`.
 def fast_dit_class() -> Any:
     """The class `FastDiT`; MissingExtraError without diffusers."""
     try:
-        from diffusers import ConfigMixin, ModelMixin
+        from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
         from diffusers.configuration_utils import register_to_config
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
     except ImportError as error:
@@ -69,6 +70,33 @@ def fast_dit_class() -> Any:
             super().__init__()
             config, conventions = config_from_diffusers(dict(self.config), ADAPTER)
             self.dit: DiT = ConvertedDiT(**config, conventions=conventions)
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+            """As of any model in diffusers; also a folder or repository with a DiTTransformer2DModel, converted."""
+            names = (
+                "subfolder",
+                "revision",
+                "cache_dir",
+                "local_files_only",
+                "token",
+                "force_download",
+                "proxies",
+            )
+            where = {name: options[name] for name in names if name in options}
+            config = cls.load_config(pretrained_model_name_or_path, **where)
+            if config.get("_class_name") != DiTTransformer2DModel.__name__:
+                return super().from_pretrained(pretrained_model_name_or_path, **options)
+            theirs = DiTTransformer2DModel.from_pretrained(pretrained_model_name_or_path, **options)
+            return cls.from_dit(from_diffusers(theirs))
+
+        @classmethod
+        def from_config(cls, config: Any, **options: Any) -> Any:
+            """As of any model in diffusers; also the configuration of a DiTTransformer2DModel."""
+            if not isinstance(config, dict) or config.get("_class_name") != DiTTransformer2DModel.__name__:
+                return super().from_config(config, **options)
+            ours, conventions = config_from_diffusers(config, DiTTransformer2DModel.__name__)
+            return cls.from_dit(ConvertedDiT(**ours, conventions=conventions))
 
         @classmethod
         def from_dit(cls, model: DiT) -> Any:

@@ -20,7 +20,7 @@ from dit_fast.model.blocks import ADAPTIVE, BLOCKS, Stream
 from dit_fast.model.config import OPTIONS, PAPER, check_sizes
 from dit_fast.model.embedders import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, as_pair
 from dit_fast.model.folder import load_weights, read_model, write_model
-from dit_fast.model.layers import Layout, matrix_size
+from dit_fast.model.layers import Layout, SwiGLU, matrix_size
 from dit_fast.model.positions import ROTARY, SINES, check_rotary, resized_table, rotary_angles, sincos_table
 from dit_fast.utils.values import Number
 
@@ -146,6 +146,9 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
 
         self.apply(xavier)
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                module.zero_padding()
         if self.positions in SINES:
             self._set_positions(self._table(self.x_embedder.grid_size))
 

@@ -227,12 +227,24 @@ class SwiGLU(nn.Module):
     def __init__(self, in_features: int, hidden_features: int):
         super().__init__()
         hidden = swiglu_width(hidden_features)
+        self.units = 2 * hidden_features // 3
         self.w12 = nn.Linear(in_features, 2 * hidden)
         self.w3 = nn.Linear(hidden, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(nn.functional.silu(gate) * value)
+
+    @torch.no_grad()
+    def zero_padding(self) -> None:
+        """Set the units beyond two thirds of `hidden_features` to zero, where training keeps them.
+
+        They only round the width up: a unit of zeros outputs zero and gets no gradient. LightningDiT's SwiGLU does not
+        have them.
+        """
+        for half in (*self.w12.weight.chunk(2), *self.w12.bias.chunk(2)):
+            half[self.units :] = 0
+        self.w3.weight[:, self.units :] = 0
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:

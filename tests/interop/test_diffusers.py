@@ -370,6 +370,39 @@ def test_guidance_without_a_null_class_is_refused() -> None:
     assert images(pipeline, guidance=1.0).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ({}, {}),
+        ({"safe_serialization": False}, {}),
+        ({"max_shard_size": "20KB"}, {}),
+        ({"max_shard_size": "20KB", "safe_serialization": False}, {"use_safetensors": False}),
+        ({"variant": "fp16"}, {"variant": "fp16"}),
+        ({}, {"torch_dtype": torch.bfloat16}),
+    ],
+    ids=["safetensors", "bin", "shards", "shards of bin", "variant", "bfloat16"],
+)
+def test_the_adapter_reads_what_diffusers_wrote(tmp_path, saved, loaded) -> None:
+    """`FastDiT.from_pretrained` and `from_config` take a DiTTransformer2DModel's folder, with its conventions."""
+    theirs().save_pretrained(tmp_path / "t", **saved)
+    adapter = dit_fast.FastDiT.from_pretrained(tmp_path, subfolder="t", **loaded)
+    again = DiTTransformer2DModel.from_pretrained(tmp_path / "t", **loaded)
+    x, t, y = inputs()
+    x = x.to(loaded.get("torch_dtype", torch.float32))
+    with torch.no_grad():
+        output, expected = adapter(x, t, y).sample, again(x, timestep=t, class_labels=y).sample
+    assert not adapter.training
+    assert output.dtype == expected.dtype
+    assert_close(output, expected)
+    fresh = dit_fast.FastDiT.from_config(DiTTransformer2DModel.load_config(tmp_path / "t"))
+    assert fresh.dit.config == adapter.dit.config
+    assert fresh.dit.conventions == adapter.dit.conventions
+    adapter.save_pretrained(tmp_path / "ours")
+    ours_again = dit_fast.FastDiT.from_pretrained(tmp_path / "ours", torch_dtype=loaded.get("torch_dtype"))
+    with torch.no_grad():
+        assert torch.equal(ours_again(x, t, y).sample, output)
+
+
 def test_the_adapter_is_a_model_of_diffusers(tmp_path) -> None:
     adapter = dit_fast.FastDiT.from_dit(ours(mlp_ratio=2.0))
     adapter.save_pretrained(tmp_path)
