@@ -5,11 +5,12 @@ so that the addition and the next norm are one pass over memory. Biases are dela
 that adds a bias also sums its gradient.
 """
 
-from typing import Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dit_fast.kernels import adaln_modulate, gated_residual, gated_residual_adaln, mlp, uses_triton
 from dit_fast.kernels.adaln import adaln_with_moments, gated_residual_adaln_with_moments
@@ -132,9 +133,9 @@ def unit_gate(x: Tensor) -> Tensor:
 class TransformerBlock(nn.Module):
     """A pre-norm transformer block (Dosovitskiy et al. 2021): the one of in-context conditioning, which others extend.
 
-    `forward(x, c)`: x (N, T, D) -> (N, T, D); c is not read, the condition is among the tokens. For a `Stream` it
-    returns a `Stream`: `DiT` runs its blocks so. `affine`: whether the norms have their own weight and bias. The
-    other options as in `DiT`.
+    `forward(x, c)`: x (N, T, D) -> (N, T, D); c is not read, the condition is among the tokens; `layout` as in
+    `Attention`. For a `Stream` it returns a `Stream`: `run_block` calls it so. `affine`: whether the norms have their
+    own weight and bias. The other options as in `DiT`.
     """
 
     def __init__(
@@ -167,9 +168,13 @@ class TransformerBlock(nn.Module):
         return tokens * per_token + 2 * tokens**2 * self.attn.proj.out_features
 
     def forward(
-        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+        self,
+        x: Tensor | Stream,
+        c: Tensor | None = None,
+        modulation: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> Tensor | Stream:
-        stream = x if isinstance(x, Stream) else Stream(x)
+        stream = x if isinstance(x, Stream) else Stream(x, layout=layout)
         stream = self.feed_forward(self.self_attention(stream))
         return stream if isinstance(x, Stream) else stream.add(self.backends.kernels)
 
@@ -252,10 +257,14 @@ class AdaptiveBlock(TransformerBlock):
         return super().macs(tokens, condition_tokens) + matrix_size(self.adaLN_modulation)
 
     def forward(
-        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+        self,
+        x: Tensor | Stream,
+        c: Tensor | None = None,
+        modulation: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> Tensor | Stream:
         """`modulation` (N, `vectors` * D): `adaLN_modulation(c)` computed earlier; c is then not read."""
-        stream = x if isinstance(x, Stream) else Stream(x)
+        stream = x if isinstance(x, Stream) else Stream(x, layout=layout)
         if modulation is None:
             modulation = self.adaLN_modulation(c)
         parts, half = modulation.chunk(self.vectors, dim=1), self.vectors // 2
@@ -268,6 +277,40 @@ class DiTBlock(AdaptiveBlock):
     """A transformer block with adaptive layer norm and gates, initialized to the identity (adaLN-Zero)."""
 
     vectors = 6
+
+
+def run_block(
+    block: nn.Module,
+    stream: Stream,
+    c: Tensor | None,
+    modulation: Tensor | None = None,
+    recompute: bool = False,
+) -> Stream:
+    """Apply a block to the stream.
+
+    A block with hooks gets and returns (N, T, D), which its hooks then see, as in the reference; its last addition is
+    not fused with the next norm. `recompute`: save the block's inputs only.
+    """
+    arguments: tuple[Any, ...] = (stream, c, modulation)
+    if has_hooks(block):
+        arguments = (stream.add(cast(Any, block).backends.kernels), c, modulation, stream.layout)
+    if recompute:
+        # A block draws no random numbers, and generator states cannot be read during CUDA graph capture.
+        output = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+    else:
+        output = block(*arguments)
+    return output if isinstance(output, Stream) else Stream(output, layout=stream.layout)
+
+
+def has_hooks(block: nn.Module) -> bool:
+    """Whether hooks of somebody else see what goes through the block; sharding and profiling ranges do not look."""
+    found = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+    return any(
+        not (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "dit_fast."))
+        for hooks in found
+        if hooks
+        for hook in hooks.values()
+    )
 
 
 class Projection(nn.Module):
@@ -375,10 +418,14 @@ class CrossAttentionBlock(TransformerBlock):
         return super().macs(tokens, S) + projections + 2 * tokens * S * cross.proj.out_features
 
     def forward(
-        self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
+        self,
+        x: Tensor | Stream,
+        c: Tensor | None = None,
+        modulation: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> Tensor | Stream:
         """`modulation` (N, S * 2 D): `cross.kv(c)` computed earlier, flattened; c is then not read."""
-        stream = x if isinstance(x, Stream) else Stream(x)
+        stream = x if isinstance(x, Stream) else Stream(x, layout=layout)
         width = self.cross.kv.out_features
         kv = self.cross.kv(c) if modulation is None else modulation.unflatten(1, (-1, width))
         stream = self.self_attention(stream)

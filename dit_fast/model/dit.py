@@ -10,13 +10,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from dit_fast import __version__
 from dit_fast.errors import ConfigError
 from dit_fast.kernels import unpatchify
 from dit_fast.model.backends import Backends, one_of
-from dit_fast.model.blocks import ADAPTIVE, BLOCKS, Stream
+from dit_fast.model.blocks import ADAPTIVE, BLOCKS, Stream, run_block
 from dit_fast.model.config import OPTIONS, PAPER, check_sizes
 from dit_fast.model.embedders import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, as_pair
 from dit_fast.model.folder import load_weights, read_model, write_model
@@ -346,12 +345,9 @@ class DiT(nn.Module):
 
     def _run_blocks(self, stream: Stream, c: Tensor) -> Tensor:
         """Blocks and final layer: (N, T, P * P * C); T includes in-context condition tokens and padding."""
+        recompute = self.backends.recompute == "blocks" and torch.is_grad_enabled()
         for block in self.blocks:
-            if self.backends.recompute == "blocks" and torch.is_grad_enabled():
-                # A block draws no random numbers, and generator states cannot be read during CUDA graph capture.
-                stream = checkpoint(block, stream, c, use_reentrant=False, preserve_rng_state=False)
-            else:
-                stream = block(stream, c)
+            stream = run_block(block, stream, c, recompute=recompute)
         return self.final_layer(stream, c)
 
     def _to_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -417,7 +413,7 @@ class DiT(nn.Module):
         *slices, last = modulations.split(self.modulation_widths(), dim=1)
         stream = self._tokens(x, None)
         for block, modulation in zip(self.blocks, slices, strict=True):
-            stream = block(stream, None, modulation)
+            stream = run_block(block, stream, None, modulation)
         return self._to_images(self.final_layer(stream, None, last), grid)
 
     def regrid(self, input_size: int | tuple[int, int], mode: str | None = None) -> Self:

@@ -19,6 +19,7 @@ from dit_fast.kernels.launch import record_launches
 from dit_fast.model.layers import make_norm
 from dit_fast.models import DiT, DiT_models
 from tests.golden import CONFIG, GOLDEN, golden_model, seeded
+from tests.reference_layout import randomise
 from tests.tolerance import FEW, SUM, assert_close, rounding
 
 T = torch.tensor([0, 17, 500, 999])
@@ -307,6 +308,44 @@ def test_hooks_of_blocks_fire(mode: str) -> None:
         block.register_forward_hook(lambda module, args, out, index=index: seen.append(index))
     model(images(), T, Y)
     assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"conditioning": "in_context"},
+        {"conditioning": "cross_attention"},
+        {"positions": "rope", "norm": "rmsnorm"},
+    ],
+    ids=["adaln_zero", "in_context", "cross_attention", "rope"],
+)
+def test_hooks_of_blocks_see_and_change_tensors(mode: str, recompute: str, options: dict[str, Any]) -> None:
+    """As in the reference: a hook on a block gets the (N, T, D) that goes into it and that comes out of it."""
+    model = randomise(DiT(8, 2, 4, 32, 2, 4, num_classes=10, kernels=mode, recompute=recompute, **options))
+    before = model(images(), T, Y)
+    shapes, gradients = [], []
+    watched = [
+        model.blocks[0].register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape)),
+        model.blocks[0].register_forward_hook(lambda module, args, out: shapes.append(out.shape)),
+        model.blocks[1].register_full_backward_hook(lambda module, into, out: gradients.append(out[0].shape)),
+    ]
+    after = model(images(), T, Y)
+    assert_close(after, before, 4 * SUM)
+    after.sum().backward()
+    tokens = 16 + (2 if "in_context" in options.values() else 0)
+    assert shapes[:2] == [(len(T), tokens, 32)] * 2
+    assert gradients == [(len(T), tokens, 32)]
+    for handle in watched:
+        handle.remove()
+    model.blocks[0].register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+    zeroed = model(images(), T, Y)
+    model.blocks[0]._forward_hooks.clear()
+    model.blocks[1].register_forward_pre_hook(lambda module, args: (torch.zeros_like(args[0]), *args[1:]))
+    assert_close(zeroed, model(images(), T, Y), 4 * SUM)
+    assert (zeroed - before).abs().max() > 1e-3
 
 
 class Doubled(nn.Linear):
