@@ -302,6 +302,14 @@ def run_block(
     return output if isinstance(output, Stream) else Stream(output, layout=stream.layout)
 
 
+def run_final_layer(
+    layer: nn.Module, stream: Stream, c: Tensor | None, modulation: Tensor | None = None
+) -> Tensor:
+    """Apply a final layer to the stream: (N, T, P * P * C); its hooks see (N, T, D), as those of a block."""
+    x = stream.add(cast(Any, layer).backends.kernels) if has_hooks(layer) else stream
+    return cast(Tensor, layer(x, c, modulation))
+
+
 def has_hooks(block: nn.Module) -> bool:
     """Whether hooks of somebody else see what goes through the block; sharding and profiling ranges do not look."""
     found = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)

@@ -133,7 +133,7 @@ def _kept(
         return tensor
 
     def keep_inputs(block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        stream, c = inputs
+        stream, c, *_ = inputs
         held.extend(keep(tensor) for tensor in (*stream, c) if isinstance(tensor, Tensor))
 
     held: list[Tensor] = []

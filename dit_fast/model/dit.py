@@ -15,7 +15,7 @@ from dit_fast import __version__
 from dit_fast.errors import ConfigError
 from dit_fast.kernels import unpatchify
 from dit_fast.model.backends import Backends, one_of
-from dit_fast.model.blocks import ADAPTIVE, BLOCKS, Stream, run_block
+from dit_fast.model.blocks import ADAPTIVE, BLOCKS, Stream, run_block, run_final_layer
 from dit_fast.model.config import OPTIONS, PAPER, check_sizes
 from dit_fast.model.embedders import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, as_pair
 from dit_fast.model.folder import load_weights, read_model, write_model
@@ -348,7 +348,7 @@ class DiT(nn.Module):
         recompute = self.backends.recompute == "blocks" and torch.is_grad_enabled()
         for block in self.blocks:
             stream = run_block(block, stream, c, recompute=recompute)
-        return self.final_layer(stream, c)
+        return run_final_layer(self.final_layer, stream, c)
 
     def _to_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images from the final layer's tokens, without those that belong to no patch."""
@@ -414,7 +414,7 @@ class DiT(nn.Module):
         stream = self._tokens(x, None)
         for block, modulation in zip(self.blocks, slices, strict=True):
             stream = run_block(block, stream, None, modulation)
-        return self._to_images(self.final_layer(stream, None, last), grid)
+        return self._to_images(run_final_layer(self.final_layer, stream, None, last), grid)
 
     def regrid(self, input_size: int | tuple[int, int], mode: str | None = None) -> Self:
         """Change the model's own input size; returns the model.

@@ -212,11 +212,11 @@ def test_class_and_timestep_matter(conditioning: str) -> None:
 def test_context_tokens_run_through_every_block_and_are_removed() -> None:
     model, shapes = model_of("in_context"), []
     for block in model.blocks:
-        block.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.x.shape)))
+        block.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
     assert model(x(), T, Y).shape == (3, 8, 8, 8)
     assert shapes == [(3, 16 + 2, 64)] * 2
     entered: list[Tensor] = []
-    model.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0].x))
+    model.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     ends: list[Tensor] = []
     model.final_layer.register_forward_hook(lambda module, args, out: ends.append(out))
     out = model(x(), T, Y)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from dit_fast.model.blocks import Stream
 from dit_fast.models import DiT
 
 
@@ -14,8 +13,8 @@ def test_the_residual_stream_lies_token_after_token(trained: bool) -> None:
     seen = []
     for block in model.blocks:
 
-        def look(module: torch.nn.Module, inputs: tuple[Stream, ...]) -> None:
-            seen.append(inputs[0].x.is_contiguous())
+        def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen.append(inputs[0].is_contiguous())
 
         block.register_forward_pre_hook(look)
     with torch.set_grad_enabled(trained):
