@@ -1,1 +1,1 @@
-"""Checkpoints on disk: folders, manifests, tensor files, weight files of others, averages of any width."""
+"""Checkpoints: folders of a run, manifests, sharded tensor files, weight files from others, post-hoc EMA."""

@@ -1,16 +1,16 @@
-"""Checkpoints that either exist whole or not at all.
+"""Checkpoint folders of a run: written atomically, verified when read, and removed by a retention rule.
 
 A checkpoint is a folder `step-0001000` with
 
-    config.json           the model's configuration, as `DiT.save_pretrained` writes it
-    model.safetensors     the weights
-    ema.safetensors       the averaged weights, same tensors
-    optimizer.safetensors AdamW's moments: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`
-    manifest.json         the step, the run's configuration, size and SHA-256 of every other file
+    config.json           configuration of the model, as written by `DiT.save_pretrained`
+    model.safetensors     weights
+    ema.safetensors       averaged weights, same tensors
+    optimizer.safetensors moments of AdamW: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`
+    manifest.json         step, configuration of the run, size and SHA-256 of every other file
 
-where several ranks write theirs side by side: `ema-00001-of-00004.safetensors` (`tensor_files`). It is written to a
-temporary sibling, synced to disk and renamed, so that a kill at any moment leaves the older checkpoints as they were. A
-step counts only if its manifest verifies; nothing in it is unpickled.
+Several ranks write one file each: `ema-00001-of-00004.safetensors` (`dit_fast.checkpoint.tensors`). The folder is
+written under a temporary name, flushed to disk and renamed, so that a kill at any moment leaves the older checkpoints
+unchanged. A step is valid only if its manifest verifies; nothing in it is unpickled.
 """
 
 import json
@@ -45,12 +45,11 @@ from dit_fast.checkpoint.tensors import (
 from dit_fast.distributed.world import World
 from dit_fast.errors import CheckpointError, OutputError
 from dit_fast.model.dit import DiT
-from dit_fast.utils.files import sync, write_atomically
+from dit_fast.utils.files import TEMPORARY, require_space, sync, write_atomically
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-_TEMPORARY = ".tmp-"
-_REPLACED = f"{_TEMPORARY}replaced-"
-_REMOVED = f"{_TEMPORARY}removed-"
+_REPLACED = f"{TEMPORARY}replaced-"
+_REMOVED = f"{TEMPORARY}removed-"
 _MOST_LISTED = 8
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -58,7 +57,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` returns: the manifest, two state dicts and the optimiser's moments by name."""
+    """A checkpoint in memory.
+
+    Attributes:
+        path: The folder.
+        manifest: Content of manifest.json.
+        model: Weights by name, whole tensors on the CPU.
+        ema: Averaged weights by name.
+        optimizer: Moments of AdamW by name.
+    """
 
     path: Path
     manifest: dict[str, Any]
@@ -73,12 +80,18 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which stay: the newest `keep` whole ones (0: all) and the steps that `milestone_every` divides (0: none)."""
+    """Which checkpoints of a run are kept.
+
+    Args:
+        keep: Number of complete checkpoints, counted from the newest; 0 keeps all.
+        milestone_every: Steps divisible by this are always kept; 0 for none.
+    """
 
     keep: int = 0
     milestone_every: int = 0
 
     def stays(self, step: int) -> bool:
+        """Whether `step` is a milestone."""
         return self.milestone_every > 0 and step % self.milestone_every == 0
 
 
@@ -91,7 +104,7 @@ def step_folder(run: str | Path, step: int) -> Path:
 
 
 def step_folders(run: str | Path) -> list[Path]:
-    """The run's step folders, oldest first, verified or not; leftovers of killed saves are not among them."""
+    """Step folders of a run, oldest first, verified or not, without leftovers of killed saves."""
     folder = checkpoints_folder(run)
     if not folder.is_dir():
         return []
@@ -100,7 +113,7 @@ def step_folders(run: str | Path) -> list[Path]:
 
 
 def model_config(model: DiT) -> dict[str, Any]:
-    """What `config.json` says of a model."""
+    """Content of `config.json` for a model."""
     return {"_class_name": "DiT", "_dit_fast_version": __version__, **model.config}
 
 
@@ -113,16 +126,30 @@ def write_checkpoint(
     retention: Retention,
     world: World | None = None,
 ) -> Path:
-    """Write `RUN/checkpoints/step-N`, N = manifest["step"], with every rank of `world`, then remove older ones.
+    """Write `RUN/checkpoints/step-N`, N = manifest["step"], and remove older checkpoints.
 
-    `pieces`: of each part what this rank writes, on the CPU; `config`: of the model; `needed`: bytes of the whole.
-    Every rank calls it, with its background group free. Raises OutputError on all ranks where one could not write; the
-    older checkpoints are then untouched and nothing partial stays behind.
+    A collective operation over the background group: every rank calls it.
+
+    Args:
+        run: Run folder.
+        config: Configuration of the model.
+        pieces: By part, the pieces that this rank writes, on the CPU.
+        needed: Size of the whole checkpoint in bytes.
+        manifest: Content of manifest.json, without the files.
+        retention: Which checkpoints are kept.
+        world: The ranks; None for a single process.
+
+    Returns:
+        The checkpoint folder.
+
+    Raises:
+        OutputError: A rank could not write. It is raised on all ranks; the older checkpoints are unchanged, and no
+            partial checkpoint is left.
     """
     world = world or World()
     final = step_folder(run, manifest["step"])
     folder = final.parent
-    temporary = folder / f"{_TEMPORARY}{final.name}-{world.attempt}"
+    temporary = folder / f"{TEMPORARY}{final.name}-{world.attempt}"
 
     def begin() -> None:
         if world.is_first:
@@ -168,7 +195,7 @@ def write_checkpoint(
 
 
 def _together(action: Callable[[], Result], world: World) -> list[Result]:
-    """The results of all ranks; OutputError on each of them where the action failed on any."""
+    """The results of an action on all ranks; OutputError on each rank where the action failed on any."""
     result: Any = None
     problem: str | None = None
     try:
@@ -176,7 +203,7 @@ def _together(action: Callable[[], Result], world: World) -> list[Result]:
     except (OSError, SafetensorError) as error:
         problem = str(error)
     except Exception as error:
-        # The other ranks wait in the exchange below.
+        # Not raised yet: the other ranks wait in `gather`.
         if world.size == 1:
             raise
         problem = f"{type(error).__name__}: {error}"
@@ -192,7 +219,7 @@ def _together(action: Callable[[], Result], world: World) -> list[Result]:
 
 
 def _swap(temporary: Path, final: Path) -> None:
-    """Rename into place; a folder that stands there is put aside first and comes back if this is interrupted."""
+    """Rename into place. An existing folder is renamed first; `remove_leftovers` restores it after an interruption."""
     aside = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -202,7 +229,7 @@ def _swap(temporary: Path, final: Path) -> None:
 
 
 def remove_old(run: str | Path, retention: Retention) -> None:
-    """Remove what `retention` lets go of. A step is renamed before it is removed, so that no half of one stays."""
+    """Remove the checkpoints that `retention` does not keep, each under another name, so that none is left partial."""
     if not retention.keep:
         return
     folders = step_folders(run)
@@ -223,7 +250,7 @@ def remove_old(run: str | Path, retention: Retention) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the manifest verifies and every file is there in its size; contents are not read."""
+    """Whether the manifest verifies and every file exists with its size; contents are not read."""
     try:
         files = read_manifest(folder)["files"]
         return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
@@ -232,7 +259,17 @@ def is_complete(folder: Path) -> bool:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Verify and read one checkpoint folder, whoever wrote it: whole tensors on the CPU. Raises CheckpointError."""
+    """Verify and read a checkpoint folder, written by any number of ranks.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The checkpoint, with whole tensors on the CPU.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete or damaged.
+    """
     path = Path(path)
     manifest = read_manifest(path)
     verify_files(path, manifest)
@@ -248,10 +285,17 @@ def read_part(path: Path, manifest: dict[str, Any], part: str) -> dict[str, Tens
 def load_into(
     path: Path, manifest: dict[str, Any], state: Mapping[str, Mapping[str, Tensor]], cast: bool = False
 ) -> None:
-    """Fill the tensors of `state` (by part, then name) in place from a verified checkpoint of any number of ranks.
+    """Load a verified checkpoint, written by any number of ranks, into existing tensors.
 
-    Tensors may be sharded (DTensor): each rank reads its own. Raises CheckpointError that lists every missing,
-    unexpected or misshaped tensor and every other dtype at once, unless `cast`, before anything is changed.
+    Args:
+        path: Checkpoint folder.
+        manifest: Its manifest.
+        state: Tensors to fill, by part and name. Tensors may be sharded (DTensor): each rank reads its shard.
+        cast: Allow other dtypes.
+
+    Raises:
+        CheckpointError: Lists every missing, unexpected or misshaped tensor and, without `cast`, every other dtype.
+            Nothing is changed then.
     """
     parts = {part: StoredPart(path, part, manifest["files"]) for part in state}
     problems: list[str] = []
@@ -259,21 +303,29 @@ def load_into(
         with stored:
             problems += stored.differences(state[part], cast)
     if problems:
-        raise CheckpointError(f"checkpoint {path} is of another model: {'; '.join(problems)}")
+        raise CheckpointError(f"checkpoint {path} belongs to another model: {'; '.join(problems)}")
     for part in parts:
         with StoredPart(path, part, manifest["files"]) as stored:
             stored.read_into(state[part])
 
 
 def latest_checkpoint(run: str | Path, world: World | None = None) -> Path:
-    """The newest checkpoint of a run folder that verifies; a damaged newer one is passed over with a warning.
+    """Find the newest checkpoint of a run that verifies; a damaged newer one is skipped with a warning.
 
-    The ranks of `world` share the hashing and all get what rank 0 decides. Raises CheckpointError when there is none.
+    Args:
+        run: Run folder.
+        world: The ranks, which divide the hashing and get the decision of rank 0; None for a single process.
+
+    Returns:
+        The checkpoint folder.
+
+    Raises:
+        CheckpointError: There is no valid checkpoint.
     """
     world = world or World()
     folders = world.broadcast(step_folders(run) if world.is_first else None)
     if not folders:
-        raise CheckpointError(f"{run} holds no checkpoint (looked for {checkpoints_folder(run)}/step-N)")
+        raise CheckpointError(f"{run} has no checkpoint (looked for {checkpoints_folder(run)}/step-N)")
     refused = []
     for folder in reversed(folders):
         problem = _verify_together(folder, world)
@@ -289,7 +341,7 @@ def latest_checkpoint(run: str | Path, world: World | None = None) -> Path:
 
 
 def _verify_together(folder: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, as rank 0 says it; each rank hashes its share of the files."""
+    """Problems of a checkpoint, the same text on all ranks; each rank hashes a part of the files."""
     problem = None
     try:
         manifest = read_manifest(folder)
@@ -302,7 +354,7 @@ def _verify_together(folder: Path, world: World) -> str | None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder from what a user names: the folder itself, or a run (its newest that verifies)."""
+    """The checkpoint folder at `path`: a step folder itself, or the newest valid checkpoint of a run."""
     path = Path(path)
     if (path / MANIFEST).exists() or _STEP_FOLDER.fullmatch(path.name):
         return path
@@ -312,29 +364,19 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def remove_leftovers(run: str | Path) -> None:
-    """Delete what killed saves left behind; a step that was put aside and not replaced comes back."""
+    """Delete the leftovers of killed saves, and restore a step that was renamed but not replaced."""
     folder = checkpoints_folder(run)
     for aside in folder.glob(f"{_REPLACED}*"):
         final = aside.with_name(aside.name.removeprefix(_REPLACED))
         if not final.exists():
             os.rename(aside, final)
-    for path in folder.glob(f"{_TEMPORARY}*"):
+    for path in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoint_bytes(*states: Mapping[str, Tensor]) -> int:
-    """Bytes on disk of these state dicts, headers and JSON included (rounded up)."""
+    """Size of these state dicts on disk in bytes, with 1 MiB for headers and JSON."""
     return sum(t.numel() * t.element_size() for state in states for t in state.values()) + (1 << 20)
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raise OutputError when the disk of `folder` has less than `needed` bytes left."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"no space for a checkpoint in {folder}: it needs {needed / 2**20:.1f} MiB, "
-            f"{free / 2**20:.1f} MiB are free; free some or choose another --out"
-        )
 
 
 def _step_of(folder: Path) -> int:

@@ -1,15 +1,15 @@
-"""Models of the Hugging Face hub by their ids: `facebook/DiT-XL-2-256`, or `organisation/name@revision`."""
+"""Models of the Hugging Face hub by id: `facebook/DiT-XL-2-256`, or `organization/name@revision`."""
 
 import re
 from pathlib import Path
 
-from dit_fast.checkpoint.weight_file import first_line
 from dit_fast.errors import CheckpointError, MissingExtraError
+from dit_fast.utils.terminal import one_line
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@((?!.*\.\.)[\w./-]+))?")
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
-# What `load_model` and the decoder read; other files of a repository stay there.
+# The files that `load_model` and the decoder read; other files are not downloaded.
 _CONFIGURATION = (
     "model_index.json",
     "config.json",
@@ -23,27 +23,34 @@ _SAFETENSORS = (
     "model.safetensors",
     *(f"{f}{_NAME}{s}" for f in ("", "transformer/", "vae/") for s in _SUFFIXES),
 )
-# Asked for only where there are no weights in safetensors.
+
+# Downloaded only where there are no safetensors.
 _OLDER = (f"{_NAME}.bin", f"transformer/{_NAME}.bin")
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether `name` is written as an id of the hub, and nothing on disk has that name."""
+    """Whether `name` has the form of a hub id, and no file or folder has that name."""
     text = str(name)
     written = _ID.fullmatch(text) is not None and not text.endswith(_FILE_SUFFIXES)
     return written and not Path(text).exists()
 
 
 def fetch_hub_model(name: str) -> Path:
-    """The local folder of a model of the hub: from its cache, what is missing there from the network.
+    """Download a model of the hub, or find it in the local cache.
 
-    `name`: id, with "@" and a branch, tag or commit to pin it. Weights in safetensors are preferred to `.bin`, which is
-    fetched where there are no others. Raises CheckpointError, in one line, for a model that neither the cache nor the
-    network gives, and MissingExtraError without huggingface_hub.
+    Args:
+        name: Id, with "@" and a branch, tag or commit to pin a revision. Safetensors are preferred to `.bin`.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        CheckpointError: The model is neither in the cache nor available from the network.
+        MissingExtraError: huggingface_hub is not installed.
     """
     match = _ID.fullmatch(name)
     if match is None:
-        raise CheckpointError(f"{name}: no id of a model on the Hugging Face hub (organisation/name)")
+        raise CheckpointError(f"{name}: not an id of a model on the Hugging Face hub (organization/name)")
     model, revision = match[1], match[2]
     try:
         from huggingface_hub import snapshot_download
@@ -60,11 +67,11 @@ def fetch_hub_model(name: str) -> Path:
         folder = fetch(*_CONFIGURATION, *_SAFETENSORS)
         if not any([*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]):
             folder = fetch(*_CONFIGURATION, *_OLDER)
-    except Exception as error:  # what its HTTP client raises changes from version to version
+    except Exception as error:  # the errors of its HTTP client differ between versions
         pinned = f" --revision {revision}" if revision else ""
         raise CheckpointError(
             f"{name}: no such file or folder, and no such model in the Hugging Face cache or from the network "
-            f"({first_line(error)[:200]}); run `hf download {model}{pinned}` where there is a network, and give the "
+            f"({one_line(error)}); run `hf download {model}{pinned}` on a machine with a network, and give the "
             "folder that it prints"
         ) from error
     return folder

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: manifest.json, with the SHA-256 of every other file and of its own content."""
+"""Manifest of a checkpoint: manifest.json, with the SHA-256 of every other file and of its own content."""
 
 import hashlib
 import json
@@ -101,7 +101,7 @@ _SCHEMA = fields(
 
 
 def working_directory() -> str | None:
-    """Where relative paths lead to, as JSON can hold it; None where that folder is gone, or its name no UTF-8."""
+    """Current working directory for JSON; None where it was deleted, or its name is not UTF-8."""
     try:
         folder = os.getcwd()
         folder.encode()
@@ -111,16 +111,23 @@ def working_directory() -> str | None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest.json with the digest of its own content in it."""
+    """Write manifest.json to `folder`, with the digest of its own content."""
     sealed = {**manifest, "manifest_sha256": _seal(manifest)}
     (folder / MANIFEST).write_text(json.dumps(sealed, indent=2) + "\n")
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of the checkpoint folder `path`, checked against its own digest.
+    """Read the manifest of a checkpoint and verify it against its own digest.
 
-    Keys: step, samples_seen, seed, train_config, data (name, image_size, channels, num_classes, fingerprint,
-    ...), class_names, diffusion (arguments of `create_diffusion`), ema_decay, files. Raises CheckpointError.
+    Args:
+        path: Checkpoint folder.
+
+    Returns:
+        The manifest. Keys: step, samples_seen, seed, train_config, data (name, image_size, channels, num_classes,
+        fingerprint, ...), class_names, diffusion (arguments of `create_objective`), ema_decay, files.
+
+    Raises:
+        CheckpointError: The manifest is missing, damaged, of another format, or contradicts itself.
     """
     folder = Path(path)
     file = folder / MANIFEST
@@ -141,34 +148,45 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def _cross_check(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise CheckpointError where two facts of a manifest, or its folder's name, contradict each other."""
+    """Raise CheckpointError where fields of a manifest, or the name of its folder, contradict each other."""
     data, step = manifest.get("data", {}), manifest["step"]
     named = _STEP_FOLDER.fullmatch(folder.name)
     problems = []
     if named and int(named[1]) != step:
-        problems.append(f"it is of step {step}, its folder is named {folder.name}")
+        problems.append(f"its step is {step}, its folder is named {folder.name}")
     if "config.json" not in manifest["files"]:
-        problems.append("config.json is none of its files")
+        problems.append("config.json is not listed")
     if manifest.get("updates", 0) > step:
         problems.append(f"{manifest['updates']} updates in {step} steps")
     if (manifest.get("power_averages") or {"step": 0})["step"] > step:
-        problems.append(f"averages up to step {manifest['power_averages']['step']}, it is of step {step}")
+        problems.append(f"averages up to step {manifest['power_averages']['step']} at step {step}")
     per_channel = [len(data[name]) for name in ("shift", "scale") if name in data]
     if per_channel and per_channel != [data.get("channels", per_channel[0])] * 2:
-        problems.append(f"{per_channel} shifts and scales of {data.get('channels', per_channel[0])} channels")
+        problems.append(
+            f"{per_channel} shifts and scales for {data.get('channels', per_channel[0])} channels"
+        )
     if not all(data.get("scale", [1])):
         problems.append("a scale of 0")
     buckets = (manifest.get("train_config", {}).get("buckets") or "").count(",") + 1
     if "bucket_images" in data and not len(data.get("buckets", ())) == len(data["bucket_images"]) == buckets:
-        problems.append(f"images of {len(data['bucket_images'])} buckets in a run of {buckets}")
+        problems.append(f"images of {len(data['bucket_images'])} buckets in a run with {buckets}")
     if (names := manifest.get("class_names")) and len(names) != data.get("num_classes", len(names)):
-        problems.append(f"{len(names)} class_names of {data['num_classes']} classes")
+        problems.append(f"{len(names)} class_names for {data['num_classes']} classes")
     if problems:
         raise CheckpointError(f"{folder / MANIFEST} contradicts itself: {'; '.join(problems)}")
 
 
 def verify_files(path: str | Path, manifest: dict[str, Any], names: Sequence[str] | None = None) -> None:
-    """Compare files with the manifest (all of them, or `names`); CheckpointError lists every difference."""
+    """Compare files with the size and SHA-256 in the manifest.
+
+    Args:
+        path: Checkpoint folder.
+        manifest: Its manifest.
+        names: Files to compare; None compares all, and reports unlisted safetensors files.
+
+    Raises:
+        CheckpointError: Lists every difference.
+    """
     problems = []
     for name in manifest["files"] if names is None else names:
         expected = manifest["files"][name]
@@ -181,13 +199,15 @@ def verify_files(path: str | Path, manifest: dict[str, Any], names: Sequence[str
             problems.append(f"{name} does not match its SHA-256")
     if names is None:
         present = (file.name for file in Path(path).glob("*.safetensors"))
-        problems += [f"{name} is none of its files" for name in sorted(set(present) - set(manifest["files"]))]
+        problems += [
+            f"{name} is not listed in the manifest" for name in sorted(set(present) - set(manifest["files"]))
+        ]
     if problems:
         raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
 
 
 def digest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as the manifest holds them."""
+    """Size and SHA-256 of a file, as stored in the manifest."""
     size = check_file(path, CheckpointError)
     with path.open("rb") as file:
         return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

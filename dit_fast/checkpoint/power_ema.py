@@ -1,16 +1,16 @@
-"""Averages of the weights whose width is chosen after training (post-hoc EMA).
+"""Post-hoc EMA: averages of the weights whose width is chosen after training.
 
 Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv:2312.02696), section 3
-and appendix C. A power-function average at time t weighs the weights of time u <= t by
+and appendix C. A power-function average at time t weights the parameters of time u <= t by the profile
 
     p(u) = (gamma + 1) u^gamma / t^(gamma + 1),
 
-a profile that grows with the training; its relative width sigma_rel, the profile's standard deviation over t, is
+which grows with the training. Its relative width sigma_rel is the standard deviation of the profile divided by t:
 
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
 
-Two of them are tracked, and snapshots of both are kept. The average of any other width is the sum of snapshots whose
-profiles, so weighted, come nearest to its own in least squares. Time is counted in optimiser steps.
+Two averages are tracked during training, and snapshots of both are kept. An average of any other width is the linear
+combination of snapshots whose profile is nearest to its own in least squares. Time is counted in optimizer steps.
 """
 
 import logging
@@ -31,28 +31,33 @@ from dit_fast.distributed.sharding import shard
 from dit_fast.errors import CheckpointError, ConfigError
 
 SIGMAS = {"sigma_050": 0.05, "sigma_100": 0.10}
-"""The parts of a checkpoint that hold the tracked averages, and their widths: the paper's."""
+"""Relative widths of the tracked averages, as in the paper, by the part of a checkpoint that stores them."""
 
 WIDEST = 12**-0.5
-"""sigma_rel of gamma = 0: the plain mean of all weights."""
+"""sigma_rel of gamma = 0: the mean of all weights."""
 
 SNAPSHOTS = "averages"
-"""Folder of a run with the snapshots, laid out as a run of its own."""
+"""Folder of a run with the snapshots, which has the layout of a run."""
 
 EVERY = 10
-"""Steps between two updates: reading and writing both averages costs 2.4 bytes a parameter and step, not 24."""
+"""Steps between two updates: memory traffic for both averages is then 2.4 bytes per parameter and step, not 24."""
 
-MOST_OFF = 0.1
-"""Greatest distance of a reconstructed profile, relative to its norm, that is still called an average of that width."""
+MAX_DISTANCE = 0.1
+"""Largest accepted distance of a reconstructed profile from the requested one, relative to the norm of the latter."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The weighting of a power-function average: its width and the time at which it ends.
+    """Profile of a power-function average.
 
-    Raises ConfigError for a width that no power function has.
+    Args:
+        sigma_rel: Relative width.
+        end: Time of the average.
+
+    Raises:
+        ConfigError: No power function has this width.
     """
 
     sigma_rel: float
@@ -66,13 +71,13 @@ class Profile:
 
     @cached_property
     def gamma(self) -> float:
-        """The exponent of the width."""
-        # (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2, whose greatest root is the one above 0.
+        """Exponent of the power function."""
+        # Of the roots of (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2, the largest is the positive one.
         t = self.sigma_rel**-2
         return float(max(np.roots([1, 7, 16 - t, 12 - t]).real))
 
     def inner(self, other: "Profile") -> float:
-        """Integral of the product of both over all time."""
+        """Integral over time of the product of both profiles."""
         a, b = self.gamma, other.gamma
         first, last = sorted((self, other), key=lambda profile: profile.end)
         overlap = (first.end / last.end) ** last.gamma / last.end
@@ -80,14 +85,20 @@ class Profile:
 
 
 def combination(present: Sequence[Profile], wanted: Profile) -> tuple[list[float], float]:
-    """Factors of the profiles `present`, which add up to 1, whose sum is nearest to `wanted`, and how far off it is.
+    """Find the linear combination of profiles that is nearest to another profile in L2.
 
-    The distance is that of the profiles in L2, relative to the norm of `wanted`. With factors that add up to 1, what
-    training does not change comes out as it is.
+    The factors sum to 1, so that parameters that training does not change are reproduced.
+
+    Args:
+        present: Profiles of the snapshots.
+        wanted: The requested profile.
+
+    Returns:
+        The factors, and the distance to `wanted` relative to its norm.
     """
     gram = np.array([[a.inner(b) for b in present] for a in present])
     target = np.array([a.inner(wanted) for a in present])
-    # Profiles of unit norm, and a Lagrange multiplier for the sum.
+    # Profiles scaled to unit norm, for conditioning, and a Lagrange multiplier for the sum of the factors.
     norms = np.sqrt(np.diag(gram))
     count = len(present)
     system = np.zeros((count + 1, count + 1))
@@ -101,10 +112,13 @@ def combination(present: Sequence[Profile], wanted: Profile) -> tuple[list[float
 
 
 class PowerAverages:
-    """The tracked averages of `parameters`, by name, sharded as they are: 8 bytes a parameter beside the optimiser's.
+    """The tracked averages: 8 bytes per parameter, with the sharding of the parameters.
 
-    `step`: up to which step they hold. An update weighs the weights of now by the part of the profile since the last
-    one, so that steps in between are taken to have had the same weights.
+    An update weights the current parameters by the integral of the profile since the last update (`step`), as if they
+    had not changed in between.
+
+    Args:
+        parameters: Parameters by name.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
@@ -116,7 +130,7 @@ class PowerAverages:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Called after every optimiser step; does its work after every `EVERY`th. Waits for nothing."""
+        """Update every `EVERY` steps; called after each optimizer step. Does not synchronize with the device."""
         if step % EVERY:
             return
         weights = [shard(p) for p in self.parameters.values()]
@@ -127,22 +141,30 @@ class PowerAverages:
         self.step = step
 
     def state(self, model: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """A whole state dict of `model` for each part of `SIGMAS`; the tensors are live."""
+        """State dict of `model` for each tracked average, by part of the checkpoint; the tensors are not copied."""
         return {
             part: {name: held.get(name, tensor.detach()) for name, tensor in model.items()}
             for part, held in self._held.items()
         }
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Entry of the manifest."""
         return {"step": self.step, "sigma_rel": SIGMAS}
 
 
 def reconstruct(folder: Path, sigma_rel: float) -> tuple[dict[str, Tensor], float]:
-    """The weights averaged with width `sigma_rel` up to the checkpoint `folder`, and how far off their profile is.
+    """Reconstruct an average from the snapshots of a run, in float64.
 
-    They are made of the checkpoint's own averages and of the run's snapshots before it, in float64; a damaged snapshot
-    is left out with a warning. Raises CheckpointError for a run without snapshots, or with too few for this width.
+    Args:
+        folder: Checkpoint at which the average ends. Its own averages and the earlier snapshots of its run are used; a
+            damaged snapshot is skipped with a warning.
+        sigma_rel: Relative width.
+
+    Returns:
+        The averaged weights, and the relative distance of their profile from the requested one.
+
+    Raises:
+        CheckpointError: The run has no snapshots, or too few for this width.
     """
     own = _tracked(folder)
     end = max(profile.end for profile in own.values())
@@ -151,11 +173,11 @@ def reconstruct(folder: Path, sigma_rel: float) -> tuple[dict[str, Tensor], floa
         try:
             tracked = _tracked(path)
         except CheckpointError as error:
-            logger.warning("%s; going on without it", error)
+            logger.warning("%s; continuing without it", error)
             continue
         found += [(path, part, profile) for part, profile in tracked.items() if profile.end < end]
     factors, off = combination([profile for _, _, profile in found], Profile(sigma_rel, end))
-    if off > MOST_OFF:
+    if off > MAX_DISTANCE:
         raise CheckpointError(
             f"{folder}: its {len(found) // len(SIGMAS)} snapshots give no average of relative width {sigma_rel:g} "
             f"(the nearest is {off:.0%} off); give a width nearer to {' or '.join(map(str, SIGMAS.values()))}, or "
@@ -171,12 +193,12 @@ def reconstruct(folder: Path, sigma_rel: float) -> tuple[dict[str, Tensor], floa
 
 
 def _tracked(folder: Path) -> dict[str, Profile]:
-    """The profiles of the averages in a checkpoint, by part, whose files are verified."""
+    """Profiles of the averages in a checkpoint, by part, after verifying their files."""
     manifest = read_manifest(folder)
     described = manifest.get("power_averages")
     if not described or not described["step"]:
         raise CheckpointError(
-            f"{folder} holds no averages of a width to choose: they are kept by dit-fast train --ema-snapshot-every N"
+            f"{folder} has no averages of selectable width: they are written by dit-fast train --ema-snapshot-every N"
             + (f", from step {EVERY} on" if described else "")
         )
     widths = described["sigma_rel"]

@@ -1,9 +1,10 @@
-"""Sharded tensors in safetensors files, and back into tensors that are sharded otherwise.
+"""Sharded tensors in safetensors files, loaded into tensors with any other sharding.
 
-Each rank writes what it holds: of one rank the file of a part is `ema.safetensors`, of several
-`ema-00001-of-00004.safetensors` and so on. The header says where each piece belongs in its tensor, under the keys of
-PyTorch's `HuggingFaceStorageReader` (torch.distributed.checkpoint), which reads a part as well. Unlike PyTorch's own
-`.distcp` format there is no pickle anywhere: nothing in a checkpoint can run.
+A checkpoint has the parts "model", "ema" and "optimizer". A single process writes a part to one file, such as
+`ema.safetensors`; several ranks write `ema-00001-of-00004.safetensors` and so on, each with the pieces of tensors that
+it holds. The header stores the offset of each piece in its tensor, under the keys of PyTorch's
+`HuggingFaceStorageReader` (torch.distributed.checkpoint), which can read the files too. Unlike PyTorch's `.distcp`
+format, the files contain no pickle, so that nothing in a checkpoint can execute code.
 """
 
 import json
@@ -22,6 +23,7 @@ from torch import Tensor
 from dit_fast.errors import CheckpointError
 from dit_fast.utils.files import check_file, parse_json, utf8_name, write_atomically
 from dit_fast.utils.schema import array, fields, integer, require, table
+from dit_fast.utils.terminal import listed
 
 PARTS = ("model", "ema", "optimizer")
 _FILE = re.compile(r"(\w+?)(?:-(\d{5})-of-(\d{5}))?\.safetensors")
@@ -31,19 +33,23 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _OFFSETS = table(fields({_OFFSET_KEY: array(integer())}))
-_LISTED = 8
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a tensor: what one rank holds of it. `offset`: of its first element; () for a scalar."""
+    """Contiguous block of a tensor, held by one rank.
+
+    Attributes:
+        tensor: The values.
+        offset: Index of its first element in the whole tensor; () for a scalar.
+    """
 
     tensor: Tensor
     offset: tuple[int, ...]
 
 
 def part_file(part: str, rank: int = 0, size: int = 1) -> str:
-    """Name of the file with what `rank` of `size` holds of a part."""
+    """Name of the file with the pieces of a part that `rank` of `size` ranks holds."""
     return f"{part}.safetensors" if size == 1 else f"{part}-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
@@ -53,9 +59,16 @@ def part_files(names: Iterable[str], part: str) -> list[str]:
 
 
 def own_pieces(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Piece]:
-    """What this rank writes of `tensors`: its shards of DTensors, and a fair share of what every rank holds whole.
+    """Choose the pieces that this rank writes, so that every element is written once.
 
-    Of replicas of a shard, the first is written.
+    Args:
+        tensors: DTensors, of which a rank writes its shard (the first of several replicas), and plain tensors, which
+            every rank holds whole and which are divided evenly among the ranks.
+        rank: This rank.
+        size: Number of ranks.
+
+    Returns:
+        The pieces by name.
     """
     loads = [0] * size
     pieces = {}
@@ -77,7 +90,7 @@ def own_pieces(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str,
 
 
 def local_piece(tensor: Tensor) -> Piece:
-    """What this rank holds of a tensor; of a plain one, all of it."""
+    """The piece of a tensor that this rank holds; all of a plain tensor."""
     if not hasattr(tensor, "device_mesh"):
         return Piece(tensor.detach(), (0,) * tensor.ndim)
     (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
@@ -85,8 +98,8 @@ def local_piece(tensor: Tensor) -> Piece:
 
 
 def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
-    """Write pieces, contiguous and on the CPU, to one file."""
-    # One key only: safetensors writes several in a random order, and equal states should be equal bytes.
+    """Write pieces, contiguous and on the CPU, to one safetensors file."""
+    # A single key: safetensors writes several in random order, and equal states should give equal bytes.
     metadata = {"format": "pt"}
     if "-of-" in path.name:
         offsets = {name: {_OFFSET_KEY: list(piece.offset)} for name, piece in pieces.items()}
@@ -97,28 +110,33 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
 
 @dataclass
 class _Stored:
-    """A tensor as it lies in the files: shape, dtype, and (file, offset, sizes) of each box."""
+    """A tensor in the files: its dtype, and (file, offset, sizes) of each piece."""
 
     dtype: torch.dtype
-    boxes: list[tuple[Any, tuple[int, ...], tuple[int, ...]]]
+    pieces: list[tuple[Any, tuple[int, ...], tuple[int, ...]]]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        ends = [[o + s for o, s in zip(offset, sizes, strict=True)] for _, offset, sizes in self.boxes]
+        ends = [[o + s for o, s in zip(offset, sizes, strict=True)] for _, offset, sizes in self.pieces]
         return tuple(max(axis) for axis in zip(*ends, strict=True))
 
     @property
     def is_whole(self) -> bool:
-        """Boxes never overlap, so that their elements add up where none is missing."""
-        held = sum(torch.Size(sizes).numel() for _, _, sizes in self.boxes)
+        """Whether no piece is missing; pieces never overlap, so that counting elements is enough."""
+        held = sum(torch.Size(sizes).numel() for _, _, sizes in self.pieces)
         return held == torch.Size(self.shape).numel()
 
 
 class StoredPart:
-    """One part of a checkpoint folder, for reading: `with StoredPart(folder, "ema", files) as part:`.
+    """Reader of one part of a checkpoint: `with StoredPart(folder, "ema", files) as part:`.
 
-    `files`: names of files, of which those of the part are taken. Raises CheckpointError for files that are no
-    safetensors or lack a shard.
+    Args:
+        folder: Checkpoint folder.
+        part: "model", "ema" or "optimizer".
+        files: Names of the files of the checkpoint.
+
+    Raises:
+        CheckpointError: On entry: a file is not safetensors, or pieces are missing.
     """
 
     def __init__(self, folder: Path, part: str, files: Iterable[str]):
@@ -130,7 +148,7 @@ class StoredPart:
 
     def __enter__(self) -> "StoredPart":
         if not self.files:
-            raise CheckpointError(f"checkpoint {self.folder} holds no {self.part} weights")
+            raise CheckpointError(f"checkpoint {self.folder} has no {self.part} weights")
         for name in self.files:
             check_file(self.folder / name, CheckpointError, what="a safetensors file")
         try:
@@ -145,7 +163,9 @@ class StoredPart:
         torn = sorted(name for name, stored in self._tensors.items() if not stored.is_whole)
         if torn:
             self._stack.close()
-            raise CheckpointError(f"checkpoint {self.folder}: {self.part} lacks pieces of {_listed(torn)}")
+            raise CheckpointError(
+                f"checkpoint {self.folder}: {self.part} is missing pieces of {listed(torn)}"
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -161,10 +181,10 @@ class StoredPart:
             if len(offset) != len(sizes):
                 raise ValueError(f"{_OFFSETS_KEY} of {name} has {len(offset)} dimensions, not {len(sizes)}")
             stored = self._tensors.setdefault(name, _Stored(_DTYPES[box.get_dtype()], []))
-            stored.boxes.append((file, offset, sizes))
+            stored.pieces.append((file, offset, sizes))
 
     def read(self) -> dict[str, Tensor]:
-        """Every tensor, whole, on the CPU."""
+        """All tensors, whole, on the CPU."""
         whole = {
             name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in self._tensors.items()
         }
@@ -173,12 +193,12 @@ class StoredPart:
         return whole
 
     def differences(self, tensors: Mapping[str, Tensor], cast: bool = False) -> list[str]:
-        """All that keeps the part from being read into `tensors`; `cast` allows other dtypes."""
+        """The reasons why the part cannot be read into `tensors`; `cast` allows other dtypes."""
         problems = []
         if missing := sorted(tensors.keys() - self._tensors.keys()):
-            problems.append(f"{self.part} lacks {_listed(missing)}")
+            problems.append(f"{self.part} lacks {listed(missing)}")
         if unexpected := sorted(self._tensors.keys() - tensors.keys()):
-            problems.append(f"{self.part} has unexpected {_listed(unexpected)}")
+            problems.append(f"{self.part} has unexpected {listed(unexpected)}")
         common = sorted(tensors.keys() & self._tensors.keys())
         shapes = [
             f"{name} is {self._tensors[name].shape}, expected {tuple(tensors[name].shape)}"
@@ -190,17 +210,18 @@ class StoredPart:
             for name in common
             if not cast and self._tensors[name].dtype != tensors[name].dtype
         ]
-        return problems + [f"{self.part}: {_listed(found)}" for found in (shapes, dtypes) if found]
+        return problems + [f"{self.part}: {listed(found)}" for found in (shapes, dtypes) if found]
 
     @torch.no_grad()
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill plain tensors and the local shards of DTensors, in place, from whatever ranks wrote the part."""
+        """Load into plain tensors and the local shards of DTensors, whatever sharding the part was written with."""
         for name, tensor in tensors.items():
             piece = local_piece(tensor)
             self._fill(name, piece.tensor, piece.offset)
 
     def _fill(self, name: str, tensor: Tensor, first: tuple[int, ...]) -> None:
-        for file, offset, sizes in self._tensors[name].boxes:
+        """Copy the overlap of every stored piece with the block of a tensor that starts at `first`."""
+        for file, offset, sizes in self._tensors[name].pieces:
             starts = [max(a, b) for a, b in zip(first, offset, strict=True)]
             stops = [min(a + n, b + m) for a, n, b, m in zip(first, tensor.shape, offset, sizes, strict=True)]
             if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
@@ -209,8 +230,3 @@ class StoredPart:
             here = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, first, strict=True))
             values = file.get_slice(name)[there] if there else file.get_tensor(name)
             tensor[here].copy_(values)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

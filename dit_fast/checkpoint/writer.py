@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: the state is copied, and a thread of each rank writes the copy."""
+"""Background checkpoints: the state is copied to the CPU, and a thread of each rank writes the copy."""
 
 import logging
 import threading
@@ -20,12 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes checkpoints of a run, one at a time, while the training goes on.
+    """Writes checkpoints of a run, one at a time, while the training continues.
 
-    `save` returns as soon as this rank's share of the state is copied to the CPU, and everything after that happens
-    in a thread: `write_checkpoint`, which all ranks do together over the background group of `world`. A save that
-    failed is raised by the next `wait`, and the block that holds the writer ends when the last save has. Every rank
-    makes the same calls. `background=False` writes within `save`.
+    `save` returns when this rank's part of the state is copied to the CPU; a thread then calls `write_checkpoint`, a
+    collective operation over the background group of `world`. Every rank makes the same calls. `wait` raises the error
+    of a failed save. As a context manager, it waits for the last save.
+
+    Args:
+        run: Run folder.
+        retention: Which checkpoints are kept.
+        world: The ranks; None for a single process.
+        background: False writes within `save`.
     """
 
     def __init__(
@@ -49,10 +54,16 @@ class CheckpointWriter:
         manifest: dict[str, Any],
         snapshots: Path | None = None,
     ) -> None:
-        """Start writing step manifest["step"]: `state` by part, then name; tensors may be DTensors.
+        """Start writing the checkpoint of step manifest["step"], after waiting for the previous save.
 
-        snapshots: another folder for it than the run's, in which all stay. Waits for the save before, and raises
-        OutputError if that failed.
+        Args:
+            config: Configuration of the model.
+            state: Tensors by part and name; they may be DTensors.
+            manifest: Content of manifest.json, without the files.
+            snapshots: Folder to write to instead of the run; all checkpoints in it are kept.
+
+        Raises:
+            OutputError: The previous save failed.
         """
         self.wait()
         pieces = self._copy(state)
@@ -70,19 +81,19 @@ class CheckpointWriter:
 
         self._outcome = outcome
         if self.background:
-            # Not waited for when the interpreter ends: with a rank lost, the others' threads would keep it.
+            # A daemon: after the loss of a rank the other threads block, and must not keep the process alive.
             threading.Thread(target=write, name="checkpoint", daemon=True).start()
         else:
             write()
 
     @property
     def failed(self) -> bool:
-        """Whether the last save is over and was not made; `wait` says why."""
+        """Whether the last save has failed; `wait` raises its error."""
         outcome = self._outcome
         return outcome is not None and outcome.done() and outcome.exception() is not None
 
     def wait(self) -> Path | None:
-        """The folder of the last save when it is whole; None where there is none. Raises OutputError, once."""
+        """Wait for the last save and return its folder, None without a save; OutputError, once, where it failed."""
         outcome, self._outcome = self._outcome, None
         return None if outcome is None else outcome.result()
 
@@ -98,14 +109,14 @@ class CheckpointWriter:
         if error is None:
             self.wait()
         elif not (isinstance(error, RuntimeError) and is_lost_connection(error)):
-            # Whatever ended the training, what it had saved is worth having; only a lost rank is not waited for.
+            # A save completes after any other error. After the loss of a rank it cannot, and is not waited for.
             try:
                 self.wait()
             except OutputError as failure:
                 logger.warning("%s", failure)
 
     def _copy(self, state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Piece]]:
-        """This rank's pieces on the CPU, in buffers that are used again; pinned, where a GPU copies into them."""
+        """This rank's pieces on the CPU, in buffers that are reused, and pinned for copies from a GPU."""
         copied: dict[str, dict[str, Piece]] = {}
         waits = False
         for part, tensors in state.items():

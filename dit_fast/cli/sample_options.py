@@ -52,7 +52,7 @@ def _model_options(group: argparse._ArgumentGroup) -> None:
         "--ckpt",
         type=SOURCE,
         help="run folder, step folder, save_pretrained folder, folder of diffusers, .safetensors or .pt file, id of "
-        f"the Hugging Face hub (organisation/name or organisation/name@revision), or a published name ({published})",
+        f"the Hugging Face hub (organization/name or organisation/name@revision), or a published name ({published})",
     )
     group.add_argument(
         "--weights",

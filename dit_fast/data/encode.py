@@ -60,7 +60,7 @@ from dit_fast.encoders.autoencoder import LatentEncoder
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.utils.files import check_output, prepare_folder, write_atomically
 from dit_fast.utils.locks import FolderLock
-from dit_fast.utils.schema import shown
+from dit_fast.utils.schema import brief
 from dit_fast.utils.values import (
     FLAG,
     SIDE,
@@ -272,7 +272,7 @@ class _Run:
             )
         if there != here:
             changed = [
-                f"{key} is {shown(there.get(key))} there and {value} here"
+                f"{key} is {brief(there.get(key))} there and {value} here"
                 for key, value in here.items()
                 if there.get(key) != value
             ]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dit_fast.checkpoint.hub import fetch_hub_model
-from dit_fast.checkpoint.weight_file import first_line, read_diffusers_weights
+from dit_fast.checkpoint.weight_file import read_diffusers_weights
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError, NonFiniteError
 from dit_fast.model.folder import load_weights
 from dit_fast.utils.files import read_object
 from dit_fast.utils.schema import array, fields, flag, integer, maybe, number, require, text
+from dit_fast.utils.terminal import one_line
 
 LATENT_FACTOR = 8
 """Side of an image over that of its latents, of the Stable Diffusion autoencoders."""
@@ -201,7 +202,7 @@ def _from_folder(kind: Any, folder: Path) -> Any:
         with torch.device("meta"):
             vae = kind.from_config(config)
     except Exception as error:  # whatever its constructor raises for numbers that do not go together
-        raise CheckpointError(f"{path}: no {_CLASS_NAME} can be built of it ({first_line(error)})") from error
+        raise CheckpointError(f"{path}: no {_CLASS_NAME} can be built of it ({one_line(error)})") from error
     load_weights(vae, {_new_name(key): tensor for key, tensor in state.items()}, str(file), assign=True)
     if bad := [key for key, tensor in vae.state_dict().items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{file}: {bad[0]} holds NaN or infinity ({len(bad)} such tensors)")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.checkpoint.weight_file import first_line
 from dit_fast.encoders.autoencoder import weights_digest
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.utils.files import check_file, read_json
+from dit_fast.utils.terminal import one_line
 
 MOST_TOKENS = 120
 """Tokens of a caption where the tokenizer sets no lower bound: PixArt-alpha's number for T5."""
@@ -71,7 +71,7 @@ class TextEncoder:
             raise
         except Exception as error:  # whatever transformers raises for a configuration that cannot be
             where = name if Path(name).is_dir() else f"{name} (offline? give --text-encoder a local folder)"
-            raise CheckpointError(f"cannot load the text encoder {where}: {first_line(error)}") from error
+            raise CheckpointError(f"cannot load the text encoder {where}: {one_line(error)}") from error
         model = model.float()
         most = self.tokenizer.model_max_length
         self.name, self.tokens = name, tokens or min(most, MOST_TOKENS)

@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dit_fast.checkpoint.weight_file import first_line
 from dit_fast.errors import ConfigError
 from dit_fast.kernels import attention, mlp, uses_triton
 from dit_fast.kernels.attention.attention import attention_backend
 from dit_fast.model.backends import Backends
 from dit_fast.model.blocks import Stream, without_bias
 from dit_fast.model.dit import DiT
+from dit_fast.utils.terminal import one_line
 
 ATTENTION = ("qkv", "proj")
 REFERENCE_MLP = ("fc1", "fc2")
@@ -264,12 +264,12 @@ def check_block(module: nn.Module, layout: Layout) -> Verdict:
         inputs = _inputs(trial, layout)
         own = type(trial).forward(trial, *inputs)
     except Exception as error:  # whatever somebody else's code raises on a CPU in float64
-        return Verdict(f"could not be tried on the CPU in float64: {first_line(error)}", Fusion())
+        return Verdict(f"could not be tried on the CPU in float64: {one_line(error)}", Fusion())
     fusion, notes = _fusable(trial, layout)
     try:
         fused = FORWARDS[layout](trial, fusion, *inputs)
     except Exception as error:
-        return Verdict(f"does not fit the fused forward: {first_line(error)}", Fusion())
+        return Verdict(f"does not fit the fused forward: {one_line(error)}", Fusion())
     if not _same(own, fused):
         return Verdict(f"computes something else than the paper's {layout.value}", Fusion())
     trial.train()

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.checkpoint.weight_file import first_line
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop.diffusers import conventions_of
 from dit_fast.model.dit import DiT
 from dit_fast.model.positions import ROTARY, rotary_angles
+from dit_fast.utils.terminal import one_line
 
 _COS, _SIN = "feat_rope.freqs_cos", "feat_rope.freqs_sin"
 _NORM, _ADALN = "blocks.0.norm1.weight", "blocks.0.adaLN_modulation.1.weight"
@@ -74,7 +74,7 @@ def state_from_lightningdit(
                 _set_width(converted, mlp[1], -(-state[key].shape[1] // 8) * 8)
     except (KeyError, IndexError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{source}: its tensors are not those of a LightningDiT ({first_line(error)})"
+            f"{source}: its tensors are not those of a LightningDiT ({one_line(error)})"
         ) from None
     return converted, known
 

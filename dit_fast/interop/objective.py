@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit_fast.checkpoint.weight_file import first_line
 from dit_fast.diffusion.objective import create_objective
 from dit_fast.diffusion.paths import PATHS
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.utils.files import read_object
+from dit_fast.utils.terminal import one_line
 
 _SCHEDULES = ("linear", "squaredcos_cap_v2")
 _PREDICTIONS = {"epsilon": False, "sample": True}
@@ -141,7 +141,7 @@ def settled_objective(
             create_objective(**told)
         except (ConfigError, TypeError) as error:
             raise CheckpointError(
-                f"{source}: what it says of its objective cannot be: {first_line(error)}"
+                f"{source}: what it says of its objective cannot be: {one_line(error)}"
             ) from None
         return dict(told)
     if unknown := sorted(wanted.keys() - set(ASKED)):

@@ -34,6 +34,7 @@ from dit_fast.sampling.trajectory import (
     loop_parameters,
     modulation_width,
 )
+from dit_fast.utils.terminal import one_line
 from dit_fast.utils.values import SEED, Whole, shown
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -277,8 +278,7 @@ class Sampler:
             # Operations that cannot be captured and CUDA's out-of-memory errors are both RuntimeErrors.
             except RuntimeError as error:
                 self.trajectories.clear()
-                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-                self.eager_reason = self._failed[key] = f"capture failed: {reason}"
+                self.eager_reason = self._failed[key] = f"capture failed: {one_line(error)}"
         return Trajectory(model, key, self._evaluate(), self.cond_fn)
 
     def _no_graph(self, device: torch.device) -> str | None:

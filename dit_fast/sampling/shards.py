@@ -27,7 +27,7 @@ from dit_fast.utils.files import (
     read_object,
     write_atomically,
 )
-from dit_fast.utils.schema import shown
+from dit_fast.utils.schema import brief
 
 GRID, IMAGES, ARCHIVE, SCORES = "sample.png", "images", "samples.npz", "scores.json"
 """Grid, folder of single images, ADM archive and scores."""
@@ -98,7 +98,7 @@ class SampleShards:
         keys = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         if keys:
             differing = ", ".join(
-                f"{k if k.isidentifier() else shown(k)} {shown(found.get(k))} there, {shown(wanted.get(k))} requested"
+                f"{k if k.isidentifier() else brief(k)} {brief(found.get(k))} there, {brief(wanted.get(k))} requested"
                 for k in keys
             )
             raise OutputError(

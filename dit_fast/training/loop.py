@@ -19,7 +19,6 @@ from dit_fast.checkpoint.folder import (
     latest_checkpoint,
     read_manifest,
     remove_leftovers,
-    require_space,
     step_folders,
 )
 from dit_fast.checkpoint.power_ema import SNAPSHOTS
@@ -37,7 +36,7 @@ from dit_fast.training.config import TrainConfig, apply_to_process, open_set, re
 from dit_fast.training.log import plot_loss
 from dit_fast.training.prefetch import Readable, prefetch
 from dit_fast.training.trainer import Trainer
-from dit_fast.utils.files import TEMPORARY, prepare_folder
+from dit_fast.utils.files import TEMPORARY, prepare_folder, require_space
 from dit_fast.utils.locks import FolderLock
 from dit_fast.utils.nvtx import mark_launches
 

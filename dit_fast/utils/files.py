@@ -1,8 +1,8 @@
-"""One reader and one writer for files from outside.
+"""Reading files from untrusted sources, and writing files atomically.
 
-Reading: a regular file of bounded size, or one line at once. A pipe would be waited for, a device may never end, and a
-few bytes of JSON nest deeper than the parser's stack; none of them is opened, or believed. Writing: a file is whole or
-not there, a device, a pipe or the target of a link is written to and never replaced.
+Reading accepts only regular files of bounded size, and raises a one-line error at once for anything else: opening a
+pipe would block, a device may never end, and a few bytes of JSON can nest deeper than the parser's stack. Writing
+leaves either a complete file or none. Devices, pipes and the targets of links are written to, never replaced.
 """
 
 import contextlib
@@ -23,17 +23,20 @@ import numpy as np
 from safetensors import SafetensorError
 
 from dit_fast.errors import DitFastError, OutputError
+from dit_fast.utils.terminal import one_line
 
 MOST_JSON_BYTES = 64 * 2**20
-"""Upper bound on a manifest, a configuration or a request: XL/2's manifest has 2 kB, a set of 10^8 images' 10 MB."""
+"""Upper bound on manifests, configurations and requests; the manifest of XL/2 has 2 kB, that of 10^8 images 10 MB."""
 MOST_LIST_BYTES = 4 * 2**30
-"""Upper bound on a list with an entry per image or step: captions, names, labels, log lines."""
+"""Upper bound on files with an entry per image or step: captions, names, labels, log lines."""
 TEMPORARY = ".tmp-"
-"""Prefix of everything that is not finished."""
-_DEEPEST_JSON = 64
+"""Prefix of the names of unfinished files and folders."""
+_MAX_JSON_DEPTH = 64
+# The header exactly as NumPy writes it, so that no Python literal from a file is parsed.
 _NPY_HEADER = re.compile(
     rb"\{'descr': '([<>|]\w\d+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
 )
+# Names of open descriptors, such as /dev/fd/3; /dev/stdout links to one of them.
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -47,19 +50,19 @@ _KINDS = (
 def check_file(
     path: str | Path, raises: type[DitFastError], most: int | None = None, what: str = "a regular file"
 ) -> int:
-    """Check a file before a reader that takes a path (`np.load`, `safe_open`, PIL) opens it; links are followed.
+    """Check a file before a library that takes a path (`safe_open`, PIL) opens it. Links are followed.
 
     Args:
-        path: file to be read
-        raises: class of the error
-        most: bytes that it may have; None: any number
-        what: what is expected there, for the message
+        path: File to be read.
+        raises: Class of the error.
+        most: Upper bound on its size in bytes; None for no bound.
+        what: Description of the expected file, for the message.
 
     Returns:
-        its size in bytes
+        The size in bytes.
 
     Raises:
-        raises: nothing is there, it is not a regular file, it is larger than `most`, or may not be read
+        raises: The file does not exist, is not a regular file, is larger than `most`, or is not readable.
     """
     try:
         found = os.stat(path)
@@ -72,7 +75,7 @@ def check_file(
     except DitFastError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise raises(f"{_shortened(path)}: cannot be read ({_reason(error)})") from None
+        raise raises(f"{_shortened(path)}: cannot be read ({one_line(error)})") from None
     if most is not None and found.st_size > most:
         raise raises(f"{path}: refused: {found.st_size} bytes, expected at most {most}")
     return found.st_size
@@ -81,13 +84,13 @@ def check_file(
 def open_file(
     path: str | Path, raises: type[DitFastError], most: int | None = None, what: str = "a regular file"
 ) -> BufferedReader:
-    """`path` opened for reading, after `check_file`; Args and Raises as there."""
+    """Open `path` for reading, after `check_file`, whose arguments and errors it has."""
     check_file(path, raises, most, what)
     try:
-        # Nothing is waited for even where a pipe has taken the file's place since.
+        # Non-blocking, in case a pipe has replaced the file since the check.
         file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
     except OSError as error:
-        raise raises(f"{path}: cannot be read ({_reason(error)})") from None
+        raise raises(f"{path}: cannot be read ({one_line(error)})") from None
     if (kind := _kind(os.fstat(file.fileno()).st_mode)) is not None:
         file.close()
         raise raises(f"{path}: {kind}, expected {what}")
@@ -100,17 +103,17 @@ def read_bytes(
     most: int = MOST_JSON_BYTES,
     what: str = "a regular file",
 ) -> bytes:
-    """Content of `path` as it was when it was opened, however fast it grows; Args and Raises as `check_file`."""
+    """Content of `path`, up to its size when it was opened; arguments and errors as in `check_file`."""
     with open_file(path, raises, most, what) as file:
         try:
             return file.read(min(os.fstat(file.fileno()).st_size, most))
         except OSError as error:
-            raise raises(f"{path}: cannot be read ({_reason(error)})") from None
+            raise raises(f"{path}: cannot be read ({one_line(error)})") from None
 
 
 @contextlib.contextmanager
 def utf8_name(path: Path) -> Iterator[Path]:
-    """`path`, for a reader that takes names in UTF-8 alone, as safetensors does: for others, one of the open file."""
+    """Context manager with a UTF-8 name for `path`, as safetensors needs: `path` itself or the name of a descriptor."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -126,7 +129,7 @@ def read_text(
     most: int = MOST_JSON_BYTES,
     what: str = "a text file",
 ) -> str:
-    """Content of a text file in UTF-8; Args and Raises as `check_file`."""
+    """Content of a UTF-8 text file; arguments and errors as in `check_file`."""
     try:
         return read_bytes(path, raises, most, what).decode()
     except UnicodeDecodeError as error:
@@ -139,7 +142,7 @@ def read_json(
     most: int = MOST_JSON_BYTES,
     what: str = "a JSON file",
 ) -> Any:
-    """Value in a JSON file, of bounded depth; Args and Raises as `check_file`."""
+    """Value of a JSON file of bounded depth; arguments and errors as in `check_file`."""
     return parse_json(read_bytes(path, raises, most, what), str(path), raises)
 
 
@@ -149,7 +152,7 @@ def read_object(
     most: int = MOST_JSON_BYTES,
     what: str = "a JSON file",
 ) -> dict[str, Any]:
-    """As `read_json`, of a file that must hold an object."""
+    """Value of a JSON file that must hold an object; arguments and errors as in `check_file`."""
     content = read_json(path, raises, most, what)
     if not isinstance(content, dict):
         raise raises(f"{path}: holds a JSON {_json_kind(content)}, expected an object")
@@ -157,42 +160,50 @@ def read_object(
 
 
 def parse_json(text: str | bytes, source: str, raises: type[DitFastError]) -> Any:
-    """Value of a JSON text in UTF-8; `source` names it in errors. Raises `raises` for anything else, however deep."""
+    """Value of a UTF-8 JSON text of bounded depth; `source` names it in errors of class `raises`."""
     try:
         content = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
-        raise raises(f"{source}: damaged or not JSON ({_reason(error)})") from None
+        raise raises(f"{source}: damaged or not JSON ({one_line(error)})") from None
     level = [content]
-    for _ in range(_DEEPEST_JSON):
+    for _ in range(_MAX_JSON_DEPTH):
         level = [inner for outer in level for inner in _members(outer) if isinstance(inner, dict | list)]
         if not level:
             return content
-    raise raises(f"{source}: refused: JSON nested deeper than {_DEEPEST_JSON}")
+    raise raises(f"{source}: refused: JSON nested deeper than {_MAX_JSON_DEPTH}")
 
 
 def read_npy(path: str | Path, raises: type[DitFastError], most: int = MOST_LIST_BYTES) -> np.ndarray:
-    """Array of a `.npy` file; safe in threads, which `np.load` is not.
+    """Read an array from a `.npy` file; thread-safe, unlike `np.load`.
 
-    NumPy parses a header with `ast`, and before Python 3.11.9 and 3.12.3 two threads that do so at once end in
-    `SystemError: AST constructor recursion depth mismatch` (CPython gh-106905), be the other one Triton's compiler.
+    NumPy parses headers with `ast`. Before Python 3.11.9 and 3.12.3, two threads that do so, one of which may be
+    Triton's compiler, raise `SystemError: AST constructor recursion depth mismatch` (CPython gh-106905).
+
+    Args:
+        path: The file.
+        raises: Class of the error.
+        most: Upper bound on its size in bytes.
+
+    Returns:
+        The array.
 
     Raises:
-        raises: as `check_file`, or the file is not an array of numbers as NumPy writes them
+        raises: As in `check_file`, or the file is not an array of numbers in NumPy's format.
     """
     return parse_npy(read_bytes(path, raises, most, "an .npy file"), str(path), raises)
 
 
 def parse_npy(content: bytes | bytearray | memoryview, source: str, raises: type[DitFastError]) -> np.ndarray:
-    """Array, over the same memory, of the bytes of a `.npy` file; `source` names it in errors. As `read_npy`."""
+    """Array in the bytes of a `.npy` file, without a copy; `source` names it in errors. As `read_npy`."""
     try:
         dtype, shape, fortran, start = npy_header(content)
         return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
     except (ValueError, TypeError) as error:
-        raise raises(f"{source} cannot be read ({len(content)} bytes): {_reason(error)}") from None
+        raise raises(f"{source} cannot be read ({len(content)} bytes): {one_line(error)}") from None
 
 
 def npy_header(content: bytes | bytearray | memoryview) -> tuple[np.dtype, tuple[int, ...], bool, int]:
-    """(dtype, shape, whether Fortran-ordered, start of the values) of a `.npy` file; ValueError for another."""
+    """(dtype, shape, Fortran order, offset of the values) of the bytes of a `.npy` file; ValueError for other bytes."""
     head = bytes(content[:12])
     if head[:6] != b"\x93NUMPY":
         raise ValueError("not an .npy file")
@@ -216,7 +227,7 @@ def _members(value: Any) -> Iterable[Any]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -225,11 +236,10 @@ def sync(path: Path) -> None:
 
 
 def check_output(path: str | Path) -> None:
-    """Check, before the work, that `write_atomically` can write to `path`; the folder is made when missing.
+    """Check that `write_atomically` will be able to write to `path`; its folder is created where missing.
 
     Raises:
-        OutputError: `path` is a folder, a block device, a socket or a pipe that nobody reads, or its folder takes no
-            files
+        OutputError: `path` is a folder, a block device or a socket, or its folder is not writable.
     """
     path = Path(path)
     try:
@@ -238,30 +248,27 @@ def check_output(path: str | Path) -> None:
         found = None
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"cannot write {_shortened(path)} ({_reason(error)}); choose another --out"
+            f"cannot write {_shortened(path)} ({one_line(error)}); choose another --out"
         ) from None
     if found is not None and not stat.S_ISREG(found.st_mode):
-        # Not opened: a reader at the other end of a pipe would take that for all it gets.
+        # Not opened: opening and closing a pipe would end the input of its reader.
         _refuse_kind(path, found)
         return
-    folder = Path(os.path.realpath(path)).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder} ({_reason(error)}); choose another --out") from None
+    prepare_folder(Path(os.path.realpath(path)).parent)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file at a temporary path with the suffix of `path`, then put it in place, synced to disk.
+    """Write a file to a temporary path, flush it to disk and move it to `path`.
 
-    The file follows the umask, or keeps the permissions of the one that it replaces. Where `path` is a link, its
-    target is replaced and the link stays. A device or a pipe gets the bytes, and so does the file that stdout or
-    stderr goes to (`/dev/stdout`).
+    A new file follows the umask; a replaced one keeps its permissions. Where `path` is a link, its target is replaced.
+    Devices, pipes and the file to which stdout or stderr is redirected (`/dev/stdout`) receive the bytes in place.
+
+    Args:
+        path: Destination.
+        write: Called with a temporary path, which has the suffix of `path`, to write the file there.
 
     Raises:
-        OutputError: the disk or the device does not take it; nothing partial stays behind in a file
+        OutputError: Writing failed; no partial file is left.
     """
     try:
         found = os.stat(path)
@@ -269,7 +276,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         found = None
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"cannot write {_shortened(path)} ({_reason(error)}); choose another --out"
+            f"cannot write {_shortened(path)} ({one_line(error)}); choose another --out"
         ) from error
     if found is not None and (_stream_of(path, found) is not None or not stat.S_ISREG(found.st_mode)):
         _write_through(path, found, write)
@@ -277,7 +284,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     final = Path(os.path.realpath(path))
     temporary = final.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{final.name}")
     try:
-        # Made here, so that its permissions follow the umask: some libraries make theirs for the owner alone.
+        # Created here, so that its permissions follow the umask: some libraries create files for the owner only.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         mode = os.stat(temporary).st_mode if found is None else found.st_mode
         write(temporary)
@@ -287,7 +294,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         sync(final.parent)
     except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"cannot write {_shortened(path)} ({_reason(error)}); free space or choose another --out"
+            f"cannot write {_shortened(path)} ({one_line(error)}); free space or choose another --out"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -295,7 +302,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _write_through(path: Path, found: os.stat_result, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file elsewhere and copy its bytes to what is at `path`."""
+    """Write to a file elsewhere and copy its bytes to the device, pipe or stream at `path`."""
     try:
         with tempfile.TemporaryDirectory(prefix="dit-fast-") as folder:
             temporary = Path(folder) / path.name
@@ -305,21 +312,21 @@ def _write_through(path: Path, found: os.stat_result, write: Callable[[Path], ob
     except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"cannot write to {path} ({_reason(error)}); choose another --out") from error
+        raise OutputError(f"cannot write to {path} ({one_line(error)}); choose another --out") from error
 
 
 def _open_existing(path: Path, found: os.stat_result) -> int:
-    """A descriptor that writes to what is at `path` and leaves it in place."""
+    """A descriptor that writes to the device, pipe or stream at `path`."""
     _refuse_kind(path, found)
     try:
         if (stream := _stream_of(path, found)) is not None:
             return os.dup(stream)
-        # Not waiting: a pipe without a reader is an error (ENXIO), not a process that hangs.
+        # Opened without blocking: a pipe without a reader is then an error (ENXIO) instead of a process that hangs.
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         os.set_blocking(descriptor, True)
         return descriptor
     except OSError as error:
-        reason = "nobody reads from this pipe" if stat.S_ISFIFO(found.st_mode) else _reason(error)
+        reason = "the pipe has no reader" if stat.S_ISFIFO(found.st_mode) else one_line(error)
         raise OutputError(f"cannot write to {path} ({reason}); choose another --out") from error
 
 
@@ -330,7 +337,7 @@ def _refuse_kind(path: Path, found: os.stat_result) -> None:
 
 
 def _stream_of(path: Path, found: os.stat_result) -> int | None:
-    """The open descriptor that `path` names, or stdout or stderr that go to it: what is there already must stay."""
+    """The descriptor that `path` names, or that of stdout or stderr where it is redirected to `path`."""
     if named := _DESCRIPTOR.fullmatch(str(path)):
         return int(named[1])
     for stream, file in ((1, sys.stdout), (2, sys.stderr)):
@@ -343,7 +350,7 @@ def _stream_of(path: Path, found: os.stat_result) -> int | None:
 
 
 def _kind(mode: int) -> str | None:
-    """What a file of this mode is, None of a regular one."""
+    """Kind of a file with this mode; None for a regular file."""
     if stat.S_ISREG(mode):
         return None
     return next((name for test, name in _KINDS if test(mode)), "a special file")
@@ -354,28 +361,26 @@ def _json_kind(content: Any) -> str:
     return names.get(type(content), "null")
 
 
-def _reason(error: BaseException) -> str:
-    """What an error says, on one line; its class where it says nothing."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:200] or type(error).__name__
-
-
 def _shortened(path: str | Path) -> str:
     text = str(path)
     return text if len(text) <= 300 and text.isprintable() else f"{text[:100]!r}..."
 
 
 def prepare_folder(folder: Path, needed_bytes: int = 0) -> None:
-    """Make `folder` and see that it takes files and has `needed_bytes` left; OutputError if not."""
+    """Create `folder` where missing; OutputError where it is not writable or has less than `needed_bytes` free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise OutputError(
-            f"cannot write to {folder} ({error.strerror or error}); choose another --out"
-        ) from error
+        raise OutputError(f"cannot write to {folder} ({one_line(error)}); choose another --out") from error
+    if needed_bytes:
+        require_space(folder, needed_bytes)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raise OutputError where the disk of `folder` has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OutputError(
             f"no space in {folder}: {needed_bytes / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free; "

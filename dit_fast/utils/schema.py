@@ -1,4 +1,4 @@
-"""Checks of what a JSON file from outside holds: types, ranges, lengths. A few functions that nest as the file does.
+"""Schemas for JSON values from untrusted files: functions that nest as the file does.
 
 require(content, fields({"step": integer(), "files": table(fields({"bytes": integer()}))}), path, CheckpointError)
 """
@@ -13,21 +13,31 @@ from typing import Any
 from dit_fast.errors import DitFastError
 
 Check = Callable[[Any, str], Iterable[str]]
-"""Yields what is wrong with a value; the second argument says where it stands."""
+"""check(value, where): yields the problems of a value; `where` is its path in the file."""
 
 _LISTED = 5
-_LONGEST = 1 << 16
+_MAX_TEXT = 1 << 16
 
 
 def require(content: Any, check: Check, source: object, raises: type[DitFastError]) -> None:
-    """Raise `raises` with the first problems that `check` finds in `content`, on one line that begins with `source`."""
+    """Check a value.
+
+    Args:
+        content: The value.
+        check: Its schema.
+        source: Name of the file, for the message.
+        raises: Class of the error.
+
+    Raises:
+        raises: The value does not match; the message lists the first problems on one line.
+    """
     if problems := list(islice(check(content, ""), _LISTED + 1)):
         more = "; ..." if len(problems) > _LISTED else ""
         raise raises(f"{source}: {'; '.join(problems[:_LISTED])}{more}")
 
 
 def integer(least: int = 0, most: int = 2**53) -> Check:
-    """A whole number; true and false are none."""
+    """A whole number, which true and false are not."""
 
     def check(value: Any, where: str) -> Iterator[str]:
         if type(value) is not int or not least <= value <= most:
@@ -48,12 +58,12 @@ def number(least: float = -math.inf, most: float = math.inf) -> Check:
 
 
 def text(pattern: str | None = None) -> Check:
-    """A string, of `pattern` as a whole where that is given."""
+    """A string, which matches the whole of `pattern` where it is given."""
 
     def check(value: Any, where: str) -> Iterator[str]:
         if (
             not isinstance(value, str)
-            or len(value) > _LONGEST
+            or len(value) > _MAX_TEXT
             or (pattern and not re.fullmatch(pattern, value))
         ):
             yield _wrong(where, value, "a string" + (f" like {pattern}" if pattern else ""))
@@ -68,7 +78,7 @@ def flag(value: Any, where: str) -> Iterator[str]:
 
 
 def anything(value: Any, where: str) -> Iterator[str]:
-    """Whatever it is, another place checks it."""
+    """Any value; it is checked elsewhere."""
     yield from ()
 
 
@@ -83,12 +93,12 @@ def one_of(*values: Any) -> Check:
 
 
 def maybe(check: Check) -> Check:
-    """null, or what `check` takes."""
+    """null, or a value that matches `check`."""
     return lambda value, where: () if value is None else check(value, where)
 
 
 def array(item: Check, length: int | None = None) -> Check:
-    """A list of `item`, so many where `length` is given."""
+    """A list whose items match `item`, with `length` items where it is given."""
 
     def check(value: Any, where: str) -> Iterator[str]:
         if not isinstance(value, list) or length not in (None, len(value)):
@@ -101,7 +111,7 @@ def array(item: Check, length: int | None = None) -> Check:
 
 
 def table(item: Check, key: str | None = None) -> Check:
-    """An object with any keys, or those of the pattern `key`, whose values are `item`."""
+    """An object whose values match `item` and whose keys match the pattern `key`, where it is given."""
 
     def check(value: Any, where: str) -> Iterator[str]:
         if not isinstance(value, dict):
@@ -109,14 +119,14 @@ def table(item: Check, key: str | None = None) -> Check:
             return
         for name, inner in value.items():
             if key is not None and not re.fullmatch(key, name):
-                yield f"{_place(where)}has the key {shown(name)}, expected names like {key}"
+                yield f"{_place(where)}has the key {brief(name)}, expected names like {key}"
             yield from item(inner, _below(where, name))
 
     return check
 
 
 def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    """An object that has the fields `required`, may have those of `optional`, and others that nothing reads."""
+    """An object with all fields of `required` and any of `optional`; other fields are ignored."""
 
     def check(value: Any, where: str) -> Iterator[str]:
         if not isinstance(value, dict):
@@ -135,7 +145,7 @@ def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
 
 
 def _below(where: str, name: str) -> str:
-    plain = name if name.isprintable() and len(name) <= 60 else shown(name)
+    plain = name if name.isprintable() and len(name) <= 60 else brief(name)
     return f"{where}.{plain}" if where else plain
 
 
@@ -144,9 +154,9 @@ def _place(where: str) -> str:
 
 
 def _wrong(where: str, value: Any, expected: str) -> str:
-    return f"{_place(where)}is {shown(value)}, expected {expected}"
+    return f"{_place(where)}is {brief(value)}, expected {expected}"
 
 
-def shown(value: Any) -> str:
-    """A value from a file, short enough for a message and on one line."""
+def brief(value: Any) -> str:
+    """A value from a file on one line, at most 100 characters long."""
     return " ".join(reprlib.repr(value).split())[:100]

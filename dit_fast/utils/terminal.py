@@ -1,25 +1,25 @@
-"""Lines for a person: what files hold is shown, never obeyed by the terminal, and no line ends the program."""
+"""Output for users: one-line texts that a terminal cannot misinterpret, and streams whose failure ends no program."""
 
 import contextlib
 import errno
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
 def printable(text: object) -> str:
-    """`text` in one line, with an escape for every character that a terminal acts on instead of showing it.
+    """Escape every character of `text` that a terminal would interpret instead of showing it.
 
-    These are control characters (ESC begins colors and commands, newlines forge lines), controls of the writing
-    direction, invisible characters, and the bytes of file names that are not UTF-8.
+    These are control characters (ESC starts colors and commands, newlines forge lines), controls of the writing
+    direction, invisible characters, and bytes of file names that are not UTF-8.
 
     Args:
-        text: any object; `str` of it is shown.
+        text: Any object; `str(text)` is shown.
 
     Returns:
-        The line, as `"name\\\\x1b[31m"` for a name that would turn the terminal red.
+        One line, for example `"name\\\\x1b[31m"` for a name that would turn the terminal red.
     """
     return "".join(
         char if char.isprintable() or unicodedata.category(char) == "Zs" else _escaped(char)
@@ -27,17 +27,29 @@ def printable(text: object) -> str:
     )
 
 
+def listed(names: Sequence[object], most: int = 8) -> str:
+    """The first `most` names on one line, each shortened to 80 printable characters, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(printable(str(name)[:80]) for name in names[:most]) + more
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters; its class where the message is empty."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
+    return (text or type(error).__name__).splitlines()[0].strip()[:200]
+
+
 def say(*lines: object, error: bool = False) -> None:
     """Print each argument as one line, `printable`, at once.
 
     Args:
-        lines: what to print; a text of several lines is given as its `splitlines`.
-        error: print to stderr instead of stdout.
+        lines: Lines to print; pass the `splitlines` of a text of several lines.
+        error: Print to stderr instead of stdout.
     """
     stream = sys.stderr if error else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     for line in lines:
-        # A terminal of another encoding than UTF-8 does not have every character.
+        # A terminal with an encoding other than UTF-8 cannot show every character.
         print(printable(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
     if stream is not None:
         stream.flush()
@@ -48,10 +60,14 @@ def _escaped(char: str) -> str:
 
 
 class LastingStream:
-    """A text stream, stdout or stderr, whose failure is no exception: what is written after it is dropped.
+    """Wrapper of stdout or stderr that drops output after an error instead of raising it.
 
-    A reader that leaves (`| head`), a terminal that is closed and a full disk end what is shown, not the program.
-    `problem`: the error, once there was one. A character that the stream's encoding does not have is escaped.
+    A reader that exits (`| head`), a closed terminal and a full disk end the output, not the program. Characters that
+    the encoding of the stream lacks are escaped. `problem` is the first error, or None.
+
+    Args:
+        stream: The stream.
+        name: "stdout" or "stderr".
     """
 
     def __init__(self, stream: Any, name: str):
@@ -60,7 +76,7 @@ class LastingStream:
         self.problem: Exception | None = None
 
     def write(self, text: str) -> int:
-        """Write `text`, if that is still possible."""
+        """Write `text`, unless an earlier write has failed."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
@@ -84,7 +100,7 @@ class LastingStream:
 
     @property
     def lost(self) -> bool:
-        """Whether lines were lost that somebody wanted: whoever closed a pipe or a terminal did not."""
+        """Whether output was lost that someone still reads; False where the reader closed a pipe or a terminal."""
         reader_left = isinstance(self.problem, OSError) and self.problem.errno in (errno.EPIPE, errno.EIO)
         return self.problem is not None and not reader_left
 
@@ -92,14 +108,14 @@ class LastingStream:
         if self.problem is not None:
             return
         self.problem = error
-        # What is buffered here, in libraries and in child processes has a place to go.
+        # Redirected to /dev/null, so that data buffered here, in libraries and in child processes raises no error.
         with contextlib.suppress(OSError, ValueError):
             descriptor, nothing = self._stream.fileno(), os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, descriptor)
             os.close(nothing)
         if self.lost and self._name == "stdout":
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            say(f"dit-fast: warning: stdout: {reason}; what is printed is lost from here on", error=True)
+            say(f"dit-fast: warning: stdout: {reason}; what is printed is lost from now on", error=True)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -107,10 +123,10 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[LastingStream]:
-    """Inside, sys.stdout, which is given, and sys.stderr are `LastingStream`s.
+    """Context manager that replaces sys.stdout and sys.stderr by `LastingStream`s and returns the first.
 
-    Where the process was started without one of the standard descriptors, it is opened to nowhere: the next file to be
-    opened would get its number, and with it what libraries print.
+    A standard descriptor that is closed is opened to /dev/null: otherwise the next file to be opened would get its
+    number and receive what libraries print.
     """
     for descriptor in range(3):
         try:

@@ -229,7 +229,7 @@ def test_a_damaged_snapshot_is_left_out_and_a_damaged_checkpoint_refused(run, tm
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with caplog.at_level(logging.WARNING):
         _, info = load_model(folder, weights="ema:0.08")
-    assert "sigma_050.safetensors does not match its SHA-256; going on without it" in caplog.text
+    assert "sigma_050.safetensors does not match its SHA-256; continuing without it" in caplog.text
     assert "of ema:0.08 made of snapshots" in info.notes[0]
     own = step_folder(folder, 120) / "sigma_100.safetensors"
     own.write_bytes(own.read_bytes()[:-1] + b"x")

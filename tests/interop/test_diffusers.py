@@ -273,7 +273,7 @@ def test_hostile_configurations_are_one_line(change, line, tmp_path) -> None:
     [
         (
             {"a": "../outside.safetensors"},
-            "refused: '../outside.safetensors' is no safetensors file of this folder",
+            "refused: '../outside.safetensors' is not a safetensors file in this folder",
         ),
         ({"a": "/etc/passwd"}, "refused"),
         ({"a": "weights.pt"}, "refused"),

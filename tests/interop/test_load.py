@@ -253,7 +253,7 @@ def test_a_single_absurd_block_index_builds_nothing(model, tmp_path):
     [
         ({"a.weight": torch.zeros(3)}, "holds no DiT: pos_embed"),
         ({"transformer_blocks.0.attn1.to_q.weight": torch.zeros(3)}, "diffusers' names"),
-        ({"pos_embed": torch.zeros(3), "step": 7}, "entries that are no named tensors: step"),
+        ({"pos_embed": torch.zeros(3), "step": 7}, "entries that are not named tensors: step"),
         (
             {"pos_embed": torch.zeros(3, dtype=torch.int64)},
             r"not dense floating-point weights: pos_embed \(int64",
@@ -262,7 +262,7 @@ def test_a_single_absurd_block_index_builds_nothing(model, tmp_path):
         ({}, "no tensors at all"),
         ([torch.zeros(3)], "holds a list"),
         (torch.zeros(3), "holds a Tensor"),
-        ({"a\nb\x1b[31m": torch.zeros(3)}, r"entries that are no named tensors: 'a\\nb\\x1b\[31m'$"),
+        ({"a\nb\x1b[31m": torch.zeros(3)}, r"entries that are not named tensors: a\\nb\\x1b\[31m$"),
         ({"module.a": torch.zeros(3), "a": torch.zeros(3)}, "two entries for a"),
     ],
 )
@@ -390,19 +390,9 @@ def test_a_pickle_that_would_run_a_command_runs_nothing(tmp_path, name):
         load_model(path)
     assert not canary.exists()
     if name == "archive.pt":
-        assert "it asks for posix.system" in str(error.value)
+        assert "refused: torch.load(weights_only=True) rejects it (GLOBAL posix.system)" in str(error.value)
     pickle.loads(pickled)  # the trap itself works
     assert canary.exists()
-
-
-def test_torch_itself_is_asked_to_run_nothing(tmp_path, monkeypatch):
-    """The scan is the first defence, `weights_only=True` the second: it holds alone."""
-    monkeypatch.setattr("dit_fast.checkpoint.weight_file._check_archive", lambda *_: None)
-    canary = tmp_path / "canary"
-    (tmp_path / "a.pt").write_bytes(as_archive(pickle.dumps([Command(f"touch {canary}")], protocol=2)))
-    with pytest.raises(CheckpointError, match="torch cannot read these weights safely"):
-        load_model(tmp_path / "a.pt")
-    assert not canary.exists()
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
@@ -413,14 +403,6 @@ def test_every_pickle_protocol_of_a_trap_is_refused(tmp_path, protocol):
     with pytest.raises(CheckpointError, match="refused"):
         load_model(tmp_path / "a.pt")
     assert not canary.exists()
-
-
-def test_a_name_that_torch_allows_but_weights_do_not_need_is_refused(tmp_path):
-    # bytearray(10**12) would ask for a terabyte, and weights_only=True lets it.
-    pickled = b"\x80\x02c__builtin__\nbytearray\n\x8a\x06" + (10**12).to_bytes(6, "little") + b"\x85R."
-    (tmp_path / "a.pt").write_bytes(as_archive(pickled))
-    with pytest.raises(CheckpointError, match=r"it asks for __builtin__\.bytearray"):
-        load_model(tmp_path / "a.pt")
 
 
 def test_compressed_archives_are_refused_before_they_are_unpacked(tmp_path):
@@ -466,5 +448,5 @@ def test_a_zip_without_weights_and_a_text_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"not one written by torch\.save"):
         load_model(tmp_path / "a.pt")
     (tmp_path / "b.pt").write_text("<html>404</html>" * 100)
-    with pytest.raises(CheckpointError, match=r"no complete torch\.save archive"):
+    with pytest.raises(CheckpointError, match=r"not a complete torch\.save archive"):
         load_model(tmp_path / "b.pt")

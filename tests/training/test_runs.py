@@ -393,7 +393,7 @@ def test_resumption_refuses_another_recipe_or_data(data, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no such run folder"):
         resume(tmp_path / "missing", {})
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
         resume(tmp_path / "empty", {})
     with pytest.raises(CheckpointError, match="options that this version does not know: _target_"):
         resumed_config({"data": "set", "_target_": "os.system"}, {}, "file")
