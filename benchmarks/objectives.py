@@ -18,7 +18,7 @@ from dit_fast.model.blocks import CONDITIONING
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_schedule
 from dit_fast.training.config import TrainConfig, open_set
 from dit_fast.training.log import read_log
-from dit_fast.training.loop import train
+from dit_fast.training.run import train
 from dit_fast.training.trainer import Trainer
 
 TINY: dict[str, Any] = {
@@ -94,7 +94,9 @@ def first_loss(config: TrainConfig) -> float:
         trainer.work.state.step.fill_(step)
         x, t, noise, y, weights = trainer.work.draw(samples, labels)
         with torch.no_grad():
-            loss = trainer.objective.training_losses(trainer._denoise, x, t, {"y": y}, noise=noise)["loss"]
+            loss = trainer.objective.training_losses(trainer.work.denoise, x, t, {"y": y}, noise=noise)[
+                "loss"
+            ]
         losses.append(float((loss if weights is None else loss * weights).mean()))
     return float(np.mean(losses))
 

@@ -22,7 +22,7 @@ from dit_fast.models import DiT
 from dit_fast.training.graphs import CudaGraphs, GraphedStep, compile_step
 from dit_fast.training.optimizer import AdamWEma
 from dit_fast.training.precision import on_copies, use_float8
-from dit_fast.training.prefetch import prefetch
+from dit_fast.training.run import prefetch
 from dit_fast.training.step import StepOptions, StepState, TrainStep
 
 DECAY = 0.9999
@@ -163,22 +163,19 @@ class Training:
         run_model = ours if copies is None else on_copies(ours, optimizer)
         called = parallelize(run_model, World(device=device), "none", compile=rung.compile)
 
-        def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=rung.bf16):
-                return called(x, t, y).float()
-
         options = StepOptions(
             seed=0,
             batch_size=batch,
             num_classes=self.model.config["num_classes"],
             class_dropout_prob=self.model.config["class_dropout_prob"],
+            autocast=torch.bfloat16 if rung.bf16 else None,
         )
         rows = torch.arange(batch, device=device)
         step = TrainStep(
-            denoise, optimizer, create_diffusion(""), options, state, rows, posterior=feed.posterior
+            called, optimizer, create_diffusion(""), options, state, rows, posterior=feed.posterior
         )
         if rung.compile:
-            compile_step(step, ours.out_channels)
+            compile_step(step)
         work = GraphedStep(step, CudaGraphs()) if rung.graph else step
 
         def run(samples: Tensor, y: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def process(respacing: str) -> Any:
     """A diffusion whose step tables are on the device already, as after a first step."""
     with unset_fake_temporarily(), torch.device("cpu"):
         diffusion = create_diffusion(timestep_respacing=respacing)
-    for table in (diffusion._coefficients._table, diffusion._device_timestep_map):
+    for table in filter(None, (diffusion._coefficients._table, diffusion._timestep_table)):
         fake = torch.empty(table._host.shape, dtype=table._host.dtype)
         table._copies[fake.device] = fake
     return diffusion

@@ -11,9 +11,8 @@ from tqdm import tqdm
 from dit_fast.cli.sample_options import add_objective_options, asked_objective
 from dit_fast.cli.sample_plan import images_as_trained
 from dit_fast.data import ImageSet, Split
-from dit_fast.diffusion import FlowMatching, GaussianDiffusion
+from dit_fast.diffusion import FlowMatching, GaussianDiffusion, create_objective
 from dit_fast.diffusion.likelihood import GREY_LEVEL, bits_per_dim, log_likelihood
-from dit_fast.diffusion.objective import create_objective
 from dit_fast.distributed.world import choose_device
 from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.interop import ModelInfo, load_model

@@ -19,7 +19,7 @@ from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, 
 from dit_fast.training import PRESETS, TrainConfig, Trainer
 from dit_fast.training.config import apply_to_process, build_model, open_set
 from dit_fast.training.precision import choose_precision
-from dit_fast.training.prefetch import prefetch
+from dit_fast.training.run import prefetch
 from dit_fast.utils.nvtx import mark_blocks, profiler_ranges
 from dit_fast.utils.terminal import say
 from dit_fast.utils.values import PATH, Whole

@@ -9,8 +9,8 @@ from typing import Any
 from dit_fast.distributed.world import World, join_world
 from dit_fast.errors import ConfigError
 from dit_fast.training.config import CHOICES, RANGES, TrainConfig
-from dit_fast.training.loop import TrainResult, device_of, resume, train_or_resume
 from dit_fast.training.presets import PRESETS
+from dit_fast.training.run import TrainResult, device_of, resume, train_or_resume
 from dit_fast.utils.terminal import say
 from dit_fast.utils.values import SOURCE
 

@@ -6,14 +6,23 @@ Sources named in this package: DDPM = Ho et al. 2020 (arXiv:2006.11239), Improve
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from dit_fast.diffusion.beta_schedules import get_named_beta_schedule
 from dit_fast.diffusion.flow_matching import FlowMatching
 from dit_fast.diffusion.gaussian_diffusion import PREDICTIONS, GaussianDiffusion, LossType, ModelVarType
+from dit_fast.diffusion.objective import OBJECTIVES
 from dit_fast.diffusion.respace import SpacedDiffusion, space_timesteps
 from dit_fast.errors import ConfigError
 
-__all__ = ["FlowMatching", "GaussianDiffusion", "SpacedDiffusion", "create_diffusion", "space_timesteps"]
+__all__ = [
+    "FlowMatching",
+    "GaussianDiffusion",
+    "SpacedDiffusion",
+    "create_diffusion",
+    "create_objective",
+    "space_timesteps",
+]
 
 
 def create_diffusion(
@@ -32,27 +41,27 @@ def create_diffusion(
     """Build the diffusion process that a DiT is trained or sampled with.
 
     Args:
-        timestep_respacing: steps to keep, as in `space_timesteps`; "" or None keeps all (training).
+        timestep_respacing: Steps to keep, as in `space_timesteps`; "" or None keeps all (training).
         noise_schedule: "linear" (DDPM) or "squaredcos_cap_v2" (Improved DDPM, eq. 17).
-        use_kl: train on the variational bound alone, times the number of steps.
-        sigma_small: without `learn_sigma`, use the posterior variance instead of beta (DDPM, section 3.2).
-        predict_xstart: the model predicts x_0 instead of the noise.
-        learn_sigma: the model also predicts the variance, as `learned_range` says.
-        rescale_learned_sigmas: weigh the variance's loss by steps / 1000.
-        diffusion_steps: number of steps before respacing.
-        prediction: "epsilon", "x0" or "v" (Salimans & Ho 2022); None is what `predict_xstart` says.
-        min_snr_gamma: weigh the squared error by min-SNR (Hang et al. 2023), usually with 5; None does not.
-        learned_range: a learned variance is a place between its two bounds (Improved DDPM, eq. 15); else the model
-            answers its logarithm, which holds for a step of this length and no other.
+        use_kl: Train on the variational bound alone, times the number of steps.
+        sigma_small: Without `learn_sigma`, use the posterior variance instead of beta (DDPM, section 3.2).
+        predict_xstart: The model predicts x_0 instead of the noise.
+        learn_sigma: The model also predicts the variance, in the form of `learned_range`.
+        rescale_learned_sigmas: Multiply the variance's loss by steps / 1000.
+        diffusion_steps: Number of steps before respacing.
+        prediction: "epsilon", "x0" or "v" (Salimans & Ho 2022); None: as `predict_xstart` selects.
+        min_snr_gamma: Weight the squared error by min-SNR (Hang et al. 2023), usually with 5; None: no weight.
+        learned_range: A learned variance is a position between its two bounds (Improved DDPM, eq. 15); else the
+            model predicts its logarithm, which is valid only for steps of this length.
 
     Raises:
-        ConfigError: an unknown schedule or prediction, a respacing that cannot be made, or too few steps.
+        ConfigError: An unknown schedule or prediction, an impossible respacing, or too few steps.
     """
     if prediction is None:
         prediction = "x0" if predict_xstart else "epsilon"
     if prediction not in PREDICTIONS:
         raise ConfigError(
-            f"prediction {prediction!r} is not of diffusion in discrete steps: choose {', '.join(PREDICTIONS)}"
+            f"prediction {prediction!r} does not apply to diffusion in discrete steps: choose {', '.join(PREDICTIONS)}"
         )
     betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
     if timestep_respacing is None or (isinstance(timestep_respacing, str) and not timestep_respacing):
@@ -80,3 +89,20 @@ def create_diffusion(
         loss_type=loss_type,
         min_snr_gamma=min_snr_gamma,
     )
+
+
+def create_objective(objective: str = "diffusion", **options: Any) -> GaussianDiffusion | FlowMatching:
+    """Build the training objective of that name.
+
+    Args:
+        objective: "diffusion" (`create_diffusion` with all timesteps) or "flow" (`FlowMatching`).
+        options: Their arguments.
+
+    Raises:
+        ConfigError: An unknown name, or options that do not fit together.
+    """
+    if objective == "diffusion":
+        return create_diffusion(None, **options)
+    if objective == "flow":
+        return FlowMatching(**options)
+    raise ConfigError(f"objective {objective!r}: choose {' or '.join(OBJECTIVES)}")

@@ -27,10 +27,10 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     Args:
         schedule_name: "linear" (DDPM, section 4; scaled so that the last alpha-bar hardly depends on the
             number of steps) or "squaredcos_cap_v2" (Improved DDPM, eq. 17, each beta at most 0.999).
-        num_diffusion_timesteps: number of steps.
+        num_diffusion_timesteps: Number of steps.
 
     Raises:
-        ConfigError: an unknown name, or too few steps for the schedule.
+        ConfigError: An unknown name, or too few steps for the schedule.
     """
     _check_steps(num_diffusion_timesteps)
     if schedule_name == "linear":
@@ -64,12 +64,12 @@ def get_beta_schedule(
         beta_schedule: "linear"; "quad" (linear in the square root); "const" (`beta_end` throughout);
             "warmup10" and "warmup50" (a linear rise over the first 10 % or 50 %, then constant); "jsd" (1/T,
             1/(T-1), ..., 1).
-        beta_start: first value where the schedule has one.
-        beta_end: last value where the schedule has one.
-        num_diffusion_timesteps: number of steps.
+        beta_start: First value where the schedule has one.
+        beta_end: Last value where the schedule has one.
+        num_diffusion_timesteps: Number of steps.
 
     Raises:
-        ConfigError: an unknown name or number of steps.
+        ConfigError: An unknown name or number of steps.
     """
     _check_steps(num_diffusion_timesteps)
     steps = num_diffusion_timesteps
@@ -96,9 +96,9 @@ def betas_for_alpha_bar(
     """The betas (steps,) whose products follow a given curve: beta_t = 1 - alpha_bar(t+1) / alpha_bar(t).
 
     Args:
-        num_diffusion_timesteps: number of steps.
-        alpha_bar: the product of (1 - beta) up to time u, for u from 0 to 1.
-        max_beta: upper limit, below 1, against the singularity at the end (Improved DDPM, section 3.2).
+        num_diffusion_timesteps: Number of steps.
+        alpha_bar: The product of (1 - beta) up to time u, for u from 0 to 1.
+        max_beta: Upper limit, below 1, against the singularity at the end (Improved DDPM, section 3.2).
     """
     _check_steps(num_diffusion_timesteps)
     steps = num_diffusion_timesteps

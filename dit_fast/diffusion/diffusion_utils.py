@@ -1,4 +1,4 @@
-"""Gaussian divergences and likelihoods, elementwise and in nats."""
+"""Gaussian divergences and likelihoods, elementwise and in nats, and small tensor helpers."""
 
 import math
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dit_fast.errors import ConfigError
 
-# Half the distance between neighbouring grey levels when 0..255 is mapped to [-1, 1].
+# Half the distance between neighboring gray levels when 0..255 is mapped to [-1, 1].
 _HALF_BIN = 1.0 / 255.0
-# Beyond this magnitude a value belongs to the first or the last grey level, whose bin is open.
+# Beyond this magnitude a value belongs to the first or the last gray level, whose bin is open.
 _OPEN_BIN = 0.999
 _LEAST_PROBABILITY = 1e-12
 
@@ -22,7 +22,7 @@ def normal_kl(
     Each argument is a tensor or a number; at least one is a tensor. DDPM, eq. 5 takes its terms from here.
 
     Raises:
-        ConfigError: all four are numbers.
+        ConfigError: All four are numbers.
     """
     result = 0.5 * (
         -1.0 + logvar2 - logvar1 + _exp(logvar1 - logvar2) + ((mean1 - mean2) ** 2) * _exp(-logvar2)
@@ -50,24 +50,24 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     """log of the Gaussian mass in the bin of each 8-bit value, elementwise, in nats (DDPM, eq. 13).
 
     Args:
-        x: values in [-1, 1], where the 256 grey levels lie 2/255 apart.
+        x: Values in [-1, 1], where the 256 gray levels lie 2/255 apart.
         means: Gaussian means, shaped like `x`.
-        log_scales: logarithms of the standard deviations, shaped like `x`.
+        log_scales: Logarithms of the standard deviations, shaped like `x`.
 
     The outermost bins reach to infinity. A mass below 1e-12 counts as 1e-12, so the result is at least -27.6.
 
     Raises:
-        ConfigError: shapes differ.
+        ConfigError: Shapes differ.
     """
     if not x.shape == means.shape == log_scales.shape:
         raise ConfigError(
             f"x, means and log_scales must have one shape, not {tuple(x.shape)}, {tuple(means.shape)} and "
             f"{tuple(log_scales.shape)}"
         )
-    centred = x - means
+    centered = x - means
     inverse_scale = torch.exp(-log_scales)
-    below_upper = approx_standard_normal_cdf(inverse_scale * (centred + _HALF_BIN))
-    below_lower = approx_standard_normal_cdf(inverse_scale * (centred - _HALF_BIN))
+    below_upper = approx_standard_normal_cdf(inverse_scale * (centered + _HALF_BIN))
+    below_lower = approx_standard_normal_cdf(inverse_scale * (centered - _HALF_BIN))
     mass = torch.where(
         x < -_OPEN_BIN,
         below_upper,
@@ -79,6 +79,20 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
 def mean_flat(tensor: Tensor) -> Tensor:
     """The mean over every dimension but the first: (N, ...) -> (N,)."""
     return tensor.mean(dim=list(range(1, tensor.dim())))
+
+
+def noise_like(x: Tensor, noise: Tensor | None) -> Tensor:
+    """`noise`, or standard normal noise shaped like `x` when None; ConfigError for another shape."""
+    if noise is None:
+        return torch.randn_like(x)
+    if noise.shape != x.shape:
+        raise ConfigError(f"noise {tuple(noise.shape)} must be shaped like the data {tuple(x.shape)}")
+    return noise
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32; other dtypes unchanged."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _exp(value: Tensor | float) -> Tensor | float:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion.flow_matching import FlowMatching
-from dit_fast.diffusion.gaussian_diffusion import Model, ModelKwargs
+from dit_fast.diffusion.objective import Model, ModelKwargs
 from dit_fast.errors import ConfigError
 from dit_fast.utils import keyed
 
-# Between neighbouring grey levels when 0..255 is mapped to [-1, 1].
+# Distance of neighboring gray levels when 0..255 is mapped to [-1, 1].
 GREY_LEVEL = 2 / 255
 
 
@@ -32,10 +32,20 @@ def log_likelihood(
 ) -> Tensor:
     """log p(x) in nats, float64 (N,), of data x (N, C, ...), by Heun's method in `steps` equal steps.
 
-    probes: Rademacher vectors that estimate the divergence without bias (Hutchinson 1990), each one more backward pass
-    an evaluation, the same at every step and keyed by (seed, sample number); None: the exact trace, by a backward pass
-    for each dimension. numbers: int64 (N,), the samples'; None: 0, 1, ... The model must be differentiable by x.
-    Raises ConfigError for no step or probe, and for an objective in discrete time.
+    Args:
+        flow: The objective of the model.
+        model: `model(x, t, **model_kwargs)`, differentiable by x.
+        x: Data (N, C, ...).
+        steps: Number of steps.
+        probes: Rademacher vectors that estimate the divergence without bias (Hutchinson 1990), each of which costs a
+            backward pass per evaluation; they are the same in every step, and keyed by (seed, sample number). None:
+            the exact trace, by a backward pass per dimension.
+        seed: Seed of the probes.
+        numbers: Numbers of the samples, int64 (N,); None: 0, 1, ...
+        model_kwargs: Further arguments of the model.
+
+    Raises:
+        ConfigError: No step or probe, or an objective in discrete time.
     """
     if steps < 1 or (probes is not None and probes < 1):
         raise ConfigError(
@@ -43,7 +53,7 @@ def log_likelihood(
         )
     if not isinstance(flow, FlowMatching):
         raise ConfigError(
-            "a likelihood by the ODE needs continuous time: of a diffusion take calc_bpd_loop, its bound"
+            "a likelihood by the ODE needs continuous time; for diffusion call calc_bpd_loop, the bound"
         )
     first, last = flow.interval
     step = (first - last) / steps
@@ -69,7 +79,7 @@ def bits_per_dim(log_likelihood: Tensor, dims: int, bin_width: float = GREY_LEVE
     """Bits per dimension of values in bins of this width, (N,), from the log density (N,) of `dims` of them.
 
     The values are those of 8-bit images in [-1, 1] unless another width says otherwise; for a bound on the likelihood
-    of such images x must be dequantised, uniform within its bins (Theis et al. 2016, arXiv:1511.01844, section 3.1).
+    of such images x must be dequantized, uniform within its bins (Theis et al. 2016, arXiv:1511.01844, section 3.1).
     """
     return -log_likelihood / (dims * math.log(2)) - math.log2(bin_width)
 

@@ -1,8 +1,8 @@
-"""Gaussian paths, and what a model may be asked to predict on them: the algebra that losses and samplers share.
+"""Gaussian paths and the predictions on them: the algebra that losses and samplers share.
 
-A path joins noise and data, x = alpha x_0 + sigma noise. Whatever a model predicts is a combination of the same two,
-answer = of_data x_0 + of_noise noise, so that (x, answer) gives x_0 and noise by solving two equations, and any
-prediction can be turned into any other. Everything is elementwise; coefficients broadcast against the data.
+A path joins noise and data, x = alpha x_0 + sigma noise. Every prediction is a combination of the same two,
+prediction = of_data x_0 + of_noise noise, so that (x, prediction) gives x_0 and noise by solving two equations, and any
+prediction can be converted to any other. Everything is elementwise; coefficients broadcast against the data.
 
     epsilon   noise                                     DDPM (Ho et al. 2020), equation 14
     x0        x_0
@@ -27,7 +27,7 @@ _LEAST_BETA, _GREATEST_BETA = 0.1, 20.0
 
 
 class Point(NamedTuple):
-    """Shares of x_0 and of noise at a time, and their derivatives by it where time is continuous."""
+    """Coefficients of x_0 and of noise at a time, and their derivatives by time where time is continuous."""
 
     alpha: Tensor
     sigma: Tensor
@@ -48,7 +48,7 @@ def linear_path(t: Tensor) -> Point:
 
 
 def gvp_path(t: Tensor) -> Point:
-    """The generalised variance-preserving path: sine and cosine of pi t / 2 (SiT, section 2)."""
+    """The generalized variance-preserving path: sine and cosine of pi t / 2 (SiT, section 2)."""
     angle, rate = math.pi / 2 * t, math.pi / 2
     return Point(angle.sin(), angle.cos(), rate * angle.cos(), -rate * angle.sin())
 
@@ -56,7 +56,7 @@ def gvp_path(t: Tensor) -> Point:
 def vp_path(t: Tensor) -> Point:
     """The variance-preserving diffusion with beta from 0.1 at data to 20 at noise (Song et al. 2021, equation 33).
 
-    At t = 0 a trace of x_0 is left (alpha 0.0066), and at t = 1 the rate of sigma is infinite.
+    At t = 0, alpha is 0.0066 rather than 0; at t = 1, the derivative of sigma is infinite.
     """
     way = 1 - t
     beta = _LEAST_BETA + way * (_GREATEST_BETA - _LEAST_BETA)
@@ -87,24 +87,24 @@ def shares(prediction: str, point: Point) -> tuple[Tensor, Tensor]:
 
 
 def determinant(prediction: str, point: Point) -> Tensor:
-    """Of the equations for x_0 and noise: an answer's error is that of x_0 times -determinant / sigma."""
+    """Determinant of the equations for x_0 and noise: a prediction's error is x_0's times -determinant / sigma."""
     of_data, of_noise = shares(prediction, point)
     return point.alpha * of_noise - point.sigma * of_data
 
 
 def target(prediction: str, data: Tensor, noise: Tensor, point: Point) -> Tensor:
-    """What a model that predicts `prediction` is to answer for x_0 `data` and `noise`."""
+    """The value of `prediction` for x_0 `data` and `noise`."""
     of_data, of_noise = shares(prediction, point)
     return of_data * data + of_noise * noise
 
 
 def data_and_noise(prediction: str, answer: Tensor, x: Tensor, point: Point) -> tuple[Tensor, Tensor]:
-    """x_0 and noise of a model's answer for the state x."""
+    """x_0 and noise of a model's output `answer` for the state x."""
     of_data, of_noise = shares(prediction, point)
     scale = point.alpha * of_noise - point.sigma * of_data
     return (of_noise * x - point.sigma * answer) / scale, (point.alpha * answer - of_data * x) / scale
 
 
 def convert(answer: Tensor, x: Tensor, point: Point, source: str, to: str) -> Tensor:
-    """The answer of a model of `source` for the state x, as a model of `to` would give it."""
+    """The output `answer` of a model that predicts `source`, converted to the prediction `to`, for the state x."""
     return answer if source == to else target(to, *data_and_noise(source, answer, x, point), point)

@@ -1,11 +1,10 @@
-"""Respacing: a process over some of another's timesteps, for faster sampling (Improved DDPM, section 4)."""
+"""Respacing: a process over a subset of another's timesteps, for faster sampling (Improved DDPM, section 4)."""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
 
 from dit_fast.diffusion.gaussian_diffusion import (
     DeviceTable,
@@ -25,14 +24,14 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int] | in
     """Choose timesteps to keep.
 
     Args:
-        num_timesteps: number of steps of the original process.
-        section_counts: how many steps to keep. "250", 250 or [250]: that many, evenly from the first to the
+        num_timesteps: Number of steps of the original process.
+        section_counts: How many steps to keep. "250", 250 or [250]: that many, evenly from the first to the
             last. "10,15,20" or a list: the process is cut into as many equal sections, and each keeps its
             number of steps, evenly from its first to its last. "ddim50": that many at the one integer stride
             that gives them, from 0 (DDIM, section 5; the last kept step is then below the last step).
 
     Raises:
-        ConfigError: not a number, more steps than the section has, no step at all, or no such stride.
+        ConfigError: Not a number, more steps than the section has, no step at all, or no such stride.
     """
     if isinstance(section_counts, str):
         if section_counts.startswith(_DDIM_PREFIX):
@@ -53,7 +52,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int] | in
                 f"timestep respacing {section_counts!r} asks for {count} steps of a section that has {size}"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        # Summed rather than multiplied: where a step falls between two, it rounds as the reference does.
+        # Summed rather than multiplied, so that a position between two steps rounds as in the reference.
         position = 0.0
         for _ in range(count):
             kept.add(start + round(position))
@@ -86,7 +85,7 @@ def _count(part: str | int, respacing: object) -> int:
         return _COUNT.accept(_COUNT.parse(part) if isinstance(part, str) else part)
     except (TypeError, ValueError):
         raise ConfigError(
-            f"timestep respacing {shown(respacing)} is not understood at {shown(part)}; "
+            f"timestep respacing {shown(respacing)} is invalid at {shown(part)}; "
             "write a number, numbers with commas, or ddim and a number"
         ) from None
 
@@ -94,20 +93,20 @@ def _count(part: str | int, respacing: object) -> int:
 class SpacedDiffusion(GaussianDiffusion):
     """A process over a subset of the timesteps of another, with the same alpha-bar at each.
 
-    Its own timesteps count from 0; models and classifiers are given those of the original process.
+    Its own timesteps count from 0; models and classifiers receive those of the original process.
 
     Args:
-        use_timesteps: timesteps of the original process to keep, in any order.
-        betas: variances (original steps,) of the original process.
-        model_mean_type, model_var_type, loss_type, min_snr_gamma: as for `GaussianDiffusion`.
+        use_timesteps: Timesteps of the original process to keep, in any order.
+        betas: Variances (original steps,) of the original process.
+        model_mean_type, model_var_type, loss_type, min_snr_gamma: As for `GaussianDiffusion`.
 
     Attributes:
-        use_timesteps: the kept timesteps as a set.
-        timestep_map: the kept timesteps in order; entry i is step i of this process.
-        original_num_steps: number of steps of the original process.
+        use_timesteps: The kept timesteps as a set.
+        timestep_map: The kept timesteps in order; entry i is step i of this process.
+        original_num_steps: Number of steps of the original process.
 
     Raises:
-        ConfigError: no timestep, or one that the original process does not have.
+        ConfigError: No timestep, or one that the original process does not have.
     """
 
     def __init__(
@@ -139,9 +138,5 @@ class SpacedDiffusion(GaussianDiffusion):
             loss_type=loss_type,
             min_snr_gamma=min_snr_gamma,
         )
-        self._device_timestep_map = DeviceTable(torch.tensor(self.timestep_map, dtype=torch.int64))
-
-    def _model_timesteps(self, t: Tensor) -> Tensor:
-        if self.num_timesteps == self.original_num_steps:
-            return t
-        return self._device_timestep_map.on(t.device)[t].to(t.dtype)
+        if self.num_timesteps != self.original_num_steps:
+            self._timestep_table = DeviceTable(torch.tensor(self.timestep_map, dtype=torch.int64))

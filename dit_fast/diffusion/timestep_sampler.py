@@ -1,4 +1,7 @@
-"""Which timesteps to train on: uniformly, or more often where the loss is large."""
+"""Distributions of training timesteps: the reference's samplers, and the keyed draws of the training step.
+
+Uniform, by importance (more often where the loss is large), or logit-normal.
+"""
 
 from abc import ABC, abstractmethod
 from typing import Protocol
@@ -9,7 +12,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dit_fast.diffusion.objective import Objective
 from dit_fast.errors import ConfigError
+from dit_fast.utils import keyed
+
+TIMESTEP_SAMPLING = ("uniform", "importance", "logit-normal")
 
 
 class HasTimesteps(Protocol):
@@ -22,7 +29,7 @@ def create_named_schedule_sampler(name: str, diffusion: HasTimesteps) -> "Schedu
     """The sampler "uniform" or "loss-second-moment" for the timesteps of `diffusion`.
 
     Raises:
-        ConfigError: another name.
+        ConfigError: Another name.
     """
     if name == "uniform":
         return UniformSampler(diffusion)
@@ -57,7 +64,7 @@ class ScheduleSampler(ABC):
 
 
 class UniformSampler(ScheduleSampler):
-    """Every timestep alike, with weight 1."""
+    """All timesteps equally likely, with weight 1."""
 
     def __init__(self, diffusion: HasTimesteps) -> None:
         self.diffusion = diffusion
@@ -68,14 +75,14 @@ class UniformSampler(ScheduleSampler):
 
 
 class LossAwareSampler(ScheduleSampler):
-    """A sampler that learns from the losses of all ranks, and is then the same on each."""
+    """A sampler that is updated with the losses of all ranks, and is then the same on each."""
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
         """Report this rank's losses; every rank calls it at the same time, with a batch of any size.
 
         Args:
-            local_ts: timesteps (N,), integer.
-            local_losses: their losses (N,).
+            local_ts: Timesteps (N,), integer.
+            local_losses: Their losses (N,).
 
         Losses are exchanged when torch.distributed is initialised. The update reads the values, so it waits
         for the device.
@@ -88,13 +95,14 @@ class LossAwareSampler(ScheduleSampler):
 
     @abstractmethod
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
-        """Learn from the timesteps and losses of all ranks, which come in the same order on each."""
+        """Update with the timesteps and losses of all ranks, in the same order on each rank."""
 
 
 class LossHistory:
     """The last losses of each timestep, and importance sampling by them, on the device and without waiting for it.
 
-    losses: float64 (steps + 1, kept), the last row of no timestep; counts: int64 (steps,), losses seen so far.
+    losses: float64 (steps + 1, kept), a ring per timestep; writes that must not count go to the extra last row.
+    counts: int64 (steps,), losses seen so far.
     """
 
     def __init__(
@@ -117,7 +125,7 @@ class LossHistory:
         return (self.counts >= self.losses.shape[1]).all()
 
     def probabilities(self) -> Tensor:
-        """Of each timestep, float64 (steps,) (Improved DDPM, eq. 18); all alike until the history is complete."""
+        """Probability of each timestep, float64 (steps,) (Improved DDPM, eq. 18); uniform until the history is full."""
         uniform = torch.full_like(self.losses[:-1, 0], 1 / len(self.counts))
         weights = self.losses[:-1].square().mean(dim=1).sqrt()
         mixed = weights / weights.sum() * (1 - self.uniform_prob) + uniform * self.uniform_prob
@@ -131,16 +139,16 @@ class LossHistory:
         return t, (1 / (len(ends) * probabilities[t])).float()
 
     def update(self, t: Tensor, losses: Tensor, good: Tensor | bool = True) -> None:
-        """Take in the losses (N,) of timesteps t (N,), which overwrite the oldest; nothing unless `good`."""
+        """Record the losses (N,) of timesteps t (N,) over the oldest ones; nothing unless `good`."""
         kept = self.losses.shape[1]
         order = t.argsort(stable=True)
         t, losses = t[order], losses[order].detach().double()
-        # Of the losses of one timestep, how many come before and after each.
+        # Number of losses of the same timestep before each one, and after it (`last - first - before - 1`).
         first = torch.searchsorted(t, t, right=False)
         last = torch.searchsorted(t, t, right=True)
         before = torch.arange(len(t), device=t.device) - first
         place = (self.counts[t] + before) % kept
-        # Two losses must not meet in one place: the older goes to the row of no timestep.
+        # No two losses may be written to one place, in an order that is undefined: the older goes to the extra row.
         row = torch.where((last - first - before <= kept) & torch.as_tensor(good), t, len(self.counts))
         self.losses.index_put_((row, place), losses)
         self.counts.scatter_add_(0, t, torch.ones_like(t) * good)
@@ -150,9 +158,9 @@ class LossSecondMomentResampler(LossAwareSampler):
     """Timesteps in proportion to the root mean square of their recent losses (Improved DDPM, eq. 18).
 
     Args:
-        diffusion: the process whose timesteps are drawn.
-        history_per_term: losses kept for each timestep; drawing is uniform until all have that many.
-        uniform_prob: part of the probability that stays uniform.
+        diffusion: The process whose timesteps are drawn.
+        history_per_term: Losses kept for each timestep; drawing is uniform until all have that many.
+        uniform_prob: Part of the probability that stays uniform.
     """
 
     def __init__(
@@ -168,6 +176,66 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
         self.history.update(torch.tensor(ts), torch.tensor(losses, dtype=torch.float64))
+
+
+class TimestepSampling:
+    """Draws training timesteps as a function of seed and sample number, on the device.
+
+    Args:
+        objective: The objective whose timesteps are drawn.
+        seed: Seed of the run.
+        kind: "uniform"; "importance", in proportion to the root mean square of each timestep's recent losses (Improved
+            DDPM, eq. 18), which are reported by `update`; or "logit-normal", the sigmoid of a standard normal value,
+            which prefers the middle of the path, without a weight against it (Esser et al. 2024, arXiv:2403.03206,
+            section 3).
+        device: Device of the history of losses.
+
+    Raises:
+        ConfigError: Another kind, or importance sampling in continuous time.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        seed: int,
+        kind: str = "uniform",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if kind not in TIMESTEP_SAMPLING:
+            raise ConfigError(f"timestep sampling {kind!r}: choose {', '.join(TIMESTEP_SAMPLING)}")
+        self.objective, self.kind = objective, kind
+        self.key = keyed.key(seed, "timestep")
+        self.history: LossHistory | None = None
+        if kind == "importance":
+            if objective.num_timesteps is None:
+                raise ConfigError(
+                    "timestep sampling 'importance' keeps a history for each timestep, and those of flow matching are "
+                    "continuous: choose uniform or logit-normal"
+                )
+            self.history = LossHistory(objective.num_timesteps, device=device)
+
+    def draw(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Timesteps (n,) of samples number `index`, int64 (n,), and weights (n,) of their losses; None: all 1."""
+        if self.history is not None:
+            return self.history.draw(keyed.uniform(self.key, index))
+        if self.kind == "logit-normal":
+            return self.objective.times_at(keyed.normal(self.key, index, ()).sigmoid()), None
+        steps = self.objective.num_timesteps
+        if steps is not None:
+            return keyed.integers(self.key, index, steps), None
+        return self.objective.times_at(keyed.uniform(self.key, index)), None
+
+    def update(self, t: Tensor, losses: Tensor, good: Tensor | bool = True) -> None:
+        """Record the losses (B,) of a whole batch at `t` (B,), in the order of its samples; nothing unless `good`."""
+        if self.history is not None:
+            self.history.update(t, losses, good)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name that a checkpoint needs in order to resume; live, not copies."""
+        if self.history is None:
+            return {}
+        return {"timesteps.losses": self.history.losses, "timesteps.counts": self.history.counts}
 
 
 def _gather_columns(pairs: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Processes and what they share: ranks, signals, sharding of a model."""
+"""Ranks, signals, agreement between ranks in a step, and sharding of a model."""

@@ -1,8 +1,8 @@
-"""One model over many processes: the order of business, in one function.
+"""One model over several processes: `parallelize`.
 
-"none" one process. "ddp" every rank holds everything and averages gradients. "fsdp" weights, gradients and optimiser
-states are cut over all ranks (`fully_shard`, ZeRO-3) and gathered block by block. "hsdp" cuts them within a machine
-only and averages gradients between machines, so that the large messages stay on the fast links.
+"none": one process. "ddp": every rank holds everything and averages gradients. "fsdp": weights, gradients and optimizer
+states are sharded over all ranks (`fully_shard`, ZeRO-3) and gathered block by block. "hsdp": they are sharded within a
+machine only, and gradients are averaged between machines, so that the large messages stay on the fast links.
 """
 
 import warnings
@@ -25,9 +25,9 @@ PARALLEL = ("auto", "none", "ddp", "fsdp", "hsdp")
 
 
 def choose_parallel(mode: str, world: World) -> str:
-    """What "auto" means: "none" for one process, "fsdp" for several. Raises ConfigError for what cannot be."""
+    """Resolve "auto": "none" for one process, "fsdp" for several; ConfigError for a mode that does not fit `world`."""
     if mode not in PARALLEL:
-        raise ConfigError(f"--parallel {mode}: give one of {', '.join(PARALLEL)}")
+        raise ConfigError(f"--parallel {mode}: choose one of {', '.join(PARALLEL)}")
     if mode == "auto":
         mode = "fsdp" if world.size > 1 else "none"
     if mode == "none" and world.size > 1:
@@ -54,19 +54,31 @@ def parallelize(
     compile: bool = False,
     param_dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Prepare `model` in place for training on `world`; returns the module to call, with the same parameters.
+    """Prepare `model` in place for training on `world`.
 
-    recompute: as `DiT.recompute`; None leaves it. compile: each block by itself. param_dtype: of the weights that
-    "fsdp" and "hsdp" gather (bfloat16 halves that traffic; gradients are still summed in float32); None for the
-    parameters' own. Ranks must hold equal weights, since "ddp" sends those of rank 0 to all but "fsdp" cuts what each
-    rank has. Raises ConfigError for a mode that does not fit the world.
+    Ranks must hold equal weights: "ddp" broadcasts those of rank 0, but "fsdp" shards what each rank has.
+
+    Args:
+        model: The model, moved to the device of the rank.
+        world: The ranks.
+        mode: One of PARALLEL.
+        recompute: As `Backends.recompute`; None leaves it.
+        compile: Compile each block separately.
+        param_dtype: Dtype of the weights that "fsdp" and "hsdp" gather (bfloat16 halves that traffic; gradients are
+            still summed in float32); None: the parameters' own.
+
+    Returns:
+        The module to call, with the same parameters.
+
+    Raises:
+        ConfigError: A mode that does not fit the world.
     """
     mode = choose_parallel(mode, world)
     if recompute is not None:
         model.recompute = recompute
     if compile:
         for block in model.blocks:
-            # The method, not the module: hooks (ranges, fully_shard) then stay outside of the graph.
+            # The method, not the module, so that hooks (ranges, fully_shard) stay outside of the graph.
             setattr(block, "forward", torch.compile(block.forward, dynamic=False, fullgraph=True))  # noqa: B010
     if mode in ("fsdp", "hsdp"):
         return _shard(model, _mesh(world, mode), param_dtype)
@@ -87,7 +99,7 @@ def _mesh(world: World, mode: str) -> DeviceMesh:
 
 
 def _shard(model: DiT, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> nn.Module:
-    """Blocks one by one, then what is left at the root: embedders and the final layer."""
+    """Shard each block, and then the rest at the root: embedders and the final layer."""
     # Imported where it is used: it takes a third of a second.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -97,9 +109,9 @@ def _shard(model: DiT, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> nn.
         reduce_dtype=torch.float32 if param_dtype else None,
         cast_forward_inputs=False,
     )
-    # A block also hands on a view (its gate), and nothing here writes into one.
+    # A block also returns a view (its gate); nothing writes into it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    # The last block's weights are needed again at once, by the backward pass.
+    # The backward pass needs the last block's weights again at once.
     for block in model.blocks:
         last = block is model.blocks[-1]
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not last)
@@ -109,10 +121,10 @@ def _shard(model: DiT, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> nn.
 
 @contextmanager
 def micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
-    """Around forward and backward of one micro-batch: gradients travel between ranks after the `last` one only.
+    """Context for forward and backward of one micro-batch: gradients are reduced between ranks in the `last` one only.
 
-    Under "fsdp" and "hsdp" they are still cut at once, so that no rank ever holds a whole gradient; "hsdp" keeps its
-    second step, between machines, for the last.
+    "fsdp" and "hsdp" still reduce-scatter each micro-batch, so that no rank holds a whole gradient; "hsdp" delays its
+    all-reduce between machines to the last.
     """
     if isinstance(module, DistributedDataParallel):
         with nullcontext() if last else module.no_sync():
@@ -127,7 +139,7 @@ def micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
 
 def mark_communication(module: nn.Module, ranges: Ranges) -> None:
     """Put ranges around the collectives that "ddp", "fsdp" and "hsdp" start for weights and gradients."""
-    # Imported where they are used, as fully_shard is; there is no public name for what set_custom_... replaces.
+    # Imported where they are used, as fully_shard is; the classes that set_custom_... replaces have no public names.
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
@@ -156,14 +168,14 @@ def mark_communication(module: nn.Module, ranges: Ranges) -> None:
 
 
 def groups_of(module: nn.Module) -> tuple[Any, ...]:
-    """The process groups of a sharded module, besides the default one."""
+    """The process groups of a sharded module, besides the default group."""
     parameter = next(module.parameters())
     mesh = getattr(parameter, "device_mesh", None)
     return () if mesh is None else tuple(mesh.get_group(index) for index in range(mesh.ndim))
 
 
 def rank_rows(batch_size: int, accumulate: int, world: World) -> slice:
-    """Rows of the global batch that this rank takes. Raises ConfigError where the batch does not divide."""
+    """This rank's rows of the global batch; ConfigError where the batch does not divide evenly."""
     parts = world.size * accumulate
     if batch_size % parts:
         near = max(1, round(batch_size / parts)) * parts
@@ -176,11 +188,11 @@ def rank_rows(batch_size: int, accumulate: int, world: World) -> slice:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every rank, detached; each rank must call it."""
+    """The full tensor of a DTensor, detached, on every rank; all ranks must call it."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard(tensor: Any) -> Any:
-    """What this rank holds of a DTensor; another tensor, or None, as it is."""
+    """This rank's shard of a DTensor; another tensor, or None, unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

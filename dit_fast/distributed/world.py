@@ -1,6 +1,6 @@
-"""The processes that train together: who this one is, how they agree, and what is said when one is lost.
+"""`World`: the processes of a run, their collectives for small values, and the error when one of them is lost.
 
-torchrun starts them and says who is who (RANK, LOCAL_RANK, WORLD_SIZE); one process alone needs no process group.
+torchrun starts them and sets RANK, LOCAL_RANK and WORLD_SIZE; a single process needs no process group.
 """
 
 import logging
@@ -19,9 +19,9 @@ from torch import Tensor
 from dit_fast.errors import ConfigError, DitFastError, RankError
 
 START_TIMEOUT = 1800.0
-"""Seconds that ranks wait for each other until the first step is done: some read data or compile longer."""
+"""Timeout of collectives until the first step is done, in seconds: some ranks read data or compile longer."""
 AGENT_TIMEOUT = 30.0
-"""Seconds in which torchrun's store must accept a connection: it listens before torchrun starts a rank."""
+"""Seconds within which torchrun's store must accept a connection: it listens before torchrun starts a rank."""
 _ROLL_CALL = 0.7
 _FAILED = "failed"
 _LOST = "lost"
@@ -31,11 +31,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class World:
-    """One process of `size`, on `device`; `attempt` counts the restarts of `torchrun --max-restarts`.
+    """One process among `size`.
 
-    `local_rank` of `local_size` on this machine. `control` is a group of all ranks for small objects on the CPU, and
-    `background` another one for a thread of its own; both None, as `store`, for a process that is alone. `remedy`: what
-    a user should do where a rank was lost.
+    Attributes:
+        rank, size: Rank of this process, and number of ranks.
+        local_rank, local_size: The same on this machine.
+        device: Device of this rank.
+        attempt: Number of restarts by `torchrun --max-restarts`.
+        store: Key-value store of the ranks; None for a single process.
+        control: Process group of all ranks for small objects on the CPU; None for a single process.
+        background: Another such group, for a background thread; None for a single process.
+        remedy: What a user should do when a rank is lost: the end of the error.
     """
 
     rank: int = 0
@@ -62,7 +68,7 @@ class World:
         return box[0]
 
     def gather(self, value: Any, background: bool = False) -> list[Any]:
-        """The values of all ranks, by rank, on each of them; `background` where the main thread may speak too."""
+        """The values of all ranks, by rank, on each of them; `background`: from a thread beside the main one."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -70,7 +76,7 @@ class World:
         return values
 
     def first(self, action: Callable[[], Result]) -> Result:
-        """What `action` gives on rank 0, which alone calls it; an error of ours is raised on every rank."""
+        """Call `action` on rank 0 only; its result, or its DitFastError, reaches every rank."""
         result, error = None, None
         if self.is_first:
             try:
@@ -83,10 +89,18 @@ class World:
         return cast(Result, result)
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """The largest value over ranks, in place, element by element."""
+        """The maximum over ranks, in place, elementwise."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows (n, ...) of all ranks, by rank, (size * n, ...)."""
+        if self.size == 1:
+            return rows
+        everyone = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(everyone, rows.contiguous())
+        return everyone
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over ranks, in place."""
@@ -96,7 +110,7 @@ class World:
         return tensor
 
     def wait(self, meanwhile: Callable[[], object], seconds: float = 1.0) -> None:
-        """Return when every rank has called this, calling `meanwhile` about every `seconds` until then."""
+        """A barrier that calls `meanwhile` about every `seconds` while it waits."""
         if self.size == 1:
             return
         arrival = dist.barrier(group=self.control, async_op=True)
@@ -109,7 +123,7 @@ class World:
         arrival.wait()
 
     def set_timeout(self, seconds: float, groups: tuple[Any, ...] = ()) -> None:
-        """From now on a rank that is waited for longer than this is lost; `groups` besides the default ones."""
+        """Set the timeout after which a rank counts as lost, for the default groups and `groups`."""
         if self.size == 1:
             return
         for group in (dist.group.WORLD, self.control, *groups):
@@ -118,7 +132,7 @@ class World:
 
     @contextmanager
     def watch(self, where: Callable[[], str]) -> Iterator[None]:
-        """Turn the failure of a collective into a RankError that says `where()` and which ranks do not answer."""
+        """Turn the failure of a collective into a RankError that names `where()` and the missing ranks."""
         try:
             yield
         except RuntimeError as error:
@@ -127,7 +141,7 @@ class World:
             raise RankError(self._lost(where())) from error
 
     def _lost(self, where: str) -> str:
-        """Ranks that still run say so in the store; who is missing hangs or is gone."""
+        """The error for a lost rank. Running ranks set a key in the store; one without a key hangs or has died."""
         missing, reasons = list(range(self.size)), []
         try:
             self.store.set(f"{_LOST}/{self.rank}", where)
@@ -154,11 +168,17 @@ def join_world(
     work: str = "outside of the steps",
     remedy: str = World.remedy,
 ) -> Iterator[World]:
-    """The world that torchrun describes, or this process alone; the process group ends with the block.
+    """Join the process group that torchrun describes, or be a single process; the group ends with the block.
 
-    device: "auto", "cpu" or "cuda"; CUDA devices are taken by LOCAL_RANK. `work` and `remedy` are the first and the
-    last words of the error for a lost rank. Raises ConfigError for an environment or a device that is not there, and
-    RankError where a rank is lost.
+    Args:
+        device: "auto", "cpu" or "cuda"; CUDA devices are assigned by LOCAL_RANK.
+        start_timeout: Timeout of collectives until `World.set_timeout`, in seconds.
+        work: Beginning of the error for a lost rank.
+        remedy: End of that error.
+
+    Raises:
+        ConfigError: The environment is inconsistent, or there is no such device.
+        RankError: A rank is lost.
     """
     rank, size = ranks()
     local_size = _number("LOCAL_WORLD_SIZE", 1)
@@ -171,9 +191,9 @@ def join_world(
     limit = timedelta(seconds=start_timeout)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # torchrun's agent keeps one store over restarts: without a prefix, a restarted rank finds the addresses of dead
-    # ones in it (pytorch, torch/distributed/rendezvous.py).
-    # Where the agent was killed meanwhile, PyTorch would try to connect for the whole of a timeout.
+    # torchrun's agent keeps one store over restarts: without a prefix, a restarted rank would find the addresses of
+    # dead ones in it (pytorch, torch/distributed/rendezvous.py). If the agent was killed meanwhile, PyTorch would try
+    # to connect for the whole of `limit`.
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     connect = min(limit, timedelta(seconds=AGENT_TIMEOUT)) if of_agent else limit
     try:
@@ -206,7 +226,7 @@ def join_world(
         lost = True
         raise
     except BaseException as error:
-        # For the others, who only see this rank go; the store may be gone with rank 0.
+        # For the other ranks, which only see this one disconnect; the store may have died with rank 0.
         reason = str(error) if isinstance(error, DitFastError) else f"{type(error).__name__}: {error}"
         with suppress(RuntimeError):
             store.set(f"{_FAILED}/{rank}", reason.partition("\n")[0])
@@ -218,7 +238,7 @@ def join_world(
 
 
 def ranks() -> tuple[int, int]:
-    """(rank, number of ranks) as torchrun says; (0, 1) without it. Raises ConfigError."""
+    """(rank, number of ranks) from torchrun's environment; (0, 1) without it. Raises ConfigError."""
     rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if rank >= size:
         raise ConfigError(f"RANK is {rank} and WORLD_SIZE {size}: torchrun counts ranks from 0")
@@ -226,7 +246,7 @@ def ranks() -> tuple[int, int]:
 
 
 def local_rank() -> int:
-    """The rank on this machine as torchrun says; 0 without it. Raises ConfigError."""
+    """The rank on this machine from torchrun's environment; 0 without it. Raises ConfigError."""
     return _number("LOCAL_RANK", 0)
 
 
@@ -246,9 +266,9 @@ def choose_device(name: str, index: int = 0) -> torch.device:
 
 
 def warn_of_slurm() -> None:
-    """Under Slurm, say so when SIGUSR1 would kill: that is how `#SBATCH --signal=USR1@...` announces the end.
+    """Warn where Slurm's SIGUSR1 would kill torchrun: `#SBATCH --signal=USR1@...` announces the end of a job by it.
 
-    The trainer handles it; torchrun must be told to (`--signals-to-handle`), or it dies and leaves its workers.
+    The trainer handles it; torchrun needs `--signals-to-handle`, or it dies and leaves its workers.
     """
     if os.environ.get("SLURM_JOB_ID") is None or os.environ.get("LOCAL_RANK") != "0":
         return
@@ -265,7 +285,7 @@ def warn_of_slurm() -> None:
 
 
 def set_group_timeout(group: Any, device: torch.device, seconds: float) -> None:
-    """Set how long collectives of `group` on `device` wait; a group without a backend for it is left alone."""
+    """Set the timeout of a group's collectives on `device`; nothing for a group without a backend for it."""
     try:
         backend = group._get_backend(device)
     except RuntimeError:

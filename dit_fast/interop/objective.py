@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit_fast.diffusion.objective import create_objective
+from dit_fast.diffusion import create_objective
 from dit_fast.diffusion.paths import PATHS
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.utils.files import read_object

@@ -1,8 +1,8 @@
-"""What a model costs, from its configuration alone: parameters, multiply-adds, memory of a training step.
+"""Cost of a model, from its configuration alone: parameters, multiply-adds, memory of a training step.
 
 Conventions. A multiply-add (MAC) is two FLOPs; the "Gflops" of Peebles & Xie 2023 are MACs. Counted are the linear
-layers, the patch projection and attention's two products, elementwise work is not. Training is three times the forward
-pass, since the backward pass has two products for each of its own; recomputation is not credited.
+layers, the patch projection and attention's two products; elementwise work is not. Training is three times the forward
+pass, since the backward pass has two products for each of the forward pass; recomputation is not counted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,16 +19,21 @@ from dit_fast.model.dit import DiT
 from dit_fast.model.presets import DiT_models
 
 STATE_BYTES = {"weights": 4, "gradients": 4, "AdamW's moments": 8, "average": 4}
-"""Bytes of a trained parameter between two steps of `dit-fast train`, in every precision."""
+"""Bytes per trained parameter between two steps of `dit-fast train`, in every precision."""
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-"""What a model may be counted in, and the dtype of its autocast."""
+"""Precisions that can be counted, and the dtype of autocast in each."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """parameters: all; fixed: those that are not trained (the positions' table); tokens: of an image in the blocks;
-    macs: multiply-adds of one image's forward pass.
+    """Parameters and computation of a model.
+
+    Attributes:
+        parameters: Number of all parameters.
+        fixed: Number of those that are not trained (the table of positions).
+        tokens: Tokens of an image in the blocks.
+        macs: Multiply-adds of one image's forward pass.
     """
 
     parameters: int
@@ -50,7 +55,7 @@ class Counts:
 
     @property
     def state_bytes(self) -> dict[str, int]:
-        """What each of `STATE_BYTES` takes for the whole model."""
+        """Bytes of each of `STATE_BYTES` for the whole model."""
         return {name: size * self.trained for name, size in STATE_BYTES.items()}
 
     def as_json(self) -> dict[str, int]:
@@ -62,9 +67,9 @@ class Counts:
 
 
 def count(model: DiT, caption_tokens: int = 1, shapes: Mapping[tuple[int, int], int] | None = None) -> Counts:
-    """The counts of a model on any device, "meta" among them; of captions, with so many tokens each.
+    """Count a model on any device, such as "meta"; `tokens` are those of the model's own size.
 
-    shapes: of `mean_macs`; the tokens are those of the model's own size.
+    caption_tokens: tokens per caption; shapes: as in `mean_macs`.
     """
     parameters = list(model.parameters())
     return Counts(
@@ -78,7 +83,7 @@ def count(model: DiT, caption_tokens: int = 1, shapes: Mapping[tuple[int, int], 
 def mean_macs(
     model: DiT, caption_tokens: int = 1, shapes: Mapping[tuple[int, int], int] | None = None
 ) -> int:
-    """`DiT.macs`, on average over so many images of each of `shapes` (height, width) where there are several."""
+    """`DiT.macs`, averaged over `shapes`, (height, width) -> number of images; None: the model's own size."""
     if not shapes:
         return model.macs(caption_tokens=caption_tokens)
     every = sum(number * model.macs(size, caption_tokens) for size, number in shapes.items())
@@ -86,7 +91,7 @@ def mean_macs(
 
 
 def table(input_size: int = 32) -> Iterator[tuple[str, str, Counts]]:
-    """(size, conditioning, counts) of the paper's twelve sizes with each of its four blocks."""
+    """(size, conditioning, counts) of the paper's twelve sizes with each of the four conditionings."""
     for name, build in DiT_models.items():
         for conditioning in CONDITIONING:
             with torch.device("meta"):
@@ -102,15 +107,22 @@ def kept_bytes(
     residual: str = "fp32",
     caption_tokens: int = 1,
 ) -> dict[str, int]:
-    """Bytes that a forward pass on the fused kernels keeps for the backward pass, by what `recompute` makes again.
+    """Bytes that a forward pass on the fused kernels saves for the backward pass, for each choice of `recompute`.
 
-    config: `DiT.config`. Distinct storages that autograd holds, and with "blocks" the inputs of every block and what
-    one block keeps while it is run again. Parameters are not among them, their low-precision copies under autocast are.
-    Nothing is computed: the tensors have shapes and no memory. The loss's own are left out: of the images' size.
+    Counted are the distinct storages that autograd holds; with "blocks", the inputs of every block and what one block
+    saves while it is recomputed. Parameters are not counted, their low-precision copies under autocast are. The loss's
+    own tensors, which have the images' size, are left out. Nothing is computed: the tensors are fake.
+
+    Args:
+        config: `DiT.config`.
+        batch: Number of images.
+        precision: One of PRECISIONS.
+        residual: Dtype of the residual stream, "fp32" or "bf16".
+        caption_tokens: Tokens per caption.
     """
     kept = {}
     for recompute in RECOMPUTE:
-        # All blocks but the first keep the same.
+        # All blocks but the first save the same, so that two depths give any other.
         two, three = (
             _kept({**config, "depth": n}, batch, precision, residual, recompute, caption_tokens)
             for n in (2, 3)
@@ -155,5 +167,5 @@ def _kept(
             output = model.eval()(x, t, y)
         for parameter in model.parameters():
             storages.pop(parameter.untyped_storage()._cdata, None)
-        del output  # until here it held what was kept
+        del output  # until here it held what autograd saved
     return sum(storages.values())

@@ -1,8 +1,8 @@
-"""Where the patches of an image stand: sine tables, tables that are learned, and rotary angles.
+"""Positions of an image's patches: sine tables, learned tables, and rotary angles.
 
 "sincos" adds the paper's fixed table (Vaswani et al. 2017), "learned" a trained one (Dosovitskiy et al. 2021), "rope"
-turns queries and keys instead (Su et al. 2021), half of a head by the row and half by the column, "sincos_rope" does
-both (as LightningDiT, Yao et al. 2025). A grid is (rows, columns) of patches; its T tokens stand in row-major order.
+rotates queries and keys instead (Su et al. 2021), half of a head by the row and half by the column, "sincos_rope" does
+both (as LightningDiT, Yao et al. 2025). A grid is (rows, columns) of patches; its T tokens are in row-major order.
 """
 
 import numpy as np
@@ -52,23 +52,23 @@ def sincos_table(
 
 
 def resized_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A learned table (1, T, D) of the grid `old` for `new`, bicubic (as Dosovitskiy et al. 2021, section 3.2, do)."""
+    """Resize a learned table (1, T, D) from the grid `old` to `new`, bicubic (Dosovitskiy et al. 2021, section 3.2)."""
     image = table.unflatten(1, old).permute(0, 3, 1, 2).float()
     resized = F.interpolate(image, new, mode="bicubic", align_corners=False)
     return resized.flatten(2).transpose(1, 2).to(table.dtype)
 
 
 def check_rotary(head_dim: int) -> None:
-    """ValueError for a head that has no pairs for two coordinates."""
+    """ValueError for a head width that does not split into pairs for two coordinates."""
     if head_dim % 4:
         raise ValueError(
-            f"positions='rope' turns pairs by row and by column: a head of {head_dim} is not a multiple of 4; "
+            f"positions='rope' rotates pairs by row and by column: a head of {head_dim} is not a multiple of 4; "
             "change hidden_size or num_heads"
         )
 
 
 def rotary_angles(grid: tuple[int, int], head_dim: int, device: torch.device | None = None) -> Tensor:
-    """(T, head_dim / 2) float32, one for each pair of a head: the first half of them by the row, then the column."""
+    """(T, head_dim / 2) float32, an angle per pair of a head: the first half by the row, the second by the column."""
     column, row = coordinates(grid, device=device)
     return torch.cat([angles(row, head_dim // 4), angles(column, head_dim // 4)], dim=1).float()
 
@@ -78,8 +78,8 @@ def get_2d_sincos_pos_embed(
 ) -> np.ndarray:
     """(extra_tokens + T, embed_dim) float64 positions of a grid of (rows, columns), or of a square one.
 
-    The first half of the width encodes the column, the second half the row. `extra_tokens` rows of zeros stand in
-    front when `cls_token` is set.
+    The first half of the width encodes the column, the second half the row. With `cls_token`, `extra_tokens` rows of
+    zeros come first.
     """
     rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     embedding = _halves(*coordinates((rows, columns), device=_CPU), embed_dim).numpy()

@@ -1,4 +1,4 @@
-"""A step captured once as a CUDA graph and replayed: one launch in place of thousands."""
+"""A step that is compiled, or captured as a CUDA graph and replayed: one launch in place of thousands."""
 
 import logging
 import os
@@ -10,14 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dit_fast.diffusion.objective import Objective
 from dit_fast.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds the compiler it needs; says so in one line where it does not."""
+    """Whether torch.compile finds the compiler that it needs; logs one line where it does not."""
     if device.type == "cuda":
         return True
     compiler = os.environ.get("CXX", "g++")
@@ -27,70 +26,39 @@ def can_compile(device: torch.device) -> bool:
     return True
 
 
-def compile_step(step: TrainStep, out_channels: int) -> None:
-    """Compile a step's draws, a hundred integer operations for each stream of random numbers, and its loss."""
-    step.draw = torch.compile(step.draw, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
-    step.losses = CompiledLosses(step.objective, out_channels)
-
-
-class CompiledLosses:
-    """`objective.training_losses` as two graphs, one before and one after the model, which keeps its own.
-
-    Each is the whole of it around a model that stands in: before, one that notes what it is asked and answers nothing
-    of use, so that the compiler drops the loss; after, one that gives the answer that was made in between.
-    `out_channels`: of the model's answer.
-    """
-
-    def __init__(self, objective: Objective, out_channels: int):
-        def asked(x_start: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            questions = []
-
-            def ask(x: Tensor, times: Tensor) -> Tensor:
-                questions.append((x, times))
-                return x.new_zeros(len(x), out_channels, *x.shape[2:])
-
-            objective.training_losses(ask, x_start, t, noise=noise)
-            return questions[0]
-
-        def judged(answer: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-            return objective.training_losses(lambda x, times: answer, x_start, t, noise=noise)
-
-        self._asked = torch.compile(asked, dynamic=False, fullgraph=True)
-        self._judged = torch.compile(judged, dynamic=False, fullgraph=True)
-
-    def __call__(
-        self, model: Any, x_start: Tensor, t: Tensor, model_kwargs: dict[str, Tensor], noise: Tensor
-    ) -> dict[str, Tensor]:
-        answer = model(*self._asked(x_start, t, noise), **model_kwargs)
-        return self._judged(answer, x_start, t, noise)
+def compile_step(step: TrainStep) -> None:
+    """Compile a step's draws (a hundred integer operations per random stream), its noise and its loss, in place."""
+    for name in ("draw", "add_noise", "loss"):
+        setattr(step, name, torch.compile(getattr(step, name), dynamic=False, fullgraph=True))
 
 
 WARM_UP = 3
-"""Eager steps per shape before its capture: optimizer tables and compiled code must exist then."""
+"""Eager steps per shape before its capture, which needs the optimizer's tables and compiled code to exist."""
 
 
 class GraphBackend(Protocol):
-    """What captures work on a device."""
+    """Captures work on a device."""
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """Do `work` the way a capture will."""
+        """Run `work` on the stream setup of a capture."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record `work` without doing it; what is returned does it."""
+        """Record `work` without running it; returns the function that runs it."""
         ...
 
 
 class CudaGraphs:
-    """Captures by `torch.cuda.CUDAGraph`, all into one pool of memory: a step leaves nothing there that is read after
-    it, so that the graphs may be replayed in any order.
+    """Captures by `torch.cuda.CUDAGraph`, all into one memory pool.
+
+    Sharing is safe in any order of replays: no tensor in the pool is read after its step.
     """
 
     def __init__(self) -> None:
         self._pool: Any = None
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        # Autograd remembers the stream of the first backward pass, and the default one cannot be captured.
+        # Autograd keeps the stream of the first backward pass, and the default stream cannot be captured.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -107,7 +75,7 @@ class CudaGraphs:
 
 @dataclass
 class _Shape:
-    """Batches of one shape: the tensors that their graph reads, eager steps so far, and the graph once there is one."""
+    """Batches of one shape: the tensors that its graph reads, eager steps so far, and the graph once captured."""
 
     samples: Tensor
     labels: Tensor
@@ -116,12 +84,11 @@ class _Shape:
 
 
 class GraphedStep:
-    """`step` with its inputs in tensors of its own: eager at first, then captured, then replayed, for each shape of
-    batches by itself.
+    """`step` with static inputs: eager at first, then captured, then replayed, separately for each shape of batches.
 
-    Gradients are written by the backward pass of each step, not zeroed and added to: at XL/2 that saves 11 GB of memory
-    traffic per step. Where such a step cannot be captured, gradients stay in place and are zeroed; where that cannot be
-    captured either, steps are eager, with one warning that says why. `captures` counts captures.
+    The backward pass of each step writes gradients instead of adding to zeroed ones: at XL/2 that saves 11 GB of
+    memory traffic per step. Where such a step cannot be captured, gradients stay in place and are zeroed; where that
+    cannot be captured either, steps are eager, and one warning gives the reason. `captures` counts captures.
     """
 
     def __init__(self, step: TrainStep, backend: GraphBackend):

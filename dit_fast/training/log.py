@@ -1,4 +1,4 @@
-"""What a run says about itself: a bar or plain lines, `log.jsonl`, and the loss curve."""
+"""Logging of a run: progress bar, `log.jsonl`, loss curve, loss spikes, TensorBoard and Weights & Biases."""
 
 import dataclasses
 import json
@@ -33,15 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 class BestEffort:
-    """Calls what is printed, logged, drawn and scored. `failed`: what has failed so far, by name."""
+    """Runs printing, logging, plotting and scoring, whose failure must not end training; `failed`: names so far."""
 
     def __init__(self) -> None:
         self.failed: set[str] = set()
 
     def __call__(self, name: str, action: Callable[[], object]) -> bool:
-        """Call `action`; where it raises, warn of `name`, the first time, and return False.
+        """Call `action`; if it raises, warn of `name` the first time, and return False.
 
-        A lost rank is raised, as it was: that is a matter of the training.
+        The error of a lost rank is raised unchanged: training cannot continue without it.
         """
         try:
             action()
@@ -60,17 +60,17 @@ class BestEffort:
 
 
 MOST_WAITING = 10_000
-"""Lines that are kept for a disk that takes none; the oldest are dropped first."""
+"""Upper bound on lines that wait while the disk is full; the oldest are dropped first."""
 Line = dict[str, Any]
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Records of a file, in its order: JSON objects with a `step` from 0; one warning for all other lines.
+    """Records of a file in order: JSON objects with a `step` from 0. One warning names all other lines.
 
-    A file that is not there holds none.
+    Returns [] where the file does not exist.
 
     Raises:
-        DataError: `path` is not a regular file, or cannot be read
+        DataError: `path` is not a regular file, or cannot be read.
     """
     if not os.path.lexists(path):
         return []
@@ -84,7 +84,7 @@ def read_lines(path: Path) -> list[Line]:
             odd.append(number)
     if odd:
         which = ", ".join(map(str, odd[:4])) + (", ..." if len(odd) > 4 else "")
-        logger.warning("%s: left out what is no record of a step: line %s", path, which)
+        logger.warning("%s: skipped what is not a record of a step: line %s", path, which)
     return records
 
 
@@ -98,10 +98,10 @@ def _record(text: bytes) -> Line | None:
 
 
 class LineFile:
-    """Appends to `path`, whose lines are first reduced to those that `keeps` is true of.
+    """Appends lines to `path`, after reducing it to the lines for which `keeps` is true.
 
-    The file is changed by `append` alone, which raises OSError where that fails. Lines that could not be written are
-    then written by a later one that can be.
+    Nothing is written before the first `append`, which raises OSError where writing fails. Lines that could not be
+    written are kept, and written by a later call.
     """
 
     def __init__(self, path: Path, keeps: Callable[[Line], bool]):
@@ -111,23 +111,23 @@ class LineFile:
         self._waiting: deque[Line] = deque(maxlen=MOST_WAITING)
 
     def reduce(self) -> None:
-        """Drop what a continuation does again; nothing if that was done."""
+        """Drop lines of steps that the resumed run repeats; a second call does nothing."""
         if not self._reduced and os.path.lexists(self.path):
             kept = {}
             for line in read_lines(self.path):
                 if self._keeps(line):
-                    # Versions before this one could write a step twice.
+                    # Logs of older versions may hold a step twice; the last line counts.
                     kept[line["step"], "extractor" in line] = line
             text = "".join(map(_text, kept.values()))
             write_atomically(self.path, lambda temporary: temporary.write_text(text))
         self._reduced = True
 
     def append(self, line: Line) -> None:
-        """Write a line, after those that wait."""
+        """Write a line, after those that are waiting."""
         self._waiting.append(line)
         self.reduce()
         left = "".join(map(_text, self._waiting)).encode()
-        # Unbuffered: what does not fit must not come later, in part.
+        # Unbuffered: a buffer would write the rest of a line that did not fit at some later time.
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
@@ -139,7 +139,7 @@ class LineFile:
         self._waiting.clear()
 
     def sync(self) -> None:
-        """Have what was written on the disk."""
+        """Flush the file to disk."""
         if self.path.is_file():
             sync(self.path)
 
@@ -150,13 +150,22 @@ def _text(line: Line) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of log.jsonl: means over the steps since the line before, up to and including `step`.
+    """One line of log.jsonl: means over the steps since the last line, up to and including `step`.
 
-    loss = mse + vb (vb in bits, 0 without learned sigma); loss_by_timestep: of the samples in each quarter of the
-    timesteps, least noise first, None where there was none; skipped: steps left out since the line before because they
-    were not finite, which the means leave out too; seconds of training since the run began; mfu: see
-    `dit_fast.training.log`, None where the device's peak is not known; data_wait: share of the host's time spent
-    waiting for batches; peak_memory in bytes.
+    Attributes:
+        step: Number of finished steps.
+        loss, mse, vb: loss = mse + vb; vb is in bits, 0 without a learned variance.
+        grad_norm: Norm of all gradients before clipping.
+        loss_by_timestep: Mean loss of the samples in each quarter of the timesteps, least noise first; None for none.
+        images_per_second: Throughput of all ranks.
+        mfu: Model FLOPs utilization: FLOPs of forward and backward over the device's dense bf16 peak; None where the
+            peak is not known.
+        data_wait: Fraction of the host's time spent waiting for batches.
+        peak_memory: Bytes.
+        seconds: Training time since the run began.
+        lr: Learning rate.
+        loss_scale: 1 except in float16.
+        skipped: Non-finite steps since the last line; the means do not include them.
     """
 
     step: int
@@ -176,22 +185,22 @@ class Record:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, with their `loss`; other lines are left out, damaged ones with a warning."""
+    """Records of a log that have a `loss`; damaged lines are skipped with a warning."""
     return losses_of(read_lines(path))
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
-    """The scores of samples in a log: step, extractor, num_samples, and fid or proxy_fid."""
+    """Scores of samples in a log: step, extractor, num_samples, and fid or proxy_fid."""
     return scores_of(read_lines(path))
 
 
 def losses_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the lines of a log that have a loss."""
+    """The lines of a log that have a loss."""
     return [line for line in lines if _is_number(line.get("loss"))]
 
 
 def scores_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the lines of a log that are scores."""
+    """The lines of a log that are scores."""
     needed = ("extractor", "num_samples", "proxy")
     return [
         line
@@ -205,7 +214,7 @@ def _is_number(value: Any) -> bool:
 
 
 class Progress:
-    """Loss, images/s and time left: a tqdm bar on a terminal, one plain line a record elsewhere."""
+    """Loss, images/s and time left: a tqdm bar on a terminal, one plain line per record elsewhere."""
 
     def __init__(self, total: int, done: int):
         self.total = total
@@ -232,7 +241,7 @@ class Progress:
         )
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar if there is one."""
+        """Print a line, above the bar if there is one."""
         tqdm.write(text)
 
     def close(self) -> None:
@@ -245,19 +254,19 @@ def _clock(seconds: float) -> str:
 
 
 def plot_loss(log: Path, target: Path) -> None:
-    """Draw the loss of `log` over the steps to the PNG `target`, as logged and smoothed.
+    """Plot the loss of `log` over the steps to the PNG `target`, as logged and smoothed.
 
-    Raises MissingExtraError without matplotlib, OutputError where it fails.
+    Raises MissingExtraError without matplotlib, OutputError where plotting fails.
     """
     plot_losses({log.parent.name: log}, target)
 
 
 def plot_losses(logs: dict[str, Path], target: Path) -> None:
-    """Draw the losses of several runs, name: log.jsonl, over each other, each as logged and smoothed.
+    """Plot the losses of several runs, name -> log.jsonl, in one picture, each as logged and smoothed.
 
-    Below them stand the Frechet distances of samples, where a run has them.
+    A second panel shows the Frechet distances of samples, where a run has them.
 
-    Raises MissingExtraError without matplotlib, OutputError where it fails.
+    Raises MissingExtraError without matplotlib, OutputError where plotting fails.
     """
     try:
         _draw_losses(logs, target)
@@ -268,7 +277,7 @@ def plot_losses(logs: dict[str, Path], target: Path) -> None:
     except DitFastError:
         raise
     except Exception as error:
-        # matplotlib is configured by files and fonts of the user's, which may be broken in any way.
+        # The user's own configuration files and fonts of matplotlib may be broken in any way.
         raise OutputError(f"cannot draw {target} ({' '.join(str(error).split())[:200]})") from error
 
 
@@ -290,7 +299,7 @@ def _draw_losses(logs: dict[str, Path], target: Path) -> None:
         axes.plot(steps, losses, color=f"C{index}", alpha=0.3, linewidth=0.8)
         axes.plot(steps, smooth(losses), color=f"C{index}", label=_label(name))
         lowest += losses[:1] and [min(losses)]
-    axes.set(xlabel="optimiser step", ylabel="loss = mse + variational bound (bits)")
+    axes.set(xlabel="optimizer step", ylabel="loss = mse + variational bound (bits)")
     axes.set_title("pale: mean since the last log line; full: smoothed", fontsize="small")
     if lowest and min(lowest) > 0:
         axes.set_yscale("log")
@@ -304,28 +313,28 @@ def _draw_losses(logs: dict[str, Path], target: Path) -> None:
             steps = [line["step"] for line in lines]
             below[0].plot(steps, distances, color=f"C{index}", marker=".", label=label)
     for panel in below:
-        panel.set(xlabel="optimiser step", ylabel="Frechet distance of samples", yscale="log")
+        panel.set(xlabel="optimizer step", ylabel="Frechet distance of samples", yscale="log")
         panel.grid(alpha=0.3, which="both")
         _add_legend(panel)
     write_atomically(target, lambda path: figure.savefig(path, dpi=150))
 
 
 def _label(name: str) -> str:
-    """A name as it can be drawn: matplotlib leaves out labels that begin with an underscore."""
+    """A name that matplotlib shows: it leaves out labels that begin with an underscore."""
     printable = name.encode(errors="backslashreplace").decode()
     return f" {printable}" if printable.startswith("_") else printable
 
 
 def _add_legend(axes: Any) -> None:
-    """Names are no formulas, whatever dollars they have."""
+    """Add a legend; a dollar sign in a name does not start a formula."""
     for text in axes.legend().get_texts():
         text.set_parse_math(False)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Means over a window around each value: a tenth of all, at least five, fewer towards both ends.
+    """Means over a centered window: a tenth of all values, at least five, fewer towards both ends.
 
-    A window of both sides leaves a straight line where it is; an average of what came before lags behind a fall.
+    A centered window leaves a straight line unchanged, where a trailing average lags behind.
     """
     count = len(values)
     sums = list(accumulate(values, initial=0.0))
@@ -337,7 +346,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-# Dense bf16 tensor-core peaks in FLOP/s of NVIDIA's data sheets; the first name that is part of the device's counts.
+# Dense bf16 tensor-core peaks in FLOP/s from NVIDIA's data sheets. The first name contained in the device's counts.
 PEAKS = (
     ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("H800", 989e12),
     ("GH200", 989e12), ("B200", 2250e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12),
@@ -347,7 +356,7 @@ PEAKS = (
 def training_flops(
     model: DiT, caption_tokens: int = 1, shapes: Mapping[tuple[int, int], int] | None = None
 ) -> int:
-    """Model FLOPs of training on one image, of several shapes on average (`mean_macs`)."""
+    """Model FLOPs of training on one image, the mean over `shapes` (`mean_macs`)."""
     return 3 * 2 * mean_macs(model, caption_tokens, shapes)
 
 
@@ -360,26 +369,26 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on a CUDA device, resident in this process on a CPU."""
+    """Peak bytes in use: allocated on a CUDA device, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class SpikeDetector:
-    """Finds steps whose loss stands out from those before, by robust statistics of what timesteps do not explain.
+    """Finds steps whose loss is an outlier, by robust statistics of the part that the timesteps do not explain.
 
-    The loss of a sample is mostly a function of its timestep, over two orders of magnitude, and the mean over a small
-    batch follows what was drawn. So each loss is compared with the mean of recent losses at the same noise (`LEVELS`
-    parts of the timesteps, means of about the last 100 steps), and a step is judged by
+    The loss of a sample is mostly a function of its timestep, over two orders of magnitude, so that the mean over a
+    small batch follows the timesteps that were drawn. Each loss is therefore compared with the mean of recent losses in
+    the same of `LEVELS` ranges of timesteps (means of about the last 100 steps), and a step is judged by
 
-        r = ln(sum of the batch's losses / sum of what its timesteps let expect).
+        r = ln(sum of the batch's losses / sum of the losses expected at its timesteps).
 
     A step is a spike where r is above the median of the last 100 by 1.4826 * 5 median absolute deviations (five
-    standard deviations of normal values) and by ln 1.5. A new level is no spike: r must be as far above the median
-    of the last five. Until there are 50 steps, only ten times what is expected is one.
+    standard deviations of normal values) and by ln 1.5. A lasting new level is not a spike: r must be as far above the
+    median of the last five, too. Before there are 50 steps, only ten times the expected loss is one.
 
-    A state of a few hundred numbers, which a checkpoint keeps: a continuation finds the same spikes.
+    The state is a few hundred numbers in the checkpoint, so that a resumed run finds the same spikes.
     """
 
     WINDOW, FIRST, NEAR = 100, 50, 5
@@ -392,7 +401,7 @@ class SpikeDetector:
         self.counts = [0.0] * LEVELS
 
     def judge(self, value: StepValues) -> str | None:
-        """Why the loss of this step is a spike, or None; taken into the statistics either way."""
+        """The reason why the loss of this step is a spike, or None; adds the step to the statistics."""
         excess = self._excess(value)
         reason = None
         if excess is not None:
@@ -406,18 +415,18 @@ class SpikeDetector:
             if excess - middle >= least:
                 reason = f"{math.exp(excess - middle):.1f} times what its timesteps let expect"
             self.recent.append(excess)
-        for part in range(LEVELS):
-            self.sums[part] = self.KEPT * self.sums[part] + value.level_sums[part]
-            self.counts[part] = self.KEPT * self.counts[part] + value.level_counts[part]
+        for level in range(LEVELS):
+            self.sums[level] = self.KEPT * self.sums[level] + value.level_sums[level]
+            self.counts[level] = self.KEPT * self.counts[level] + value.level_counts[level]
         return reason
 
     def _excess(self, value: StepValues) -> float | None:
-        """r of this step, of the parts of the timesteps that were seen before; None where there is none."""
+        """r of this step over the ranges of timesteps seen before; None where there is none."""
         found = expected = 0.0
-        for part, (loss, count) in enumerate(zip(value.level_sums, value.level_counts, strict=True)):
-            if count and self.counts[part]:
+        for level, (loss, count) in enumerate(zip(value.level_sums, value.level_counts, strict=True)):
+            if count and self.counts[level]:
                 found += loss
-                expected += count * self.sums[part] / self.counts[part]
+                expected += count * self.sums[level] / self.counts[level]
         return math.log(found / expected) if found > 0 and expected > 0 else None
 
     def state(self) -> dict[str, Any]:
@@ -430,15 +439,15 @@ class SpikeDetector:
 
     def restore(self, state: dict[str, Any]) -> None:
         if len(state["sums"]) != LEVELS or len(state["counts"]) != LEVELS:
-            raise ValueError(f"statistics of losses in {len(state['sums'])} parts, not {LEVELS}")
+            raise ValueError(f"statistics of losses in {len(state['sums'])} ranges, not {LEVELS}")
         self.recent = deque(state["recent"], maxlen=self.WINDOW)
         self.sums, self.counts = list(state["sums"]), list(state["counts"])
 
 
 class Averages:
-    """Sums over the steps since the last log line; a checkpoint keeps them, so that no line misses a step.
+    """Sums over the steps since the last log line; they are in the checkpoint, so that no line misses a step.
 
-    Added one by one in the order of the steps, so that a sum does not depend on when it was looked at.
+    Values are added one by one in the order of the steps, so that a sum does not depend on when it was read.
     """
 
     PLAIN = ("loss", "mse", "vb", "grad_norm")
@@ -449,7 +458,7 @@ class Averages:
         self.loss_scale = 1.0
 
     def add(self, value: StepValues) -> None:
-        """Take a step in; one that was left out because it was not finite does not count."""
+        """Add a step; one that was skipped because it was not finite does not count."""
         self.loss_scale = value.loss_scale
         if value.applied:
             self.count += 1
@@ -462,8 +471,8 @@ class Averages:
 
     def means(self) -> dict[str, Any]:
         """loss, mse, vb, grad_norm (NaN where no step counts), loss_by_timestep."""
-        plain, parts = self.sums[: len(self.PLAIN)], self.sums[len(self.PLAIN) :]
-        by_timestep = zip(parts[:BUCKETS], parts[BUCKETS:], strict=True)
+        plain, buckets = self.sums[: len(self.PLAIN)], self.sums[len(self.PLAIN) :]
+        by_timestep = zip(buckets[:BUCKETS], buckets[BUCKETS:], strict=True)
         return {
             **{
                 name: total / self.count if self.count else math.nan
@@ -484,7 +493,7 @@ class Averages:
 
 
 class Tracker(Protocol):
-    """Takes what a run reports at its log lines. `name`: for warnings."""
+    """Receives the values and pictures of a run at its log lines. `name`: for warnings."""
 
     name: str
 
@@ -522,7 +531,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run named as the folder, which remembers its id: continued, it goes on there.
+    """A run with the folder's name, whose id is stored there: a resumed run continues it.
 
     Raises MissingExtraError without wandb.
     """
@@ -556,9 +565,9 @@ class WeightsAndBiases:
 
 
 def open_trackers(config: TrainConfig, run: Path, best_effort: BestEffort) -> list[Tracker]:
-    """The trackers that the configuration asks for, without those that cannot be opened.
+    """The trackers of the configuration, without those that cannot be opened.
 
-    Raises MissingExtraError: a package that is not installed is better known before the first step.
+    Raises MissingExtraError for a package that is not installed: better before the first step than after the last.
     """
     trackers: list[Tracker] = []
     missing: list[MissingExtraError] = []

@@ -4,11 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from dit_fast.diffusion import GaussianDiffusion
+from dit_fast.diffusion import GaussianDiffusion, create_objective
 from dit_fast.diffusion.flow_matching import FLOW_WEIGHTINGS
-from dit_fast.diffusion.objective import OBJECTIVES, create_objective
+from dit_fast.diffusion.objective import OBJECTIVES
 from dit_fast.diffusion.paths import PATHS, PREDICTIONS
-from dit_fast.diffusion.timesteps import TIMESTEP_SAMPLING, TimestepSampling
+from dit_fast.diffusion.timestep_sampler import TIMESTEP_SAMPLING, TimestepSampling
 from dit_fast.errors import ConfigError
 from dit_fast.sampling.schedule import diffusion_schedule
 

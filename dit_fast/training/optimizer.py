@@ -1,4 +1,7 @@
-"""AdamW that also keeps the moving average of the parameters and their low-precision copy, in one pass."""
+"""Optimizers of the training loop: AdamW with the moving average of the weights and their low-precision copies.
+
+`AdamWEma` updates all of them in one pass over memory; `TorchAdamWEma` and `ApexAdamWEma` have the same interface.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -20,7 +23,7 @@ SCHEDULES = ("constant", "cosine")
 
 
 def learning_rate(step: int, *, lr: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """The rate of optimiser step number `step`, counted from 0.
+    """Learning rate of optimizer step number `step`, counted from 0.
 
     Linear warm-up to `lr` over `warmup_steps`; then `lr`, or half a cosine that ends at 0 after `total_steps`
     (Loshchilov & Hutter 2017, eq. 5, without restarts).
@@ -35,9 +38,9 @@ def learning_rate(step: int, *, lr: float, schedule: str, warmup_steps: int, tot
 
 @dataclass(frozen=True)
 class Layout:
-    """What the parameters of one launch have in common.
+    """Properties that the parameters of one launch share.
 
-    copied: whether they have low-precision copies; shards: the process groups over which each of them is sharded.
+    copied: whether they have low-precision copies; shards: the process groups over which each is sharded.
     """
 
     group: int
@@ -51,18 +54,27 @@ class Layout:
 class AdamWEma(torch.optim.Optimizer):
     """`torch.optim.AdamW` with clipping, moving average and low-precision copy (`dit_fast.kernels.adamw_ema`).
 
-    lr (float, or a tensor on the parameters' device, which a CUDA graph reads anew), betas, eps and weight_decay as
-    in AdamW; weight_decay is 0 unless given, as the DiT recipe has it (Peebles & Xie 2023, section 4).
-    ema_decay: d of ema <- d ema + (1 - d) p, None for no average; ema_warmup: d = min(ema_decay, (1 + t) / (10 + t)).
-    low_precision_copy: dtype of the copies that `copy` returns, torch.bfloat16 or torch.float16, None for no copies.
-    max_grad_norm: clip the norm of all gradients as `clip_grad_norm_` does, but without changing `.grad`. kernels:
-    "auto", "triton" or "reference".
-
     Parameters are float32 or float64, plain or DTensor (`fully_shard`): each rank updates its shards, and the norm is
-    summed over the ranks that share them. A step does not wait for the device. Set `found_inf` to one element on the
-    device: while it is not zero, steps change nothing. `state[p]` holds step, exp_avg and exp_avg_sq as AdamW's does,
-    and ema. State dicts are interchangeable with AdamW's; without ema in one, the average starts from the parameters
-    at the next step. Raises ConfigError for options, parameters or gradients that cannot work.
+    summed over the ranks between which a parameter is sharded. A step does not wait for the device. `state[p]` holds
+    step, exp_avg and exp_avg_sq as AdamW's does, and ema. State dicts are interchangeable with AdamW's; for one without
+    ema, the average starts from the parameters at the next step.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate: a float, or a tensor on the parameters' device, which a CUDA graph reads at each replay.
+        betas, eps: As in AdamW.
+        weight_decay: As in AdamW; 0 by default, as in the DiT recipe (Peebles & Xie 2023, section 4).
+        ema_decay: d of ema <- d ema + (1 - d) p; None: no average.
+        ema_warmup: d = min(ema_decay, (1 + t) / (10 + t)) at step t.
+        low_precision_copy: Dtype of the copies that `copy` returns, torch.bfloat16 or torch.float16; None: no copies.
+        max_grad_norm: Clip the norm of all gradients as `clip_grad_norm_` does, but without changing `.grad`.
+        kernels: "auto", "triton" or "reference".
+
+    Attributes:
+        found_inf: One element on the device, or None; while it is not zero, steps change nothing.
+
+    Raises:
+        ConfigError: Options, parameters or gradients that are not supported.
     """
 
     def __init__(
@@ -97,7 +109,8 @@ class AdamWEma(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
         self._copies: dict[Tensor, Tensor] = {}
         self._rates: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
-        # What the tables were made for: gradients' dtypes, parameters' addresses, and the tensors in `state`.
+        # Tables of pointers for the kernels are built once, and again when these change: gradients' dtypes and
+        # parameters' addresses (`_present`), or the tensors in `state` (`_held`).
         self._present: tuple[list[torch.dtype | None], list[int]] = ([], [])
         self._held: list[Any] = []
         self._buckets: list[tuple[Layout, list[int], AdamWTensors]] = []
@@ -126,7 +139,7 @@ class AdamWEma(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on the parameters that have a gradient; returns what `closure`, which makes them, returns."""
+        """One step on the parameters that have a gradient; `closure`, if given, computes them and returns the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -161,7 +174,7 @@ class AdamWEma(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor:
         """Norm of all gradients before clipping, over all shards: one element on the device.
 
-        A `step` that follows clips with this norm and takes no other, unless `zero_grad` comes between.
+        The next `step` clips with this norm instead of computing it again, unless `zero_grad` is called before.
         """
         self._square_sum = self._sum_squares(self._gather())
         return self._square_sum.sum(dtype=torch.float64).sqrt().float()
@@ -176,51 +189,51 @@ class AdamWEma(torch.optim.Optimizer):
                 copy.grad.zero_()
 
     def average(self, parameter: Tensor) -> Tensor:
-        """The moving average of a parameter, sharded as it is; live, not a copy."""
+        """The moving average of a parameter, with the same sharding; live, not a copy."""
         if self.ema_decay is None:
-            raise ConfigError("this optimiser keeps no average: give it ema_decay")
+            raise ConfigError("this optimizer keeps no average: give it ema_decay")
         return self._state_of(parameter)["ema"]
 
     def copy(self, parameter: Tensor) -> Tensor:
-        """The low-precision copy of a parameter, sharded as it is; live, and current after each step.
+        """The low-precision copy of a parameter, with the same sharding; live, and up to date after each step.
 
-        It is kept from the first call for a parameter on. After `requires_grad_()` it is a leaf of autograd, and its
-        gradient, in low precision, is the parameter's, which must not have another one.
+        The first call for a parameter creates it. After `requires_grad_()` it is a leaf of autograd, and its gradient,
+        in low precision, is used as the parameter's, which must then have none.
         """
         if self.low_precision_copy is None:
-            raise ConfigError("this optimiser keeps no copy: give it low_precision_copy")
+            raise ConfigError("this optimizer keeps no copy: give it low_precision_copy")
         if parameter not in self._copies:
             low = parameter.detach().to(self.low_precision_copy)
             self._copies[parameter] = torch.nn.Parameter(low, requires_grad=False)
-            # The tables have to learn of it.
+            # The tables must be built again, with this copy.
             self._present = ([], [])
         return self._copies[parameter]
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """The gradient of a parameter, or of its copy where that has one; sharded as it is."""
+        """The gradient of a parameter, or of its copy if that has one, with the same sharding."""
         copy = self._copies.get(parameter)
         return parameter.grad if copy is None or copy.grad is None else copy.grad
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
-        """Bring the copies up to date after the parameters changed otherwise, such as by loading a checkpoint."""
+        """Update the copies after parameters changed outside of `step`, such as by loading a checkpoint."""
         for parameter, copy in self._copies.items():
             copy.copy_(parameter)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of an AdamWEma or of a `torch.optim.AdamW`, of any of its implementations."""
+        """Load the state of an AdamWEma or of a `torch.optim.AdamW` with any of its implementations."""
         for group in state_dict["param_groups"]:
             for option in ("amsgrad", "maximize"):
                 if group.get(option):
                     raise ConfigError(
-                        f"the state dict is of an AdamW with {option}=True, which AdamWEma has not"
+                        f"the state dict belongs to an AdamW with {option}=True, which AdamWEma does not support"
                     )
         super().load_state_dict(state_dict)
         self._square_sum = None
         self._present, self._held, self._buckets = ([], []), [], []
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter; what is missing of it starts here."""
+        """The state of a parameter; missing entries are initialized."""
         state = self.state[p]
         step = state.get("step")
         if (
@@ -238,7 +251,7 @@ class AdamWEma(torch.optim.Optimizer):
         return state
 
     def _gather(self) -> list[Gradients]:
-        """Local gradients by launch; makes the tables again where parameters, state or gradients' dtypes changed."""
+        """Local gradients by launch; rebuilds the tables where parameters, state or gradients' dtypes changed."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         gradients = [shard(self.gradient(p)) for p in parameters]
         held = [value for state in self.state.values() for value in state.values()]
@@ -260,7 +273,7 @@ class AdamWEma(torch.optim.Optimizer):
                 raise ConfigError(f"a gradient is {found} where its parameter is {placements(p)}")
             state = self._state_of(p)
             if state["step"].data_ptr() in steps:
-                # Each parameter's step is advanced, so no two may be one tensor.
+                # Each parameter advances its own step: one shared tensor would be advanced several times.
                 state["step"] = state["step"].clone()
             steps.add(state["step"].data_ptr())
             for name in ("exp_avg", "exp_avg_sq", "ema"):
@@ -292,7 +305,7 @@ class AdamWEma(torch.optim.Optimizer):
             raise ConfigError(str(error)) from error
 
     def _rate(self, layout: Layout) -> Tensor:
-        """The learning rate on the device; a number is written there when it changes."""
+        """The learning rate as a tensor on the device, updated when a float changes."""
         lr = self.param_groups[layout.group]["lr"]
         if isinstance(lr, Tensor) and lr.device == layout.device:
             return lr
@@ -321,12 +334,12 @@ def addresses(tensors: list[Tensor]) -> list[int]:
 
 
 def placements(tensor: Any) -> tuple[Any, ...]:
-    """How a DTensor lies on its mesh; () for another tensor."""
+    """Placements of a DTensor on its mesh; () for another tensor."""
     return getattr(tensor, "placements", ())
 
 
 def sharing_groups(parameter: Any) -> tuple[Any, ...]:
-    """The process groups over which a DTensor is sharded; ranks that hold replicas hold the whole sum already."""
+    """The process groups over which a DTensor is sharded; over replicas, the sum is complete on each rank."""
     return tuple(
         parameter.device_mesh.get_group(index)
         for index, placement in enumerate(placements(parameter))
@@ -340,10 +353,17 @@ OPTIMIZERS = ("ours", "torch", "apex")
 def make_optimizer(
     name: str, parameters: Iterable[Tensor], *, lr: Tensor, kernels: str = "auto", **options: Any
 ) -> "AdamWEma | TorchAdamWEma":
-    """The optimiser `name` ("ours": AdamWEma, "torch", "apex"), whose rate is read from the tensor `lr` at each step.
+    """The optimizer `name`, which reads its learning rate from the tensor `lr` at each step; the average warms up.
 
-    options: betas, weight_decay, ema_decay, max_grad_norm; the average warms up. Raises ConfigError where apex is not
-    installed.
+    Args:
+        name: One of OPTIMIZERS.
+        parameters: Parameters to train.
+        lr: Learning rate, one element on the device.
+        kernels: As in `AdamWEma`.
+        options: betas, weight_decay, ema_decay, max_grad_norm, and others of `AdamWEma`.
+
+    Raises:
+        ConfigError: apex is not installed.
     """
     parameters = list(parameters)
     if name == "ours":
@@ -352,10 +372,10 @@ def make_optimizer(
 
 
 class TorchAdamWEma(torch.optim.AdamW):
-    """`torch.optim.AdamW(fused=True)`, then a moving average in passes of its own.
+    """`torch.optim.AdamW(fused=True)`, and then the moving average in separate passes over memory.
 
-    Options, `found_inf`, `grad_norm`, `average` and `state` as in `AdamWEma` with ema_warmup; one parameter group,
-    float32, whose gradients are scaled in place where they are clipped.
+    Options, `found_inf`, `grad_norm`, `average` and `state` as in `AdamWEma` with ema_warmup. One parameter group in
+    float32; clipping scales gradients in place.
     """
 
     def __init__(
@@ -384,7 +404,7 @@ class TorchAdamWEma(torch.optim.AdamW):
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
-        """Norm of all gradients before clipping; a `step` that follows clips with it."""
+        """Norm of all gradients before clipping; the next `step` clips with it."""
         self._norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         return self._norm
 
@@ -446,11 +466,11 @@ class ApexAdamWEma(TorchAdamWEma):
         done = (found == 0).float()
         for parameter in self._parameters:
             self.state[parameter]["step"] += done[0]
-        # It adds one to the count before it knows whether this step is made.
+        # FusedAdam increments its count before it checks whether the step is skipped.
         count = self.state[p]["step"].reshape(1).int()
         group["lr"], group["step"] = self.param_groups[0]["lr"].float(), count - 1
         self._apex._dummy_overflow_buf.zero_()
-        # FusedAdam learns from a GradScaler that a step is void, and divides the gradients by its scale.
+        # FusedAdam takes from a GradScaler whether to skip the step, and a scale by which it divides the gradients.
         scale = torch.ones(1, device=p.device) if factor is None else factor.reshape(1).reciprocal()
         self._apex.step(
             grad_scaler=SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Precision of a training step: what the model computes in; weights, optimiser states and averages stay float32."""
+"""Precision in which the model computes in a training step; weights, optimizer states and averages stay float32."""
 
 import copy
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def keep_residual_in_bf16(model: DiT) -> None:
-    """Round the tokens that enter the blocks to bfloat16: the residual stream keeps that dtype to its end."""
+    """Round the tokens that enter the blocks to bfloat16; the residual stream then has that dtype in all blocks."""
 
     def narrow(module: nn.Module, arguments: tuple[Any, ...], tokens: Tensor) -> Tensor:
         return tokens.to(torch.bfloat16)
@@ -64,11 +64,11 @@ def on_copies(model: DiT, optimizer: AdamWEma) -> DiT:
 
 
 def use_float8(model: DiT, device: torch.device) -> None:
-    """Put torchao's float8 training linears (tensor-wise dynamic scales) in the place of those that `takes_float8`.
+    """Replace the linear layers that `takes_float8` by torchao's float8 training layers (tensor-wise dynamic scales).
 
-    Parameters keep their names. Call it before the model is sharded; its weights then travel in bfloat16: those of
-    torchao's float8 all-gather are of a class whose memory the optimiser's kernel cannot address. A CPU emulates the
-    arithmetic. Raises MissingExtraError without torchao.
+    Parameters keep their names. Call it before the model is sharded. Weights are gathered in bfloat16, because the
+    optimizer's kernel cannot address the tensors of torchao's float8 all-gather. A CPU emulates the arithmetic. Raises
+    MissingExtraError without torchao.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -95,7 +95,7 @@ class LossScale:
         self.found_inf = torch.zeros(1, device=device)
 
     def unscale(self, gradients: Sequence[Tensor]) -> None:
-        """Divide the gradients by the scale, in place; `found_inf` then says whether one overflowed."""
+        """Divide the gradients by the scale, in place; `found_inf` is then 1 if one overflowed."""
         self.found_inf.zero_()
         torch._amp_foreach_non_finite_check_and_unscale_(
             list(gradients), self.found_inf, self.scale.double().reciprocal().float()

@@ -1,8 +1,8 @@
-"""A scaling study: models of several sizes, trained alike, and how their losses follow compute.
+"""A scaling study: models of several sizes, trained alike, and power laws of their losses over compute.
 
-As Peebles & Xie 2023 (section 5, figures 2, 8 and 9): every model is trained for the same number of steps; the loss of
-its averaged weights is set against the multiply-adds of its forward pass, and the smallest loss that any model reaches
-for a training compute against that compute. Training compute is 3 x 2 FLOPs a multiply-add, image and step.
+As in Peebles & Xie 2023 (section 5, figures 2, 8 and 9), every model is trained for the same number of steps. The loss
+of its averaged weights is fitted over the multiply-adds of its forward pass, and the smallest loss that any model
+reaches within a training compute over that compute, which is 3 x 2 FLOPs per multiply-add, image and step.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from torch import Tensor
 from dit_fast.checkpoint.folder import latest_checkpoint, read_part, step_folders
 from dit_fast.checkpoint.manifest import read_manifest
 from dit_fast.data import open_stream
-from dit_fast.diffusion.objective import create_objective
-from dit_fast.diffusion.timesteps import TimestepSampling
+from dit_fast.diffusion import create_objective
+from dit_fast.diffusion.timestep_sampler import TimestepSampling
 from dit_fast.distributed.world import World
 from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.model.cost import Counts, count
@@ -31,17 +31,17 @@ from dit_fast.model.folder import load_weights
 from dit_fast.model.presets import DiT_models
 from dit_fast.training.config import TrainConfig, build_model, open_set, resumed_config
 from dit_fast.training.log import read_log, smooth
-from dit_fast.training.loop import TrainResult, resume, train
+from dit_fast.training.run import TrainResult, resume, train
 from dit_fast.utils import keyed
 
 LADDER = ("32x2", "64x3", "96x4", "128x5", "160x6")
-"""WIDTHxDEPTH of five small models, each about three times the one before."""
+"""WIDTHxDEPTH of five small models, each with about three times the computation of the one before."""
 
 HEAD_WIDTH = 32
-"""Of models that are given as WIDTHxDEPTH."""
+"""Width of an attention head of models that are given as WIDTHxDEPTH."""
 
 DRAWS = 2048
-"""Samples, with a timestep and noise each, that the averaged weights are measured on: the same for all models."""
+"""Samples, each with a timestep and noise, on which the averaged weights are measured; the same for all models."""
 
 _POINTS = 60
 _SETTLED = 0.1
@@ -50,7 +50,7 @@ _LOG_LINES = 100
 
 @dataclass(frozen=True)
 class Rung:
-    """One model of the ladder: its name, and the fields of `TrainConfig` that make it."""
+    """One model of the ladder: its name, and its fields of `TrainConfig`."""
 
     name: str
     fields: dict[str, Any]
@@ -84,7 +84,7 @@ class PowerLaw:
 
     @classmethod
     def fit(cls, x: Sequence[float], y: Sequence[float]) -> "PowerLaw":
-        """Raises ConfigError for values that have no logarithm, or fewer than two different ones."""
+        """Fit y over x. Raises ConfigError for values without a logarithm, or fewer than two different ones."""
         if len(set(x)) < 2 or min(*x, *y) <= 0:
             raise ConfigError(f"no power law through {len(set(x))} sizes with values from {min(y):.3g}")
         u, v = np.log(x), np.log(y)
@@ -97,8 +97,14 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of a rung. losses: (step, training FLOPs so far, smoothed training loss) of each log line; metric: loss
-    of the averaged weights on held-out samples.
+    """Results of a rung.
+
+    Attributes:
+        name: Name of the rung.
+        counts: Parameters and computation of the model.
+        seconds: Training time.
+        losses: (step, training FLOPs so far, smoothed training loss) of each log line.
+        metric: Loss of the averaged weights on held-out samples.
     """
 
     name: str
@@ -119,7 +125,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Study:
-    """A finished study. metric: what `Measured.metric` is, in words."""
+    """A finished study. metric: description of `Measured.metric`."""
 
     steps: int
     batch_size: int
@@ -142,7 +148,7 @@ class Study:
     def frontier(self) -> list[tuple[float, float]]:
         """(training FLOPs, smallest smoothed loss of any model within them), evenly in the logarithm of FLOPs.
 
-        From where the smallest model has made a tenth of its steps to the end of the largest.
+        They range from a tenth of the smallest model's steps to the end of the largest model.
         """
         runs = [np.array(model.losses) for model in self.models]
         first = min(run[-1, 1] for run in runs) * _SETTLED
@@ -170,8 +176,14 @@ class Study:
 class Ladder:
     """The runs of a study in the folder `out`, one for each rung, all with the recipe `options` of `TrainConfig`.
 
-    options: with either `steps` or `epochs`; or `budget`, the training FLOPs of all models together, from which the
-    steps follow. Raises ConfigError for sizes or a budget that cannot work, and the errors of `open_data`.
+    Args:
+        options: Fields of `TrainConfig`, with either `steps` or `epochs` unless there is a budget.
+        rungs: The models.
+        out: Folder of the runs.
+        budget: Training FLOPs of all models together, which determine the number of steps.
+
+    Raises:
+        ConfigError: Sizes that are not different, or a budget of less than one step; and the errors of `open_data`.
     """
 
     def __init__(
@@ -204,12 +216,12 @@ class Ladder:
         self.options = {**logged, **options, "steps": self.steps, "epochs": None}
 
     def train(self, number: int, world: World) -> TrainResult | None:
-        """Train a rung from where it is to its end; None where it is there. Raises what `train` and `resume` raise."""
+        """Train or resume a rung to its end; None where it is finished. Raises the errors of `train` and `resume`."""
         rung = self.rungs[number]
         run = self.out / rung.folder
         asked = {**self.options, **rung.fields}
         if not world.first(lambda: bool(step_folders(run))):
-            # A run that was killed before its first checkpoint has nothing to go on with.
+            # A run that was killed before its first checkpoint cannot be resumed.
             world.first(lambda: shutil.rmtree(run, ignore_errors=True))
             return train(TrainConfig(**asked), run, world)
         path = latest_checkpoint(run, world)
@@ -220,7 +232,7 @@ class Ladder:
         return resume(run, asked, world) if manifest["step"] < self.steps else None
 
     def study(self, device: torch.device) -> Study:
-        """What came of all rungs, once they are trained."""
+        """Measure all rungs once they are trained."""
         metric = (
             f"loss of the averaged weights on {'held-out' if len(self.data.heldout) else 'training'} samples"
         )
@@ -249,7 +261,7 @@ class Ladder:
 
     @torch.no_grad()
     def _loss(self, model: DiT, config: TrainConfig, device: torch.device) -> float:
-        """Mean over `DRAWS` samples, with timesteps and noise that are the same for all models."""
+        """Mean loss of `DRAWS` samples, with the same timesteps and noise for all models."""
         objective = create_objective(**config.objective_arguments())
         timesteps = TimestepSampling(objective, 0, "uniform", device)
         losses = []
@@ -263,7 +275,7 @@ class Ladder:
         return torch.cat(losses).double().mean().item()
 
     def _draws(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Samples that were not trained on, or trained ones where none are held out; their labels and numbers."""
+        """Held-out samples, or training samples where none are held out, with their labels and numbers."""
         split: Any = self.data.heldout if len(self.data.heldout) else self.data.train
         chosen = dataclasses.replace(self.data, train=split)
         stream = open_stream(chosen, min(self.batch_size, len(split)), 0, flip=False)

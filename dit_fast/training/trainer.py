@@ -1,9 +1,8 @@
-"""A run's model, optimiser and step: built from a configuration, saved, and restored to the bit."""
+"""`Trainer`: a run's model, optimizer and step, built from a configuration, saved, and restored bit for bit."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from signal import Signals
 from typing import Any, cast
 
 import torch
@@ -15,17 +14,17 @@ from dit_fast.checkpoint.manifest import working_directory
 from dit_fast.checkpoint.power_ema import SNAPSHOTS, PowerAverages
 from dit_fast.checkpoint.writer import CheckpointWriter
 from dit_fast.data import ImageSet, LatentSet, open_stream
-from dit_fast.diffusion.objective import create_objective
-from dit_fast.diffusion.timesteps import TimestepSampling
+from dit_fast.diffusion import create_objective
+from dit_fast.diffusion.timestep_sampler import TimestepSampling
+from dit_fast.distributed.agreement import Agreed, Agreement
 from dit_fast.distributed.sharding import (
     choose_parallel,
     groups_of,
     mark_communication,
-    micro_batch,
     parallelize,
     rank_rows,
 )
-from dit_fast.distributed.signals import StepAgreement
+from dit_fast.distributed.signals import StopRequest
 from dit_fast.distributed.world import START_TIMEOUT, World, choose_device
 from dit_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from dit_fast.model.dit import DiT
@@ -44,15 +43,23 @@ from dit_fast.training.step import BUCKETS, LEVELS, StepOptions, StepState, Step
 from dit_fast.utils.nvtx import OFF, Ranges, mark_blocks, nvtx_ranges
 
 MOST_REMEMBERED = 1000
-"""Steps whose values a device keeps until the host reads them; more between log lines are read in between."""
+"""Upper bound on the steps whose values stay on the device; with longer log intervals they are read in between."""
 
 
 class Trainer:
-    """Model, optimiser with averaged weights, diffusion and stream of a run, and its step.
+    """Model, optimizer with averaged weights, objective and stream of a run, and its step.
 
-    `step` counts finished optimiser steps. Each rank of `world` takes its rows of every batch. The model is
-    trained in eval mode: label dropout is the only thing that a DiT does differently in training, and the step draws it
-    itself, keyed by the sample.
+    The model is trained in eval mode: label dropout is the only difference of a DiT's training mode, and the step draws
+    it itself, keyed by the sample.
+
+    Args:
+        config: Configuration of the run.
+        data: Its data set.
+        ranges: NVTX ranges; None: as `config.nvtx` selects.
+        world: The ranks, each of which takes its rows of every batch; None: one process.
+
+    Attributes:
+        step: Number of finished steps.
     """
 
     def __init__(
@@ -64,7 +71,7 @@ class Trainer:
     ):
         self.world = world or World(device=choose_device(config.device))
         self.device = self.world.device
-        # A run keeps the precision that "auto" chose, wherever it goes on.
+        # A run keeps the precision that "auto" chose, also where it is resumed on other hardware.
         config = dataclasses.replace(config, precision=choose_precision(config.precision, self.device))
         self.config = config
         self.data = data
@@ -79,8 +86,8 @@ class Trainer:
             )
         self.rows = rank_rows(config.batch_size, config.accumulate, self.world)
         self.compiles = config.compile and can_compile(self.device)
-        # Sharded parameters are cast, shard by shard, where they are gathered; sums over micro-batches and ranks are
-        # taken in float32. In both cases there is no copy to read.
+        # Low-precision copies need one process and one micro-batch: FSDP casts each shard when it gathers it, and sums
+        # over micro-batches and ranks are in float32.
         copies = (
             config.precision == "bf16"
             and config.optimizer == "ours"
@@ -116,11 +123,12 @@ class Trainer:
         self.total_steps = config.total_steps(len(data.train))
         self.step = 0
         self.seconds = 0.0
-        # On CUDA, reading a value waits for the device, so there it is read when a log line is due.
+        # On CUDA, reading a value waits for the device; there `check_finite` is called when a log line is due.
         self.checks_every_step = self.device.type == "cpu"
         self.loss_scale = LossScale(self.device) if config.precision == "fp16" else None
+        self.agreement = Agreement(self.world, StopRequest(alone=self.world.size == 1))
         self.work = TrainStep(
-            self._denoise,
+            self.denoiser,
             self.optimizer,
             self.objective,
             StepOptions(
@@ -130,37 +138,31 @@ class Trainer:
                 class_dropout_prob=config.class_dropout_prob,
                 accumulate=config.accumulate,
                 skip_nonfinite=config.skip_nonfinite,
+                autocast=AUTOCAST.get(config.precision),
             ),
             self.state,
             torch.arange(config.batch_size, device=self.device)[self.rows],
+            agreement=self.agreement,
             timesteps=self.timestep_sampling,
-            all_rows=self._all_rows,
             posterior=data.posterior if isinstance(data, LatentSet) else None,
             loss_scale=self.loss_scale,
-            accumulating=lambda last: micro_batch(self.denoiser, last),
-            agree=self._agree,
-            before_update=self._check_at_once,
             ranges=self.ranges,
         )
         if self.compiles:
-            compile_step(self.work, self.model.out_channels)
-        self.agreement = StepAgreement(self.world)
-        # What this rank tells the others in each step: a signal to stop for, whether a checkpoint failed, and whether
-        # the batch after the next one to be asked for cannot be read.
-        self.says: Callable[[], tuple[Signals | None, bool, bool]] = lambda: (None, False, False)
+            compile_step(self.work)
         self.run_step: Callable[[Tensor, Tensor], None] = self.work
         if config.cuda_graph and self.world.size > 1:
-            raise ConfigError("--cuda-graph: a step of several ranks is no CUDA graph; leave it out")
+            raise ConfigError("--cuda-graph does not support more than one rank; remove it")
         if config.cuda_graph:
             if self.device.type != "cuda":
-                raise ConfigError(f"--cuda-graph: a step on a {self.device.type} device is no CUDA graph")
+                raise ConfigError(f"--cuda-graph needs a CUDA device, this is {self.device.type}; remove it")
             self.run_step = GraphedStep(self.work, CudaGraphs())
         self._patience = START_TIMEOUT
         self._rate: float | None = None
         self._read = 0
 
     def _prepare(self, model: DiT) -> nn.Module:
-        """Precision, ranges, compilation and sharing, in the order in which they may be nested; the module to call."""
+        """Apply precision, ranges, compilation and sharding, in the required order; returns the module to call."""
         config = self.config
         if config.precision == "fp8":
             use_float8(model, self.device)
@@ -179,29 +181,44 @@ class Trainer:
             mark_communication(module, self.ranges)
         return module
 
-    def train_step(self, samples: Tensor, labels: Tensor) -> None:
-        """One optimiser and EMA step on what `stream.stored` gives for `step`: samples or moments, labels (B,).
+    def train_step(
+        self, samples: Tensor, labels: Tensor, *, save_failed: bool = False, data_ends: bool = False
+    ) -> Agreed:
+        """One optimizer and EMA step on the batch that `stream.stored` returns for `step`.
 
-        Raises NonFiniteError for a loss or gradient norm that is NaN or infinite, with the parameters and the
-        optimiser as they were before the step: at once on the CPU, at the next `check_finite` on CUDA.
+        Args:
+            samples: Images or latents (b, C, H, W), or moments (b, K, C, H, W).
+            labels: Labels (b,) or captions (b, S, E).
+            save_failed: Whether this rank's last checkpoint could not be written.
+            data_ends: Whether this rank cannot read the batch after the next one.
+
+        Returns:
+            What any rank reported in this step: a stop request, a failed save, the end of its data.
+
+        Raises:
+            NonFiniteError: The loss or gradient norm is NaN or infinite; parameters and optimizer are as before the
+                step. Raised at once on the CPU, by the next `check_finite` on CUDA.
         """
         rate = self.learning_rate()
         if rate != self._rate:
             self._rate = rate
             self.state.lr.fill_(rate)
+        self.agreement.report(save_failed, data_ends)
         self.run_step(samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+        agreed = self.agreement.read(self._patience)
+        if self.checks_every_step:
+            self.check_finite()
         self.step += 1
         if self.averages is not None:
             self.averages.update(self.step)
-        if self.world.size > 1 and self.device.type == "cuda":
-            self.agreement.read(self._patience)
         if self._patience != self.config.timeout:
-            # The first step may compile; from now on a rank that is waited for longer is lost.
+            # The first step may compile; from now on, a rank that takes longer counts as lost.
             self._patience = self.config.timeout
             self.world.set_timeout(self.config.timeout, groups_of(self.denoiser))
+        return agreed
 
     def learning_rate(self) -> float:
-        """The rate of the next step."""
+        """Learning rate of the next step."""
         config = self.config
         return learning_rate(
             self.step,
@@ -210,41 +227,6 @@ class Trainer:
             warmup_steps=config.warmup_steps,
             total_steps=self.total_steps,
         )
-
-    def _all_rows(self, rows: Tensor) -> Tensor:
-        """This rank's rows of a batch, as those of all ranks."""
-        if self.world.size == 1:
-            return rows
-        everyone = rows.new_empty(self.world.size * len(rows))
-        torch.distributed.all_gather_into_tensor(everyone, rows.contiguous())
-        return everyone
-
-    def _agree(self, bad_loss: Tensor, bad_norm: Tensor) -> tuple[Tensor, Tensor]:
-        if self.world.size == 1:
-            return bad_loss, bad_norm
-        with self.ranges("communication"):
-            return self.agreement.exchange(bad_loss, bad_norm, *self.says())
-
-    def _check_at_once(self) -> None:
-        if self.checks_every_step:
-            if self.world.size > 1:
-                self.agreement.read(self._patience)
-            self.check_finite()
-
-    @property
-    def stop(self) -> Signals | None:
-        """The signal to stop for, the same on all ranks after a step."""
-        return self.says()[0] if self.world.size == 1 else self.agreement.stop
-
-    @property
-    def save_failed(self) -> bool:
-        """Whether a checkpoint could not be written, the same on all ranks after a step."""
-        return self.says()[1] if self.world.size == 1 else self.agreement.save_failed
-
-    @property
-    def data_ends(self) -> bool:
-        """Whether a rank cannot read its next batch, the same on all ranks after a step."""
-        return self.says()[2] if self.world.size == 1 else self.agreement.data_ends
 
     def check_finite(self) -> None:
         """Raise NonFiniteError if a step so far had a loss or gradient norm that is NaN or infinite."""
@@ -286,9 +268,9 @@ class Trainer:
         return {"timesteps": timesteps, "weights": weights}
 
     def values(self) -> list[StepValues]:
-        """What the steps since the last call left behind, at most as many as are remembered; waits for the device.
+        """Values of the steps since the last call, as far as the history reaches; waits for the device.
 
-        Of all ranks together: each must call it.
+        They are those of all ranks together, and every rank must call it.
         """
         size = len(self.state.history)
         history = self.world.mean(self.state.history.clone())
@@ -299,7 +281,7 @@ class Trainer:
         return [StepValues.of_row(rows[step % size]) for step in range(first, self.step)]
 
     def manifest(self, log: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What a checkpoint says about itself, besides its files. log: where the run's log is (`Watch.state`)."""
+        """Contents of a checkpoint's manifest, besides its files. log: state of the run's log (`Watch.state`)."""
         return {
             "dit_fast_version": __version__,
             "torch_version": torch.__version__,
@@ -324,7 +306,7 @@ class Trainer:
         }
 
     def _unreadable(self) -> dict[str, Any]:
-        """The files that no rank could read, and the data's fingerprint without them; nothing where all could."""
+        """Files that a rank could not read, and the data's fingerprint without them; {} where all could be read."""
         register, without = self.data.unreadable, self.data.without
         for known in self.world.gather(dict(register.known)):
             register.merge(known)
@@ -335,7 +317,7 @@ class Trainer:
         return {"unreadable": {"files": names, **rest}}
 
     def _updates(self) -> int:
-        """Updates that the optimiser made: `step` less the steps that were left out."""
+        """Number of updates that the optimizer applied: `step` less the skipped ones."""
         held = [self.optimizer.state.get(p, {}).get("step") for p in self.trained.values()]
         return max((int(step) for step in held if step is not None), default=0)
 
@@ -356,7 +338,7 @@ class Trainer:
         return state
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint holds, by part, then name; the tensors are live, and sharded as the model is."""
+        """Tensors of a checkpoint by file, then name; live, and sharded as the model is."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema_state(),
@@ -365,17 +347,17 @@ class Trainer:
         }
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
-        """The power-function averages, where they are kept, by part, then name; live."""
+        """Power-function averages, if any, by file, then name; live."""
         return {} if self.averages is None else self.averages.state(self.model.state_dict())
 
     def save(self, writer: CheckpointWriter, log: dict[str, Any] | None = None) -> None:
-        """Start writing a checkpoint of this moment; never one that follows a step that failed."""
+        """Start writing a checkpoint of the current state; raises instead if a step has failed."""
         self.check_finite()
         with self.ranges("checkpoint"):
             writer.save(model_config(self.model), self.tensors(), self.manifest(log))
 
     def save_snapshot(self, writer: CheckpointWriter) -> None:
-        """The same of a snapshot of the power-function averages, which no later one replaces."""
+        """The same for a snapshot of the power-function averages, which retention never deletes."""
         self.check_finite()
         with self.ranges("checkpoint"):
             writer.save(
@@ -383,27 +365,27 @@ class Trainer:
             )
 
     def writer(self, run: Path) -> CheckpointWriter:
-        """What writes this run's checkpoints."""
+        """A writer of this run's checkpoints."""
         config = self.config
         retention = Retention(config.keep_checkpoints, config.milestone_every)
         return CheckpointWriter(run, retention, self.world, config.async_checkpoint)
 
     def restore(self, path: Path, manifest: dict[str, Any]) -> None:
-        """Take the state of a verified checkpoint, whatever number of ranks wrote it, in place.
+        """Load the state of a verified checkpoint in place, whatever number of ranks wrote it.
 
-        Raises CheckpointError if it was trained on other data, or is of another model.
+        Raises CheckpointError if it was trained on other data, or holds another model.
         """
         present = self.data.describe()
         unreadable = manifest.get("unreadable") or {}
         files, rest = unreadable.get("files", {}), unreadable.get("fingerprint_without")
         if rest is not None and self.data.without is not None and rest == self.data.without(files):
-            # Files that could not be read may have been replaced.
+            # Files that could not be read may have been repaired or replaced since.
             present["fingerprint"] = manifest["data"].get("fingerprint")
         self.data.unreadable.continue_from(files)
         changed = [
             f"{key} is {manifest['data'].get(key)} there and {value} here"
             for key, value in present.items()
-            # A fact that is younger than the run has nothing to be compared with.
+            # A fact that the run's manifest predates has no value to compare with.
             if key != "name" and manifest["data"].get(key, value) != value
         ]
         if changed:
@@ -427,9 +409,3 @@ class Trainer:
         load_into(path, manifest, self.tensors())
         if isinstance(self.optimizer, AdamWEma):
             self.optimizer.refresh_copies()
-
-    def _denoise(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        # Only the model runs in low precision; the losses are taken in float32.
-        low = AUTOCAST.get(self.config.precision)
-        with torch.autocast(self.device.type, low or torch.bfloat16, enabled=low is not None):
-            return self.denoiser(x, t, y).float()

@@ -145,10 +145,11 @@ def run(tmp_path_factory) -> tuple[Path, list[dict[str, Tensor]]]:
     seen: list[dict[str, Tensor]] = []
     step = Trainer.train_step
 
-    def watched(self: Trainer, samples: Tensor, labels: Tensor) -> None:
-        step(self, samples, labels)
+    def watched(self: Trainer, samples: Tensor, labels: Tensor, **flags: Any) -> Any:
+        agreed = step(self, samples, labels, **flags)
         if self.step % EVERY == 0:
             seen.append({name: p.detach().double().clone() for name, p in self.trained.items()})
+        return agreed
 
     folder = tmp_path_factory.mktemp("ema") / "run"
     with pytest.MonkeyPatch.context() as patch:

@@ -190,7 +190,7 @@ class ReachedError(Exception):
 
 
 BEGINNINGS = {
-    "train": "dit_fast.training.loop._steps",
+    "train": "dit_fast.training.run._steps",
     "scaling": "dit_fast.cli.scaling.Ladder.train",
     "profile": "dit_fast.cli.profile.trace_steps",
     "sample": "dit_fast.cli.sample._draw",

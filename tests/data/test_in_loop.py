@@ -8,7 +8,7 @@ from dit_fast.encoders.autoencoder import LatentEncoder
 from dit_fast.errors import ConfigError
 from dit_fast.training import TrainConfig, Trainer
 from dit_fast.training.config import open_set
-from dit_fast.training.loop import resume, train
+from dit_fast.training.run import resume, train
 from tests.latent_sets import SIZE, install, settings, write_images, write_vae
 from tests.tolerance import assert_close
 

@@ -26,7 +26,7 @@ from dit_fast.data.shards import read_json, write_json
 from dit_fast.data.stream import BatchStream
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.training import TrainConfig
-from dit_fast.training.loop import Trainer
+from dit_fast.training.run import Trainer
 from tests import latent_sets
 from tests.latent_sets import SCALE, SHIFT, settings, write_images, write_vae
 from tests.tolerance import assert_close

@@ -16,7 +16,7 @@ from dit_fast.data.encode import encode
 from dit_fast.data.shards import LABELS
 from dit_fast.errors import DataError
 from dit_fast.training.config import TrainConfig
-from dit_fast.training.loop import resume, train
+from dit_fast.training.run import resume, train
 from tests import latent_sets
 from tests.caption_sets import embeddings, write_captioned
 from tests.data.test_caches import lightning  # noqa: F401 (a fixture)

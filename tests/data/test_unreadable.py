@@ -15,8 +15,7 @@ from dit_fast.data.stream import BatchStream
 from dit_fast.errors import CheckpointError, DataError
 from dit_fast.training.config import TrainConfig
 from dit_fast.training.log import read_log
-from dit_fast.training.loop import resume, train
-from dit_fast.training.prefetch import Readable
+from dit_fast.training.run import Readable, resume, train
 from tests.caption_sets import embeddings, padded, write_captioned
 from tests.distributed.ranks import train as ranks_train
 from tests.tolerance import SUM, assert_close

@@ -46,7 +46,7 @@ def install(fault: Fault, rank: int) -> None:
     from dit_fast.checkpoint import writer as checkpoint_writer
     from dit_fast.data.stream import BatchStream
     from dit_fast.errors import DataError
-    from dit_fast.training import loop
+    from dit_fast.training import run as training_run
     from dit_fast.training.step import TrainStep
     from dit_fast.training.trainer import Trainer
 
@@ -61,10 +61,10 @@ def install(fault: Fault, rank: int) -> None:
         def unreadable(config):
             raise DataError("--data digits: cannot be opened")
 
-        loop.open_set = unreadable
+        training_run.open_set = unreadable
     train_step = Trainer.train_step
 
-    def faulty_step(self, samples, labels):
+    def faulty_step(self, samples, labels, **flags):
         if self.step + 1 == fault.step:
             if fault.kind == "kill":
                 die()
@@ -74,7 +74,7 @@ def install(fault: Fault, rank: int) -> None:
                 samples = samples * float("nan")
             elif fault.kind == "term":
                 os.kill(os.getpid(), signal.SIGTERM)
-        train_step(self, samples, labels)
+        return train_step(self, samples, labels, **flags)
 
     Trainer.train_step = faulty_step
     if fault.kind == "fail":
@@ -98,11 +98,11 @@ def keep_timeout_until(step: int) -> None:
     kept: list[tuple] = []
     train_step, set_timeout = Trainer.train_step, World.set_timeout
 
-    def set_kept_timeout(self, samples, labels):
+    def set_kept_timeout(self, samples, labels, **flags):
         if self.step + 1 == step:
             for each in kept:
                 set_timeout(*each)
-        train_step(self, samples, labels)
+        return train_step(self, samples, labels, **flags)
 
     Trainer.train_step = set_kept_timeout
     World.set_timeout = lambda *arguments: kept.append(arguments)

@@ -229,7 +229,7 @@ def test_a_kill_at_any_stage_of_a_save_loses_nothing_else(tmp_path, clean, rank,
 def test_a_disk_that_is_full_on_one_rank_costs_a_checkpoint_and_no_step(tmp_path, clean) -> None:
     ended = start(tmp_path, "fsize:1:4")
     assert ended.codes == [0, 0], ended.text
-    (warning,) = [line for line in ended.outputs[0].splitlines() if "training goes on" in line]
+    (warning,) = [line for line in ended.outputs[0].splitlines() if "training continues" in line]
     assert "step-0000004 could not be written: rank 1: " in warning
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-0000006", "step-0000008"]
@@ -241,7 +241,7 @@ def test_a_disk_that_is_full_ends_the_run_where_that_was_asked_for(tmp_path, cle
     assert ended.codes == [1, 1], ended.text
     for said in errors(ended):
         assert "step-0000004 could not be written: rank 1: " in said
-        assert said.endswith("--stop-on-save-failure ends the run, --resume goes on with it")
+        assert said.endswith("--stop-on-save-failure ends the run, --resume continues it")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
     go_on(tmp_path)
     assert_same(tmp_path / "run", clean)

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from dit_fast.distributed import world as world_module
+from dit_fast.distributed.agreement import Agreed, Agreement
 from dit_fast.distributed.sharding import choose_parallel, rank_rows
-from dit_fast.distributed.signals import STOPPING, StepAgreement, StopRequest
+from dit_fast.distributed.signals import STOPPING, StopRequest
 from dit_fast.distributed.world import (
     World,
     choose_device,
@@ -187,18 +188,31 @@ def test_with_other_ranks_a_second_ctrl_c_does_not_break_the_save() -> None:
         assert stop.signal is signal.SIGINT
 
 
-def test_what_is_said_in_a_step() -> None:
-    agreement = StepAgreement(World(rank=3))
+def test_ranks_agree_on_what_any_of_them_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several ranks, of which the others report nothing."""
+    monkeypatch.setattr(World, "maximum", lambda world, tensor: tensor)
+    request = StopRequest()
+    agreement = Agreement(World(rank=3, size=4), request)
     yes, no = torch.tensor(True), torch.tensor(False)
-    assert [bool(flag) for flag in agreement.exchange(no, no, None, False)] == [False, False]
-    agreement.read(1.0)
-    assert (agreement.stop, agreement.save_failed, agreement.bad_rank) == (None, False, None)
-    assert [bool(flag) for flag in agreement.exchange(yes, no, signal.SIGUSR1, True)] == [True, False]
-    agreement.read(1.0)
-    assert (agreement.stop, agreement.save_failed, agreement.bad_rank) == (signal.SIGUSR1, True, 3)
-    assert [bool(flag) for flag in agreement.exchange(no, yes, None, False)] == [False, True]
-    agreement.read(1.0)
-    assert (agreement.stop, agreement.save_failed, agreement.bad_rank) == (None, False, 3)
+    assert [bool(flag) for flag in agreement.exchange(no, no)] == [False, False]
+    assert (agreement.read(1.0), agreement.bad_rank) == (Agreed(None, False, False), None)
+    agreement.report(save_failed=True)
+    request.signal = signal.SIGUSR1
+    assert [bool(flag) for flag in agreement.exchange(yes, no)] == [True, False]
+    assert (agreement.read(1.0), agreement.bad_rank) == (Agreed(signal.SIGUSR1, True, False), 3)
+    agreement.report(data_ends=True)
+    request.signal = None
+    assert [bool(flag) for flag in agreement.exchange(no, yes)] == [False, True]
+    assert (agreement.read(1.0), agreement.bad_rank) == (Agreed(None, False, True), 3)
+
+
+def test_one_process_agrees_with_itself_at_once() -> None:
+    request = StopRequest()
+    agreement = Agreement(World(), request)
+    agreement.report(save_failed=True)
+    # A signal that arrives within the step is read after it.
+    request.signal = signal.SIGTERM
+    assert agreement.read(0.0) == Agreed(signal.SIGTERM, True, False)
 
 
 def test_ranks_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

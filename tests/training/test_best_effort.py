@@ -10,7 +10,8 @@ import pytest
 
 from dit_fast.cli import main
 from dit_fast.errors import MissingExtraError, OutputError, RankError
-from dit_fast.training import TrainConfig, load_checkpoint, loop, train
+from dit_fast.training import TrainConfig, load_checkpoint, train
+from dit_fast.training import run as training_run
 from dit_fast.training.callbacks import SampleGrids
 from dit_fast.training.log import BestEffort, LineFile, Progress, plot_losses
 from tests.training.test_step import TINY, image_set
@@ -22,7 +23,7 @@ def tiny(**changes: Any) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "open_set", lambda config: image_set())
+    monkeypatch.setattr(training_run, "open_set", lambda config: image_set())
 
 
 def fails(problem: BaseException) -> Any:

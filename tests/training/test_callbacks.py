@@ -18,8 +18,9 @@ from PIL import Image
 from dit_fast.cli import main
 from dit_fast.errors import MissingExtraError
 from dit_fast.models import DiT_models
-from dit_fast.training import TrainConfig, Trainer, loop, resume, train
+from dit_fast.training import TrainConfig, Trainer, resume, train
 from dit_fast.training import log as metrics
+from dit_fast.training import run as training_run
 from dit_fast.training.log import read_log, smooth
 from dit_fast.training.step import LEVELS, StepValues, TrainStep
 from dit_fast.utils import keyed
@@ -32,7 +33,7 @@ def tiny(**changes: Any) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "open_set", lambda config: image_set())
+    monkeypatch.setattr(training_run, "open_set", lambda config: image_set())
 
 
 def test_the_flop_count_is_the_papers():

@@ -13,7 +13,8 @@ from dit_fast.data import LatentSet
 from dit_fast.distributed.world import World
 from dit_fast.errors import ConfigError
 from dit_fast.evaluation import features
-from dit_fast.training import TrainConfig, Trainer, loop, resume, train
+from dit_fast.training import TrainConfig, Trainer, resume, train
+from dit_fast.training import run as training_run
 from dit_fast.training.callbacks import Evaluation, EvaluationError, score_line
 from dit_fast.training.log import read_log, read_scores
 from tests.cli.test_evaluate import SmallNetwork, pictures, write_npz
@@ -25,7 +26,7 @@ from tests.training.test_step import TINY, image_set, run, trainer
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A small network in Inception's place, grey pictures to compare with, a few samples of a few levels."""
     monkeypatch.setattr(features, "InceptionFeatures", SmallNetwork)
-    monkeypatch.setattr(loop, "open_set", lambda config: image_set())
+    monkeypatch.setattr(training_run, "open_set", lambda config: image_set())
     real = write_npz(tmp_path / "real.npz", arr_0=pictures(30, 1)[..., :1])
     return {
         "evaluate_every": 2, "evaluate_samples": 10, "evaluate_against": str(real), "evaluate_weights": "unused.pth",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_fast.training.graphs import WARM_UP, GraphedStep
-from dit_fast.training.prefetch import prefetch
+from dit_fast.training.run import prefetch
 from tests.tolerance import FEW, assert_close
 from tests.training.test_step import run, trainer, weights
 

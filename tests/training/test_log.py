@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from dit_fast.errors import DataError
-from dit_fast.training import TrainConfig, Trainer, loop, resume, train
+from dit_fast.training import TrainConfig, Trainer, resume, train
 from dit_fast.training import log as metrics
+from dit_fast.training import run as training_run
 from dit_fast.training.log import LineFile, plot_loss, read_lines, read_log, read_scores
 from tests.training.test_step import TINY, image_set
 
@@ -23,9 +24,9 @@ def tiny(**changes: Any) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "open_set", lambda config: image_set())
+    monkeypatch.setattr(training_run, "open_set", lambda config: image_set())
     # Most of the time of a short run.
-    monkeypatch.setattr(loop, "plot_loss", lambda log, target: None)
+    monkeypatch.setattr(training_run, "plot_loss", lambda log, target: None)
 
 
 class Killed(BaseException):
@@ -35,10 +36,10 @@ class Killed(BaseException):
 def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Trainer.train_step
 
-    def train_step(self: Trainer, *batch: Any) -> None:
+    def train_step(self: Trainer, *batch: Any, **flags: Any) -> Any:
         if self.step + 1 == step:
             raise Killed
-        made(self, *batch)
+        return made(self, *batch, **flags)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
 
@@ -76,7 +77,7 @@ def test_a_long_interval_takes_no_memory_for_its_steps(tmp_path, monkeypatch):
     monkeypatch.setattr("dit_fast.training.trainer.MOST_REMEMBERED", 3)
     each = train(tiny(steps=11, log_every=10**9), tmp_path / "few")
     monkeypatch.undo()
-    monkeypatch.setattr(loop, "open_set", lambda config: image_set())
+    monkeypatch.setattr(training_run, "open_set", lambda config: image_set())
     train(tiny(steps=11, log_every=11), tmp_path / "all")
     assert each.step == 11
     assert lines_of(tmp_path / "few") == lines_of(tmp_path / "all")
@@ -118,10 +119,10 @@ def test_an_odd_line_is_left_out_with_a_warning(garbage, tmp_path, caplog):
     assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4, 5]
     assert lines_of(run, "spikes.jsonl") == []
     warned = [
-        each.getMessage() for each in caplog.records if "left out what is no record" in each.getMessage()
+        each.getMessage() for each in caplog.records if "skipped what is not a record" in each.getMessage()
     ]
     assert len(warned) == 2
-    assert warned[0].startswith(f"{log}: left out what is no record of a step: line ")
+    assert warned[0].startswith(f"{log}: skipped what is not a record of a step: line ")
     assert "\x1b" not in caplog.text
 
 
@@ -140,7 +141,7 @@ def test_a_step_that_stands_twice_is_written_once(tmp_path):
 
 
 def test_a_log_that_is_no_file_is_refused_by_readers_and_does_not_stop_a_run(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(loop, "plot_loss", plot_loss)
+    monkeypatch.setattr(training_run, "plot_loss", plot_loss)
     log = tmp_path / "run" / "log.jsonl"
     train(tiny(steps=2), tmp_path / "run")
     log.unlink()
@@ -199,7 +200,7 @@ def test_pictures_and_scores_of_the_resumed_step_are_made_up_for(tmp_path, monke
     options = {"sample_every": 2, "sample_steps": 2, "ckpt_every": 4}
     train(tiny(steps=6, **options), tmp_path / "whole")
     run = tmp_path / "run"
-    sample = loop.Watch._sample
+    sample = training_run.Watch._sample
 
     def killed(self: Any, grids: Any) -> None:
         if self.trainer.step == 4:
@@ -207,7 +208,7 @@ def test_pictures_and_scores_of_the_resumed_step_are_made_up_for(tmp_path, monke
         sample(self, grids)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Watch, "_sample", killed)
+        patch.setattr(training_run.Watch, "_sample", killed)
         with pytest.raises(Killed):
             train(tiny(steps=6, **options), run)
     assert [path.name for path in (run / "samples").iterdir()] == ["step-0000002.png"]

@@ -408,14 +408,14 @@ def test_what_cannot_be_is_refused():
         ({"path": "cubic"}, "path 'cubic' is not of flow matching: choose linear, gvp, vp"),
         ({"prediction": "v"}, "prediction 'v' is not of flow matching: choose velocity, score, epsilon, x0"),
         ({"loss_weighting": "min-snr"}, "loss weighting 'min-snr' is not of flow matching"),
-        ({"loss_weighting": "likelihood"}, "that of a model of the velocity is none"),
+        ({"loss_weighting": "likelihood"}, "a model of the velocity takes none"),
     ):
         with pytest.raises(ConfigError, match=line):
             FlowMatching(**options)
     for options, line in (
-        ({"prediction": "velocity"}, "prediction 'velocity' is not of diffusion in discrete steps"),
+        ({"prediction": "velocity"}, "prediction 'velocity' does not apply to diffusion in discrete steps"),
         ({"min_snr_gamma": 0.0}, r"min-SNR gamma 0\.0: choose a number above 0"),
-        ({"min_snr_gamma": 5.0, "use_kl": True}, "the bound has weights of its own"),
+        ({"min_snr_gamma": 5.0, "use_kl": True}, "the bound has its own weights"),
     ):
         with pytest.raises(ConfigError, match=line):
             create_diffusion("", **options)
@@ -424,7 +424,7 @@ def test_what_cannot_be_is_refused():
         flow.training_losses(lambda x, t: torch.cat([x, x, x], 1), zeros, torch.zeros(2))
     with pytest.raises(ConfigError, match="must be shaped like the data"):
         flow.training_losses(lambda x, t: x, zeros, torch.zeros(2), noise=zeros[:1])
-    with pytest.raises(ConfigError, match="of a diffusion take calc_bpd_loop"):
+    with pytest.raises(ConfigError, match="for diffusion call calc_bpd_loop"):
         log_likelihood(create_diffusion(""), lambda x, t: x, zeros)
     schedule = flow_schedule(4, last_step=0.1)
     with pytest.raises(ConfigError, match="diffusion form sbdm is infinite at alpha 0"):

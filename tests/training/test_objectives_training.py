@@ -8,9 +8,8 @@ import torch
 
 from dit_fast.checkpoint.manifest import read_manifest
 from dit_fast.cli import main
-from dit_fast.diffusion.objective import create_objective
-from dit_fast.diffusion.timestep_sampler import LossHistory
-from dit_fast.diffusion.timesteps import TimestepSampling
+from dit_fast.diffusion import create_objective
+from dit_fast.diffusion.timestep_sampler import LossHistory, TimestepSampling
 from dit_fast.errors import ConfigError
 from dit_fast.interop import load_model
 from dit_fast.training import PRESETS, TrainConfig, find_checkpoint
@@ -93,12 +92,12 @@ def test_importance_sampling_is_the_same_in_micro_batches_and_on_two_ranks():
     for rows in (slice(0, 32), slice(32, 64)):
         work = whole.work
         share = TrainStep(
-            work.denoise, work.optimizer, work.objective, work.options, work.state, torch.arange(64)[rows],
+            work.model, work.optimizer, work.objective, work.options, work.state, torch.arange(64)[rows],
             timesteps=whole.timestep_sampling,
         ).draw(*whole.stream.stored(12, rows))  # fmt: skip
         assert all(torch.equal(a, b[rows]) for a, b in zip(share, drawn, strict=True))
     x, t, noise, y, importance = drawn
-    losses = whole.objective.training_losses(whole._denoise, x, t, {"y": y}, noise=noise)["loss"]
+    losses = whole.objective.training_losses(whole.work.denoise, x, t, {"y": y}, noise=noise)["loss"]
     weight = whole.model.final_layer.linear.weight
     (gradient,) = torch.autograd.grad((importance * losses).mean(), weight)
     losses = losses.detach()
@@ -170,7 +169,7 @@ def test_every_objective_takes_steps(options):
             {"objective": "flow", "loss_weighting": "min-snr"},
             "--loss-weighting min-snr is not of --objective flow",
         ),
-        ({"objective": "flow", "loss_weighting": "velocity"}, "that of a model of the velocity is none"),
+        ({"objective": "flow", "loss_weighting": "velocity"}, "a model of the velocity takes none"),
         ({"objective": "flow", "prediction": "v"}, "prediction 'v' is not of flow matching"),
         ({"objective": "flow", "timestep_sampling": "importance"}, "those of flow matching are continuous"),
         ({"objective": "flows"}, "--objective 'flows': give one of diffusion, flow"),
@@ -180,10 +179,10 @@ def test_every_objective_takes_steps(options):
             {"objective": "flow", "prediction": "x0", "direction_loss": True},
             "direction loss is of the velocity",
         ),
-        ({"prediction": "velocity"}, "prediction 'velocity' is not of diffusion in discrete steps"),
-        ({"prediction": "score"}, "prediction 'score' is not of diffusion in discrete steps"),
+        ({"prediction": "velocity"}, "prediction 'velocity' does not apply to diffusion in discrete steps"),
+        ({"prediction": "score"}, "prediction 'score' does not apply to diffusion in discrete steps"),
         ({"loss_weighting": "likelihood"}, "give none or min-snr"),
-        ({"loss_weighting": "min-snr", "use_kl": True}, "the bound has weights of its own"),
+        ({"loss_weighting": "min-snr", "use_kl": True}, "the bound has its own weights"),
         (
             {"loss_weighting": "min-snr", "min_snr_gamma": -1.0},
             r"--min-snr-gamma -1\.0: give a number above 0",
@@ -207,7 +206,7 @@ def test_runs_of_before_prediction_was_an_option_go_on():
 @pytest.mark.parametrize("name", ["dit", "sit", "lightningdit"])
 def test_published_recipes_train(name, tmp_path, monkeypatch):
     """Each on a tiny model; all else of the recipe is in the checkpoint."""
-    monkeypatch.setattr("dit_fast.training.loop.open_set", lambda config: image_set())
+    monkeypatch.setattr("dit_fast.training.run.open_set", lambda config: image_set())
     sizes = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 4, "batch_size": 8, "steps": 2}
     flags = [text for field, size in sizes.items() for text in (f"--{field.replace('_', '-')}", str(size))]
     run_of = ["--preset", name, "--data", "set", "--threads", "1", "--out", str(tmp_path / "run")]
@@ -234,7 +233,7 @@ def test_the_documented_table_of_recipes_is_what_they_are():
 
 
 def test_a_flow_model_is_trained_and_sampled_by_the_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dit_fast.training.loop.open_set", lambda config: image_set())
+    monkeypatch.setattr("dit_fast.training.run.open_set", lambda config: image_set())
     model = [
         "--hidden-size",
         "16",

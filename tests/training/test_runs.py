@@ -18,7 +18,8 @@ from dit_fast.data import ImageSet, from_arrays
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
 from dit_fast.models import DiT
-from dit_fast.training import TrainConfig, Trainer, load_checkpoint, loop, resume, train
+from dit_fast.training import TrainConfig, Trainer, load_checkpoint, resume, train
+from dit_fast.training import run as training_run
 from dit_fast.training.config import build_model, resumed_config
 from dit_fast.training.log import LineFile, plot_loss, read_log
 from dit_fast.training.step import TrainStep
@@ -47,7 +48,7 @@ def image_set(**kwargs: Any) -> ImageSet:
 @pytest.fixture
 def data(monkeypatch) -> ImageSet:
     opened = image_set()
-    monkeypatch.setattr(loop, "open_set", lambda config: opened)
+    monkeypatch.setattr(training_run, "open_set", lambda config: opened)
     return opened
 
 
@@ -371,7 +372,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(data, tmp_path
     with caplog.at_level(logging.WARNING):
         result = train(tiny(steps=4, ckpt_every=1, keep_checkpoints=0), tmp_path / "run")
     assert failed == [2]
-    assert "no space; training goes on" in caplog.text
+    assert "no space; training continues" in caplog.text
     assert [path.name[-1] for path in checkpoint.step_folders(tmp_path / "run")] == ["1", "3", "4"]
     assert result.step == 4
 
@@ -385,7 +386,7 @@ def test_resumption_refuses_another_recipe_or_data(data, tmp_path, monkeypatch):
     assert "--seed is 0 there and 7 here" in message
     assert "steps" not in message
     changed = image_set(holdout=0.2)
-    monkeypatch.setattr(loop, "open_set", lambda config: changed)
+    monkeypatch.setattr(training_run, "open_set", lambda config: changed)
     with pytest.raises(
         CheckpointError, match=r"other data: num_train is 20 there and 16 here; num_heldout is 0 .*holdout"
     ):

@@ -12,12 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast.data import ImageSet, Posterior, from_arrays
 from dit_fast.diffusion import create_diffusion
-from dit_fast.diffusion.objective import create_objective
 from dit_fast.errors import NonFiniteError
 from dit_fast.kernels.launch import record_launches
 from dit_fast.models import DiT
 from dit_fast.training import TrainConfig, Trainer
-from dit_fast.training.graphs import WARM_UP, CompiledLosses, GraphedStep
+from dit_fast.training.graphs import WARM_UP, GraphedStep, compile_step
 from dit_fast.training.optimizer import AdamWEma, learning_rate
 from dit_fast.training.precision import LossScale
 from dit_fast.training.step import StepOptions, StepState, TrainStep
@@ -71,7 +70,7 @@ def test_ranks_that_share_a_batch_draw_what_one_process_draws():
     whole = each.work.draw(images, labels)
     for rows in (slice(0, 4), slice(4, 8)):
         part = TrainStep(
-            each.work.denoise, each.optimizer, each.objective, each.work.options, each.state,
+            each.denoiser, each.optimizer, each.objective, each.work.options, each.state,
             torch.arange(8)[rows],
         ).draw(*each.stream.stored(3, rows))  # fmt: skip
         assert all(torch.equal(a, b[rows]) for a, b in zip(part[:4], whole[:4], strict=True))
@@ -196,14 +195,14 @@ def test_steps_that_are_not_finite_are_left_out_up_to_the_cap(at_once):
 def test_the_loss_by_timestep_is_that_of_its_samples():
     each = trainer(batch_size=16)
     losses: list[Tensor] = []
-    sound = each.work.losses
+    sound = each.work.loss
 
     def listening(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
         terms = sound(*args, **kwargs)
         losses.append(terms["loss"].detach())
         return terms
 
-    each.work.losses = listening
+    each.work.loss = listening
     run(each, 1)
     value, times = each.values()[0], torch.tensor(each.drawn(1)["timesteps"])
     for bucket in range(4):
@@ -258,7 +257,7 @@ def step_on_no_device(depth: int, **options: Any) -> TrainStep:
         lr=state.lr, ema_decay=0.9999, ema_warmup=True, max_grad_norm=1.0, kernels="triton",
     )  # fmt: skip
     return TrainStep(
-        lambda x, t, y: model(x, t, y).float(), optimizer, create_diffusion(""),
+        model, optimizer, create_diffusion(""),
         StepOptions(seed=0, batch_size=4, num_classes=5, class_dropout_prob=0.1, **options),
         state, torch.arange(4, device=device),
     )  # fmt: skip
@@ -294,26 +293,26 @@ def test_a_step_waits_for_nothing_and_its_launches_are_counted():
 @pytest.mark.nightly
 def test_a_compiled_loss_is_a_tenth_of_the_launches():
     """Of the hybrid loss, forward and backward, by Inductor; the same loss, gradients to float32's rounding."""
-    objective = create_objective(learn_sigma=True, rescale_learned_sigmas=True)
+    eager, compiled = (trainer(prediction="epsilon").work for _ in range(2))
+    compile_step(compiled)
     x, noise = torch.randn(2, 4, 4, 8, 8)
-    t, answer = torch.tensor([0, 10, 500, 999]), torch.randn(4, 8, 8, 8, requires_grad=True)
+    t, output = torch.tensor([0, 10, 500, 999]), torch.randn(4, 8, 8, 8, requires_grad=True)
 
-    def made(losses: Any) -> tuple[float, Tensor]:
-        loss = losses(lambda x, times: answer * 1.0, x, t, {}, noise)["loss"].mean()
-        answer.grad = None
+    def gradient(step: TrainStep) -> tuple[float, Tensor]:
+        loss = step.loss(output * 1.0, step.add_noise(x, t, noise))["loss"].mean()
+        output.grad = None
         loss.backward()
-        return loss.item(), answer.grad
+        return loss.item(), output.grad
 
     with NoWaiting() as watched:
-        losses = objective.training_losses(lambda x, times: answer * 1.0, x, t, {}, noise)
-        losses["loss"].mean().backward()
+        eager.loss(output * 1.0, eager.add_noise(x, t, noise))["loss"].mean().backward()
     metrics.reset()
-    compiled = made(CompiledLosses(objective, 8))
+    found = gradient(compiled)
     print(f"launches of the loss: {len(watched.launched)}, compiled {metrics.generated_kernel_count}")
     assert metrics.generated_kernel_count < len(watched.launched) / 8
-    expected = made(objective.training_losses)
-    assert_close(compiled[0], expected[0])
-    assert_close(compiled[1], expected[1])
+    expected = gradient(eager)
+    assert_close(found[0], expected[0])
+    assert_close(found[1], expected[1])
 
 
 @pytest.mark.parametrize("wait", ["item", "cpu", "tolist", "nonzero", "bool", "from_numpy"])

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from dit_fast.checkpoint.folder import step_folders
-from dit_fast.training import TrainConfig, loop, train
+from dit_fast.training import TrainConfig, train
+from dit_fast.training import run as training_run
 from dit_fast.training.callbacks import Watch
 from tests.training.test_step import TINY, image_set
 
@@ -16,7 +17,7 @@ def tiny(**changes: Any) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "open_set", lambda config: image_set())
+    monkeypatch.setattr(training_run, "open_set", lambda config: image_set())
 
 
 def test_the_checkpoint_comes_before_pictures_and_scores(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ import pytest
 
 from dit_fast.data import encode as encode_module
 from dit_fast.errors import OutputError
-from dit_fast.training import TrainConfig, loop, resume, train
+from dit_fast.training import TrainConfig, resume, train
+from dit_fast.training import run as training_run
 from dit_fast.training.log import read_log
 from dit_fast.utils import locks
 from dit_fast.utils.locks import FolderLock
@@ -42,7 +43,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "open_set", lambda config: image_set())
+    monkeypatch.setattr(training_run, "open_set", lambda config: image_set())
 
 
 def test_another_process_is_named_and_its_death_releases_the_lock(tmp_path):
@@ -223,7 +224,7 @@ def test_a_run_that_began_while_the_data_were_read_is_left_alone(tmp_path, monke
             train(TrainConfig(**TINY, steps=2), run)
         return image_set()
 
-    monkeypatch.setattr(loop, "open_set", late)
+    monkeypatch.setattr(training_run, "open_set", late)
     with pytest.raises(OutputError, match="already holds a run"):
         train(TrainConfig(**TINY, steps=9), run)
     assert resume(run, {"steps": 3}).step == 3

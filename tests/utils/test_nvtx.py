@@ -16,7 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dit_fast.distributed.world import World
 from dit_fast.errors import MissingExtraError
-from dit_fast.training import TrainConfig, Trainer, loop, train
+from dit_fast.training import TrainConfig, Trainer, train
+from dit_fast.training import run as training_run
 from dit_fast.utils import nvtx as ranges
 from tests.tolerance import assert_close
 from tests.training.test_step import TINY, image_set, run, trainer
@@ -55,7 +56,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def test_ranges_stand_around_the_parts_of_a_run(tmp_path, monkeypatch, opened):
-    monkeypatch.setattr(loop, "open_set", lambda config: image_set())
+    monkeypatch.setattr(training_run, "open_set", lambda config: image_set())
     train(config(steps=2, ckpt_every=1), tmp_path / "run")
     step = [
         "run/step",

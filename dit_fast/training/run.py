@@ -1,17 +1,22 @@
-"""The training loop: one process or many, on CPUs or CUDA devices.
+"""A training run: started or resumed in its folder, the loop over its steps, its checkpoints, and how it ends.
 
-A step is a function of (seed, step) and the state before it: order, flips, timesteps, noise and dropped
-labels are keyed by them (`dit_fast.utils.keyed`), so a resumed run is bit for bit the uninterrupted one, and any number
-of ranks sees the same samples, noise and timesteps.
+A step is a function of (seed, step) and the state before it: order, flips, timesteps, noise and dropped labels are
+keyed by them (`dit_fast.utils.keyed`), so that a resumed run is bitwise identical to an uninterrupted one, and any
+number of ranks sees the same samples, noise and timesteps.
 """
 
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
 
 from dit_fast.checkpoint.folder import (
     checkpoint_bytes,
@@ -23,7 +28,6 @@ from dit_fast.checkpoint.folder import (
 )
 from dit_fast.checkpoint.power_ema import SNAPSHOTS
 from dit_fast.checkpoint.writer import CheckpointWriter
-from dit_fast.distributed.signals import StopRequest
 from dit_fast.distributed.world import World
 from dit_fast.errors import (
     CheckpointError,
@@ -34,7 +38,6 @@ from dit_fast.errors import (
 from dit_fast.training.callbacks import PICTURES, Watch
 from dit_fast.training.config import TrainConfig, apply_to_process, open_set, relocated, resumed_config
 from dit_fast.training.log import plot_loss
-from dit_fast.training.prefetch import Readable, prefetch
 from dit_fast.training.trainer import Trainer
 from dit_fast.utils.files import TEMPORARY, prepare_folder, require_space
 from dit_fast.utils.locks import FolderLock
@@ -42,14 +45,21 @@ from dit_fast.utils.nvtx import mark_launches
 
 logger = logging.getLogger(__name__)
 
+Batch = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended.
+    """The end of a run.
 
-    `stopped_by`: the signal that ended it early; `checkpoint`: the last one written; `curve`: the picture of its loss,
-    None where it could not be drawn; `unreadable`: the files that were left out because they could not be read, and
-    why.
+    Attributes:
+        run: Folder of the run.
+        step, total_steps: Steps finished, and steps that were asked for.
+        checkpoint: The last checkpoint written.
+        stopped_by: The signal that ended the run early, or None.
+        curve: Plot of the loss; None where it could not be drawn.
+        unreadable: Files that were skipped because they could not be read, with the reason.
+        was_finished: Whether the run had reached its last step before it was resumed.
     """
 
     run: Path
@@ -65,16 +75,23 @@ class TrainResult:
 def train(config: TrainConfig, run: str | Path, world: World | None = None) -> TrainResult:
     """Start a run in the folder `run`, which must not hold one yet; every rank of `world` calls it.
 
-    Leaves checkpoints/step-N, log.jsonl and loss.png there. Raises the errors of `dit_fast.errors` before the
-    first step wherever it can: for data, configuration, an output folder that is taken, in use by another process or
-    not writable, and for a full disk.
+    Writes checkpoints/step-N, log.jsonl and loss.png there.
+
+    Args:
+        config: Configuration of the run.
+        run: Folder of the run.
+        world: The ranks; None: one process.
+
+    Raises:
+        DitFastError: Before the first step wherever possible: for data, configuration, an output folder that holds a
+            run, is in use by another process or not writable, and for a full disk.
     """
     run = Path(run)
     everyone = world or World()
     lock = FolderLock(run, "train")
 
     def refuse_a_run() -> None:
-        # What a killed first attempt left before its first checkpoint is nothing to keep.
+        # Without a checkpoint, nothing of a killed first attempt is worth keeping: torchrun's restart begins again.
         begun_by_us = everyone.attempt > 0 and not step_folders(run)
         if not begun_by_us and (step_folders(run) or (run / "log.jsonl").exists()):
             raise OutputError(
@@ -82,7 +99,7 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
             )
 
     def claim() -> None:
-        # Nobody trains in a folder that is not there yet, and what is refused below must not leave one.
+        # No other process trains in a folder that does not exist, and an error below must not leave one behind.
         if run.is_dir():
             lock.acquire()
         refuse_a_run()
@@ -90,7 +107,7 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
     def begin() -> None:
         prepare_folder(checkpoints_folder(run))
         lock.acquire()
-        # Another run may have begun, and ended, while the data were read.
+        # Another run may have started, and ended, while the data were read.
         refuse_a_run()
 
     with lock.releasing():
@@ -102,13 +119,19 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
 
 
 def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -> TrainResult:
-    """Continue the run in the folder `run` from its newest checkpoint, with the options `asked` for anew.
+    """Resume the run in the folder `run` from its newest checkpoint.
 
-    A run that is at its last step stays as it is. Paths that the run was given relative to a working directory are
-    found from any other, and beside a run that was moved with its data (`relocated`).
+    A run that has reached its last step stays as it is. Paths that were given relative to a working directory are found
+    from any other, and beside a run that was moved with its data (`relocated`).
 
-    Raises CheckpointError where they, or the data, contradict what the run was trained with, and OutputError where
-    another process trains it.
+    Args:
+        run: Folder of the run.
+        asked: Options that were given again, by name; they replace the run's own where that is possible.
+        world: The ranks; None: one process.
+
+    Raises:
+        CheckpointError: Options or data that contradict what the run was trained with.
+        OutputError: Another process trains in this folder.
     """
     run = Path(run)
     if not run.is_dir():
@@ -140,20 +163,83 @@ def _resume(run: Path, asked: dict[str, Any], world: World | None) -> TrainResul
 
 
 def train_or_resume(config: TrainConfig, run: str | Path, world: World) -> TrainResult:
-    """`train`; or, where torchrun has started the ranks again (`--max-restarts`), go on with what they had saved."""
+    """`train`; or, where torchrun has restarted the ranks (`--max-restarts`), `resume` from their last checkpoint."""
     if world.attempt and world.first(lambda: bool(step_folders(run))):
         return resume(run, {}, world)
     return train(config, run, world)
 
 
 def device_of(run: str | Path) -> str:
-    """The device that the run in a folder was told to use; "auto" where no checkpoint says."""
+    """The --device of the run in a folder; "auto" where no checkpoint can be read."""
     for folder in reversed(step_folders(run)):
         try:
             return str(read_manifest(folder)["train_config"].get("device", "auto"))
         except CheckpointError:
             continue
     return "auto"
+
+
+class Readable:
+    """The batches of `source` up to the first that cannot be read, which is known one batch ahead.
+
+    A run then ends with the step before, saves, and raises `error`: an unreadable image costs no steps.
+
+    Attributes:
+        error: The exception from reading the source, or None.
+    """
+
+    def __init__(self, source: Iterator[Batch]):
+        self.error: Exception | None = None
+        self._source = source
+        self._ready: deque[Batch] = deque()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.count(1):
+            batch = self._ready.popleft()
+            self.count(1)
+            yield batch
+
+    def count(self, most: int) -> int:
+        """Read ahead up to `most` batches; returns how many are ready."""
+        while len(self._ready) < most and self.error is None:
+            try:
+                self._ready.append(next(self._source))
+            except StopIteration:
+                break
+            except Exception as error:  # raised again, once the run is saved
+                self.error = error
+        return len(self._ready)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the batch after the one yielded last cannot be read."""
+        return self.error is not None and not self._ready
+
+
+def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`, each copied one step ahead; on a CPU, the batches themselves.
+
+    On CUDA the copy is from pinned memory on a side stream, so that it overlaps the step and the host does not wait.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+    waiting: Batch | None = None
+    for batch in chain(batches, [None]):
+        arrived = waiting
+        if batch is not None:
+            with torch.cuda.stream(side):
+                images, labels = (tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
+            waiting = images, labels
+        if arrived is None:
+            continue
+        present = torch.cuda.current_stream(device)
+        present.wait_stream(side)
+        for tensor in arrived:
+            # The side stream allocated its memory, and must not reuse it before the step has finished.
+            tensor.record_stream(present)
+        yield arrived
 
 
 def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
@@ -181,39 +267,42 @@ def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
         mark_launches(trainer.ranges),
         world.watch(lambda: f"step {trainer.step + 1}"),
         watch,
-        StopRequest(alone=world.size == 1) as stop,
+        trainer.agreement.stop_request,
         trainer.writer(run) as writer,
     ):
         batches = Readable(trainer.stream.read(trainer.step, trainer.total_steps, trainer.rows))
-        trainer.says = lambda: (stop.signal, writer.failed, batches.at_end)
-        checkpoint = _steps(trainer, watch, writer, batches)
+        checkpoint, stopped_by = _steps(trainer, watch, writer, batches)
     log, curve = run / "log.jsonl", run / "loss.png"
     drawn = world.is_first and watch.best_effort("the loss curve", lambda: plot_loss(log, curve))
     left_out = trainer.data.unreadable.known
     return TrainResult(
-        run, trainer.step, trainer.total_steps, checkpoint, trainer.stop, curve if drawn else None, left_out
+        run, trainer.step, trainer.total_steps, checkpoint, stopped_by, curve if drawn else None, left_out
     )
 
 
-def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Readable) -> Path:
-    """Train to the end or to a stop request; returns the checkpoint written last.
+def _steps(
+    trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Readable
+) -> tuple[Path, signal.Signals | None]:
+    """Train to the end or to a stop request; returns the last checkpoint and the signal that ended the run.
 
-    A line is logged before the checkpoint of its step, which is then sure to have it; pictures and scores come after
-    the checkpoint, which is worth more than they are. Where a batch cannot be read, the run ends, saved, with the step
-    before, and DataError says why on every rank.
+    A line is logged before the checkpoint of its step, which then includes it; pictures and scores come after the
+    checkpoint, which matters more. Where a batch cannot be read, the run ends with the step before, saves, and raises
+    the reason as a DataError on every rank.
     """
     config, total = trainer.config, trainer.total_steps
     end = _readable_steps(trainer, batches)
+    stopped_by = None
     watch.catch_up()
     for samples, labels in watch.waiting(prefetch(iter(batches), trainer.device)):
         if trainer.step == end:
             break
-        trainer.train_step(samples, labels)
-        if trainer.data_ends:
+        agreed = trainer.train_step(samples, labels, save_failed=writer.failed, data_ends=batches.at_end)
+        stopped_by = agreed.stop
+        if agreed.data_ends:
             end = trainer.step
-        last = trainer.step == end or trainer.stop is not None
+        last = trainer.step == end or stopped_by is not None
         watch.after_step(last)
-        if trainer.save_failed:
+        if agreed.save_failed:
             _report(trainer, writer)
         if last:
             break
@@ -234,26 +323,26 @@ def _steps(trainer: Trainer, watch: Watch, writer: CheckpointWriter, batches: Re
     watch.draw(last=True)
     if end < total:
         _raise_data_error(trainer, batches, writer.run)
-    return path
+    return path, stopped_by
 
 
 def _check_unreadable(trainer: Trainer, writer: CheckpointWriter) -> None:
-    """Raise DataError where all ranks together have left out more files than allowed, as a save found."""
+    """Raise DataError where the last save found that all ranks together skipped more files than allowed."""
     register = trainer.data.unreadable
     if register.exceeded:
         writer.wait()
-        said = "; ".join(f"{name} ({reason})" for name, reason in list(register.known.items())[:5])
+        listed = "; ".join(f"{name} ({reason})" for name, reason in list(register.known.items())[:5])
         raise DataError(
             f"step {trainer.step}: {len(register.known)} files cannot be read, --skip-unreadable is "
-            f"{register.allowed}: {said}; step {trainer.step} is saved: mend them and continue with --resume "
+            f"{register.allowed}: {listed}; step {trainer.step} is saved: mend them and continue with --resume "
             f"{writer.run}"
         )
 
 
 def _readable_steps(trainer: Trainer, batches: Readable) -> int:
-    """The step that the run can reach as far as is known now, the same on all ranks.
+    """The last step that can be reached as far as is known before the first one, the same on all ranks.
 
-    What a rank says in a step is heard in the next one on CUDA, so that two batches are spoken of before the first.
+    On CUDA a rank's report is read one step later, so that two batches are checked here.
     """
     count = batches.count(2)
     known = trainer.total_steps if batches.error is None else trainer.step + count
@@ -261,7 +350,7 @@ def _readable_steps(trainer: Trainer, batches: Readable) -> int:
 
 
 def _raise_data_error(trainer: Trainer, batches: Readable, run: Path) -> NoReturn:
-    """Raise why the next batch could not be read, on every rank; a fault that is none of the data as it was."""
+    """Raise on every rank why the next batch could not be read; an error that is not ours is raised unchanged."""
     error = batches.error
     if error is not None and not isinstance(error, DitFastError):
         raise error
@@ -275,16 +364,16 @@ def _raise_data_error(trainer: Trainer, batches: Readable, run: Path) -> NoRetur
 
 
 def _report(trainer: Trainer, writer: CheckpointWriter) -> None:
-    """Say so if the last save failed. The older checkpoints are whole and the run is not lost: another will follow.
+    """Log a failed save: older checkpoints are complete, and the next save may succeed.
 
-    Raises OutputError, on each rank, where the run was told to end then.
+    Raises OutputError on every rank with --stop-on-save-failure.
     """
     try:
         writer.wait()
     except OutputError as error:
         if trainer.config.stop_on_save_failure:
             raise OutputError(
-                f"step {trainer.step}: {error}; --stop-on-save-failure ends the run, --resume goes on with it"
+                f"step {trainer.step}: {error}; --stop-on-save-failure ends the run, --resume continues it"
             ) from error
         if trainer.world.is_first:
-            logger.warning("step %d: %s; training goes on", trainer.step, error)
+            logger.warning("step %d: %s; training continues", trainer.step, error)
