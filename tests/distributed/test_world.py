@@ -80,7 +80,7 @@ def test_devices_by_local_rank(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("mode", "world", "message"),
     [
-        ("zero3", World(), "--parallel zero3: give one of auto, none, ddp, fsdp, hsdp"),
+        ("zero3", World(), "--parallel zero3: choose one of auto, none, ddp, fsdp, hsdp"),
         ("none", World(size=2), "--parallel none with 2 ranks: each would train a model of its own"),
         ("fsdp", World(), "--parallel fsdp needs several processes: start it with torchrun"),
         ("hsdp", World(size=6, local_size=4), "6 ranks do not divide into machines of 4"),
