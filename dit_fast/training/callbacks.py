@@ -94,7 +94,7 @@ class AverageSampler:
 
     @contextmanager
     def averages(self, draws: bool = True) -> Iterator[None]:
-        """Gather the averages for `draw`. Every rank must enter, since each holds a shard; ranks with `draws` can draw."""
+        """Gather the averages for `draw`. Every rank must enter, since each holds a shard; those with `draws` draw."""
         averages = {name: whole(tensor) for name, tensor in self.trainer.ema_state().items()}
         if not draws:
             yield
