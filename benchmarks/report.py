@@ -209,44 +209,18 @@ def headline(groups: Sequence[Group]) -> list[Group]:
     return shown
 
 
-def first_setting(group: Group) -> Group:
-    """The rows of an operation at the first shape and dtypes that were measured, forward and backward."""
-    first = group.rows[0]
-    kept = (
-        row
-        for row in group.rows
-        if (row.shape, row.dtype) == (first.shape, first.dtype) and row.direction != "both"
-    )
-    return Group(group.benchmark, group.case, group.source, tuple(kept))
-
-
-def region(
-    known: Sequence[Device],
-    pick: Callable[[Device], Sequence[Group]],
-    table: Callable[[Sequence[Group]], list[str]],
-    plot: str,
-) -> str:
-    """What the README shows of one kind of benchmark."""
-    lines = []
-    if not any(device.on_gpu and pick(device) for device in known):
-        lines += ["NVIDIA GPU: not measured yet.", ""]
-    for device in known:
-        if groups := pick(device):
-            place = f"benchmarks/results/{slug(device.name)}"
-            drawn = f", [plot]({place}/{plot})" if plot in plots(device) else ""
-            lines += [f"**{device.name}** ([everything]({place}/report.md){drawn}):", ""]
-            lines += [*table(groups), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
 def regions(known: Sequence[Device]) -> dict[str, str]:
-    """The README's regions by name."""
-    return {
-        "ladder": region(known, lambda device: headline(device.of(*STEP_BENCHMARKS)), steps, STEPS),
-        "microbenchmarks": region(
-            known, lambda device: [first_setting(group) for group in device.of("op")], operations, OPERATIONS
-        ),
-    }
+    """README regions by name. Operations are in each device's report.md: on a CPU they measure dispatch."""
+    lines = []
+    measured = [(device, headline(device.of(*STEP_BENCHMARKS))) for device in known]
+    if not any(device.on_gpu and groups for device, groups in measured):
+        lines += ["NVIDIA GPU: not measured yet.", ""]
+    for device, groups in measured:
+        if groups:
+            place = f"benchmarks/results/{slug(device.name)}"
+            drawn = f", [plot]({place}/{STEPS})" if STEPS in plots(device) else ""
+            lines += [f"**{device.name}** ([everything]({place}/report.md){drawn}):", "", *steps(groups), ""]
+    return {"ladder": "\n".join(lines).rstrip() + "\n"}
 
 
 def fill(text: str, found: Mapping[str, str]) -> str:

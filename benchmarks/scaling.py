@@ -115,7 +115,7 @@ def shard_traffic(
 class Estimate:
     """One step of one layout; times in seconds, memory in bytes on a GPU.
 
-    products: forward and backward; compute: those and the optimiser; exposed: communication that nothing hides.
+    products: forward and backward; compute: those and the optimizer; exposed: communication that nothing hides.
     """
 
     mode: str
@@ -192,7 +192,7 @@ def estimate(
     elif exposed > 0.1 * step:
         limit = "latency of collectives" if latency > communication / 2 else "bandwidth of collectives"
     elif update > 0.1 * step:
-        limit = "the optimiser's memory traffic"
+        limit = "the optimizer's memory traffic"
     return Estimate(
         mode,
         step,
@@ -229,7 +229,7 @@ def paper_models() -> dict[str, Model]:
 
 
 HEADER = (
-    "| model | GPUs | images a GPU | mode | step ms | images/s | of ideal | compute ms | communication ms | "
+    "| model | GPUs | images per GPU | mode | step ms | images/s | of ideal | compute ms | communication ms | "
     "not hidden ms | memory GB | limit |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -247,12 +247,12 @@ WEAK = {"DiT-S/2": 256, "DiT-B/2": 256, "DiT-L/2": 256, "DiT-XL/2": 256, "7B": 3
 
 
 def ideal_rate(model: Model, images: int) -> float:
-    """Images a second of one GPU with forward and backward alone: no optimiser, no waiting, no limit of memory."""
+    """Images a second of one GPU with forward and backward alone: no optimizer, no waiting, no limit of memory."""
     return images / estimate(model, 1, images, "none").products
 
 
 def weak_scaling() -> Iterator[str]:
-    """The batch grows with the machine."""
+    """Global batch proportional to the GPUs."""
     for name, images in WEAK.items():
         model = paper_models()[name]
         for gpus in GPUS:
@@ -285,9 +285,9 @@ def by_mode() -> Iterator[str]:
 def tables() -> str:
     parts = []
     for title, rows in (
-        ("The batch grows with the machine", weak_scaling()),
-        ("A global batch of 1,024", strong_scaling()),
-        ("The modes side by side", by_mode()),
+        ("Global batch proportional to the GPUs", weak_scaling()),
+        ("Global batch of 1,024", strong_scaling()),
+        ("Comparison of modes", by_mode()),
     ):
         parts.append(f"### {title}\n\n{HEADER}\n" + "\n".join(rows))
     return "\n\n".join(parts)

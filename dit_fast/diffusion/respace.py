@@ -98,7 +98,10 @@ class SpacedDiffusion(GaussianDiffusion):
     Args:
         use_timesteps: Timesteps of the original process to keep, in any order.
         betas: Variances (original steps,) of the original process.
-        model_mean_type, model_var_type, loss_type, min_snr_gamma: As for `GaussianDiffusion`.
+        model_mean_type: As for `GaussianDiffusion`, like the next three.
+        model_var_type: As for `GaussianDiffusion`.
+        loss_type: As for `GaussianDiffusion`.
+        min_snr_gamma: As for `GaussianDiffusion`.
 
     Attributes:
         use_timesteps: The kept timesteps as a set.

@@ -50,7 +50,10 @@ class DiT(nn.Module):
         qk_norm: Normalize the queries and keys of each head.
         caption_dim: Width E of caption tokens (N, S, E), which then replace labels (`num_classes` is ignored). A token
             of zeros is padding, a caption of zeros the null caption. 0: labels.
-        kernels, attention, mlp_epilogue, recompute: See `Backends`; each is also an attribute that may be assigned.
+        kernels: As in `Backends`, like the next three; each is also an attribute that may be assigned.
+        attention: As in `Backends`.
+        mlp_epilogue: As in `Backends`.
+        recompute: As in `Backends`.
 
     Raises:
         ConfigError: A value out of range, or values that do not fit together.

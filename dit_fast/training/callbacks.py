@@ -1,4 +1,4 @@
-"""Callbacks of a run: log lines, progress, loss spikes, trackers, grids of samples, and Frechet distances."""
+"""What a run reports while it trains: log lines, progress, spikes, trackers, and grids of samples."""
 
 import dataclasses
 import logging
@@ -68,11 +68,10 @@ from dit_fast.utils.images import on_paper
 
 
 class AverageSampler:
-    """Samples from the current averaged weights, in `sample_steps` steps of the run's objective.
+    """Draws with the averaged weights as they are at the time, by `sample_steps` levels of the run's objective.
 
-    Attributes:
-        choices: Number of classes, or of training captions; 1 for an unconditional model.
-        sizes: Sizes of the samples: the run's buckets, or the model's own size.
+    `choices`: how many classes there are to draw, or captions of training samples; 1 where the model is told nothing.
+    `sizes`: of what it draws, the run's buckets or the model's own.
     """
 
     def __init__(self, trainer: Trainer, guidance: float):
@@ -94,7 +93,7 @@ class AverageSampler:
 
     @contextmanager
     def averages(self, draws: bool = True) -> Iterator[None]:
-        """Gather the averages for `draw`. Every rank must enter, since each holds a shard; those with `draws` draw."""
+        """Inside, `draw` has the averages. Each rank must enter, since it holds a part; those with `draws` can draw."""
         averages = {name: whole(tensor) for name, tensor in self.trainer.ema_state().items()}
         if not draws:
             yield
@@ -105,11 +104,11 @@ class AverageSampler:
             ]
             yield
         finally:
-            # Frees their memory before training continues.
+            # Training goes on without the memory that they take.
             self._samplers = []
 
     def names(self, choices: Sequence[int]) -> list[str]:
-        """Names of the choices: classes, or captions."""
+        """What is drawn, in words."""
         data, model = self.trainer.data, self.trainer.model
         if not model.caption_dim:
             return [data.class_names[choice] if model.num_classes else "samples" for choice in choices]
@@ -117,9 +116,9 @@ class AverageSampler:
         return [data.captions.texts[member] for member in data.train.members[list(choices)].tolist()]
 
     def draw(self, choices: Tensor, numbers: Tensor | None = None, bucket: int = 0) -> Tensor:
-        """Images, or normalized latents, float32 (M, C, H, W) on the CPU, for `choices` int64 (M,).
+        """Images, or latents as the model knows them, float32 (M, C, H, W) on the CPU, of `choices` int64 (M,).
 
-        They have the size `sizes[bucket]`; the seed is the run's plus `bucket`.
+        Of `sizes[bucket]`. Each size has a seed of its own, the run's and one more for each before it.
         """
         config, device = self.trainer.config, self.trainer.device
         told = self.trainer.data.train.told(choices) if self.trainer.model.caption_dim else choices
@@ -128,7 +127,7 @@ class AverageSampler:
             return self._samplers[bucket](told, seed=config.seed + bucket, numbers=numbers).cpu()
 
     def _model(self, averages: dict[str, Tensor], size: Size) -> DiT:
-        """A model whose parameters are the averages themselves, except for the positions of another size."""
+        """Made on no device: the averages themselves become its parameters, but for the positions of another size."""
         with torch.device("meta"):
             model = build_model(self.trainer.config, self.trainer.data)
         load_weights(model, averages, "the averaged weights", assign=True)
@@ -136,7 +135,7 @@ class AverageSampler:
 
 
 def open_decoder(trainer: Trainer) -> LatentDecoder | None:
-    """The decoder of the autoencoder that made the run's latents, raising its errors; None for pixels."""
+    """The decoder of the autoencoder that made the run's latents; None for pixels. Raises as `LatentDecoder`."""
     data = trainer.data
     if not isinstance(data, LatentSet):
         return None
@@ -151,10 +150,12 @@ MOST_ROWS, PER_ROW, GUIDANCE = 8, 8, 4.0
 
 
 class SampleGrids:
-    """Grids of `PER_ROW` samples for each of up to `MOST_ROWS` classes or training captions, by the averaged weights.
+    """Draws `PER_ROW` samples of up to `MOST_ROWS` classes or training captions, or of nothing, with the trainer's
+    averaged weights.
 
-    A run with buckets shows all its shapes side by side, at least one sample of each. Latents are decoded by the
-    autoencoder that made them, if it can be loaded; else their first three channels are shown.
+    Of a run with buckets they are of all its shapes, at least one each, side by side.
+    Latents are decoded by the autoencoder that made them, where it can be loaded; else their first three channels
+    are shown.
     """
 
     def __init__(self, trainer: Trainer):
@@ -170,9 +171,9 @@ class SampleGrids:
             logger.warning("--sample-every: latents are shown without decoding them: %s", error)
 
     def draw(self, path: Path) -> None:
-        """Write a labeled grid to the PNG `path`, and full captions to captions.txt beside it.
+        """Write a labelled grid to the PNG `path`, and captions in full to captions.txt beside it.
 
-        Every rank must call it, since each holds a shard; the first rank draws.
+        Each rank must call it, since it holds a part; the first draws.
         """
         first = self.trainer.world.is_first
         with self.sampler.averages(first):
@@ -200,7 +201,7 @@ class SampleGrids:
             return drawn
         if self.decoder is not None:
             return self.decoder(drawn, data.posterior.shift, data.posterior.scale)
-        # Latents have unit variance, so that nearly all are within 3 standard deviations.
+        # Latents have unit variance, hence lie within three.
         return drawn[:, :3] / 3 if drawn.shape[1] >= 3 else drawn[:, :1] / 3
 
 
@@ -212,16 +213,15 @@ class EvaluationError(DitFastError):
 
 
 class Evaluation:
-    """Frechet distance of `evaluate_samples` unguided samples from the averaged weights.
+    """Scores `evaluate_samples` unguided samples of random classes, or of random captions of training samples, with the
+    trainer's averaged weights.
 
-    Classes, or captions of training samples, are random. In a run with buckets, the samples have the buckets' shapes in
-    the proportion of the training images, and are compared with all real images in their shapes. Choices and noise are
-    functions of seed and sample number: the same each time, for any number of ranks, and independent of training's
-    draws. Every rank holds an `Evaluation`, and draws its part of the samples.
-
-    Raises:
-        ConfigError: Latents without images to compare them with, or fewer samples than ranks; and the errors of
-            `open_reference`, `open_extractor` and `LatentDecoder`.
+    Of a run with buckets they have the buckets' shapes, in the proportion of the training images, and are compared with
+    all real images in theirs.
+    What is drawn and its noise are functions of seed and sample number, the same each time and for any number of ranks,
+    which share the samples. Nothing that training draws is touched. Every rank has one; the first has the reference.
+    Raises the errors of `open_reference`, `open_extractor` and `LatentDecoder`, and ConfigError for latents without
+    images to compare them with.
     """
 
     def __init__(self, trainer: Trainer):
@@ -229,7 +229,7 @@ class Evaluation:
         self.trainer = trainer
         if config.evaluate_samples < world.size:
             raise ConfigError(
-                f"--evaluate-samples {config.evaluate_samples}: give at least one per rank, {world.size}"
+                f"--evaluate-samples {config.evaluate_samples}: give one for each rank, {world.size}"
             )
         if config.evaluate_against is None and isinstance(trainer.data, LatentSet) and config.vae is None:
             raise ConfigError(
@@ -237,7 +237,7 @@ class Evaluation:
                 "--evaluate-against"
             )
         against = config.evaluate_against or config.data
-        # Real images are converted as the training images were, by the run or by dit-fast encode.
+        # As the training images were read, by the run or by dit-fast encode.
         self.conversion = trainer.data.conversion or config.conversion()
         self.decoder = open_decoder(trainer)
         size = trainer.data.image_size * (1 if self.decoder is None else self.decoder.factor)
@@ -252,15 +252,15 @@ class Evaluation:
         )
         self.sampler = AverageSampler(trainer, guidance=1.0)
         self.reference: SavedStatistics = world.first(lambda: self._reference(against, size))
-        counts = apportion(config.evaluate_samples, list(trainer.data.shapes.values()) or [1])
-        # In the order of the buckets; the samples of each are numbered from 0.
-        self.bucket_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[
+        shares = apportion(config.evaluate_samples, list(trainer.data.shapes.values()) or [1])
+        # In the order of the buckets; samples of one are numbered from 0.
+        self.bucket_of = torch.arange(len(shares)).repeat_interleave(torch.tensor(shares))[
             world.rank :: world.size
         ]
-        self.numbers = torch.cat([torch.arange(count) for count in counts])[world.rank :: world.size]
+        self.numbers = torch.cat([torch.arange(share) for share in shares])[world.rank :: world.size]
 
     def score(self) -> Quality:
-        """The current distance. Raises EvaluationError on every rank if one could not draw or measure its samples."""
+        """The distance now. Raises EvaluationError on every rank where one could not draw or measure its samples."""
         world = self.trainer.world
         with self.sampler.averages():
             try:
@@ -268,13 +268,13 @@ class Evaluation:
             except Exception as error:
                 if isinstance(error, RuntimeError) and is_lost_connection(error):
                     raise
-                # Raised after the exchange below, in which the other ranks wait.
+                # The other ranks wait in the exchange below.
                 features = " ".join(str(error).split()) or type(error).__name__
         found = world.gather(features)
         for rank, other in enumerate(found):
             if isinstance(other, str):
                 raise EvaluationError(f"rank {rank}: {other}" if world.size > 1 else other)
-        # In the order of the samples' numbers, so that the sums do not depend on the number of ranks.
+        # In the order of the samples' numbers, whatever rank drew them.
         every = torch.empty(sum(map(len, found)), found[0].shape[1])
         for rank, own in enumerate(found):
             every[rank :: world.size] = own
@@ -285,7 +285,7 @@ class Evaluation:
         return score(samples, self.reference, None, self.extractor.proxy, ["fid"])
 
     def _features(self) -> Tensor:
-        """Features (m, D) of this rank's samples, on the CPU."""
+        """Of this rank's samples, (m, D) on the CPU."""
         kept = []
         for bucket in range(len(self.sampler.sizes)):
             for numbers in self.numbers[self.bucket_of == bucket].split(_BATCH):
@@ -319,7 +319,7 @@ class Evaluation:
 
 
 def score_line(step: int, quality: Quality) -> dict[str, Any]:
-    """A score's line in log.jsonl: step, extractor, numbers of images, and fid, or proxy_fid for other features."""
+    """What log.jsonl says of a score: step, extractor, numbers of images, and fid, or proxy_fid by other features."""
     kept = {name: value for name, value in quality.as_json().items() if value is not None and name != "notes"}
     return {"step": step, **kept}
 
@@ -331,13 +331,13 @@ Item = TypeVar("Item")
 
 
 class Watch:
-    """Callbacks of a `Trainer`; writes log.jsonl, spikes.jsonl, samples/step-N.png and to trackers.
+    """Follows a `Trainer` and writes to the run folder: log.jsonl, spikes.jsonl, samples/step-N.png, trackers.
 
-    Every rank holds one, since values are reduced over all; rank 0 writes, and nothing before the context is entered.
-    Options that cannot be drawn or scored raise when it is built; later failures are warnings (`BestEffort`).
+    Every rank has one, since numbers are put together of all; rank 0 writes, and nothing before it is entered: what
+    cannot be drawn or scored is refused when it is built. Whatever fails later is a warning (`BestEffort`).
 
-    A log line holds means over the steps since the last line. The sums of an unfinished line and the statistics of
-    spikes are in the checkpoint: `state`, which a resumed run passes as `saved`.
+    A log line holds means over the steps since the one before. Those of an unfinished line, and what is known of
+    spikes, are part of a checkpoint: `state`, which a continuation gives as `saved`.
     """
 
     def __init__(self, trainer: Trainer, run: Path, saved: dict[str, Any] | None = None):
@@ -353,8 +353,8 @@ class Watch:
         self.grids = SampleGrids(trainer) if trainer.config.sample_every else None
         self.evaluation = Evaluation(trainer) if trainer.config.evaluate_every else None
         self.skipped = int(trainer.state.skipped)
-        # The step of the last line whose means are complete: a line that a stop or the end wrote early is written
-        # again, with all its steps, by the resumed run.
+        # The step of the last line whose means are complete: one that a stop or the end wrote before its time is
+        # written again, with all its steps.
         self.line_step = trainer.step
         if saved is not None:
             self.best_effort("the log's state in the checkpoint", partial(self._restore, saved))
@@ -362,7 +362,7 @@ class Watch:
         resumed = trainer.step
         self.spike_log = LineFile(run / "spikes.jsonl", lambda line: line["step"] <= resumed)
         self._resumed = resumed
-        # Times of this process only: of its steps since the last line.
+        # Time is of this process alone: of the steps that it made since the line before.
         self.timed_step, self.elapsed, self.waited = trainer.step, 0.0, 0.0
         self.clock = time.perf_counter()
 
@@ -398,9 +398,9 @@ class Watch:
             self.best_effort(tracker.name, tracker.close)
 
     def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """Yield the batches, and add up the time that the host waits for them.
+        """The same batches; the time that the host waits for each is counted.
 
-        The NVTX range of a step lasts until the next batch is requested.
+        The range of a step lasts until the next batch is asked for.
         """
         while True:
             with self.trainer.ranges("step"):
@@ -414,13 +414,13 @@ class Watch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Context whose time does not count as training."""
+        """Time spent inside does not count as training."""
         started = time.perf_counter()
         yield
         self.clock += time.perf_counter() - started
 
     def after_step(self, last: bool) -> None:
-        """Write a log line if one is due, or if the run ends."""
+        """Log when a line is due, or now if the run ends."""
         config, step = self.trainer.config, self.trainer.step
         if self.progress is not None:
             self.best_effort("the progress bar", self.progress.advance)
@@ -430,7 +430,7 @@ class Watch:
             self._read()
 
     def draw(self, last: bool = False) -> None:
-        """Draw and score samples if they are due, or if the run ends."""
+        """Draw and score samples when they are due, or now if the run ends."""
         config, step = self.trainer.config, self.trainer.step
         if self.grids is not None and (last or step % (config.sample_every or 1) == 0):
             with self.paused():
@@ -441,7 +441,7 @@ class Watch:
                 self._evaluate(self.evaluation)
 
     def catch_up(self) -> None:
-        """Draw and score what was due at the resumed checkpoint's step, if the run ended before it was done."""
+        """Draw and score what is due at the step of the checkpoint that is resumed, and was not done any more."""
         config, step = self.trainer.config, self.trainer.step
         grid_due = self.grids is not None and step % (config.sample_every or 1) == 0
         score_due = self.evaluation is not None and step % (config.evaluate_every or 1) == 0
@@ -463,7 +463,7 @@ class Watch:
         return self.run / PICTURES / f"step-{self.trainer.step:07d}.png"
 
     def state(self) -> dict[str, Any]:
-        """State for a checkpoint of this step; every rank must call it."""
+        """For a checkpoint of this step; every rank calls it."""
         self._read()
         self._measure()
         if self.writes:
@@ -482,7 +482,7 @@ class Watch:
         self.clock = now
 
     def _read(self) -> None:
-        """Add the values of the steps since the last call."""
+        """Take in what the steps since the last call left behind."""
         self.trainer.check_finite()
         values = self.trainer.values()
         for value in values:
@@ -522,13 +522,13 @@ class Watch:
             self.best_effort(str(self.log.path), lambda: self.log.append(line))
 
     def _track(self, action: Callable[[Tracker], None]) -> None:
-        """Call `action` for each tracker; one that fails is not called again."""
+        """Call `action` for each tracker; one that fails gets no more."""
         for tracker in list(self.trackers):
             if not self.best_effort(tracker.name, partial(action, tracker)):
                 self.trackers.remove(tracker)
 
     def _note_spikes(self, values: list[StepValues]) -> None:
-        """Append steps with an outlying loss, and skipped steps, to spikes.jsonl, with their samples and draws."""
+        """Append steps whose loss stands out, or that were left out, to spikes.jsonl, with what they drew."""
         for step, value in enumerate(values, start=self.trainer.step - len(values) + 1):
             reason = self.spikes.judge(value) if value.applied else "not finite, left out"
             if reason is None:
@@ -566,7 +566,7 @@ class Watch:
 
 
 def flat(record: Record) -> dict[str, float]:
-    """A record's numbers by name; those of a tuple are numbered."""
+    """A record's numbers by name, those of a list numbered."""
     numbers: dict[str, float] = {}
     for name, value in dataclasses.asdict(record).items():
         if isinstance(value, tuple):

@@ -18,10 +18,6 @@ README = """# x
 old
 <!-- end -->
 
-text
-
-<!-- table: microbenchmarks -->
-<!-- end -->
 end
 """
 
@@ -108,11 +104,12 @@ def test_gpus_are_not_measured_until_there_is_a_file() -> None:
     found = regions(devices([cpu]))
     assert all(text.startswith("NVIDIA GPU: not measured yet.\n") for text in found.values())
     assert "**Some CPU (CPU)**" in found["ladder"]
-    both = regions(devices([cpu, results(operation("ours", 2e-5), environment=GPU)]))
-    assert "not measured yet" in both["ladder"]
-    assert "not measured yet" not in both["microbenchmarks"]
-    assert both["microbenchmarks"].index("NVIDIA H100") < both["microbenchmarks"].index("Some CPU")
-    assert "driver 570, clocks 1980 MHz" in both["microbenchmarks"]
+    operations = regions(devices([cpu, results(operation("ours", 2e-5), environment=GPU)]))
+    assert "not measured yet" in operations["ladder"]
+    both = regions(devices([cpu, results(step("ours", 0.1), environment=GPU)]))
+    assert "not measured yet" not in both["ladder"]
+    assert both["ladder"].index("NVIDIA H100") < both["ladder"].index("Some CPU")
+    assert "driver 570, clocks 1980 MHz" in both["ladder"]
 
 
 def test_a_case_is_of_one_file_the_newest() -> None:
@@ -132,9 +129,9 @@ def test_headline_is_the_largest_model() -> None:
 
 
 def test_regions_are_filled_and_the_rest_stays() -> None:
-    found = {"ladder": "new\n", "microbenchmarks": "table\n"}
+    found = {"ladder": "new\n"}
     text = fill(README, found)
-    assert text == README.replace("old\n", "new\n").replace("marks -->\n", "marks -->\ntable\n")
+    assert text == README.replace("old\n", "new\n")
     assert fill(text, found) == text
     for broken in (README.replace("table: ladder", "table: other"), README + README, "no table"):
         with pytest.raises(DataError, match=r"README.md has the tables"):
@@ -165,10 +162,10 @@ def test_everything_is_written_once(tree: Path) -> None:
 
 def test_what_is_changed_is_noticed(tree: Path) -> None:
     readme = tree / "README.md"
-    readme.write_text(readme.read_text().replace("2,000 +- 200", "1,000 +- 200"))
+    readme.write_text(readme.read_text().replace("1,000 +- 20", "2,000 +- 20"))
     assert write(tree) == ["README.md"]
     Recorder(tree / "results").add(operation("eager", 4e-3))
-    assert write(tree) == ["README.md", "report.md"]
+    assert write(tree) == ["report.md"]
     Recorder(tree / "results").add(step("ours", 2.0))
     assert write(tree) == ["README.md", "report.md", "steps.png"]
     (path,) = tree.glob("results/*/steps.png")

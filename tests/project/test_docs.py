@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
+import dit_fast
 from benchmarks.analysis.registry import REGISTRY
 from dit_fast.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 RUNS = "<!-- runs -->\n"
@@ -167,6 +169,12 @@ def test_names_of_the_package_exist(page: Path) -> None:
             found = getattr(found, part)
 
 
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    assert len(text.split()) <= 1800
+
+
 def test_every_operation_has_its_section_and_its_bytes() -> None:
     text = (ROOT / "docs" / "kernels.md").read_text()
     sections = re.findall(r"^## `(\w+)`$", text, re.MULTILINE)
@@ -192,7 +200,7 @@ def test_the_profile_that_is_read_is_the_recorded_one() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
     listed = re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)
-    assert sorted(listed) == sorted(path.name for path in PAGES if path.parent.name == "docs")
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT / "docs")) for path in DOCS)
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
@@ -201,10 +209,16 @@ def test_the_site_builds(tmp_path: Path) -> None:
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    pages = {path.stem for path in (tmp_path / "site").glob("*.html")}
-    assert pages >= {path.stem for path in PAGES if path.parent.name == "docs"}
-    # What a browser would fetch from elsewhere; links that a reader may follow are not.
-    for page in (tmp_path / "site").glob("*.html"):
+    site = tmp_path / "site"
+    pages = {path.relative_to(site).with_suffix("") for path in site.rglob("*.html")}
+    assert pages >= {path.relative_to(ROOT / "docs").with_suffix("") for path in DOCS}
+    # Resources that a browser would fetch from elsewhere; links are not.
+    for page in site.rglob("*.html"):
         assert not re.findall(
             r'<(?:script|img|iframe)[^>]+src="https?:|<link rel="stylesheet" href="https?:', page.read_text()
         )
+    # The API pages have every public name with its signature.
+    reference = "".join(path.read_text() for path in (site / "api").glob("*.html"))
+    entries = {name.rpartition(".")[2] for name in re.findall(r'<h[2-4] id="([\w.]+)"', reference)}
+    assert entries >= {*dit_fast.__all__, *(spec.name for spec in REGISTRY.values())} - {"DiT_models"}
+    assert "input_size" in reference

@@ -133,7 +133,7 @@ def test_what_cannot_be_scored_is_said_before_the_first_step(tmp_path, options):
         tiny(**{**options, "evaluate_samples": 1})
     each = trainer(**options)
     each.world = OneOfTwo(rank=0, size=64)
-    with pytest.raises(ConfigError, match="--evaluate-samples 10: give at least one per rank, 64"):
+    with pytest.raises(ConfigError, match="--evaluate-samples 10: give one for each rank, 64"):
         Evaluation(each)
     other = write_npz(tmp_path / "other.npz", mu=np.zeros(6), sigma=np.eye(6), num=9, extractor="VGG")
     with pytest.raises(
