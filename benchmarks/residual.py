@@ -9,9 +9,11 @@ import argparse
 import statistics
 
 from dit_fast.data import open_data
+from dit_fast.distributed.world import DeviceName
 from dit_fast.training import TrainConfig, Trainer
+from dit_fast.training.precision import ResidualDtype, TrainPrecision
 
-RUNS = {
+RUNS: dict[str, tuple[TrainPrecision, ResidualDtype]] = {
     "float32": ("fp32", "fp32"),
     "bf16, fp32 stream": ("bf16", "fp32"),
     "bf16, bf16 stream": ("bf16", "bf16"),
@@ -19,7 +21,7 @@ RUNS = {
 LAST = 100
 
 
-def losses(precision: str, residual: str, steps: int, device: str) -> list[float]:
+def losses(precision: TrainPrecision, residual: ResidualDtype, steps: int, device: DeviceName) -> list[float]:
     """The loss of each step; the last `LAST` of them are compared."""
     config = TrainConfig(
         data="digits", hidden_size=64, depth=4, num_heads=2, patch_size=2, batch_size=16, lr=1e-3, beta2=0.99,

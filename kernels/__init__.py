@@ -9,10 +9,10 @@ if __name__ == "dit_fast.kernels":
     from dit_fast.kernels.adamw_ema import adamw_ema, grad_square_sum
     from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors
     from dit_fast.kernels.attention.attention import attention
-    from dit_fast.kernels.attention.backends import BACKENDS, Choice, choose_backend
-    from dit_fast.kernels.library import KERNEL_MODES, NORMS, uses_triton
+    from dit_fast.kernels.attention.backends import BACKENDS, AttentionBackend, Choice, choose_backend
+    from dit_fast.kernels.library import KERNEL_MODES, NORMS, KernelMode, Norm, uses_triton
     from dit_fast.kernels.mlp.gelu import gelu
-    from dit_fast.kernels.mlp.mlp import ACTIVATIONS, EPILOGUES, mlp
+    from dit_fast.kernels.mlp.mlp import ACTIVATIONS, EPILOGUES, Activation, MlpEpilogue, mlp
     from dit_fast.kernels.mlp.swiglu import swiglu
     from dit_fast.kernels.patchify import patch_embed, unpatchify
     from dit_fast.kernels.qk_norm_rope import qk_norm_rope
@@ -33,9 +33,14 @@ __all__ = [
     "EPILOGUES",
     "KERNEL_MODES",
     "NORMS",
+    "Activation",
     "AdamWSettings",
     "AdamWTensors",
+    "AttentionBackend",
     "Choice",
+    "KernelMode",
+    "MlpEpilogue",
+    "Norm",
     "adaln_modulate",
     "adamw_ema",
     "attention",

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -16,9 +16,11 @@ from torch.utils.flop_counter import register_flop_formula
 from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import recording
 
-KERNEL_MODES = ("auto", "triton", "reference")
+KernelMode = Literal["auto", "triton", "reference"]
+KERNEL_MODES = get_args(KernelMode)
 
-NORMS = ("layernorm", "rmsnorm")
+Norm = Literal["layernorm", "rmsnorm"]
+NORMS = get_args(Norm)
 """What `norm` of the modulated norms may be."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -61,7 +61,7 @@ class Sampling:
         config = SamplerConfig(
             mode="reference",
             guidance=Guidance(SCALE if self.case.guided else 1.0),
-            precision=rung.dtype if rung.bf16 else None,
+            precision="fp8" if rung.fp8 else "bf16" if rung.bf16 else None,
             graph="auto" if rung.graph else "never",
             compile=rung.compile,
         )

@@ -5,7 +5,6 @@ import difflib
 import importlib
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -17,8 +16,8 @@ from dit_fast import __version__
 from dit_fast.errors import ConfigError, DitFastError
 from dit_fast.utils.terminal import lasting_streams, printable, say
 
-# name: what it does. The module dit_fast.cli.<name> has add_arguments(parser) and run(args) -> status; it
-# is imported only when its command is called, so that `dit-fast --help` does not wait for PyTorch.
+# Name and purpose. The module dit_fast.cli.<name> has add_arguments(parser), run(args) -> status and, if the help text
+# has a tail, EPILOG. It is imported only when its command is called: `dit-fast --help` does not wait for PyTorch.
 COMMANDS = {
     "doctor": "what this machine has, and which path each part takes on it",
     "info": "parameters, multiply-adds and memory of a model",
@@ -109,6 +108,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if name == called:
             module = importlib.import_module(f"dit_fast.cli.{name}")
             module.add_arguments(command)
+            command.formatter_class = argparse.RawDescriptionHelpFormatter
+            command.epilog = getattr(module, "EPILOG", None)
+            words = [str(action.metavar) for action in command._get_positional_actions()]
+            command.usage = " ".join([command.prog, "[options]", *words])
             command.set_defaults(run=module.run)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -131,7 +134,7 @@ class Parser(argparse.ArgumentParser):
 
 def _nearest(unknown: Sequence[str], command: argparse.ArgumentParser) -> str:
     """What to try instead of options that a command does not have."""
-    known = re.findall(r"--[\w-]+", command.format_usage())
+    known = [*command._option_string_actions]
     names = (argument.partition("=")[0] for argument in unknown if argument.startswith("--"))
     near = [match for name in names for match in difflib.get_close_matches(name, known, 1)]
     return f" (did you mean {', '.join(near)}?)" if near else ""

@@ -1,4 +1,4 @@
-"""`dit-fast doctor`: what this machine has, which path each part takes on it, and why."""
+"""`dit-fast doctor`: hardware and packages of this machine, and the code path that each operation takes on it."""
 
 import argparse
 import importlib
@@ -6,13 +6,15 @@ import importlib.metadata
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
 
 from dit_fast import __version__
-from dit_fast.kernels import BACKENDS, EPILOGUES, Choice, choose_backend, uses_triton
+from dit_fast.kernels import AttentionBackend, Choice, MlpEpilogue, choose_backend, uses_triton
 from dit_fast.kernels.mlp.mlp import choose_epilogue
+from dit_fast.utils.options import Options, add_options, option, read_options
 from dit_fast.utils.terminal import say
 
 # distribution: (module to import, the extra of dit-fast that brings it, what it is for).
@@ -30,14 +32,22 @@ OPTIONAL = {
 TOKENS, HEAD_DIM, WIDTH, BATCH = (256, 1024), 72, 1152, 256
 
 
+@dataclass(frozen=True)
+class DoctorOptions(Options):
+    attention: AttentionBackend = option(
+        "auto", "Explain this attention backend instead of the one that auto chooses"
+    )
+    mlp_epilogue: MlpEpilogue = option(
+        "auto", "Explain this MLP epilogue instead of the one that auto chooses"
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, words in (("attention", BACKENDS), ("mlp-epilogue", EPILOGUES)):
-        parser.add_argument(
-            f"--{name}", default="auto", choices=words, help="explain this one instead of auto's choice"
-        )
+    add_options(parser, DoctorOptions)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    options = read_options(DoctorOptions, args)
     for name, value in report(options.attention, options.mlp_epilogue):
         say(f"{name:<16} {value}")
     return 0

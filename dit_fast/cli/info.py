@@ -1,4 +1,4 @@
-"""`dit-fast info`: what a model costs, before it is trained."""
+"""`dit-fast info`: parameters, multiply-adds and memory of a model, without building it in memory."""
 
 import argparse
 import json
@@ -8,26 +8,29 @@ from typing import Any
 
 import torch
 
-from dit_fast.cli.train import add_model_options
 from dit_fast.errors import ConfigError
 from dit_fast.interop import load_model
 from dit_fast.model.blocks import ADAPTIVE
-from dit_fast.model.cost import PRECISIONS, Counts, count, kept_bytes, table
+from dit_fast.model.config import SIZES
+from dit_fast.model.cost import CostPrecision, Counts, count, kept_bytes, table
 from dit_fast.model.dit import DiT
 from dit_fast.model.presets import DiT_models
 from dit_fast.training.config import TrainConfig, build_model
-from dit_fast.training.precision import RESIDUALS
+from dit_fast.training.precision import ResidualDtype
+from dit_fast.utils.options import Options, add_options, flag_of, given_options, option, read_options
 from dit_fast.utils.terminal import say
 from dit_fast.utils.values import SIDE, SOURCE, Whole
 
-_EPILOG = """Conventions: a multiply-add (MAC) is two FLOPs, and the paper's "Gflops" are MACs. Counted are linear
-layers, patch projection and attention's two products. Training is three times the forward pass. GB are 10^9 bytes.
+EPILOG = """Conventions: a multiply-add (MAC) is two FLOPs, and the paper's "Gflops" are MACs. Linear layers, the patch
+projection and the two products of attention are counted; a training step is three forward passes; a GB is 10^9 bytes.
 Example: dit-fast info DiT-XL/2 --input-size 64 --batch-size 32"""
+
+_GROUPS = ("model",)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The samples of a model that has no data yet."""
+    """Shape of the samples of a model without data."""
 
     image_size: int
     channels: int
@@ -36,107 +39,90 @@ class Inputs:
     buckets: tuple[tuple[int, int], ...] = ()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.argument_default = argparse.SUPPRESS
-    parser.add_argument(
-        "source",
-        type=SOURCE,
-        nargs="?",
+@dataclass(frozen=True)
+class InfoOptions(Options):
+    source: str | None = option(
+        None,
+        "Size and patch size, e.g. DiT-XL/2, or any checkpoint that dit-fast sample reads",
+        SOURCE,
         metavar="MODEL",
-        help="size and patch, e.g. DiT-XL/2, or anything that dit-fast sample takes as --ckpt",
+        positional=True,
     )
-    add_model_options(parser.add_argument_group("model, where MODEL is no checkpoint"))
-    inputs = parser.add_argument_group("its inputs")
-    inputs.add_argument(
-        "--input-size", type=SIDE, metavar="S", help="side of latents or images (default: 32)"
+    input_size: int = option(32, "Side of the latents or images", SIDE, group="inputs", metavar="S")
+    in_channels: int = option(
+        4, "Channels of the latents or images", SIZES["in_channels"], group="inputs", metavar="C"
     )
-    inputs.add_argument("--in-channels", type=Whole(1, 1 << 12), metavar="C", help="(default: 4, of latents)")
-    inputs.add_argument(
-        "--caption-dim", type=Whole(0, 1 << 16), metavar="E", help="captions of this width, not classes"
+    caption_dim: int = option(
+        0, "Width of captions, 0 for classes", SIZES["caption_dim"], group="inputs", metavar="E"
     )
-    inputs.add_argument(
-        "--caption-tokens",
-        type=Whole(1, 1 << 16),
-        default=77,
-        metavar="S",
-        help="tokens of a caption (default: 77)",
+    caption_tokens: int = option(77, "Tokens per caption", Whole(1, 1 << 16), group="inputs", metavar="S")
+    batch_size: int = option(
+        256, "Images per step on one GPU", Whole(1, 1 << 24), group="training step", metavar="B"
     )
-    step = parser.add_argument_group("training step")
-    step.add_argument(
-        "--batch-size", type=Whole(1, 1 << 24), default=256, metavar="B", help="on one GPU (default: 256)"
+    precision: CostPrecision = option("bf16", "Arithmetic of the model", group="training step")
+    residual: ResidualDtype = option("fp32", "Dtype of the residual stream", group="training step")
+    json: bool = option(False, "Print JSON instead of text", group="output")
+    table: bool = option(
+        False, "Print the twelve sizes of the paper with each of its four blocks", group="output"
     )
-    step.add_argument(
-        "--precision", choices=tuple(PRECISIONS), default="bf16", help="of the arithmetic (default: bf16)"
-    )
-    step.add_argument("--residual", choices=RESIDUALS, default="fp32", help="(default: fp32)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", default=False, help="JSON instead of text")
-    output.add_argument(
-        "--table",
-        action="store_true",
-        default=False,
-        help="the paper's twelve sizes with each of its four blocks",
-    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, InfoOptions)
+    add_options(parser, TrainConfig, _GROUPS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the counts of a model, or the table of the paper's."""
-    options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
-    step = {name: options.pop(name) for name in ("batch_size", "precision", "residual")}
-    as_json, whole_table = options.pop("json"), options.pop("table")
-    tokens = options.pop("caption_tokens")
-    if whole_table:
-        if options:
-            raise ConfigError(f"--table is of the paper's models: leave out {_flags(options)}")
-        say(*(_table_json() if as_json else _table_text()).splitlines())
+    """Print the counts of a model, or the table of the paper's models."""
+    options = read_options(InfoOptions, args)
+    # Options of the model itself, which a checkpoint and the table have already.
+    model_options = given_options(TrainConfig, args, _GROUPS)
+    chosen = [flag_of(name) for name in model_options]
+    chosen += [flag_of(name) for name in ("input_size", "in_channels", "caption_dim") if name in vars(args)]
+    if options.table:
+        if options.source is not None or chosen:
+            names = ", ".join(filter(None, (options.source, *chosen)))
+            raise ConfigError(f"--table prints the models of the paper: remove {names}")
+        say(*(_table_json() if options.json else _table_text()).splitlines())
         return 0
-    name, model = _open(options)
+    name, model = _open(options, model_options, chosen)
     try:
-        counts = count(model, tokens)
+        counts = count(model, options.caption_tokens)
         kept = kept_bytes(
             model.config,
-            step["batch_size"],
-            precision=step["precision"],
-            residual=step["residual"],
-            caption_tokens=tokens,
+            options.batch_size,
+            precision=options.precision,
+            residual=options.residual,
+            caption_tokens=options.caption_tokens,
         )
     except ValueError as error:  # Kernels refuse tensors beyond their offsets.
         raise ConfigError(f"{name}: {error}; give a smaller --input-size or a larger --patch-size") from None
-    told = 0 if model.conditioning in ADAPTIVE else model.condition_tokens(tokens)
-    text = (_as_json if as_json else _as_text)(name, model, counts, told, kept, step)
+    tokens = 0 if model.conditioning in ADAPTIVE else model.condition_tokens(options.caption_tokens)
+    step = {"batch_size": options.batch_size, "precision": options.precision, "residual": options.residual}
+    text = (_as_json if options.json else _as_text)(name, model, counts, tokens, kept, step)
     say(*text.splitlines())
     return 0
 
 
-def _open(options: dict[str, Any]) -> tuple[str, DiT]:
-    """What the model is called, and the model: of a checkpoint, or of the options without memory."""
-    source = options.pop("source", None)
+def _open(options: InfoOptions, model_options: dict[str, Any], chosen: list[str]) -> tuple[str, DiT]:
+    """Name and model: of a checkpoint, or of the options, without memory for its weights."""
+    source = options.source
     if source is not None and source not in DiT_models and Path(source).exists():
-        if options:
-            raise ConfigError(f"{source} says what its model is: leave out {_flags(options)}")
+        if chosen:
+            raise ConfigError(f"{source} defines its own model: remove {', '.join(chosen)}")
         return source, load_model(source)[0]
-    if source is not None and "model" in options:
-        raise ConfigError(f"{source} and --model {options['model']} both name the model: give one")
-    shape = Inputs(
-        options.pop("input_size", 32),
-        options.pop("in_channels", 4),
-        options.pop("num_classes", 1000),
-        options.pop("caption_dim", 0),
-    )
-    config = TrainConfig(data="(none)", **({"model": source} if source is not None else {}), **options)
+    if source is not None and "model" in model_options:
+        raise ConfigError(f"{source} and --model {model_options['model']} both name the model: give one")
+    classes = model_options.pop("num_classes", 1000)
+    shape = Inputs(options.input_size, options.in_channels, classes, options.caption_dim)
+    named = {**model_options, **({} if source is None else {"model": source})}
+    config = TrainConfig(data="(none)", **named)
     with torch.device("meta"):
-        return "of the options" if options.keys() - {"model"} else config.model, build_model(config, shape)
-
-
-def _flags(options: dict[str, Any]) -> str:
-    named = (f"--{name.replace('_', '-')}" if name != "source" else str(options[name]) for name in options)
-    return ", ".join(named)
+        return config.model if named.keys() <= {"model"} else "of the options", build_model(config, shape)
 
 
 def _as_json(
-    name: str, model: DiT, counts: Counts, told: int, kept: dict[str, int], step: dict[str, Any]
+    name: str, model: DiT, counts: Counts, condition_tokens: int, kept: dict[str, int], step: dict[str, Any]
 ) -> str:
     memory = {"state_bytes": counts.state_bytes, "kept_for_backward_bytes": kept}
     return json.dumps(
@@ -144,7 +130,7 @@ def _as_json(
             "model": name,
             "config": model.config,
             **counts.as_json(),
-            "condition_tokens": told,
+            "condition_tokens": condition_tokens,
             "training_step": {**step, **memory},
         },
         indent=2,
@@ -152,7 +138,7 @@ def _as_json(
 
 
 def _as_text(
-    name: str, model: DiT, counts: Counts, told: int, kept: dict[str, int], step: dict[str, Any]
+    name: str, model: DiT, counts: Counts, condition_tokens: int, kept: dict[str, int], step: dict[str, Any]
 ) -> str:
     config = model.config
     height, width = config["input_size"]
@@ -172,12 +158,12 @@ def _as_text(
         (
             "input",
             f"{config['in_channels']} x {height} x {width}, patch {config['patch_size']}: {counts.tokens} tokens"
-            + (f", and {told} of the condition" if told else ""),
+            + (f", and {condition_tokens} of the condition" if condition_tokens else ""),
         ),
         ("parameters", f"{counts.parameters:,} ({counts.fixed:,} of them fixed)"),
         ("forward", f"{counts.macs / 1e9:.4g} GMAC an image = {counts.forward_flops / 1e9:.4g} GFLOP"),
         ("training", f"{counts.training_flops / 1e9:.4g} GFLOP an image, 3 times the forward pass"),
-        ("memory, GB", f"{state}: {sum(counts.state_bytes.values()) / 1e9:.3g} in all, optimiser ours"),
+        ("memory, GB", f"{state}: {sum(counts.state_bytes.values()) / 1e9:.3g} in all, optimizer adamw_ema"),
         (
             "activations, GB",
             f"{held}, kept for the backward pass by --recompute "

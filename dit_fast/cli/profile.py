@@ -3,6 +3,7 @@
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,63 +17,54 @@ from dit_fast.data import LatentSet
 from dit_fast.distributed.world import choose_device
 from dit_fast.errors import ConfigError, OutputError
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_schedule
-from dit_fast.training import PRESETS, TrainConfig, Trainer
+from dit_fast.sampling.config import SamplePrecision
+from dit_fast.training import TrainConfig, Trainer
 from dit_fast.training.config import apply_to_process, build_model, open_set
 from dit_fast.training.precision import choose_precision
 from dit_fast.training.run import prefetch
 from dit_fast.utils.nvtx import mark_blocks, profiler_ranges
+from dit_fast.utils.options import Options, add_options, flag_of, option, read_options
 from dit_fast.utils.terminal import say
 from dit_fast.utils.values import PATH, Whole
 
+EPILOG = "Takes the options of dit-fast train; writes no checkpoint. Open the trace at ui.perfetto.dev."
 _OF_A_RUN = ("out", "results_dir", "resume")
 Steps = Callable[[Callable[[], None]], None]
 """steps(after): makes all steps and calls `after` behind each."""
 
 
+@dataclass(frozen=True)
+class TraceOptions(Options):
+    trace: Path = option(Path("trace.json"), "Chrome trace to write", PATH, group="trace", metavar="JSON")
+    first: int = option(10, "Steps before the traced ones", Whole(0), group="trace", metavar="N")
+    count: int = option(3, "Steps to trace", Whole(1, 1 << 20), group="trace", metavar="N")
+    top: int = option(20, "Kernels to print", Whole(1, 1 << 20), group="trace", metavar="N")
+    sample: bool = option(
+        False,
+        "Trace sampling steps (DDPM, guidance scale 4) of a batch with untrained weights instead of training steps",
+        group="trace",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dit-fast train`, and which steps are traced."""
+    """Options of `dit-fast train`, and the steps to trace."""
+    add_options(parser, TraceOptions)
     train.add_arguments(parser)
-    parser.epilog = (
-        "Takes the options of dit-fast train; writes no checkpoint. Open the trace at ui.perfetto.dev."
-    )
-    trace = parser.add_argument_group("trace")
-    trace.add_argument("--trace", type=PATH, default=Path("trace.json"), help="(default: trace.json)")
-    trace.add_argument(
-        "--first", type=Whole(0), default=10, metavar="N", help="steps before the traced ones (default: 10)"
-    )
-    trace.add_argument(
-        "--count", type=Whole(1, 1 << 20), default=3, metavar="N", help="steps to trace (default: 3)"
-    )
-    trace.add_argument(
-        "--top", type=Whole(1, 1 << 20), default=20, metavar="N", help="kernels to print (default: 20)"
-    )
-    trace.add_argument(
-        "--sample",
-        action="store_true",
-        default=False,
-        help="trace sampling steps (DDPM, guidance 4) of a batch with new weights instead of training steps",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Trace steps `first` to `first` + `count` of a run that is not kept, or of a sampling trajectory."""
-    options: dict[str, Any] = {
-        name: value for name, value in vars(args).items() if name not in ("command", "run")
-    }
-    path, first, count, top, sample = (
-        options.pop(name) for name in ("trace", "first", "count", "top", "sample")
-    )
-    if given := [f"--{name.replace('_', '-')}" for name in _OF_A_RUN if options.pop(name, None) is not None]:
-        raise ConfigError(f"dit-fast profile keeps no run: leave out {', '.join(given)}")
-    options = {**PRESETS.get(options.pop("preset", ""), {}), **options}
-    if "data" not in options:
-        raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")
-    config = TrainConfig(**{**options, "epochs": None, "steps": first + count})
+    options = read_options(TraceOptions, args)
+    if given := [flag_of(name) for name in _OF_A_RUN if name in vars(args)]:
+        raise ConfigError(f"dit-fast profile keeps no run: remove {', '.join(given)}")
+    length = {"epochs": None, "steps": options.first + options.count}
+    config = TrainConfig(**{**train.preset_options(args), **length})
     apply_to_process(config)
     device = choose_device(config.device)
-    steps = (sampling_steps if sample else training_steps)(config, device)
-    say(*trace_steps(steps, device, first, count, path, top).splitlines())
-    say(f"{path}: {count} {'sampling ' if sample else ''}step{'s' if count > 1 else ''} after {first}")
+    steps = (sampling_steps if options.sample else training_steps)(config, device)
+    tables = trace_steps(steps, device, options.first, options.count, options.trace, options.top)
+    kind = f"{'sampling ' if options.sample else ''}step{'s' if options.count > 1 else ''}"
+    say(*tables.splitlines(), f"{options.trace}: {options.count} {kind} after {options.first}")
     return 0
 
 
@@ -98,7 +90,7 @@ def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
     model = build_model(config, data).to(device).eval()
     if not config.compile:  # Compiled, a step's evaluation is one graph, in which no range can stand.
         mark_blocks(model.blocks, profiler_ranges())
-    precision = choose_precision(config.precision, device)
+    low: dict[str, SamplePrecision] = {"fp16": "fp16", "bf16": "bf16"}
     objective = config.objective_arguments()
     solver = default_solver(objective)
     sampler = Sampler(
@@ -108,18 +100,18 @@ def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
             solver=solver,
             guidance=Guidance(4.0 if model.has_null else 1.0),
             clip=not isinstance(data, LatentSet),
-            precision=precision if precision in ("fp16", "bf16") else None,
+            precision=low.get(choose_precision(config.precision, device)),
             graph="auto" if config.cuda_graph else "never",
             compile=config.compile,
         ),
     )
     numbers = torch.arange(config.batch_size)
-    told = numbers % max(model.num_classes, 1)
+    conditions = numbers % max(model.num_classes, 1)
     if model.caption_dim:
-        told = data.train.told(numbers % len(data.train))
+        conditions = data.train.told(numbers % len(data.train))
 
     def steps(after: Callable[[], None]) -> None:
-        sampler(told, batch_size=len(told), on_step=lambda step: after())
+        sampler(conditions, batch_size=len(conditions), on_step=lambda step: after())
 
     return steps
 

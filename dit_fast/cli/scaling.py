@@ -4,70 +4,70 @@ import argparse
 import json
 import logging
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dit_fast.cli import train
 from dit_fast.distributed.world import join_world
 from dit_fast.errors import ConfigError, MissingExtraError, OutputError
-from dit_fast.training.presets import PRESETS
+from dit_fast.training.config import TrainConfig
 from dit_fast.training.scaling_study import LADDER, Ladder, Rung, Study
 from dit_fast.utils.files import write_atomically
+from dit_fast.utils.options import Options, add_options, flag_of, given_options, option, read_options
 from dit_fast.utils.terminal import say
-from dit_fast.utils.values import TEXT, Number
+from dit_fast.utils.values import TEXT, Number, Several
 
-_EPILOG = """Takes the options of dit-fast train, for all models alike; --out is the study's folder (default: scaling).
+EPILOG = """Takes the options of dit-fast train, which apply to all models; --out is the folder (default: scaling).
 Example, on the demo's data and recipe:
 dit-fast scaling --preset demo --out study --budget 2e13"""
 _OF_A_RUN = ("results_dir", "resume", "model", "hidden_size", "depth", "num_heads")
-# What the ladder says instead, of a preset that is for one model.
+# Options of a preset, which is for one model, that the ladder sets itself.
 _OF_A_PRESET = ("model", "hidden_size", "depth", "num_heads", "log_every")
 logger = logging.getLogger(__name__)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dit-fast train`, the sizes, and how long they are trained."""
-    train.add_arguments(parser)
-    parser.epilog = _EPILOG
-    ladder = parser.add_argument_group("ladder")
-    ladder.add_argument(
-        "--sizes",
-        type=TEXT,
-        nargs="+",
-        default=list(LADDER),
+@dataclass(frozen=True)
+class LadderOptions(Options):
+    sizes: tuple[str, ...] = option(
+        tuple(LADDER),
+        "Models to train: WIDTHxDEPTH, or sizes of the paper such as DiT-S/8",
+        Several(TEXT),
+        group="models",
         metavar="SIZE",
-        help=f"WIDTHxDEPTH, or sizes of the paper such as DiT-S/8 (default: {' '.join(LADDER)})",
     )
-    ladder.add_argument(
-        "--budget",
-        type=Number(0, 1e36, above=True),
-        default=None,
+    budget: float | None = option(
+        None,
+        "Training compute of all models together, instead of --steps",
+        Number(0, 1e36, above=True),
+        group="models",
         metavar="FLOP",
-        help="training compute of all models together, instead of --steps",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `dit-fast train`, the sizes, and the training compute."""
+    add_options(parser, LadderOptions)
+    train.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train what is not trained yet, measure, and write STUDY/scaling.json and STUDY/scaling.png."""
-    asked: dict[str, Any] = {
-        name: value for name, value in vars(args).items() if name not in ("command", "run")
-    }
-    sizes, budget, out = asked.pop("sizes"), asked.pop("budget"), Path(asked.pop("out", "scaling"))
-    if given := [f"--{name.replace('_', '-')}" for name in _OF_A_RUN if name in asked]:
-        raise ConfigError(
-            f"dit-fast scaling trains one model of each of --sizes: leave out {', '.join(given)}"
-        )
-    preset = PRESETS.get(asked.pop("preset", ""), {})
-    length = {name for name in ("steps", "epochs") if name in asked}
-    if budget is not None and length:
+    """Train the models that are not trained yet, measure, and write STUDY/scaling.json and STUDY/scaling.png."""
+    ladder_options = read_options(LadderOptions, args)
+    sizes, budget, out = ladder_options.sizes, ladder_options.budget, Path(getattr(args, "out", "scaling"))
+    if given := [flag_of(name) for name in _OF_A_RUN if name in vars(args)]:
+        raise ConfigError(f"dit-fast scaling trains one model for each of --sizes: remove {', '.join(given)}")
+    asked = given_options(TrainConfig, args)
+    if budget is not None and asked.keys() & {"steps", "epochs"}:
         raise ConfigError(f"--budget {budget:g} sets the length: give neither --steps nor --epochs")
-    options = {**{name: value for name, value in preset.items() if name not in _OF_A_PRESET}, **asked}
-    if "data" not in options:
-        raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")
+    options = {
+        name: value
+        for name, value in train.preset_options(args).items()
+        if name in asked or name not in _OF_A_PRESET
+    }
     if budget is not None or "epochs" in asked:
         options.pop("steps", None)
     elif "steps" not in options:
-        raise ConfigError("how long is missing: give --budget FLOP, --steps N or --epochs N")
+        raise ConfigError("the length is missing: give --budget FLOP, --steps N or --epochs N")
     with join_world(options.get("device", "auto")) as world:
         ladder = Ladder(options, [Rung.of(name) for name in sizes], out, budget)
         for number, (rung, counts) in enumerate(zip(ladder.rungs, ladder.counts, strict=True)):
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 if world.is_first:
                     say(
                         f"{result.stopped_by.name}: stopped and saved at step {result.step} of {ladder.steps}; the "
-                        f"same command goes on there, with --out {shlex.quote(str(out))}"
+                        f"same command continues there, with --out {shlex.quote(str(out))}"
                     )
                 return 128 + result.stopped_by
         study = world.first(lambda: ladder.study(world.device))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from dit_fast.data.captions import (
 from dit_fast.data.decode import Conversion, list_failures, read_each, read_first_frame
 from dit_fast.data.image_files import warn_of_frames
 from dit_fast.data.shards import (
-    DTYPES,
     FORMAT,
     LABELS,
     MANIFEST,
@@ -44,6 +43,7 @@ from dit_fast.data.shards import (
     SETTINGS_CHECK,
     TEXTS,
     HashingFile,
+    StoredDtype,
     digest_file,
     digest_json,
     npy_bytes,
@@ -60,85 +60,120 @@ from dit_fast.encoders.autoencoder import LatentEncoder
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.utils.files import check_output, prepare_folder, write_atomically
 from dit_fast.utils.locks import FolderLock
+from dit_fast.utils.options import REQUIRED, check_options, documented, option
 from dit_fast.utils.schema import brief
-from dit_fast.utils.values import (
-    FLAG,
-    SIDE,
-    SOURCE,
-    TEXT,
-    OneOf,
-    Value,
-    Whole,
-    check_fields,
-    check_memory,
-    flag_of,
-)
+from dit_fast.utils.values import SIDE, SOURCE, TEXT, Whole, check_memory
 
-PRECISIONS = ("fp32", "tf32", "bf16")
 _FLIPS = (False, True)
 
 
-RANGES: dict[str, Value] = {
-    "data": SOURCE,
-    "out": SOURCE,
-    "vae": SOURCE,
-    "image_size": SIDE,
-    "dtype": OneOf(tuple(DTYPES)),
-    "precision": OneOf(PRECISIONS),
-    "batch_size": Whole(1, 1 << 24),
-    "shard_size": Whole(1, 1 << 24),
-    "num_workers": Whole(1, 1 << 12),
-    "num_classes": Whole(0, 1 << 24),
-    "background": TEXT,
-    "raw_pixels": FLAG,
-    "skip_unreadable": Whole(0),
-    "text_encoder": SOURCE,
-    "caption_tokens": Whole(1, 1 << 16),
-}
-"""The value of each field of `EncodeConfig`."""
-
-
+@documented
 @dataclass(frozen=True)
 class EncodeConfig:
-    """How a folder becomes a latent set.
+    """Configuration of `encode`, which writes a folder of images as a set of latents.
 
-    data         folder of class sub-folders of images, or with captions (`dit_fast.data.captions`)
-    out          folder of the set, new or of a run to continue
-    vae          "ema", "mse" (stabilityai/sd-vae-ft-...) or a folder with a diffusers AutoencoderKL
-    text_encoder stores embeddings of captions instead of classes: a CLIP or T5 of transformers, by name or folder, or a
-                 .safetensors or .npz of embeddings; caption_tokens: their number (None: the encoder's own)
-    image_size   images are scaled and cropped to this side, as ADM does (`dit_fast.data.center_crop`)
-    dtype        of the stored moments: float16 (error at most 2**-11 of a value) or float32, twice the size
-    precision    of the autoencoder: fp32, tf32 (fp32 without a GPU) or bf16
-    batch_size   images at a time; each is encoded plain and mirrored
-    shard_size   images in a file
-    num_workers  threads that decode images; None: one a core
-    num_classes  0: no class is told, images need no sub-folders; None: one class for each
-    background, raw_pixels   how files become pixels (`dit_fast.data.Conversion`)
-    skip_unreadable   files that may be unreadable; the set is of the others
+    Raises:
+        ConfigError: a value is out of range, or two exclude each other.
     """
 
-    data: str
-    out: str
-    vae: str = "ema"
-    image_size: int = 256
-    dtype: str = "float16"
-    precision: str = "tf32"
-    batch_size: int = 32
-    shard_size: int = 4096
-    num_workers: int | None = None
-    text_encoder: str | None = None
-    caption_tokens: int | None = None
-    num_classes: int | None = None
-    background: str = "white"
-    raw_pixels: bool = False
-    skip_unreadable: int = 0
+    data: str = option(
+        REQUIRED,
+        "Folder of class sub-folders of images, or of images with captions (NAME.txt beside each, or metadata.jsonl)",
+        SOURCE,
+        group="data",
+        metavar="FOLDER",
+        aliases=("--data-path",),
+    )
+    out: str = option(
+        REQUIRED,
+        "Folder of the set, which an interrupted command continues; with --vae none a .safetensors file",
+        SOURCE,
+        group="data",
+        metavar="DIR",
+    )
+    vae: str = option(
+        "ema",
+        "Autoencoder: ema or mse (stabilityai/sd-vae-ft-...), or a folder with a diffusers AutoencoderKL; none writes "
+        "embeddings of captions alone, FOLDER/embeddings.safetensors for training on images",
+        SOURCE,
+        group="encoders",
+        metavar="NAME",
+    )
+    image_size: int = option(
+        256,
+        "Scale and center-crop images to S x S, as ADM does",
+        SIDE,
+        group="data",
+        metavar="S",
+        aliases=("--size",),
+    )
+    dtype: StoredDtype = option(
+        "float16",
+        "Dtype of the stored moments; float16 has a relative error of at most 2**-11",
+        group="encoders",
+    )
+    precision: Literal["fp32", "tf32", "bf16"] = option(
+        "tf32", "Arithmetic of the autoencoder; tf32 is fp32 without a GPU", group="encoders"
+    )
+    batch_size: int = option(
+        32,
+        "Images per batch; each is encoded as it is and mirrored",
+        Whole(1, 1 << 24),
+        group="machine",
+        metavar="B",
+    )
+    shard_size: int = option(4096, "Images per file", Whole(1, 1 << 24), group="machine", metavar="M")
+    num_workers: int | None = option(
+        None,
+        "Threads that decode images",
+        Whole(1, 1 << 12),
+        group="machine",
+        metavar="N",
+        default_text="one per CPU core",
+    )
+    text_encoder: str | None = option(
+        None,
+        "Store embeddings of captions instead of classes: name or folder of a CLIP or T5 of transformers, or a "
+        ".safetensors or .npz file of arrays (tokens, width) named as the images are",
+        SOURCE,
+        group="encoders",
+        metavar="NAME",
+    )
+    caption_tokens: int | None = option(
+        None,
+        "Tokens per caption",
+        Whole(1, 1 << 16),
+        group="encoders",
+        metavar="S",
+        default_text="as many as the encoder takes, at most 120",
+    )
+    num_classes: int | None = option(
+        None,
+        "0 stores no classes, and the images need no sub-folders",
+        Whole(0, 1 << 24),
+        group="data",
+        metavar="N",
+        default_text="one class per sub-folder",
+    )
+    background: str = option(
+        "white",
+        "Color on which transparent images are composited, a name or #rrggbb",
+        TEXT,
+        group="data",
+        metavar="COLOR",
+    )
+    raw_pixels: bool = option(
+        False, "Ignore transparency and EXIF orientation, as the reference implementation does", group="data"
+    )
+    skip_unreadable: int = option(
+        0, "Number of unreadable files that the set may leave out", Whole(0), group="data", metavar="N"
+    )
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_fields(self, RANGES, lambda field: "--size" if field == "image_size" else flag_of(field))
+        check_options(self)
         images = 4 * 3 * self.batch_size * self.image_size**2
-        check_memory(images, f"a batch with --size {self.image_size} --batch-size {self.batch_size}")
+        check_memory(images, f"a batch with --image-size {self.image_size} --batch-size {self.batch_size}")
         if self.num_classes not in (None, 0):
             raise ConfigError(f"--num-classes {self.num_classes}: sub-folders are classes; give 0 for none")
         self.conversion()
@@ -184,7 +219,7 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
     encoder = LatentEncoder(config.vae, config.device, dtype)
     if config.image_size % encoder.factor:
         raise ConfigError(
-            f"--size {config.image_size} is not a multiple of {encoder.factor}, by which the autoencoder "
+            f"--image-size {config.image_size} is not a multiple of {encoder.factor}, by which the autoencoder "
             f"shrinks images; give {max(1, round(config.image_size / encoder.factor)) * encoder.factor}"
         )
     own = range(rank, listing.shards(), world_size)

@@ -25,7 +25,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -51,7 +51,8 @@ SETTINGS = "encoding.json"
 LABELS = "labels.npy"
 NAMES = "names.json"
 TEXTS = "texts.json"
-DTYPES = ("float16", "float32")
+StoredDtype = Literal["float16", "float32"]
+DTYPES = get_args(StoredDtype)
 _SHA = {"sha256": text(r"[0-9a-f]{64}")}
 _FILE = fields({**_SHA, "bytes": integer()})
 MANIFEST_CHECK = fields(

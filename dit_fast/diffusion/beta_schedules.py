@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ _LINEAR_END = 0.02
 _COSINE_OFFSET = 0.008
 
 DIFFUSION_STEPS = Whole(1, 1 << 20)
-NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")
+NoiseSchedule = Literal["linear", "squaredcos_cap_v2"]
+NOISE_SCHEDULES = get_args(NoiseSchedule)
 _WARMUP_FRACTIONS = {"warmup10": 0.1, "warmup50": 0.5}
 
 

@@ -10,13 +10,14 @@ A training step calls `add_noise`, the model, and `loss`, in this order:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from dit_fast.diffusion.paths import Point
 
-OBJECTIVES = ("diffusion", "flow")
+ObjectiveName = Literal["diffusion", "flow"]
+OBJECTIVES = get_args(ObjectiveName)
 
 # model(x, t, **model_kwargs) -> output, or (output, extra); the output is (N, C or 2C, ...).
 Model = Callable[..., Any]

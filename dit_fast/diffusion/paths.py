@@ -13,14 +13,15 @@ prediction can be converted to any other. Everything is elementwise; coefficient
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dit_fast.errors import ConfigError
 
-PREDICTIONS = ("epsilon", "x0", "v", "velocity", "score")
+Prediction = Literal["epsilon", "x0", "v", "velocity", "score"]
+PREDICTIONS = get_args(Prediction)
 
 # The least and greatest beta of the variance-preserving path (Song et al. 2021, appendix C; SiT has 20, too).
 _LEAST_BETA, _GREATEST_BETA = 0.1, 20.0
@@ -66,6 +67,7 @@ def vp_path(t: Tensor) -> Point:
     return Point(alpha, sigma, 0.5 * beta * alpha, -0.5 * beta * alpha**2 / sigma)
 
 
+PathName = Literal["linear", "gvp", "vp"]
 PATHS: dict[str, Callable[[Tensor], Point]] = {"linear": linear_path, "gvp": gvp_path, "vp": vp_path}
 """By name; each takes times t from 0 (noise) to 1 (data), as in SiT."""
 

@@ -4,7 +4,7 @@ Uniform, by importance (more often where the loss is large), or logit-normal.
 """
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from dit_fast.diffusion.objective import Objective
 from dit_fast.errors import ConfigError
 from dit_fast.utils import keyed
 
-TIMESTEP_SAMPLING = ("uniform", "importance", "logit-normal")
+TimestepDistribution = Literal["uniform", "importance", "logit-normal"]
+TIMESTEP_SAMPLING = get_args(TimestepDistribution)
 
 
 class HasTimesteps(Protocol):

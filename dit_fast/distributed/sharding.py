@@ -8,7 +8,7 @@ machine only, and gradients are averaged between machines, so that the large mes
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,8 @@ from dit_fast.errors import ConfigError
 from dit_fast.model.dit import DiT
 from dit_fast.utils.nvtx import Ranges
 
-PARALLEL = ("auto", "none", "ddp", "fsdp", "hsdp")
+Parallel = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
+PARALLEL = get_args(Parallel)
 
 
 def choose_parallel(mode: str, world: World) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dit_fast.errors import ConfigError, DitFastError, RankError
 
+DeviceName = Literal["auto", "cpu", "cuda"]
 START_TIMEOUT = 1800.0
 """Timeout of collectives until the first step is done, in seconds: some ranks read data or compile longer."""
 AGENT_TIMEOUT = 30.0

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from dit_fast.evaluation.metrics import (
     precision_recall,
 )
 
-METRICS = ("fid", "sfid", "is", "precision", "recall")
+Metric = Literal["fid", "sfid", "is", "precision", "recall"]
+METRICS = get_args(Metric)
 _NAMES = {
     "fid": "FID",
     "sfid": "sFID",

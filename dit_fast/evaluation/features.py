@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.evaluation.label_agreement import LabelClassifier
 from dit_fast.utils.files import check_file, utf8_name
 
-FEATURES = ("inception", "efficientnet", "classifier")
+FeatureName = Literal["inception", "efficientnet", "classifier"]
+FEATURES = get_args(FeatureName)
 # ADM's sFID: the first 7 channels of mixed_6/conv, the 1x1 branch of the fourth block of 17 x 17 maps.
 _SPATIAL_CHANNELS = 7
 _EFFICIENTNET_SIZE = 224

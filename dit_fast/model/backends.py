@@ -1,12 +1,13 @@
 """`Backends`: how a model computes, one validated object that all its modules share."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dit_fast import kernels
 from dit_fast.errors import ConfigError
 
-RECOMPUTE = ("none", "cheap", "blocks")
+Recompute = Literal["none", "cheap", "blocks"]
+RECOMPUTE = get_args(Recompute)
 """Recomputed in the backward pass: nothing; norm outputs and activations; every block from its input."""
 
 _CHOICES = {

@@ -5,7 +5,7 @@ so that the addition and the next norm are one pass over memory. Biases are dela
 that adds a bias also sums its gradient.
 """
 
-from typing import Any, ClassVar, NamedTuple, TypeGuard, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypeGuard, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -473,6 +473,9 @@ class PlainFinalLayer(Projection):
         return self.linear(normed(stream, self.norm_final, self.backends.kernels).y)
 
 
+Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
+CONDITIONING = get_args(Conditioning)
+
 BLOCKS: dict[str, tuple[type[TransformerBlock], Any]] = {
     "adaln_zero": (DiTBlock, FinalLayer),
     "adaln": (AdaLNBlock, FinalLayer),
@@ -480,5 +483,3 @@ BLOCKS: dict[str, tuple[type[TransformerBlock], Any]] = {
     "in_context": (TransformerBlock, PlainFinalLayer),
 }
 """Block and final layer of each conditioning."""
-
-CONDITIONING = tuple(BLOCKS)

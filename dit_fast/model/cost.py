@@ -7,7 +7,7 @@ pass, since the backward pass has two products for each of the forward pass; rec
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from dit_fast.model.presets import DiT_models
 STATE_BYTES = {"weights": 4, "gradients": 4, "AdamW's moments": 8, "average": 4}
 """Bytes per trained parameter between two steps of `dit-fast train`, in every precision."""
 
+CostPrecision = Literal["bf16", "fp16", "fp32"]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 """Precisions that can be counted, and the dtype of autocast in each."""
 

@@ -5,12 +5,15 @@ rotates queries and keys instead (Su et al. 2021), half of a head by the row and
 both (as LightningDiT, Yao et al. 2025). A grid is (rows, columns) of patches; its T tokens are in row-major order.
 """
 
+from typing import Literal, get_args
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-POSITIONS = ("sincos", "learned", "rope", "sincos_rope")
+Positions = Literal["sincos", "learned", "rope", "sincos_rope"]
+POSITIONS = get_args(Positions)
 SINES, ROTARY = ("sincos", "sincos_rope"), ("rope", "sincos_rope")
 PERIOD = 10000.0
 _CPU = torch.device("cpu")

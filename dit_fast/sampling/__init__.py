@@ -1,6 +1,6 @@
 """Sampling: solvers, guidance, the batch sampler and grids of images."""
 
-from dit_fast.sampling.config import MODES, PRECISIONS, SamplerConfig
+from dit_fast.sampling.config import PRECISIONS, SamplerConfig
 from dit_fast.sampling.guidance import Guidance, classifier_cond_fn
 from dit_fast.sampling.sampler import Sampler, Step
 from dit_fast.sampling.schedule import (
@@ -18,7 +18,6 @@ Nodes = NoiseSchedule
 diffusion_nodes, flow_nodes, sampling_nodes = diffusion_schedule, flow_schedule, sampling_schedule
 
 __all__ = [
-    "MODES",
     "PRECISIONS",
     "SOLVERS",
     "Guidance",

@@ -1,69 +1,62 @@
 """Configuration of a `Sampler`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from dit_fast.errors import ConfigError
 from dit_fast.sampling.guidance import Guidance
-from dit_fast.sampling.solvers import LAST_STEPS, SOLVERS
-from dit_fast.utils.values import FLAG, Number, OneOf, Value, Whole, check_fields
+from dit_fast.sampling.solvers import LastStep, Solver
+from dit_fast.utils.options import check_options, documented, option
+from dit_fast.utils.values import Number, Whole
 
-MODES = ("fast", "reference")
+SamplePrecision = Literal["fp32", "bf16", "fp16", "fp8"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-GRAPHS = ("auto", "never")
 
-
-ETA = Number(0, 1)
 BATCH_SIZE = Whole(1, 1 << 24)
-_RANGES: dict[str, Value] = {
-    "solver": OneOf(SOLVERS),
-    "eta": ETA,
-    "last_step": OneOf(LAST_STEPS),
-    "clip": FLAG,
-    "mode": OneOf(MODES),
-    "precision": OneOf(tuple(PRECISIONS)),
-    "graph": OneOf(GRAPHS),
-    "compile": FLAG,
-    "offload": FLAG,
-    "table_bytes": Whole(1),
-}
 
 
+@documented
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How samples are drawn.
+    """Configuration of a `Sampler`.
 
-    solver, eta  one of SOLVERS; eta is DDIM's share of fresh noise (0: deterministic)
-    last_step    of SDEs: one of `solvers.LAST_STEPS`
-    guidance     classifier-free guidance; scale 1 runs the conditional branch alone
-    clip         clamp the predicted x_0 to [-1, 1] at every step: for pixels, not for latents
-    mode         "fast": noise of sample i is a function of (seed, i); "reference": the draws of the reference's
-                 sample.py after `torch.manual_seed(seed)`, which depend on the batch
-    precision    "fp32", "bf16", "fp16" for a copy of the model in it; "fp8" for one in bfloat16 whose blocks have
-                 weights and tokens in float8 (`Float8Linear`; worth it with `compile`, which fuses the scaling of
-                 tokens into what makes them); None for the model as it is. States are float32 in any case
-    graph        "auto": a CUDA graph where there can be one; "never"
-    compile      torch.compile of each step's evaluation
-    offload      keep the adaLN weights in the CPU's memory (of the model itself, or of its copy in `precision`)
-    table_bytes  most memory for modulation vectors and noise; longer trajectories are cut into segments
+    With mode "fast" the noise of sample i is a function of (seed, i); "reference" repeats the draws of the reference's
+    sample.py after `torch.manual_seed(seed)`, which depend on the batch. States are float32 in every precision; fp8 is
+    worth it with `compile`, which fuses the scaling of activations into the operation before.
 
-    Raises ConfigError for values out of range.
+    Raises:
+        ConfigError: a value is out of range.
     """
 
-    solver: str = "ddpm"
-    eta: float = 0.0
-    last_step: str = "mean"
+    solver: Solver = option("ddpm", "Solver; ddpm applies only to diffusion, sde-* only to flow matching")
+    eta: float = option(0.0, "Fraction of fresh noise in each step of --solver ddim", Number(0, 1))
+    last_step: LastStep = option(
+        "mean",
+        "Last step of the sde solvers: the mean without noise, an Euler step, the predicted image, or no step",
+    )
     guidance: Guidance = field(default_factory=Guidance)
-    clip: bool = False
-    mode: str = "fast"
-    precision: str | None = None
-    graph: str = "auto"
-    compile: bool = False
-    offload: bool = False
-    table_bytes: int = 1 << 30
+    clip: bool = option(
+        False, "Clamp the predicted image to [-1, 1] at each step, for images rather than latents"
+    )
+    mode: Literal["fast", "reference"] = option(
+        "fast",
+        "Random draws: fast draws per image, reference repeats those of the reference implementation, per batch",
+    )
+    precision: SamplePrecision | None = option(
+        None, "Dtype of the weights; fp8 applies to weights and tokens of the blocks, the rest is bf16"
+    )
+    graph: Literal["auto", "never"] = option("auto", "Capture trajectories as CUDA graphs where possible")
+    compile: bool = option(False, "Compile the evaluation of the model with torch.compile")
+    offload: bool = option(False, "Keep the adaLN weights in CPU memory")
+    table_bytes: int = option(
+        1 << 30,
+        "Memory limit for modulation vectors and noise; longer trajectories are cut into segments",
+        Whole(1),
+    )
 
     def __post_init__(self) -> None:
-        check_fields(self, _RANGES, str)
+        check_options(self, str)
         if not isinstance(self.guidance, Guidance):
             raise ConfigError(f"guidance {self.guidance!r}: give a Guidance, for example Guidance(4.0)")

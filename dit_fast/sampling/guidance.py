@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dit_fast.sampling.schedule import Array, NoiseSchedule
-from dit_fast.utils.values import Number, OneOf, Value, Whole, check_fields
+from dit_fast.utils.options import check_options, documented, option
+from dit_fast.utils.values import Number, Value, Whole
 
+GuidanceSchedule = Literal["constant", "linear", "cosine", "power-cosine"]
 SCHEDULES: dict[str, Callable[[Array], Array]] = {
     "constant": np.ones_like,
     "linear": lambda progress: progress,
@@ -29,6 +31,12 @@ LEVEL = Number(0, 1)
 class Interval(Value):
     """Two noise levels from 0 (data) to 1 (noise), the lower one first."""
 
+    nargs = 2
+
+    @property
+    def item(self) -> Value:
+        return LEVEL
+
     def accept(self, value: Any) -> tuple[float, float]:
         low, high = (LEVEL.accept(level) for level in value)
         if low > high:
@@ -40,37 +48,35 @@ class Interval(Value):
 
 
 INTERVAL = Interval()
-_RANGES: dict[str, Value] = {
-    "scale": SCALE,
-    "channels": Whole(1, 1 << 12),
-    "interval": INTERVAL,
-    "schedule": OneOf(tuple(SCHEDULES)),
-}
 
 
+@documented
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: null + scale * (conditional - null), with the scale of the reference; 1 disables it.
-
-    Args:
-        scale: Guidance scale, at least 0.
-        channels: Number of model channels that are guided; the others are taken from the conditional branch. The
-            reference guides 3; None guides all.
-        interval: Noise levels (low, high) between which guidance is applied, 0 data, 1 noise. Outside of it only the
-            conditional branch is evaluated (Kynkaanniemi et al. 2024, arXiv:2404.07724).
-        schedule: One of `SCHEDULES`: "constant", or increasing from 1 at noise to `scale` at data.
+    """Classifier-free guidance: output = null + scale * (conditional - null) (Ho & Salimans 2022).
 
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: a value is out of range.
     """
 
-    scale: float = 4.0
-    channels: int | None = 3
-    interval: tuple[float, float] = (0.0, 1.0)
-    schedule: str = "constant"
+    scale: float = option(4.0, "Guidance scale; 1 evaluates the conditional branch alone", SCALE)
+    channels: int | None = option(
+        3,
+        "Number of channels that are guided, the first ones of the model's output; None for all",
+        Whole(1, 1 << 12),
+    )
+    interval: tuple[float, float] = option(
+        (0.0, 1.0),
+        "Noise levels between which guidance is applied, 0 is data and 1 is noise (arXiv:2404.07724)",
+        INTERVAL,
+        metavar=("LOW", "HIGH"),
+    )
+    schedule: GuidanceSchedule = option(
+        "constant", "How the guidance scale rises from 1 at noise to its full value at data"
+    )
 
     def __post_init__(self) -> None:
-        check_fields(self, _RANGES, lambda field: f"guidance {field}")
+        check_options(self, lambda field: f"guidance {field}")
 
     @property
     def active(self) -> bool:

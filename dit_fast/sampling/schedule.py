@@ -7,7 +7,7 @@ gives a prediction of x_0 (`dit_fast.diffusion.paths`). Solvers therefore do not
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -189,7 +189,7 @@ def flow_schedule(
     )
 
 
-def default_solver(objective: Mapping[str, Any]) -> str:
+def default_solver(objective: Mapping[str, Any]) -> Literal["ddpm", "ddim", "euler"]:
     """Default solver of a model trained with these arguments of `create_objective`."""
     if objective.get("objective") == "flow":
         return "euler"

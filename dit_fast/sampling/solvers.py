@@ -13,7 +13,7 @@ probability-flow ODE from step s to step t is
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ DIFFUSION_FORMS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "increasing-decreasing": lambda t, sigma, sbdm: np.sin(np.pi * t) ** 2,
 }
 """Diffusion coefficient w of an SDE, from t, sigma and the w of score-based diffusion; the choices of SiT."""
-LAST_STEPS = ("mean", "euler", "tweedie", "none")
+LastStep = Literal["mean", "euler", "tweedie", "none"]
+LAST_STEPS = get_args(LastStep)
 """Last step: without noise ("mean"), along the ODE ("euler"), to the predicted x_0 ("tweedie"), or omitted."""
 
 
@@ -398,5 +399,19 @@ DETERMINISTIC: dict[str, Callable[[Denoiser, Tensor, NoiseSchedule], States]] = 
 }
 SDE = "sde-"
 """Prefix of the solver name of an SDE; the diffusion form follows it."""
-SOLVERS = ("ddpm", "ddim", *DETERMINISTIC, *(SDE + form for form in DIFFUSION_FORMS))
+Solver = Literal[
+    "ddpm",
+    "ddim",
+    "dpm++2m",
+    "unipc",
+    "euler",
+    "heun",
+    "sde-constant",
+    "sde-sbdm",
+    "sde-sigma",
+    "sde-linear",
+    "sde-decreasing",
+    "sde-increasing-decreasing",
+]
+SOLVERS = get_args(Solver)
 """Values of `SamplerConfig.solver`."""

@@ -1,4 +1,4 @@
-"""What a training run is made of: `TrainConfig`, and how a resumed run is compared with it."""
+"""Configuration of a training run, and its comparison with the saved one when the run is resumed."""
 
 import dataclasses
 import difflib
@@ -11,248 +11,407 @@ from typing import Any, Protocol
 import torch
 
 from dit_fast.data import Conversion, ImageSet, LatentSet, open_data, parse_buckets, relocate
-from dit_fast.diffusion.beta_schedules import DIFFUSION_STEPS, NOISE_SCHEDULES
-from dit_fast.distributed.sharding import PARALLEL
+from dit_fast.data.encode import EncodeConfig
+from dit_fast.distributed.sharding import Parallel
+from dit_fast.distributed.world import DeviceName
 from dit_fast.encoders.autoencoder import LatentEncoder
 from dit_fast.errors import CheckpointError, ConfigError
-from dit_fast.evaluation import FEATURES
-from dit_fast.kernels import BACKENDS, EPILOGUES, KERNEL_MODES
-from dit_fast.model.backends import RECOMPUTE
+from dit_fast.evaluation.features import FeatureName
+from dit_fast.kernels import Activation, AttentionBackend, KernelMode, MlpEpilogue, Norm
+from dit_fast.model.backends import Recompute
+from dit_fast.model.blocks import Conditioning
 from dit_fast.model.config import OPTIONS, SIZES
 from dit_fast.model.dit import DiT
+from dit_fast.model.positions import Positions
 from dit_fast.model.presets import SIZES as MODEL_SIZES
 from dit_fast.model.presets import DiT_models
-from dit_fast.training.objective import OBJECTIVE_CHOICES, ObjectiveConfig
-from dit_fast.training.optimizer import OPTIMIZERS, SCHEDULES
-from dit_fast.training.precision import PRECISIONS, RESIDUALS
-from dit_fast.utils.values import (
-    FLAG,
-    SEED,
-    SIDE,
-    SOURCE,
-    TEXT,
-    Number,
-    OneOf,
-    Value,
-    Whole,
-    check_fields,
-    check_memory,
+from dit_fast.training.objective import ObjectiveConfig
+from dit_fast.training.optimizer import OPTIMIZERS, LrSchedule, OptimizerName
+from dit_fast.training.precision import ResidualDtype, TrainPrecision
+from dit_fast.utils.options import (
+    REQUIRED,
+    check_options,
+    described,
+    documented,
     flag_of,
+    option,
+    options_of,
+    same_option,
 )
+from dit_fast.utils.values import SEED, SIDE, SOURCE, TEXT, Number, OneOf, Whole, check_memory
 
-MOST_COMPILED = 8
-"""Shapes that torch.compile specialises a function for before it gives up."""
-
-DEVICES = ("auto", "cpu", "cuda")
-CHOICES = {
-    **OBJECTIVE_CHOICES,
-    "precision": PRECISIONS,
-    "residual": RESIDUALS,
-    **OPTIONS,
-    "recompute": RECOMPUTE,
-    "attention": BACKENDS,
-    "mlp_epilogue": EPILOGUES,
-    "kernels": KERNEL_MODES,
-    "evaluate_features": FEATURES,
-    "optimizer": OPTIMIZERS,
-    "lr_schedule": SCHEDULES,
-    "device": DEVICES,
-    "parallel": PARALLEL,
-}
-"""The values that a field may have, where they are a list."""
+DEFAULT_STEPS = 400_000
+"""Length of a run: that of the paper."""
+MAX_COMPILED_SHAPES = 8
+"""Shapes for which torch.compile specializes a function before it gives up (its recompile limit)."""
 
 _FRACTION = Number(0, 1, below=True)
-_RATE = Number(0, 1e6, above=True)
 _STEPS = Whole(1)
-_THREADS = Whole(1, 1 << 10)
-RANGES: dict[str, Value] = {
-    **{field: OneOf(values) for field, values in CHOICES.items()},
-    **dict.fromkeys(
-        (
-            "learned_range",
-            "sigma_small",
-            "use_kl",
-            "direction_loss",
-            "learn_sigma",
-            "qk_norm",
-            "flip",
-            "compile",
-        )
-        + ("cuda_graph", "async_checkpoint", "stop_on_save_failure", "tensorboard", "wandb", "nvtx"),
-        FLAG,
-    ),
-    **dict.fromkeys(
-        (
-            "steps",
-            "epochs",
-            "ema_snapshot_every",
-            "log_every",
-            "ckpt_every",
-            "sample_every",
-            "evaluate_every",
-        ),
-        _STEPS,
-    ),
-    **dict.fromkeys(("warmup_steps", "skip_nonfinite", "skip_unreadable", "milestone_every"), Whole(0)),
-    **dict.fromkeys(("beta1", "beta2", "ema_decay", "class_dropout_prob", "holdout"), _FRACTION),
-    "data": SOURCE,
-    "vae": SOURCE,
-    "evaluate_against": SOURCE,
-    "evaluate_weights": SOURCE,
-    "model": TEXT,
-    "noise_schedule": OneOf(NOISE_SCHEDULES),
-    "diffusion_steps": DIFFUSION_STEPS,
-    "min_snr_gamma": Number(0, 1e6, above=True),
-    **{
-        field: SIZES[field]
-        for field in ("hidden_size", "num_heads", "patch_size", "mlp_ratio", "num_classes")
-    },
-    "depth": Whole(1, 1 << 12),
-    "image_size": SIDE,
-    "buckets": TEXT,
-    "background": TEXT,
-    "raw_pixels": FLAG,
-    "channels": Whole(1, 1 << 12),
-    "batch_size": Whole(1, 1 << 24),
-    "accumulate": Whole(1, 1 << 24),
-    "lr": _RATE,
-    "weight_decay": Number(0, 1e6),
-    "max_grad_norm": Number(0, above=True),
-    "timeout": Number(0, 1e7, above=True),
-    "seed": SEED,
-    "threads": _THREADS,
-    "num_workers": Whole(0, 1 << 12),
-    "keep_checkpoints": Whole(2, besides=(0,)),
-    "sample_steps": Whole(1, 1 << 20),
-    "evaluate_samples": Whole(2, 10**7),
-}
-"""The value of each field, for the command line and for `TrainConfig`. The largest sizes are what nobody means to
-exceed: a mistyped or hostile one is refused before memory is asked for it.
-"""
+_COUNT = Whole(0)
 
 
+@documented
 @dataclass(frozen=True)
 class TrainConfig(ObjectiveConfig):
-    """Options of a run, besides those of `ObjectiveConfig`. `model` names a size of the paper; the fields up to
-    `mlp_ratio` replace parts of it.
+    """Configuration of a training run. The field `batch_size` is the option `--batch-size` of `dit-fast train`.
 
-    data                 a built-in set, a folder of class sub-folders, or latents
-    vae                  "ema", "mse" or the folder of an autoencoder that makes latents of images as they are read
-    image_size, channels, flip, holdout   see `dit_fast.data.open_images`; None: as the data are
-    num_classes          checked against the data; 0 for a model that is told no class, of any folder of images
-    background, raw_pixels   how image files become pixels (`dit_fast.data.Conversion`)
-    skip_unreadable      files that may turn out to be unreadable; each is replaced (`dit_fast.data.unreadable`)
-    buckets              "256x256,192x320": the shapes (height x width) of images of many aspect ratios, instead of
-                         image_size; each has the nearest, a batch is of one, the first is the model's own
-    steps, epochs        length of the run in optimiser steps, or in passes over the training images
-    lr, beta1, beta2, weight_decay, ema_decay   AdamW, and the decay of the averaged weights
-    ema_snapshot_every   steps between snapshots of two more averages, of which one of any width is made afterwards
-                         (`dit_fast.checkpoint.power_ema`); None: neither is kept
-    lr_schedule, warmup_steps   "constant" or "cosine" (to 0 at the last step), after a linear warm-up
-    max_grad_norm        the gradients' norm is clipped to it; None: not at all
-    optimizer            "ours" (AdamW, clipping and averaging in one pass), "torch" (fused AdamW) or "apex"
-    accumulate           micro-batches that a batch is cut into, to take less memory; the draws stay the same
-    class_dropout_prob   share of labels replaced by the null class, for classifier-free guidance
-    precision            "auto" (bf16 where CUDA has it, else fp32), "bf16", "fp16" (both autocast; weights stay
-                         float32), "fp32", "tf32" (CUDA matrix products) or "fp8" (torchao's float8 linears)
-    residual             "fp32" or "bf16": dtype of the residual stream
-    conditioning, positions, norm, mlp, qk_norm, recompute, attention, mlp_epilogue, kernels   as in `DiT`
-    compile              torch.compile for each block
-    parallel             how ranks share the model: "none", "ddp", "fsdp", "hsdp" (`dit_fast.distributed.sharding`) or
-                         "auto": none for one, fsdp for several
-    timeout              seconds that ranks wait for one that hangs, once the first step is made
-    cuda_graph           the whole step as one CUDA graph, for each of buckets its own
-    skip_nonfinite       steps that may be left out for a loss or gradient that is not finite; 0: the first ends the
-                         run
-    sample_every, sample_steps   steps between grids of samples of the averaged weights (None: none), and the noise
-                         levels of their sampling
-    evaluate_every, evaluate_samples   steps between Frechet distances of so many unguided samples of the averaged
-                         weights, by sample_steps levels, of the same labels and noise each time (None: none)
-    evaluate_against, evaluate_features, evaluate_weights   what they are compared with (None: the images in `data`), by
-                         which features, and the weight file of "inception": as `dit-fast evaluate` takes them
-    tensorboard, wandb   also log there
-    nvtx                 NVTX ranges around the parts of a step
-    keep_checkpoints     newest checkpoints to keep, at least 2; 0 keeps all
-    milestone_every      also keep the checkpoints of steps that it divides; 0: none
-    async_checkpoint     write checkpoints beside the training, from a copy of the state
-    stop_on_save_failure a checkpoint that cannot be written ends the run; else the run goes on to the next one
-    num_workers          threads that decode image files; None: one a core
-    threads              PyTorch's CPU threads; None leaves them alone
-
-    Raises ConfigError for a value that cannot work.
+    Raises:
+        ConfigError: an option is out of range, or two options exclude each other.
     """
 
-    data: str
-    model: str = "DiT-S/2"
-    hidden_size: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    patch_size: int | None = None
-    mlp_ratio: float | None = None
-    conditioning: str = "adaln_zero"
-    positions: str = "sincos"
-    norm: str = "layernorm"
-    mlp: str = "gelu"
-    qk_norm: bool = False
-    vae: str | None = None
-    image_size: int | None = None
-    buckets: str | None = None
-    channels: int | None = None
-    num_classes: int | None = None
-    flip: bool | None = None
-    holdout: float | None = None
-    background: str = "white"
-    raw_pixels: bool = False
-    skip_unreadable: int = 0
-    batch_size: int = 256
-    steps: int | None = None
-    epochs: int | None = None
-    lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    lr_schedule: str = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float | None = None
-    ema_decay: float = 0.9999
-    ema_snapshot_every: int | None = None
-    optimizer: str = "ours"
-    accumulate: int = 1
-    class_dropout_prob: float = 0.1
-    seed: int = 0
-    precision: str = "auto"
-    residual: str = "fp32"
-    recompute: str = "cheap"
-    attention: str = "auto"
-    mlp_epilogue: str = "auto"
-    kernels: str = "auto"
-    compile: bool = False
-    parallel: str = "auto"
-    timeout: float = 600.0
-    cuda_graph: bool = False
-    skip_nonfinite: int = 0
-    device: str = "auto"
-    threads: int | None = None
-    num_workers: int | None = None
-    log_every: int = 100
-    ckpt_every: int = 5000
-    keep_checkpoints: int = 2
-    milestone_every: int = 0
-    async_checkpoint: bool = True
-    stop_on_save_failure: bool = False
-    sample_every: int | None = None
-    sample_steps: int = 50
-    evaluate_every: int | None = None
-    evaluate_samples: int = 1000
-    evaluate_against: str | None = None
-    evaluate_features: str = "inception"
-    evaluate_weights: str | None = None
-    tensorboard: bool = False
-    wandb: bool = False
-    nvtx: bool = False
+    data: str = option(
+        REQUIRED,
+        "Data set: mnist, digits, a folder of class sub-folders, or latents written by dit-fast encode",
+        SOURCE,
+        group="run",
+        metavar="SOURCE",
+        aliases=("--data-path",),
+        changeable=True,
+    )
+    model: str = option(
+        "DiT-S/2", "Size and patch size of the model, e.g. DiT-XL/2", TEXT, group="model", metavar="NAME"
+    )
+    hidden_size: int | None = option(
+        None, "Width", SIZES["hidden_size"], group="model", metavar="D", default_text="from --model"
+    )
+    depth: int | None = option(
+        None, "Number of blocks", Whole(1, 1 << 12), group="model", metavar="N", default_text="from --model"
+    )
+    num_heads: int | None = option(
+        None, "Attention heads", SIZES["num_heads"], group="model", metavar="N", default_text="from --model"
+    )
+    patch_size: int | None = option(
+        None, "Side of a patch", SIZES["patch_size"], group="model", metavar="P", default_text="from --model"
+    )
+    mlp_ratio: float | None = option(
+        None,
+        "Hidden width of the MLP divided by the width",
+        SIZES["mlp_ratio"],
+        group="model",
+        metavar="R",
+        default_text="4",
+    )
+    conditioning: Conditioning = option(
+        "adaln_zero", "How blocks are conditioned on timestep and class", group="model"
+    )
+    positions: Positions = option(
+        "sincos",
+        "Position encoding: fixed sines, a learned table, rotary, or fixed sines and rotary",
+        group="model",
+    )
+    norm: Norm = option("layernorm", "Normalization layer", group="model")
+    mlp: Activation = option("gelu", "Activation of the MLP", group="model")
+    qk_norm: bool = option(False, "Apply RMSNorm to the queries and keys of each head", group="model")
+    num_classes: int | None = option(
+        None,
+        "Number of classes, compared with the data; 0 trains an unconditional model on a folder without sub-folders",
+        SIZES["num_classes"],
+        group="model",
+        metavar="N",
+        default_text="from the data",
+    )
+    vae: str | None = option(
+        None,
+        "Encode images to latents as they are read: ema, mse, or a folder with a diffusers AutoencoderKL",
+        SOURCE,
+        group="data",
+        metavar="NAME",
+    )
+    image_size: int | None = option(
+        None,
+        "Scale and center-crop images to S x S",
+        SIDE,
+        group="data",
+        metavar="S",
+        default_text="size of the images, which must be equal",
+    )
+    buckets: str | None = option(
+        None,
+        "Train on several aspect ratios, HEIGHTxWIDTH,...: each image goes to the nearest shape, each batch has one",
+        TEXT,
+        group="data",
+        metavar="SIZES",
+    )
+    channels: int | None = option(
+        None,
+        "Channels of the images: 1 for grayscale, 3 for RGB",
+        Whole(1, 1 << 12),
+        group="data",
+        metavar="C",
+        default_text="from the data",
+    )
+    flip: bool | None = option(
+        None, "Mirror half of the images", group="data", default_text="on for folders, off for digits"
+    )
+    holdout: float | None = option(
+        None,
+        "Fraction of each class that is held out of training",
+        _FRACTION,
+        group="data",
+        metavar="F",
+        default_text="from the data",
+    )
+    background: str = same_option(EncodeConfig, "background")
+    raw_pixels: bool = same_option(EncodeConfig, "raw_pixels")
+    skip_unreadable: int = option(
+        0,
+        "Number of unreadable files to replace by other images; the next one ends the run after a checkpoint",
+        _COUNT,
+        group="data",
+        metavar="N",
+        changeable=True,
+    )
+    num_workers: int | None = option(
+        None,
+        "Threads that decode images",
+        Whole(0, 1 << 12),
+        group="data",
+        metavar="N",
+        default_text="one per CPU core",
+        changeable=True,
+    )
+    steps: int | None = option(
+        None,
+        "Optimizer steps of the run",
+        _STEPS,
+        group="recipe",
+        metavar="N",
+        default_text=str(DEFAULT_STEPS),
+        changeable=True,
+    )
+    epochs: int | None = option(
+        None,
+        "Length of the run in passes over the images, instead of --steps",
+        _STEPS,
+        group="recipe",
+        metavar="N",
+        changeable=True,
+    )
+    batch_size: int = option(
+        256,
+        "Images per step, on all ranks together",
+        Whole(1, 1 << 24),
+        group="recipe",
+        metavar="B",
+        aliases=("--global-batch-size",),
+    )
+    lr: float = option(1e-4, "Learning rate of AdamW", Number(0, 1e6, above=True), group="recipe")
+    lr_schedule: LrSchedule = option(
+        "constant", "Learning rate after the warmup: constant, or a half cosine to 0", group="recipe"
+    )
+    warmup_steps: int = option(0, "Steps of linear warmup", _COUNT, group="recipe", metavar="N")
+    beta1: float = option(0.9, "First beta of AdamW", _FRACTION, group="recipe")
+    beta2: float = option(0.999, "Second beta of AdamW", _FRACTION, group="recipe")
+    weight_decay: float = option(0.0, "Weight decay of AdamW", Number(0, 1e6), group="recipe")
+    max_grad_norm: float | None = option(
+        None,
+        "Clip the norm of the gradients to N",
+        Number(0, above=True),
+        group="recipe",
+        metavar="N",
+        default_text="no clipping",
+    )
+    skip_nonfinite: int = option(
+        0,
+        "Number of steps to skip because of a loss or gradient that is not finite; the next one ends the run",
+        _COUNT,
+        group="recipe",
+        metavar="N",
+        changeable=True,
+    )
+    ema_decay: float = option(
+        0.9999, "Decay of the exponential moving average (EMA) of the weights", _FRACTION, group="recipe"
+    )
+    ema_snapshot_every: int | None = option(
+        None,
+        "Steps between snapshots of two more averages, from which --weights ema:WIDTH reconstructs one of any width",
+        _STEPS,
+        group="recipe",
+        metavar="N",
+        default_text="no snapshots",
+    )
+    class_dropout_prob: float = option(
+        0.1,
+        "Fraction of labels that are replaced by the null class, for classifier-free guidance",
+        _FRACTION,
+        group="recipe",
+        metavar="P",
+    )
+    seed: int = option(
+        0, "Seed of initial weights and of all random draws", SEED, group="recipe", aliases=("--global-seed",)
+    )
+    device: DeviceName = option("auto", "Device to train on", group="machine", changeable=True)
+    precision: TrainPrecision = option(
+        "auto",
+        "Arithmetic of the model; weights stay float32",
+        group="machine",
+        default_text="auto: bf16 where CUDA supports it, else fp32",
+    )
+    residual: ResidualDtype = option(
+        "fp32", "Dtype of the residual stream; bf16 needs --precision bf16 or fp8", group="machine"
+    )
+    accumulate: int = option(
+        1,
+        "Micro-batches per batch, which need less memory; random draws stay the same",
+        Whole(1, 1 << 24),
+        group="machine",
+        metavar="K",
+        changeable=True,
+    )
+    recompute: Recompute = option(
+        "cheap",
+        "Activations recomputed in the backward pass: none, norm outputs and activations of the MLP, or whole blocks",
+        group="machine",
+        changeable=True,
+    )
+    attention: AttentionBackend = option("auto", "Attention kernel", group="machine", changeable=True)
+    mlp_epilogue: MlpEpilogue = option(
+        "auto", "Kernel that applies the GELU of the MLP", group="machine", changeable=True
+    )
+    kernels: KernelMode = option(
+        "auto",
+        "Triton kernels or their PyTorch reference",
+        group="machine",
+        default_text="auto: Triton on CUDA, else the reference",
+        changeable=True,
+    )
+    optimizer: OptimizerName = option(
+        "adamw_ema",
+        "AdamW and EMA: fused in one kernel, PyTorch's fused AdamW, or NVIDIA apex",
+        OneOf(OPTIMIZERS, (("ours", "adamw_ema"),)),
+        group="machine",
+        changeable=True,
+    )
+    compile: bool = option(False, "Compile each block with torch.compile", group="machine", changeable=True)
+    cuda_graph: bool = option(
+        False,
+        "Capture the whole step as one CUDA graph, one per shape of --buckets",
+        group="machine",
+        changeable=True,
+    )
+    parallel: Parallel = option(
+        "auto",
+        "How the ranks of torchrun divide the model",
+        group="machine",
+        default_text="auto: fsdp for several ranks, else none",
+        changeable=True,
+    )
+    timeout: float = option(
+        600.0,
+        "Seconds that ranks wait for a rank that hangs, after the first step",
+        Number(0, 1e7, above=True),
+        group="machine",
+        metavar="S",
+        changeable=True,
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads of PyTorch",
+        Whole(1, 1 << 10),
+        group="machine",
+        metavar="N",
+        default_text="PyTorch's",
+        changeable=True,
+    )
+    ckpt_every: int = option(
+        5000, "Steps between checkpoints", _STEPS, group="checkpoints", metavar="N", changeable=True
+    )
+    keep_checkpoints: int = option(
+        2,
+        "Newest checkpoints to keep, 0 for all",
+        Whole(2, besides=(0,)),
+        group="checkpoints",
+        metavar="N",
+        changeable=True,
+    )
+    milestone_every: int = option(
+        0,
+        "Also keep the checkpoints of steps that are multiples of N; 0 keeps none",
+        _COUNT,
+        group="checkpoints",
+        metavar="N",
+        changeable=True,
+    )
+    async_checkpoint: bool = option(
+        True,
+        "Write checkpoints in the background from a copy of the state",
+        group="checkpoints",
+        changeable=True,
+    )
+    stop_on_save_failure: bool = option(
+        False,
+        "End the run when a checkpoint cannot be written, instead of continuing to the next one",
+        group="checkpoints",
+        changeable=True,
+    )
+    log_every: int = option(
+        100, "Steps between log lines", _STEPS, group="logging", metavar="N", changeable=True
+    )
+    sample_every: int | None = option(
+        None,
+        "Steps between grids of samples drawn with the averaged weights",
+        _STEPS,
+        group="logging",
+        metavar="N",
+        default_text="no samples",
+        changeable=True,
+    )
+    sample_steps: int = option(
+        50,
+        "Sampling steps of --sample-every and --evaluate-every",
+        Whole(1, 1 << 20),
+        group="logging",
+        metavar="N",
+        changeable=True,
+    )
+    evaluate_every: int | None = option(
+        None,
+        "Steps between Frechet distances (FID) of unguided samples drawn with the averaged weights",
+        _STEPS,
+        group="logging",
+        metavar="N",
+        default_text="no evaluation",
+        changeable=True,
+    )
+    evaluate_samples: int = option(
+        1000,
+        "Samples per evaluation, each time with the same labels and noise",
+        Whole(2, 10**7),
+        group="logging",
+        metavar="K",
+        changeable=True,
+    )
+    evaluate_against: str | None = option(
+        None,
+        "Real images, as in dit-fast evaluate --against: a folder, an .npz of images or of statistics",
+        SOURCE,
+        group="logging",
+        metavar="REFERENCE",
+        default_text="the training data",
+        changeable=True,
+    )
+    evaluate_features: FeatureName = option(
+        "inception",
+        "Feature network of the evaluation; efficientnet and classifier are proxies",
+        group="logging",
+        changeable=True,
+    )
+    evaluate_weights: str | None = option(
+        None,
+        "Weight file of --evaluate-features inception",
+        SOURCE,
+        group="logging",
+        metavar="PATH",
+        changeable=True,
+    )
+    tensorboard: bool = option(False, "Also log to RUN/tensorboard", group="logging", changeable=True)
+    wandb: bool = option(False, "Also log to Weights & Biases", group="logging", changeable=True)
+    nvtx: bool = option(
+        False, "Mark the parts of a step with NVTX ranges, for nsys and ncu", group="logging", changeable=True
+    )
 
     def __post_init__(self) -> None:
-        check_fields(self, RANGES, flag_of)
+        check_options(self)
         self.choose_defaults()
         if self.residual == "bf16" and self.precision in ("fp16", "fp32", "tf32"):
             raise ConfigError(f"--residual bf16 goes with --precision bf16 or fp8, not {self.precision}")
@@ -268,9 +427,9 @@ class TrainConfig(ObjectiveConfig):
             raise ConfigError(
                 "--evaluate-features classifier knows images of one size, --buckets are several: give another"
             )
-        if self.compile and len(sizes) > MOST_COMPILED:
+        if self.compile and len(sizes) > MAX_COMPILED_SHAPES:
             raise ConfigError(
-                f"--compile: {len(sizes)} --buckets, and each is compiled for itself: give up to {MOST_COMPILED}"
+                f"--compile: {len(sizes)} --buckets, and each is compiled for itself: give up to {MAX_COMPILED_SHAPES}"
             )
         if self.batch_size % self.accumulate:
             raise ConfigError(
@@ -302,22 +461,14 @@ class TrainConfig(ObjectiveConfig):
         return Conversion(self.background, self.raw_pixels)
 
     def total_steps(self, num_train: int) -> int:
-        """Optimiser steps of the whole run over `num_train` images; 400,000 (the paper's) unless set."""
+        """Optimizer steps of the whole run over `num_train` images."""
         if self.epochs is not None:
             return math.ceil(self.epochs * num_train / self.batch_size)
-        return 400_000 if self.steps is None else self.steps
+        return DEFAULT_STEPS if self.steps is None else self.steps
 
 
-# What may differ between a run and its continuation. Data may have moved: their fingerprint is compared.
-CHANGEABLE = frozenset(
-    ("data", "steps", "epochs", "compile", "device", "threads", "num_workers", "optimizer", "accumulate")
-    + ("recompute", "attention", "mlp_epilogue", "kernels", "cuda_graph", "skip_nonfinite", "parallel")
-    + ("skip_unreadable",)
-    + ("timeout", "log_every", "ckpt_every", "keep_checkpoints", "milestone_every", "async_checkpoint")
-    + ("stop_on_save_failure", "sample_every", "sample_steps", "tensorboard", "wandb", "nvtx")
-    + ("evaluate_every", "evaluate_samples", "evaluate_against", "evaluate_features", "evaluate_weights")
-)
-
+CHANGEABLE = frozenset(field.name for field in options_of(TrainConfig) if described(field).changeable)
+"""Options that a resumed run may change. Data may have moved: their fingerprint is compared instead of their path."""
 
 _PATHS = ("data", "vae", "evaluate_against", "evaluate_weights")
 """Options that may be names of files, or built-in ones."""
@@ -342,7 +493,7 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
     # Half a cosine ends with the run, so that its length is part of the recipe.
     length = ("steps", "epochs") if saved.get("lr_schedule") == "cosine" else ()
     changed = [
-        f"--{name.replace('_', '-')} is {saved.get(name)} there and {value} here"
+        f"{flag_of(name)} is {saved.get(name)} there and {value} here"
         for name, value in asked.items()
         if (name not in CHANGEABLE or name in length) and saved.get(name) != value
     ]

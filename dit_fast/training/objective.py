@@ -1,61 +1,85 @@
-"""What a run is trained to do: the part of `TrainConfig` that says so, checked when it is built."""
+"""Training objective of a run, the part of `TrainConfig` that defines prediction, path and loss."""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dit_fast.diffusion import GaussianDiffusion, create_objective
+from dit_fast.diffusion.beta_schedules import DIFFUSION_STEPS, NoiseSchedule
 from dit_fast.diffusion.flow_matching import FLOW_WEIGHTINGS
-from dit_fast.diffusion.objective import OBJECTIVES
-from dit_fast.diffusion.paths import PATHS, PREDICTIONS
-from dit_fast.diffusion.timestep_sampler import TIMESTEP_SAMPLING, TimestepSampling
+from dit_fast.diffusion.objective import ObjectiveName
+from dit_fast.diffusion.paths import PathName, Prediction
+from dit_fast.diffusion.timestep_sampler import TimestepDistribution, TimestepSampling
 from dit_fast.errors import ConfigError
 from dit_fast.sampling.schedule import diffusion_schedule
+from dit_fast.utils.options import flag_of, option
+from dit_fast.utils.values import Number
 
 _OF_FLOW = FLOW_WEIGHTINGS[1:]
-OBJECTIVE_CHOICES = {
-    "objective": OBJECTIVES,
-    "prediction": PREDICTIONS,
-    "path": tuple(PATHS),
-    "loss_weighting": ("none", "min-snr", *_OF_FLOW),
-    "timestep_sampling": TIMESTEP_SAMPLING,
-}
+LossWeighting = Literal["none", "min-snr", "velocity", "likelihood"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Fields that say what a model is trained to predict, and how.
+    """Training objective: prediction, path and loss (equations: docs/objectives.md)."""
 
-    objective            "diffusion" or "flow" (docs/objectives.md has the equations of all that follows)
-    prediction           what the model answers: "epsilon", "x0" (better where runs are short and patches large) or "v"
-                         of diffusion; "velocity", "score", "epsilon" or "x0" of flow; None: the first of these
-    loss_weighting       "none"; "min-snr" of diffusion, with min_snr_gamma; "velocity" or "likelihood" of flow
-    direction_loss       of flow's velocity: also the angle between answer and velocity
-    timestep_sampling    "uniform", "importance" (by recent losses, of diffusion) or "logit-normal"
-    learn_sigma          learn the variance too, by the hybrid loss (arXiv:2102.09672, eq. 16); None: of diffusion yes
-    learned_range        a learned variance is a place between its bounds (eq. 15 there); else its logarithm
-    sigma_small, use_kl  without learn_sigma, the posterior's variance instead of beta; the bound alone as the loss
-    noise_schedule       of diffusion: "linear" or "squaredcos_cap_v2"
-    path                 of flow: "linear", "gvp" or "vp"
-    diffusion_steps      noise levels of diffusion
-    """
-
-    objective: str = "diffusion"
-    prediction: str | None = None
-    path: str = "linear"
-    loss_weighting: str = "none"
-    min_snr_gamma: float = 5.0
-    direction_loss: bool = False
-    timestep_sampling: str = "uniform"
-    learn_sigma: bool | None = None
-    learned_range: bool = True
-    sigma_small: bool = False
-    use_kl: bool = False
-    noise_schedule: str = "linear"
-    diffusion_steps: int = 1000
+    objective: ObjectiveName = option(
+        "diffusion", "Diffusion in discrete steps, or flow matching in continuous time", group="objective"
+    )
+    prediction: Prediction | None = option(
+        None,
+        "Quantity that the model predicts; v applies only to diffusion, velocity and score only to flow",
+        default_text="epsilon for diffusion, velocity for flow",
+        constants={"--predict-xstart": "x0"},
+        group="objective",
+    )
+    path: PathName = option(
+        "linear", "Path between noise and data; applies only to --objective flow", group="objective"
+    )
+    loss_weighting: LossWeighting = option(
+        "none",
+        "Weights of the loss over time; min-snr applies only to diffusion, velocity and likelihood only to flow "
+        "matching that predicts something else than the velocity",
+        group="objective",
+    )
+    min_snr_gamma: float = option(
+        5.0,
+        "Upper bound of the signal-to-noise ratio in --loss-weighting min-snr",
+        Number(0, 1e6, above=True),
+        group="objective",
+    )
+    direction_loss: bool = option(
+        False,
+        "Add the cosine distance to the velocity to the loss; applies only to --objective flow",
+        group="objective",
+    )
+    timestep_sampling: TimestepDistribution = option(
+        "uniform",
+        "Distribution of training timesteps; importance follows recent losses, for diffusion only",
+        group="objective",
+    )
+    learn_sigma: bool | None = option(
+        None,
+        "Learn the variance with the hybrid loss (arXiv:2102.09672, eq. 16)",
+        group="model",
+        default_text="on for diffusion, off for flow",
+    )
+    learned_range: bool = option(
+        True,
+        "Learn the variance as a position between its bounds; with --no-learned-range, as a logarithm",
+        group="objective",
+    )
+    sigma_small: bool = option(
+        False, "Use the variance of the posterior instead of beta; needs --no-learn-sigma", group="objective"
+    )
+    use_kl: bool = option(False, "Train on the variational bound alone", group="objective")
+    noise_schedule: NoiseSchedule = option("linear", "Noise schedule of diffusion", group="objective")
+    diffusion_steps: int = option(
+        1000, "Timesteps of diffusion", DIFFUSION_STEPS, metavar="T", group="objective"
+    )
 
     def choose_defaults(self) -> None:
-        """Fill in what depends on the objective and was not given."""
+        """Fill in the defaults that depend on the objective."""
         flow = self.objective == "flow"
         if self.prediction is None:
             object.__setattr__(self, "prediction", "velocity" if flow else "epsilon")
@@ -63,7 +87,7 @@ class ObjectiveConfig:
             object.__setattr__(self, "learn_sigma", not flow)
 
     def check_objective(self) -> None:
-        """Raise ConfigError for options that are not of the objective, or do not go together."""
+        """Raise ConfigError for options that the objective does not have, or that exclude each other."""
         flow = self.objective == "flow"
         of_diffusion = (
             "noise_schedule", "learn_sigma", "learned_range", "sigma_small", "use_kl", "min_snr_gamma",
@@ -73,18 +97,20 @@ class ObjectiveConfig:
         for field in fixed:
             if getattr(self, field) != usual[field]:
                 raise ConfigError(
-                    f"--{field.replace('_', '-')} {getattr(self, field)} is of --objective "
-                    f"{'diffusion, flow matching has no such thing' if flow else 'flow'}: leave it out"
+                    f"{flag_of(field)} {getattr(self, field)} applies only to --objective "
+                    f"{'diffusion' if flow else 'flow'}; remove it"
                 )
         if flow != (self.loss_weighting in _OF_FLOW) and self.loss_weighting != "none":
             raise ConfigError(
-                f"--loss-weighting {self.loss_weighting} is not of --objective {self.objective}: give none"
+                f"--loss-weighting {self.loss_weighting} does not apply to --objective {self.objective}: give none"
                 + (" or " + " or ".join(_OF_FLOW) if flow else " or min-snr")
             )
         if self.sigma_small and self.learn_sigma:
             raise ConfigError("--sigma-small is a variance that is not learned: give --no-learn-sigma too")
         if not (self.learned_range or self.learn_sigma):
-            raise ConfigError("--no-learned-range is of a learned variance: leave out --no-learn-sigma")
+            raise ConfigError(
+                "--no-learned-range applies only to a learned variance; remove --no-learn-sigma"
+            )
         objective = create_objective(**self.objective_arguments())
         TimestepSampling(objective, 0, self.timestep_sampling)
         if isinstance(objective, GaussianDiffusion):

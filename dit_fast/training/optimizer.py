@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import is_
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from dit_fast.errors import ConfigError
 from dit_fast.kernels import KERNEL_MODES, AdamWSettings, AdamWTensors, adamw_ema, grad_square_sum
 from dit_fast.kernels.adamw_tensors import Gradients
 
-SCHEDULES = ("constant", "cosine")
+LrSchedule = Literal["constant", "cosine"]
 
 
 def learning_rate(step: int, *, lr: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
@@ -347,7 +347,8 @@ def sharing_groups(parameter: Any) -> tuple[Any, ...]:
     )
 
 
-OPTIMIZERS = ("ours", "torch", "apex")
+OptimizerName = Literal["adamw_ema", "torch", "apex"]
+OPTIMIZERS = get_args(OptimizerName)
 
 
 def make_optimizer(
@@ -366,7 +367,7 @@ def make_optimizer(
         ConfigError: apex is not installed.
     """
     parameters = list(parameters)
-    if name == "ours":
+    if name == "adamw_ema":
         return AdamWEma(parameters, lr=lr, ema_warmup=True, kernels=kernels, **options)
     return (ApexAdamWEma if name == "apex" else TorchAdamWEma)(parameters, lr=lr, **options)
 
@@ -448,7 +449,7 @@ class ApexAdamWEma(TorchAdamWEma):
         except ImportError as error:
             raise ConfigError(
                 "--optimizer apex: NVIDIA's apex is not installed (apex on PyPI is an unrelated package); "
-                "build it from its repository, or give --optimizer ours or torch"
+                "build it from its repository, or give --optimizer adamw_ema or torch"
             ) from error
         super().__init__(params, **options)
         group = self.param_groups[0]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from dit_fast.model.dit import DiT
 from dit_fast.sampling.float8 import require_float8_device, takes_float8
 from dit_fast.training.optimizer import AdamWEma
 
-PRECISIONS = ("auto", "bf16", "fp16", "fp32", "tf32", "fp8")
-RESIDUALS = ("fp32", "bf16")
+TrainPrecision = Literal["auto", "bf16", "fp16", "fp32", "tf32", "fp8"]
+ResidualDtype = Literal["fp32", "bf16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_precision(name: str, device: torch.device) -> str:
+def choose_precision(name: TrainPrecision, device: torch.device) -> TrainPrecision:
     """`name`, "auto" resolved: bf16 on a CUDA device whose hardware has it, fp32 elsewhere.
 
     Raises ConfigError for fp8 on a device without float8 arithmetic.

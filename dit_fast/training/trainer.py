@@ -80,7 +80,7 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = build_model(config, data).eval()
         self.parallel = choose_parallel(config.parallel, self.world)
-        if self.parallel in ("fsdp", "hsdp") and config.optimizer != "ours":
+        if self.parallel in ("fsdp", "hsdp") and config.optimizer != "adamw_ema":
             raise ConfigError(
                 f"--optimizer {config.optimizer} does not go with --parallel {self.parallel}: give ours"
             )
@@ -90,7 +90,7 @@ class Trainer:
         # over micro-batches and ranks are in float32.
         copies = (
             config.precision == "bf16"
-            and config.optimizer == "ours"
+            and config.optimizer == "adamw_ema"
             and self.parallel == "none"
             and config.accumulate == 1
         )
@@ -99,7 +99,7 @@ class Trainer:
         self.trained = {
             name: p for name, p in self.model.to(self.device).named_parameters() if p.requires_grad
         }
-        rate_dtype = torch.float64 if config.optimizer == "ours" else torch.float32
+        rate_dtype = torch.float64 if config.optimizer == "adamw_ema" else torch.float32
         self.state = StepState(self.device, min(config.log_every, MOST_REMEMBERED), rate_dtype)
         self.optimizer = make_optimizer(
             config.optimizer,

@@ -1,16 +1,16 @@
 """Values of options and arguments: their types and ranges, checked where they are given.
 
-One description serves both ways in. Called with a word of the command line it returns the value, as a `type` of
-argparse; `check` takes the argument of a caller, in Python's or NumPy's types. Nothing is allocated for a value here,
-and no range reaches to where arithmetic overflows.
+One object serves the command line and the Python API. Called with a word of the command line it returns the value, as
+a `type` of argparse; `check` takes a caller's argument, of Python's or NumPy's types. Nothing is allocated for a value
+here, and no range reaches values at which arithmetic overflows.
 """
 
 import argparse
 import operator
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +28,43 @@ _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 class Value:
-    """Base class: what a value may be. `str` of it completes the sentence "give ..."."""
+    """Base class of types and ranges. `str` of one completes the sentence "give ..."."""
+
+    nargs: int | str | None = None
+    """Number of words on the command line, as argparse takes it; None: one."""
+
+    @property
+    def item(self) -> "Value":
+        """Range of one word."""
+        return self
 
     def parse(self, text: str) -> Any:
-        """The value that a word of the command line stands for; ValueError for none."""
+        """Value of a word of the command line; ValueError for a word that has none."""
         return text
 
     def accept(self, value: Any) -> Any:
-        """`value` in the type that is used from here on; ValueError or TypeError where it is out of range."""
+        """`value` in the type that the program uses; ValueError or TypeError where it is out of range."""
         raise NotImplementedError
 
     def __call__(self, text: str) -> Any:
-        """The value of a word of the command line. Raises argparse.ArgumentTypeError."""
+        """Value of a word of the command line. Raises argparse.ArgumentTypeError."""
         try:
             return self.accept(self.parse(text))
         except (TypeError, ValueError):
             raise argparse.ArgumentTypeError(f"expected {self}, found {shown(text)}") from None
 
     def check(self, name: str, value: Any) -> Any:
-        """The value of an argument.
+        """Check the value of an argument.
 
         Args:
-            name: of the argument, for the message.
-            value: what the caller gave.
+            name: name of the argument in the message.
+            value: value that the caller gave.
 
         Returns:
             The value, in Python's own type.
 
         Raises:
-            ConfigError: it is of another type or out of range.
+            ConfigError: it has another type or is out of range.
         """
         try:
             return self.accept(value)
@@ -93,7 +101,7 @@ class Whole(Value):
 
 @dataclass(frozen=True)
 class Number(Value):
-    """A finite number from `least` to `most`; `above`, `below`: these two themselves are left out."""
+    """A finite number from `least` to `most`; `above` excludes `least`, `below` excludes `most`."""
 
     least: float = 0.0
     most: float = LARGEST_FLOAT
@@ -123,7 +131,7 @@ class Number(Value):
 
 @dataclass(frozen=True)
 class Text(Value):
-    """Text that is not empty, of characters that UTF-8 has, without null bytes."""
+    """Text that is not empty, can be encoded as UTF-8 and has no null bytes."""
 
     def accept(self, value: Any) -> str:
         if not isinstance(value, str):
@@ -139,7 +147,7 @@ class Text(Value):
 
 @dataclass(frozen=True)
 class Place(Value):
-    """A path, or what may stand for one (the name of a data set, an id of the hub), as `kind`: str or Path."""
+    """A path, or a name in place of one (of a data set, of a repository on the hub), as `kind`: str or Path."""
 
     kind: Callable[[Any], Any] = str
 
@@ -162,14 +170,15 @@ class Place(Value):
 
 @dataclass(frozen=True)
 class OneOf(Value):
-    """One of `values`, of their type."""
+    """One of `values`, in their type; `former` are pairs of an earlier spelling and its value."""
 
     values: tuple[Any, ...]
+    former: tuple[tuple[str, Any], ...] = ()
 
     def accept(self, value: Any) -> Any:
-        for known in self.values:
+        for known in (*self.values, *(spelling for spelling, _ in self.former)):
             if (isinstance(value, str) or type(value) is type(known)) and value == known:
-                return known
+                return dict(self.former).get(known, known)
         raise ValueError
 
     def __str__(self) -> str:
@@ -191,7 +200,7 @@ class Flag(Value):
 
 @dataclass(frozen=True)
 class Pattern(Value):
-    """Text that matches `pattern` as a whole, which `words` describe."""
+    """Text that matches the regular expression `pattern`; `words` describe it in messages."""
 
     pattern: str
     words: str
@@ -225,6 +234,26 @@ class Pair(Value):
         return f"SIZE or HEIGHTxWIDTH, each {self.value}"
 
 
+@dataclass(frozen=True)
+class Several(Value):
+    """A sequence of values, on the command line one or more."""
+
+    value: Value
+    nargs = "+"
+
+    @property
+    def item(self) -> Value:
+        return self.value
+
+    def accept(self, value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return tuple(map(self.value.accept, value))
+
+    def __str__(self) -> str:
+        return f"one or more, each {self.value}"
+
+
 SEED = Whole(0, (1 << 63) - 1)
 TEXT = Text()
 SOURCE = Place(str)
@@ -233,38 +262,15 @@ SIDE = Whole(1, 1 << 16)
 FLAG = Flag()
 
 
-def check_fields(config: Any, ranges: Mapping[str, Value], name: Callable[[str], str]) -> None:
-    """Check the fields of a frozen dataclass, and keep each as `Value.check` returns it.
-
-    Args:
-        config: the object; None is accepted where a field's annotation says so.
-        ranges: what each field may be.
-        name: what the message calls a field.
-
-    Raises:
-        ConfigError: for the first field that is of another type or out of range.
-    """
-    optional = {field.name for field in fields(config) if "None" in str(field.type)}
-    for field, value in ranges.items():
-        given = getattr(config, field)
-        if given is not None or field not in optional:
-            object.__setattr__(config, field, value.check(name(field), given))
-
-
-def flag_of(field: str) -> str:
-    """The option of a field: "--batch-size" of "batch_size"."""
-    return f"--{field.replace('_', '-')}"
-
-
 def check_memory(needed: float, what: str) -> None:
-    """Refuse what no allocation on this machine can hold, before any is tried.
+    """Refuse sizes that exceed the memory of this machine before anything is allocated.
 
     Args:
-        needed: bytes.
-        what: the options that take them, for the message.
+        needed: bytes needed.
+        what: the options that need them, for the message.
 
     Raises:
-        ConfigError: it is more than the machine has.
+        ConfigError: the machine has less memory.
     """
     has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > has:
@@ -274,7 +280,7 @@ def check_memory(needed: float, what: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """`value` in a message: never of many lines or characters."""
+    """`value` for a message, on one line and cut to a few words."""
     if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print millions of digits.
         return f"of {value.bit_length()} bits"
     text = repr(value[:_MOST_SHOWN]) if isinstance(value, str) else " ".join(str(value).split())

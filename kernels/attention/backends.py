@@ -10,7 +10,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from dit_fast.kernels.attention import short as attention_short
 from dit_fast.kernels.launch import device_capability
 from dit_fast.kernels.library import define_op
 
-BACKENDS = ("auto", "triton", "sdpa", "cudnn", "flash")
+AttentionBackend = Literal["auto", "triton", "sdpa", "cudnn", "flash"]
+BACKENDS = get_args(AttentionBackend)
 # In this order; PyTorch leaves out what it cannot run on a device or for a shape.
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,

@@ -19,7 +19,7 @@ columns that are F apart, has a pass of its own always.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,10 @@ from dit_fast.kernels.mlp.gelu import plan_gelu, plan_gelu_backward
 from dit_fast.kernels.mlp.swiglu import plan_swiglu, plan_swiglu_backward
 from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments
 
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
-EPILOGUES = ("auto", "separate", "triton", "cublaslt")
+Activation = Literal["gelu", "swiglu"]
+ACTIVATIONS = get_args(Activation)
+MlpEpilogue = Literal["auto", "separate", "triton", "cublaslt"]
+EPILOGUES = get_args(MlpEpilogue)
 
 
 def choose_epilogue(

@@ -143,7 +143,7 @@ def test_a_run_that_was_stopped_goes_on(work, sent, capsys):
     [
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["--vae", "nowhere"], "--vae nowhere: give ema, mse, or a folder with a diffusers AutoencoderKL"),
-        (["--size", "18"], "--size 18 is not a multiple of 4"),
+        (["--size", "18"], "--image-size 18 is not a multiple of 4"),
         (["--device", "cuda"], "--device cuda: this PyTorch sees no CUDA device; give --device cpu or auto"),
         (["--out", "/proc/set"], "cannot write to /proc/set"),
     ],

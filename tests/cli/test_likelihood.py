@@ -2,7 +2,6 @@
 
 import json
 import math
-from argparse import ArgumentParser
 
 import pytest
 import torch
@@ -68,10 +67,8 @@ def test_the_bound_of_a_diffusion_is_repeatable_and_by_seed(diffusion, tmp_path)
 
 def test_images_are_cropped_to_a_model_that_is_not_square(tmp_path):
     DiT((8, 4), 4, 1, 16, 1, 2, num_classes=10).save_pretrained(tmp_path / "model")
-    words = ["--ckpt", str(tmp_path / "model"), "--data", "digits"]
-    parser = ArgumentParser()
-    likelihood.add_arguments(parser)
-    data = likelihood._images(parser.parse_args(words), *load_model(tmp_path / "model"))
+    options = likelihood.LikelihoodOptions(ckpt=str(tmp_path / "model"), data="digits")
+    data = likelihood._images(options, *load_model(tmp_path / "model"))
     whole = open_data("digits").heldout.batch(torch.arange(5))
     assert torch.equal(data.heldout.batch(torch.arange(5)), whole[..., 2:6])
 

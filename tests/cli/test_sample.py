@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from dit_fast.cli import main, sample
-from dit_fast.cli.sample_plan import Plan, numbers_of
+from dit_fast.cli.labels import numbers_of
+from dit_fast.cli.sample_request import SampleRequest
 from dit_fast.data import open_images
 from dit_fast.sampling import Guidance, Sampler
 from tests.checkpoints import save_checkpoint
@@ -133,8 +134,8 @@ def test_names_of_single_images(names, tag):
 
 
 def test_many_classes_show_eight_of_them():
-    assert numbers_of(None, 1000, None) == [0, 143, 285, 428, 571, 714, 856, 999]
-    assert numbers_of(None, 20, None) == list(range(20))
+    assert numbers_of((), 1000, None) == [0, 143, 285, 428, 571, 714, 856, 999]
+    assert numbers_of((), 20, None) == list(range(20))
 
 
 def test_one_class_wraps_into_rows(run, tmp_path):
@@ -196,7 +197,7 @@ def test_latent_models_are_decoded(tmp_path, monkeypatch):
             assert (shift, scale) == (None, None)
             return torch.ones(len(latents), 3, 64, 64)
 
-    monkeypatch.setattr("dit_fast.cli.sample_plan.LatentDecoder", Decoder)
+    monkeypatch.setattr("dit_fast.cli.sample_request.LatentDecoder", Decoder)
     small_model(in_channels=4).save_pretrained(tmp_path / "model")
     ask = ("--ckpt", tmp_path / "model", "--steps", 1, "--num", 2, "--save-images")
     assert command(*ask, "--image-size", 64, "--out", tmp_path / "o") == 0
@@ -219,7 +220,7 @@ def test_a_run_on_latents_is_decoded_by_their_autoencoder(tmp_path, monkeypatch)
             seen.append((shift, scale))
             return torch.ones(len(latents), 3, 64, 64)
 
-    monkeypatch.setattr("dit_fast.cli.sample_plan.LatentDecoder", Decoder)
+    monkeypatch.setattr("dit_fast.cli.sample_request.LatentDecoder", Decoder)
     model = small_model(in_channels=4)
     facts = {"name": "set", "image_size": 64, "shift": [0.0] * 4, "scale": [0.18215] * 4}
     zeros = {f"exp_avg.{name}": torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -234,9 +235,9 @@ def test_a_run_on_latents_is_decoded_by_their_autoencoder(tmp_path, monkeypatch)
 def test_a_latent_set_s_own_shift_and_scale_are_the_decoder_s():
     seen = []
     plan = SimpleNamespace(decoder=lambda *given: seen.append(given), info=SimpleNamespace(data={}))
-    Plan.decode(plan, "latents")
+    SampleRequest.decode(plan, "latents")
     plan.info.data = {"shift": [0.1], "scale": [2.0]}
-    Plan.decode(plan, "latents")
+    SampleRequest.decode(plan, "latents")
     assert seen == [("latents", None, None), ("latents", [0.1], [2.0])]
 
 

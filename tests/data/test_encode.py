@@ -232,8 +232,8 @@ def test_the_folder_must_hold_images(work, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 18}, r"--size 18 is not a multiple of 4, .*; give 16"),
-        ({"image_size": 0}, "--size 0: give a whole number from 1"),
+        ({"image_size": 18}, r"--image-size 18 is not a multiple of 4, .*; give 16"),
+        ({"image_size": 0}, "--image-size 0: give a whole number from 1"),
         ({"shard_size": 0}, "--shard-size 0: give a whole number from 1"),
         ({"dtype": "int8"}, "--dtype 'int8': give one of float16, float32"),
         ({"precision": "fp16"}, "--precision 'fp16': give one of fp32"),

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dit_fast.checkpoint.hub import is_hub_id
 from dit_fast.cli import main
-from dit_fast.cli.sample_plan import numbers_of
+from dit_fast.cli.labels import numbers_of
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.interop import ConvertedDiT, load_model
 from tests.tolerance import assert_close

@@ -45,7 +45,7 @@ MAY_OPEN = {
     "dit_fast.data.shards": "the temporary file of publish",
     "dit_fast.sampling.shards": "arrays in memory, within write_atomically; SampleShards.open",
     "dit_fast.cli.sample": "SampleShards.open",
-    "dit_fast.cli.sample_plan": "SampleShards.open",
+    "dit_fast.cli.sample_request": "SampleShards.open",
     "dit_fast.evaluation.images": (
         "members of a zip archive, whose file was checked; the temporary path that write_atomically gives"
     ),

@@ -14,14 +14,16 @@ import pytest
 import torch
 from torch.distributed.run import parse_args as torchrun
 
-from dit_fast.cli import main, sample, sample_plan
-from dit_fast.cli.sample_plan import make_plan
+from dit_fast.cli import main, sample, sample_request
+from dit_fast.cli.sample_options import SampleOptions
+from dit_fast.cli.sample_request import load_request
 from dit_fast.distributed.world import World
 from dit_fast.errors import OutputError
 from dit_fast.interop import ModelInfo
 from dit_fast.models import DiT
 from dit_fast.sampling import Sampler
 from dit_fast.sampling.shards import SampleShards
+from dit_fast.utils.options import read_options
 from tests.distributed.ranks import Forked
 from tests.patience import wait_until
 
@@ -253,11 +255,11 @@ def test_everything_that_determines_a_pixel_is_part_of_the_request(checkpoint, t
 
     def request(model: DiT, *more, **info) -> dict:
         info = ModelInfo(Path("model"), "only", latent=False, **info)
-        monkeypatch.setattr(sample_plan, "load_model", lambda *args, **keywords: (model, info))
+        monkeypatch.setattr(sample_request, "load_model", lambda *args, **keywords: (model, info))
         parser = argparse.ArgumentParser()
         sample.add_arguments(parser)
         words = [*arguments(checkpoint, tmp_path / str(len(list(tmp_path.iterdir()))))[1:], *more]
-        return make_plan(parser.parse_args(words)).parts.request
+        return load_request(read_options(SampleOptions, parser.parse_args(words))).parts.request
 
     def model(heads: int = 2, channels: int = 3) -> DiT:
         torch.manual_seed(0)
@@ -265,7 +267,7 @@ def test_everything_that_determines_a_pixel_is_part_of_the_request(checkpoint, t
 
     if change == "vae scale":
         decoder = SimpleNamespace(sha256="", shift=(0.0,), scale=(1.0,), factor=8)
-        monkeypatch.setattr(sample_plan, "LatentDecoder", lambda *args: decoder)
+        monkeypatch.setattr(sample_request, "LatentDecoder", lambda *args: decoder)
         usual, other = (request(model(), "--vae", "x", data={"scale": [s]}) for s in (1.0, 2.0))
     else:
         other_model = model(4) if change == "heads" else model()

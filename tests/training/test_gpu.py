@@ -20,7 +20,7 @@ CUDA: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["ours", "torch"])
+@pytest.mark.parametrize("optimizer", ["adamw_ema", "torch"])
 def test_a_step_does_not_wait_for_the_device(optimizer):
     """PyTorch raises at each wait that it knows of; a value that is read is one."""
     each = trainer(optimizer=optimizer, **CUDA)

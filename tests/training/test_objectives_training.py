@@ -157,9 +157,15 @@ def test_every_objective_takes_steps(options):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"objective": "flow", "learn_sigma": True}, "--learn-sigma True is of --objective diffusion"),
-        ({"objective": "flow", "use_kl": True}, "--use-kl True is of --objective diffusion"),
-        ({"objective": "flow", "learned_range": False}, "--learned-range False is of --objective diffusion"),
+        (
+            {"objective": "flow", "learn_sigma": True},
+            "--learn-sigma True applies only to --objective diffusion",
+        ),
+        ({"objective": "flow", "use_kl": True}, "--use-kl True applies only to --objective diffusion"),
+        (
+            {"objective": "flow", "learned_range": False},
+            "--learned-range False applies only to --objective diffusion",
+        ),
         ({"learn_sigma": False, "learned_range": False}, "--no-learned-range is of a learned variance"),
         (
             {"objective": "flow", "noise_schedule": "squaredcos_cap_v2"},
@@ -173,8 +179,8 @@ def test_every_objective_takes_steps(options):
         ({"objective": "flow", "prediction": "v"}, "prediction 'v' is not of flow matching"),
         ({"objective": "flow", "timestep_sampling": "importance"}, "those of flow matching are continuous"),
         ({"objective": "flows"}, "--objective 'flows': give one of diffusion, flow"),
-        ({"path": "vp"}, "--path vp is of --objective flow: leave it out"),
-        ({"direction_loss": True}, "--direction-loss True is of --objective flow: leave it out"),
+        ({"path": "vp"}, "--path vp applies only to --objective flow; remove it"),
+        ({"direction_loss": True}, "--direction-loss True applies only to --objective flow; remove it"),
         (
             {"objective": "flow", "prediction": "x0", "direction_loss": True},
             "direction loss is of the velocity",

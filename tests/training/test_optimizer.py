@@ -129,15 +129,15 @@ def test_a_norm_taken_before_zero_grad_is_not_used() -> None:
     assert distance(modules[0].parameters(), modules[1].parameters()) == 0
 
 
-@pytest.mark.parametrize("name", ["ours", "torch"])
+@pytest.mark.parametrize("name", ["adamw_ema", "torch"])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_the_training_loops_optimizers_are_the_plain_recipe(name, max_norm) -> None:
     """d = min(0.9, (1 + t) / (10 + t)), written out; a void step changes neither weights nor averages."""
     plain, module = model(torch.float32), model(torch.float32)
-    rate = torch.zeros((), dtype=torch.float64 if name == "ours" else torch.float32)
+    rate = torch.zeros((), dtype=torch.float64 if name == "adamw_ema" else torch.float32)
     options = {"betas": (0.8, 0.95), "weight_decay": 0.1, "ema_decay": 0.9, "max_grad_norm": max_norm}
     optimizer = make_optimizer(name, module.parameters(), lr=rate, **options)
-    assert isinstance(optimizer, AdamWEma if name == "ours" else TorchAdamWEma)
+    assert isinstance(optimizer, AdamWEma if name == "adamw_ema" else TorchAdamWEma)
     reference = torch.optim.AdamW(plain.parameters(), lr=3e-3, betas=(0.8, 0.95), weight_decay=0.1)
     averages, made = [p.detach().clone() for p in plain.parameters()], 0
     for step, grads in enumerate(gradients(module)):

@@ -102,7 +102,7 @@ def test_rates(schedule, expected):
     assert learning_rate(8, **options) == pytest.approx(0.0 if schedule == "cosine" else 0.1, abs=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", ["ours", "torch"])
+@pytest.mark.parametrize("optimizer", ["adamw_ema", "torch"])
 def test_the_optimiser_takes_the_rate_of_its_step(optimizer):
     """Adam's first update of each weight is the rate itself, or a little less."""
     each = trainer(optimizer=optimizer, warmup_steps=10)
@@ -113,7 +113,7 @@ def test_the_optimiser_takes_the_rate_of_its_step(optimizer):
 
 
 def test_torchs_optimiser_trains_like_ours():
-    runs = [trainer(optimizer=name, max_grad_norm=0.5, weight_decay=0.1) for name in ("ours", "torch")]
+    runs = [trainer(optimizer=name, max_grad_norm=0.5, weight_decay=0.1) for name in ("adamw_ema", "torch")]
     for each in runs:
         run(each, 3)
     assert_trained_alike(runs[1].trained, runs[0].trained, 3 * TINY["lr"])
