@@ -425,7 +425,7 @@ class TrainConfig(ObjectiveConfig):
         sizes = self.bucket_sizes()
         if self.evaluate_every and self.evaluate_features == "classifier" and sizes:
             raise ConfigError(
-                "--evaluate-features classifier knows images of one size, --buckets are several: give another"
+                "--evaluate-features classifier needs images of one size, --buckets are several: give another"
             )
         if self.compile and len(sizes) > MAX_COMPILED_SHAPES:
             raise ConfigError(

@@ -126,7 +126,7 @@ def test_a_run_that_was_stopped_goes_on(work, sent, capsys):
     if sent is signal.SIGINT:
         assert process.exitcode == 130, error
         assert error == (
-            f"dit-fast: interrupted; the same command goes on from the whole shards in {work}/set\n"
+            f"dit-fast: interrupted; the same command continues from the complete shards in {work}/set\n"
         )
         assert not list((work / "set").glob(".tmp-*"))
     else:

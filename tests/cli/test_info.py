@@ -179,7 +179,7 @@ def test_options_and_checkpoints_describe_a_model(tmp_path, capsys):
         (["DiT-S/2", "--model", "DiT-B/2"], "DiT-S/2 and --model DiT-B/2 both name the model: give one"),
         (["DiT-S/2", "--input-size", "31"], "image size 31 is not a multiple of the patch size 2"),
         (["DiT-S/2", "--num-heads", "7"], "hidden_size 384 is not a multiple of num_heads 7"),
-        (["DiT-S/2", "--table"], "--table is of the paper's models: leave out DiT-S/2"),
+        (["DiT-S/2", "--table"], "--table prints the models of the paper: remove DiT-S/2"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, message, capsys):
@@ -188,4 +188,4 @@ def test_bad_input_gets_one_line(arguments, message, capsys):
 
 def test_a_checkpoint_takes_no_options(tmp_path, capsys):
     DiT(**SMALL).save_pretrained(tmp_path / "saved")
-    assert "says what its model is: leave out --depth" in refused(capsys, tmp_path / "saved", "--depth", 2)
+    assert "defines its own model: remove --depth" in refused(capsys, tmp_path / "saved", "--depth", 2)

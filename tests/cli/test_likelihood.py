@@ -103,4 +103,4 @@ def test_refusals(flow, words, message, capsys):
 def test_latents_have_no_bits(tmp_path, capsys):
     DiT(8, 2, 4, 16, 1, 2, num_classes=2).save_pretrained(tmp_path / "latents")
     assert main(["likelihood", "--ckpt", str(tmp_path / "latents")]) == 1
-    assert "it makes latents of an autoencoder" in capsys.readouterr().err
+    assert "the model generates latents of an autoencoder" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_a_compiled_sampling_step_has_no_ranges_of_blocks(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "run"], "dit-fast profile keeps no run: leave out --out"),
+        (["--out", "run"], "dit-fast profile keeps no run: remove --out"),
     ],
 )
 def test_a_profile_that_cannot_be(

@@ -316,7 +316,7 @@ def test_unlabelled_dropout_and_unknown_data_and_missing_checkpoint(tmp_path, ca
     assert command("--ckpt", tmp_path / "model", "--cfg-scale", 4, *out) == 1
     assert "guidance scale 4.0 needs a model trained with label dropout" in capsys.readouterr().err
     assert command("--ckpt", tmp_path / "model", "--cfg-scale", 1, "--compare-to", *out) == 1
-    assert "does not say what it was trained on: give --compare-to DATA" in capsys.readouterr().err
+    assert "does not record its training data: give --compare-to DATA" in capsys.readouterr().err
     assert command(*out) == 1
     assert "--ckpt is missing" in capsys.readouterr().err
     assert command("--ckpt", tmp_path / "none.pt", *out) == 1

@@ -112,7 +112,7 @@ def test_flags_override_a_preset(tmp_path, monkeypatch):
         ([*TINY, "--batch-size", "9999"], "fewer than a batch of 9999"),
         ([*TINY, "--resume", "nowhere"], "--resume nowhere: no such run folder"),
         ([*TINY, "--results-dir", "elsewhere"], "both set the run folder: give one"),
-        (["--resume", "nowhere", "--preset", "demo"], "--resume continues a run where it is: leave out --"),
+        (["--resume", "nowhere", "--preset", "demo"], "--resume continues a run in its folder: remove --"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_1(arguments, message, tmp_path, capsys, monkeypatch):
@@ -262,7 +262,7 @@ def test_a_finished_run_says_so(tmp_path, capsys):
     assert call("--resume", run) == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [
-        f"{run} is finished already: step 2 of 2, checkpoint {run}/checkpoints/step-0000002; give more --steps to go on"
+        f"{run} is finished already: step 2 of 2, checkpoint {run}/checkpoints/step-0000002; give more --steps to continue"
     ]
     assert call("--resume", run, "--steps", 3) == 0
 

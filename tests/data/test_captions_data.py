@@ -291,4 +291,4 @@ def test_a_model_of_classes_takes_no_prompt(tmp_path, capsys):
     DiT(input_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=3).save_pretrained(tmp_path / "model")
     usual = ["sample", "--ckpt", str(tmp_path / "model"), "--vae", "none", "--steps", "2", "--device", "cpu"]
     assert main([*usual, "--prompt", "a cat", "--out", str(tmp_path / "out")]) == 1
-    assert "are of models trained on captions, this one is not" in capsys.readouterr().err
+    assert "apply only to models trained on captions; remove them" in capsys.readouterr().err

@@ -286,7 +286,7 @@ def test_captions_of_the_training_are_only_drawn_where_they_still_are(photos, tm
     assert "say how many images with --num" in refused("--npz")
     assert "and no --classes" in refused("--npz", "--classes", "random", "--num", 2)
     prompt = ("--prompt", "0.png", "--text-encoder", photos / "embeddings.safetensors", "--num", 1)
-    assert "the model is told captions: score it with" in refused(*prompt, "--compare-to")
+    assert "the model is conditioned on captions: score it" in refused(*prompt, "--compare-to")
     save_file({name: array + 1 for name, array in embeddings().items()}, photos / "embeddings.safetensors")
     assert "does not have the captions (any more)" in refused("--npz", "--num", 2)
     (photos / "embeddings.safetensors").unlink()

@@ -201,13 +201,13 @@ def test_what_has_one_shape_is_refused(run: Path, folder: Path, tmp_path: Path, 
     archive = write_npz(tmp_path / "real.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
     classifier = ["evaluate", *map(str, ckpt), str(folder), "--features", "classifier"]
     assert main(classifier) == 1
-    assert "--features classifier knows images of one size" in capsys.readouterr().err
+    assert "--features classifier needs images of one size" in capsys.readouterr().err
     for against in (archive, "digits"):
         assert evaluate(*ckpt, against) == 1
         assert "images of several shapes (--buckets) are those of a folder" in capsys.readouterr().err
     assert evaluate(*ckpt, folder, "--buckets", SIZES) == 1
-    assert "does not go with --ckpt, which says itself what it was trained on" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="--evaluate-features classifier knows images of one size"):
+    assert "does not go with --ckpt, which has buckets of its own" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--evaluate-features classifier needs images of one size"):
         config(folder, evaluate_every=2, evaluate_features="classifier")
     with pytest.raises(DataError, match="are those of a folder"):
         Evaluation(Trainer(asked := config(folder, **SCORED, evaluate_against=str(archive)), open_set(asked)))

@@ -191,7 +191,7 @@ def test_export_writes_what_lightningdit_loads(tmp_path: Path, capsys: pytest.Ca
     torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
     export = ("export", "--ckpt", tmp_path / "theirs.pt", "--format", "lightningdit", "--out")
     assert command(*export, tmp_path / "again.pt") == 0
-    assert "do not tell what they predict: sample them with --objective flow\n" in capsys.readouterr().out
+    assert "do not record what they predict: sample them with --objective flow\n" in capsys.readouterr().out
     again.load_state_dict(torch.load(tmp_path / "again.pt", weights_only=True))
     assert_close(answer(again), answer(theirs))
     assert command(*export, tmp_path / "again") == 1

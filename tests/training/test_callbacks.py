@@ -307,7 +307,7 @@ def test_runs_are_drawn_over_each_other(tmp_path, capsys):
     assert capsys.readouterr().out == f"{target}: 2 runs\n"
     assert target.read_bytes().startswith(b"\x89PNG")
     assert main(["plot", str(tmp_path / "three")]) == 1
-    assert "three: no run folder with a log.jsonl" in capsys.readouterr().err
+    assert "three: neither a run folder with a log.jsonl" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.jsonl").touch()
     assert main(["plot", str(tmp_path / "empty")]) == 1

@@ -183,7 +183,7 @@ def test_a_signal_ends_the_study(tmp_path, capsys, monkeypatch):
     status, out, _ = call(capsys, tmp_path, "--steps", 6)
     assert status == 143
     assert out.count("==") == 1
-    assert "SIGTERM: stopped and saved at step 2 of 6; the same command goes on there" in out
+    assert "SIGTERM: stopped and saved at step 2 of 6; the same command continues there" in out
     assert not (tmp_path / "scaling.json").exists()
 
 
@@ -199,7 +199,7 @@ def test_a_signal_ends_the_study(tmp_path, capsys, monkeypatch):
             ["--steps", "5", "--sizes", "32x1", "33x1"],
             "--sizes 33x1: give WIDTHxDEPTH with a width that 32 divides",
         ),
-        (["--steps", "5", "--depth", "2"], "trains one model of each of --sizes: leave out --depth"),
+        (["--steps", "5", "--depth", "2"], "trains one model for each of --sizes: remove --depth"),
         (["--steps", "5", "--data", "nowhere"], "nowhere is neither a folder nor a built-in set"),
         (["--steps", "5", "--patch-size", "3"], "image size 8 is not a multiple of the patch size 3"),
     ],

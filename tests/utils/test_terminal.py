@@ -175,7 +175,7 @@ def test_an_ignored_ctrl_c_stays_ignored():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 1
-    assert done.stderr == "dit-fast: error: x: no run folder with a log.jsonl, and no such file\n"
+    assert done.stderr == "dit-fast: error: x: neither a run folder with a log.jsonl nor a file\n"
 
 
 def test_lines_are_printed_in_one_place():
