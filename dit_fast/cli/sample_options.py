@@ -226,7 +226,7 @@ class SampleOptions(CheckpointOptions):
     )
     device: str = option(
         "auto",
-        "Device to sample on: cpu, cuda, cuda:1, ...",
+        "Device to sample on: cpu, cuda, or one of several as in cuda:1",
         Pattern(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:NUMBER"),
         group="machine",
         default_text="cuda if there is one",

@@ -519,7 +519,9 @@ def relocated(
     """
     begun = manifest.get("working_directory")
     given = {name: getattr(config, name) for name in _PATHS if name not in asked}
-    found = {name: relocate(source, begun, run) for name, source in given.items() if source is not None}
+    found: dict[str, Any] = {
+        name: relocate(source, begun, run) for name, source in given.items() if source is not None
+    }
     return dataclasses.replace(config, **found)
 
 

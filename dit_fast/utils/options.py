@@ -147,7 +147,7 @@ def add_options(
     *,
     required: bool = True,
 ) -> None:
-    """Add the options of a dataclass to a parser. One that is not given leaves no trace in the namespace.
+    """Add the options of a dataclass to a parser. One with a flag that is not given leaves no trace.
 
     Args:
         parser: what they are added to, under the headings of their groups.
@@ -176,7 +176,8 @@ def add_options(
         if about.bare is not None:
             keywords["const"] = about.bare
         if about.positional:
-            heading.add_argument(each.name, **keywords)
+            # argparse parses the default of a positional argument: SUPPRESS would not be among the choices.
+            heading.add_argument(each.name, **{**keywords, "default": None})
             continue
         needed = required and each.default is MISSING
         heading.add_argument(flag_of(each.name), *about.aliases, dest=each.name, required=needed, **keywords)

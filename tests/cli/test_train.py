@@ -262,7 +262,8 @@ def test_a_finished_run_says_so(tmp_path, capsys):
     assert call("--resume", run) == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [
-        f"{run} is finished already: step 2 of 2, checkpoint {run}/checkpoints/step-0000002; give more --steps to continue"
+        f"{run} is finished already: step 2 of 2, checkpoint {run}/checkpoints/step-0000002; give more --steps to "
+        "continue"
     ]
     assert call("--resume", run, "--steps", 3) == 0
 

@@ -166,14 +166,14 @@ def test_every_objective_takes_steps(options):
             {"objective": "flow", "learned_range": False},
             "--learned-range False applies only to --objective diffusion",
         ),
-        ({"learn_sigma": False, "learned_range": False}, "--no-learned-range is of a learned variance"),
+        ({"learn_sigma": False, "learned_range": False}, "--no-learned-range applies only to a learned variance"),
         (
             {"objective": "flow", "noise_schedule": "squaredcos_cap_v2"},
-            "--noise-schedule squaredcos_cap_v2 is of",
+            "--noise-schedule squaredcos_cap_v2 applies only to",
         ),
         (
             {"objective": "flow", "loss_weighting": "min-snr"},
-            "--loss-weighting min-snr is not of --objective flow",
+            "--loss-weighting min-snr does not apply to --objective flow",
         ),
         ({"objective": "flow", "loss_weighting": "velocity"}, "a model of the velocity takes none"),
         ({"objective": "flow", "prediction": "v"}, "prediction 'v' is not of flow matching"),
@@ -285,7 +285,7 @@ def test_a_flow_model_is_trained_and_sampled_by_the_command_line(tmp_path, capsy
         main(["sample", "--ckpt", str(tmp_path / "run"), "--solver", "ddpm", "--out", str(tmp_path / "x")])
         == 1
     )
-    assert "solver ddpm is of diffusion models" in capsys.readouterr().err
+    assert "solver ddpm applies only to diffusion models" in capsys.readouterr().err
 
 
 @pytest.mark.nightly

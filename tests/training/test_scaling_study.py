@@ -190,7 +190,7 @@ def test_a_signal_ends_the_study(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "how long is missing: give --budget FLOP, --steps N or --epochs N"),
+        ([], "the length is missing: give --budget FLOP, --steps N or --epochs N"),
         (["--budget", "1e12", "--steps", "5"], "sets the length: give neither --steps nor --epochs"),
         (["--budget", "10"], "--budget 10: one step of all 5 models takes"),
         (["--steps", "5", "--sizes", "32x1"], "--sizes 32x1: give at least two, each once"),
