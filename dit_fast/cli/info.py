@@ -43,7 +43,7 @@ class Inputs:
 class InfoOptions(Options):
     source: str | None = option(
         None,
-        "Size and patch size, e.g. DiT-XL/2, or any checkpoint that dit-fast sample reads",
+        "Size and patch size, e.g. DiT-XL/2, or any checkpoint that dit-fast sample --ckpt reads",
         SOURCE,
         metavar="MODEL",
         positional=True,

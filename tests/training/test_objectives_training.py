@@ -166,7 +166,10 @@ def test_every_objective_takes_steps(options):
             {"objective": "flow", "learned_range": False},
             "--learned-range False applies only to --objective diffusion",
         ),
-        ({"learn_sigma": False, "learned_range": False}, "--no-learned-range applies only to a learned variance"),
+        (
+            {"learn_sigma": False, "learned_range": False},
+            "--no-learned-range applies only to a learned variance",
+        ),
         (
             {"objective": "flow", "noise_schedule": "squaredcos_cap_v2"},
             "--noise-schedule squaredcos_cap_v2 applies only to",
