@@ -384,7 +384,7 @@ class GaussianDiffusion(Objective):
         return terms
 
     def _target(self, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the model's prediction is compared with, shaped like `x_start`."""
+        """Target of the model's prediction, shaped like `x_start`."""
         if self.model_mean_type is ModelMeanType.EPSILON:
             return noise
         if self.model_mean_type is ModelMeanType.START_X:
@@ -792,9 +792,7 @@ class GaussianDiffusion(Objective):
         progress: bool,
     ) -> Iterator[dict[str, Tensor]]:
         if noise is not None and tuple(noise.shape) != tuple(shape):
-            raise ConfigError(
-                f"noise {tuple(noise.shape)} must have the shape {tuple(shape)} that was asked for"
-            )
+            raise ConfigError(f"noise {tuple(noise.shape)} must have the requested shape {tuple(shape)}")
         if device is None:
             device = noise.device if noise is not None else _device_of(model)
         x = torch.randn(*shape, device=device) if noise is None else noise
@@ -840,5 +838,7 @@ def _device_of(model: Model) -> torch.device:
     module = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     parameter = next(module.parameters(), None) if isinstance(module, nn.Module) else None
     if parameter is None:
-        raise ConfigError("the model has no parameters to tell its device: pass device=... or noise=...")
+        raise ConfigError(
+            "the model has no parameters, so that its device is unknown: pass device=... or noise=..."
+        )
     return parameter.device

@@ -78,7 +78,7 @@ def log_likelihood(
 def bits_per_dim(log_likelihood: Tensor, dims: int, bin_width: float = GREY_LEVEL) -> Tensor:
     """Bits per dimension of values in bins of this width, (N,), from the log density (N,) of `dims` of them.
 
-    The values are those of 8-bit images in [-1, 1] unless another width says otherwise; for a bound on the likelihood
+    The values are those of 8-bit images in [-1, 1] unless `bin_width` is another; for a bound on the likelihood
     of such images x must be dequantized, uniform within its bins (Theis et al. 2016, arXiv:1511.01844, section 3.1).
     """
     return -log_likelihood / (dims * math.log(2)) - math.log2(bin_width)

@@ -54,7 +54,7 @@ class Objective(ABC):
     @property
     @abstractmethod
     def prediction(self) -> str:
-        """What the model predicts, one of `dit_fast.diffusion.paths.PREDICTIONS`."""
+        """Quantity that the model predicts, one of `dit_fast.diffusion.paths.PREDICTIONS`."""
 
     @abstractmethod
     def times_at(self, places: Tensor) -> Tensor:

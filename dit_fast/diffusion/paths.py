@@ -1,4 +1,4 @@
-"""Gaussian paths and the predictions on them: the algebra that losses and samplers share.
+"""Gaussian paths and the predictions on them: the algebra of losses and samplers.
 
 A path joins noise and data, x = alpha x_0 + sigma noise. Every prediction is a combination of the same two,
 prediction = of_data x_0 + of_noise noise, so that (x, prediction) gives x_0 and noise by solving two equations, and any
@@ -72,7 +72,7 @@ PATHS: dict[str, Callable[[Tensor], Point]] = {"linear": linear_path, "gvp": gvp
 """By name; each takes times t from 0 (noise) to 1 (data), as in SiT."""
 
 
-def shares(prediction: str, point: Point) -> tuple[Tensor, Tensor]:
+def coefficients(prediction: str, point: Point) -> tuple[Tensor, Tensor]:
     """(of_data, of_noise) of one of PREDICTIONS. Raises ConfigError for another name, or a velocity without rates."""
     one, zero = torch.ones_like(point.alpha), torch.zeros_like(point.alpha)
     if prediction == "epsilon":
@@ -90,23 +90,23 @@ def shares(prediction: str, point: Point) -> tuple[Tensor, Tensor]:
 
 def determinant(prediction: str, point: Point) -> Tensor:
     """Determinant of the equations for x_0 and noise: a prediction's error is x_0's times -determinant / sigma."""
-    of_data, of_noise = shares(prediction, point)
+    of_data, of_noise = coefficients(prediction, point)
     return point.alpha * of_noise - point.sigma * of_data
 
 
 def target(prediction: str, data: Tensor, noise: Tensor, point: Point) -> Tensor:
     """The value of `prediction` for x_0 `data` and `noise`."""
-    of_data, of_noise = shares(prediction, point)
+    of_data, of_noise = coefficients(prediction, point)
     return of_data * data + of_noise * noise
 
 
-def data_and_noise(prediction: str, answer: Tensor, x: Tensor, point: Point) -> tuple[Tensor, Tensor]:
-    """x_0 and noise of a model's output `answer` for the state x."""
-    of_data, of_noise = shares(prediction, point)
+def data_and_noise(prediction: str, output: Tensor, x: Tensor, point: Point) -> tuple[Tensor, Tensor]:
+    """x_0 and noise of a model's `output` for the state x."""
+    of_data, of_noise = coefficients(prediction, point)
     scale = point.alpha * of_noise - point.sigma * of_data
-    return (of_noise * x - point.sigma * answer) / scale, (point.alpha * answer - of_data * x) / scale
+    return (of_noise * x - point.sigma * output) / scale, (point.alpha * output - of_data * x) / scale
 
 
-def convert(answer: Tensor, x: Tensor, point: Point, source: str, to: str) -> Tensor:
-    """The output `answer` of a model that predicts `source`, converted to the prediction `to`, for the state x."""
-    return answer if source == to else target(to, *data_and_noise(source, answer, x, point), point)
+def convert(output: Tensor, x: Tensor, point: Point, source: str, to: str) -> Tensor:
+    """The `output` of a model that predicts `source`, converted to the prediction `to`, for the state x."""
+    return output if source == to else target(to, *data_and_noise(source, output, x, point), point)

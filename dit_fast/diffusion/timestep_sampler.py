@@ -44,7 +44,7 @@ class ScheduleSampler(ABC):
 
     @abstractmethod
     def weights(self) -> NDArray[np.float64]:
-        """Unnormalised positive probabilities (steps,)."""
+        """Unnormalized positive probabilities (steps,)."""
 
     def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Draw timesteps from NumPy's global generator.
@@ -85,7 +85,7 @@ class LossAwareSampler(ScheduleSampler):
             local_ts: Timesteps (N,), integer.
             local_losses: Their losses (N,).
 
-        Losses are exchanged when torch.distributed is initialised. The update reads the values, so it waits
+        Losses are exchanged when torch.distributed is initialized. The update reads the values, so it waits
         for the device.
         """
         pairs = torch.stack([local_ts.detach().double(), local_losses.detach().double()])

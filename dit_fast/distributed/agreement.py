@@ -17,7 +17,7 @@ _POLL = 2e-4
 
 
 class Agreed(NamedTuple):
-    """What any rank reported in a step; the same on all ranks.
+    """Reports of all ranks in a step, combined; the same on each of them.
 
     Attributes:
         stop: The signal to stop for, or None.

@@ -252,7 +252,7 @@ def local_rank() -> int:
 
 
 def choose_device(name: str, index: int = 0) -> torch.device:
-    """The device for "auto", "cpu" or "cuda", of local rank `index`. Raises ConfigError where there is no CUDA."""
+    """The device for "auto", "cpu" or "cuda", of local rank `index`. Raises ConfigError without CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this PyTorch sees no CUDA device; give --device cpu or auto")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dit_fast.diffusion import FlowMatching, GaussianDiffusion, SpacedDiffusion, create_diffusion
 from dit_fast.diffusion.gaussian_diffusion import ModelVarType
-from dit_fast.diffusion.paths import PATHS, Point, determinant, shares
+from dit_fast.diffusion.paths import PATHS, Point, coefficients, determinant
 from dit_fast.errors import ConfigError
 from dit_fast.utils.values import Number, Whole
 
@@ -104,7 +104,7 @@ class NoiseSchedule:
             raise ConfigError(
                 f"a step without signal (alpha 0) cannot be sampled with a model that predicts {self.prediction}"
             )
-        _, of_noise = shares(self.prediction, point)
+        _, of_noise = coefficients(self.prediction, point)
         return (of_noise / scale).numpy(), (-point.sigma / scale).numpy()
 
 

@@ -54,7 +54,7 @@ class TrainResult:
 
     Attributes:
         run: Folder of the run.
-        step, total_steps: Steps finished, and steps that were asked for.
+        step, total_steps: Finished steps, and steps of the whole run.
         checkpoint: The last checkpoint written.
         stopped_by: The signal that ended the run early, or None.
         curve: Plot of the loss; None where it could not be drawn.
@@ -350,7 +350,7 @@ def _readable_steps(trainer: Trainer, batches: Readable) -> int:
 
 
 def _raise_data_error(trainer: Trainer, batches: Readable, run: Path) -> NoReturn:
-    """Raise on every rank why the next batch could not be read; an error that is not ours is raised unchanged."""
+    """Raise on every rank why the next batch could not be read; errors that are not ours are raised unchanged."""
     error = batches.error
     if error is not None and not isinstance(error, DitFastError):
         raise error

@@ -268,9 +268,9 @@ class Ladder:
         for samples, labels, index in self._draws():
             t, _ = timesteps.draw(index.to(device))
             noise = keyed.normal(keyed.key(0, "noise"), index, tuple(samples.shape[1:])).to(device)
-            labelled = {"y": labels.to(device)}
+            conditions = {"y": labels.to(device)}
             losses.append(
-                objective.training_losses(model, samples.to(device), t, labelled, noise=noise)["loss"]
+                objective.training_losses(model, samples.to(device), t, conditions, noise=noise)["loss"]
             )
         return torch.cat(losses).double().mean().item()
 
