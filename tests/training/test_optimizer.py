@@ -317,7 +317,7 @@ def test_parameters_and_states_that_cannot_work() -> None:
         AdamWEma(model(torch.bfloat16).parameters())
     module = model()
     amsgrad = torch.optim.AdamW(module.parameters(), amsgrad=True)
-    with pytest.raises(ConfigError, match="the state dict is of an AdamW with amsgrad=True"):
+    with pytest.raises(ConfigError, match="the state dict belongs to an AdamW with amsgrad=True"):
         AdamWEma(module.parameters()).load_state_dict(amsgrad.state_dict())
     with pytest.raises(ConfigError, match="keeps no average"):
         AdamWEma(module.parameters()).average(module[0].weight)

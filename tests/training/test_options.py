@@ -57,7 +57,7 @@ def test_the_residual_stream_is_in_the_dtype_asked_for():
         seen: list[torch.dtype] = []
 
         def listen(module: nn.Module, args: Any, out: Any, seen: list[torch.dtype] = seen) -> None:
-            seen.append(out.x.dtype)
+            seen.append(out.dtype)
 
         for block in each.denoiser.blocks:
             block.register_forward_hook(listen)

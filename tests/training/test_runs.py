@@ -354,7 +354,7 @@ def test_an_output_path_that_takes_no_files(data, tmp_path):
 def test_a_full_disk_is_found_before_the_first_step(data, tmp_path, monkeypatch):
     usage = checkpoint.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=10 << 10))
-    with pytest.raises(OutputError, match=r"it needs \d\.\d MiB, 0\.0 MiB are free"):
+    with pytest.raises(OutputError, match=r"\d\.\d MiB needed, 0\.0 MiB free"):
         train(tiny(steps=1), tmp_path / "run")
     assert read_log(tmp_path / "run" / "log.jsonl") == []
 
