@@ -376,6 +376,7 @@ class GaussianDiffusion(Objective):
         mse = mean_flat((target - prediction) ** 2)
         terms = {"mse": mse, "loss": self._weighted(mse, t)}
         if variance_values is not None:
+            # Detached: the bound trains the variance only (Improved DDPM, section 3.1).
             posterior = self._posterior(prediction.detach(), variance_values, x_t, t, clip_denoised=False)
             terms["vb"] = self._bound(x_start, x_t, t, posterior)
             if self.loss_type is LossType.RESCALED_MSE:
@@ -454,6 +455,7 @@ class GaussianDiffusion(Objective):
         log_likelihood = discretized_gaussian_log_likelihood(
             x_start, means=mean, log_scales=0.5 * log_variance
         )
+        # Both for all samples: selecting those with t = 0 would make the host wait for the device.
         return torch.where(t == 0, -_bits_per_dim(log_likelihood), _bits_per_dim(divergence))
 
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
@@ -616,6 +618,7 @@ class GaussianDiffusion(Objective):
             "sample" (N, C, ...) of `x`'s type, and "pred_xstart".
         """
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        # Also drawn where it is not used, as in the reference: a seed then gives the same samples.
         noise = torch.randn_like(x)
         mean = out["mean"]
         if cond_fn is not None:

@@ -83,6 +83,7 @@ class World:
             try:
                 result = action()
             except DitFastError as raised:
+                # Broadcast instead of raised here, or the other ranks would wait until they time out.
                 error = raised
         result, error = self.broadcast((result, error))
         if error is not None:

@@ -245,6 +245,7 @@ class DiT(nn.Module):
             raise ConfigError(
                 f"a batch of {len(x)}: guidance takes pairs, a conditional half and a null half; give an even number"
             )
+        # Both halves of the labels see the same latents, as in the reference.
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)
         guided = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)

@@ -99,6 +99,7 @@ class TimestepEmbedder(nn.Module):
         return nn.functional.pad(embedding, (0, dim % 2))
 
     def forward(self, t: Tensor) -> Tensor:
+        # Sinusoids in float32 also for low-precision weights: bfloat16 rounds timesteps above 256.
         t_freq = self.timestep_embedding(t, self.frequency_embedding_size)
         return self.mlp(t_freq.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
@@ -165,6 +166,7 @@ class CaptionEmbedder(nn.Module):
             captions = torch.where(drop[:, None, None], 0, captions)
         present = (captions != 0).any(dim=-1, keepdim=True)
         tokens = self.mlp(captions.to(self.null_token.dtype))
+        # The biases of the projection would make padding nonzero, and padding is recognized by its zeros.
         tokens = torch.where(present, tokens, 0)
         empty = ~present.any(dim=1)
         first = torch.where(empty, self.null_token.to(tokens.dtype), tokens[:, 0])

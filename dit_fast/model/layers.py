@@ -111,6 +111,7 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5
         self.backends = backends or Backends()
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        # Identities where there are no norms: timm's names, so that its adapters and state dicts fit.
         self.q_norm: nn.Module = RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)

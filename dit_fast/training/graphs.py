@@ -106,6 +106,7 @@ class GraphedStep:
         if key not in self._shapes:
             self._shapes[key] = _Shape(torch.empty_like(samples), torch.empty_like(labels))
         shape = self._shapes[key]
+        # A graph reads the addresses that it was captured with.
         shape.samples.copy_(samples, non_blocking=True)
         shape.labels.copy_(labels, non_blocking=True)
 

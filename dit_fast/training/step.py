@@ -194,6 +194,7 @@ class TrainStep:
     @torch.no_grad()
     def draw(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Samples, timesteps, noise, labels with some dropped, and weights of the losses (None: all 1), row by row."""
+        # Global sample numbers: no draw depends on how the batch is split among ranks and micro-batches.
         index = self.state.step * self.options.batch_size + self.positions
         if samples.ndim == 5:
             assert self.posterior is not None
@@ -227,6 +228,7 @@ class TrainStep:
                     batch = self.add_noise(*inputs)
                     terms = self.loss(self.denoise(batch.x_t, batch.model_t, y), batch)
                     loss = _mean(terms["loss"], weight)
+                    # The mean of the micro-batches' means, which have equal sizes, is that of the batch.
                     loss = loss if count == 1 else loss / count
                     if self.loss_scale is not None:
                         loss = loss * self.loss_scale.scale[0]
@@ -284,6 +286,7 @@ class TrainStep:
         means = [terms[name].mean() if name in terms else torch.zeros_like(loss) for name in ("mse", "vb")]
         scale = self._one if self.loss_scale is None else self.loss_scale.scale[0]
         row = torch.cat([torch.stack([loss, *means, norm, good.float(), scale]), *by_range])
+        # The row number stays on the device, where a captured graph computes it anew in each replay.
         row_number = (self.state.step % len(self.state.history)).reshape(1)
         self.state.history.index_copy_(0, row_number, row.float()[None])
         if self.drawn is not None and weights is not None:

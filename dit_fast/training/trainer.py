@@ -77,6 +77,7 @@ class Trainer:
         self.data = data
         self.ranges = ranges or (nvtx_ranges() if config.nvtx else OFF)
         with torch.random.fork_rng(devices=[]):
+            # The weights depend on the seed alone, and the caller's generator stays as it was.
             torch.manual_seed(config.seed)
             self.model = build_model(config, data).eval()
         self.parallel = choose_parallel(config.parallel, self.world)
@@ -201,6 +202,7 @@ class Trainer:
         """
         rate = self.learning_rate()
         if rate != self._rate:
+            # A tensor, so that a captured graph reads the new value.
             self._rate = rate
             self.state.lr.fill_(rate)
         self.agreement.report(save_failed, data_ends)
