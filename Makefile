@@ -89,7 +89,7 @@ docs: .venv/.test
 
 # The python of the machine, whose torch is built for its GPU; nothing is installed.
 gpu:
-	$(PYTHON) -m benchmarks.gpu_suite --part $(PART) --out '$(OUT)' $(if $(MINUTES),--minutes $(MINUTES))
+	$(PYTHON) -m benchmarks.gpu.gpu_suite --part $(PART) --out '$(OUT)' $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf .venv demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

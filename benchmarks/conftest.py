@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.rows import Recorder, Row
+from benchmarks.ops.rows import Recorder, Row
 from dit_fast.errors import DitFastError
 
 RECORDER = pytest.StashKey[Recorder]()

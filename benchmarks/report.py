@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.rows import RESULTS, Results, Row, read_results, slug
+from benchmarks.ops.rows import RESULTS, Results, Row, read_results, slug
 from dit_fast.errors import DataError, DitFastError, MissingExtraError
 from dit_fast.models import DiT_models
 from dit_fast.utils.files import write_atomically

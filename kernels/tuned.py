@@ -1,6 +1,6 @@
 """Tuned tables: what a GPU measured as the best launch configuration or provider, over the heuristics' guess.
 
-`tuned/<architecture>.json` (sm90.json) is written by `python -m benchmarks.tune` on a GPU and read at the first launch
+`tuned/<architecture>.json` is written by `python -m benchmarks.ops.tune` on a GPU and read at the first launch
 on such a GPU. Nothing is ever searched while a program runs. A table that does not fit the installed PyTorch or
 Triton, or the device code as it is now, is ignored with one warning that names the file and the reason.
 
@@ -210,7 +210,7 @@ def _fresh(section: str, name: str, capability: int, kernels: tuple[Any, ...]) -
     return _ignored(f"{found.path}: {name}: its code has changed since it was measured; {_AGAIN}", False)
 
 
-_AGAIN = "measure again with python -m benchmarks.tune"
+_AGAIN = "measure again with python -m benchmarks.ops.tune"
 
 
 @functools.cache

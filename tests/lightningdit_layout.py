@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plain_dit import PlainDiT, PlainFinalLayer, PlainMlp, modulate
+from benchmarks.models.plain_dit import PlainDiT, PlainFinalLayer, PlainMlp, modulate
 from dit_fast.models import get_2d_sincos_pos_embed
 
 SMALL: dict[str, Any] = {

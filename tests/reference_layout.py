@@ -1,6 +1,6 @@
 """Models laid out as facebookresearch/DiT and SiT are, with timm's attention and MLP, in plain PyTorch.
 
-The maths is that of benchmarks/plain_dit.py; what is added are the attributes and the inert layers that timm's
+The maths is that of benchmarks/models/plain_dit.py; what is added are the attributes and the inert layers that timm's
 modules carry (q_norm, k_norm, dropouts), which is what a live reference model looks like.
 """
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.plain_dit import PlainDiT, PlainFinalLayer, modulate
+from benchmarks.models.plain_dit import PlainDiT, PlainFinalLayer, modulate
 
 SMALL: dict[str, Any] = {
     "input_size": [8, 8], "patch_size": 2, "in_channels": 4, "hidden_size": 32, "depth": 2, "num_heads": 4,

@@ -1,1 +1,1 @@
-"""What a kernel is without a GPU: what the operations take, and what the compiler makes of their launches."""
+"""What should it cost: memory traffic, roofline, options and scale, on paper."""

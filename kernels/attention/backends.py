@@ -53,7 +53,7 @@ def choose_backend(
 ) -> Choice:
     """What `attention(..., backend=backend)` runs for qkv of `dtype` on `device`; nothing is launched.
 
-    "auto" is PyTorch's until this device's tuned table, measured by `benchmarks.tune`, says otherwise: cuDNN's on
+    "auto" is PyTorch's until this device's tuned table, measured by `benchmarks.ops.tune`, says otherwise: cuDNN's on
     Hopper and Blackwell, by PyTorch's own choice since 2.11, by ours before. Raises ValueError for an unknown name or
     for what flash-attn does not take, ImportError where no flash-attn imports.
     """

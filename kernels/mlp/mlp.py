@@ -45,7 +45,7 @@ def choose_epilogue(
 ) -> Choice:
     """What `mlp(..., epilogue=epilogue)` runs, given (rows, D, F), the dtype and the device of x; nothing is launched.
 
-    "auto" is "separate" until the tuned table of the device, measured by `benchmarks.tune`, says otherwise; rows
+    "auto" is "separate" until the tuned table of the device, measured by `benchmarks.ops.tune`, says otherwise; rows
     count in powers of two. Raises ValueError for an unknown value, ImportError where "cublaslt" is not installed.
     """
     if epilogue not in EPILOGUES:

@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bench_ops, clock, conftest, op_bench, operations, peers
-from benchmarks.analysis.registry import REGISTRY
-from benchmarks.bench_ops import Measured, report
+from benchmarks import clock, conftest
 from benchmarks.clock import Ceiling, Timed, in_turn
-from benchmarks.op_bench import Bench, OptimizerBench
-from benchmarks.operations import Wrong, figures, time_operation, time_optimisers, work
-from benchmarks.peers import Missing
-from benchmarks.rows import Recorder, Row, read_results
+from benchmarks.ops import bench_ops, op_bench, operations, peers
+from benchmarks.ops.bench_ops import Measured, report
+from benchmarks.ops.op_bench import Bench, OptimizerBench
+from benchmarks.ops.operations import Wrong, figures, time_operation, time_optimisers, work
+from benchmarks.ops.peers import Missing
+from benchmarks.ops.registry import REGISTRY
+from benchmarks.ops.rows import Recorder, Row, read_results
 from dit_fast.models import DiT_models
 from tests.patience import PATIENCE
 
@@ -294,8 +295,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "-m",
         "pytest",
         "-q",
-        f"benchmarks/bench_ops.py::{case}",
-        f"benchmarks/bench_ops.py::{missing}",
+        f"benchmarks/ops/bench_ops.py::{case}",
+        f"benchmarks/ops/bench_ops.py::{missing}",
         f"--benchmark-json={out}",
         f"--results={tmp_path}",
     ]

@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_plan, gpu_suite
-from benchmarks.analysis.registry import REGISTRY
-from benchmarks.gpu_plan import FIRST, MINUTES, OPTIONS, Machine, Stage, stages
-from benchmarks.gpu_suite import (
+from benchmarks.gpu import gpu_plan, gpu_suite
+from benchmarks.gpu.gpu_plan import FIRST, MINUTES, OPTIONS, Machine, Stage, stages
+from benchmarks.gpu.gpu_suite import (
     ARCHIVE,
     Outcome,
     keep_tables,
@@ -33,11 +32,12 @@ from benchmarks.gpu_suite import (
     unpack,
     write_archive,
 )
-from benchmarks.ladder.__main__ import parser as ladder_parser
-from benchmarks.ladder.rungs import RUNGS
-from benchmarks.operations import parser as operations_parser
-from benchmarks.parallel_tests import gpu_files
-from benchmarks.rows import Recorder, Row
+from benchmarks.gpu.parallel_tests import gpu_files
+from benchmarks.models.ladder.__main__ import parser as ladder_parser
+from benchmarks.models.ladder.rungs import RUNGS
+from benchmarks.ops.operations import parser as operations_parser
+from benchmarks.ops.registry import REGISTRY
+from benchmarks.ops.rows import Recorder, Row
 from dit_fast.kernels import tuned
 from tests.patience import PATIENCE, wait_until
 
@@ -111,7 +111,7 @@ def test_options_of_the_stages_are_those_of_the_commands(dry: bool) -> None:
         for module, parser in (("ladder", ladder_parser), ("operations", operations_parser)):
             if f"benchmarks.{module}" in stage.command:
                 parser().parse_args(stage.command[3:])
-    assert sum("benchmarks.ladder" in stage.command for stage in asked) > 5
+    assert sum("benchmarks.models.ladder" in stage.command for stage in asked) > 5
 
 
 def test_what_is_compiled_ahead_is_what_is_timed() -> None:
@@ -447,7 +447,7 @@ def test_a_suite_that_is_stopped_leaves_no_stage_behind(tmp_path: Path) -> None:
     code = f"""
 import sys
 from benchmarks import gpu_suite
-from benchmarks.gpu_plan import Stage
+from benchmarks.gpu.gpu_plan import Stage
 sleep = "import os, time; open(r'{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(600)"
 gpu_suite.stages = lambda part, dry, cores: [Stage("sleeps", (sys.executable, "-c", sleep), 600)]
 gpu_suite.main(["--dry-run", "--work", r"{tmp_path}/work", "--out", r"{tmp_path}/work"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.host_time import OPS, PASSES, ROOT, document, measure
+from benchmarks.ops.host_time import OPS, PASSES, ROOT, document, measure
 
 
 def test_two_trees_take_turns() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ladder import climb as climbing
-from benchmarks.ladder import training
-from benchmarks.ladder.__main__ import cases, main, parser
-from benchmarks.ladder.climb import climb, row_of
-from benchmarks.ladder.rungs import KINDS, RUNGS, Case, Climber, Rung
-from benchmarks.ladder.sampling import Sampling
-from benchmarks.ladder.training import Training
-from benchmarks.rows import Row, read_results
+from benchmarks.models.ladder import climb as climbing
+from benchmarks.models.ladder import training
+from benchmarks.models.ladder.__main__ import cases, main, parser
+from benchmarks.models.ladder.climb import climb, row_of
+from benchmarks.models.ladder.rungs import KINDS, RUNGS, Case, Climber, Rung
+from benchmarks.models.ladder.sampling import Sampling
+from benchmarks.models.ladder.training import Training
+from benchmarks.ops.rows import Row, read_results
 from dit_fast.kernels import tuned
 from dit_fast.models import DiT
 from tests.sampling.test_graphs import FakeGraphs as SampledGraphs
@@ -42,7 +42,7 @@ def small(*_: object) -> DiT:
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small model in the place of every one, no compiler, and the dtypes of a CPU without bfloat16."""
-    monkeypatch.setattr("benchmarks.ladder.__main__.cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("benchmarks.models.ladder.__main__.cpu_has_bf16", lambda: False)
     monkeypatch.setattr(climbing, "random_model", small)
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
 
@@ -106,7 +106,7 @@ def test_a_cpu_computes_in_bfloat16_where_asked_to(kind: str) -> None:
 
 def test_dtypes_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, expected in ((True, [False, True]), (False, [False])):
-        monkeypatch.setattr("benchmarks.ladder.__main__.cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr("benchmarks.models.ladder.__main__.cpu_has_bf16", lambda has=has: has)
         assert [case.bf16 for case in cases(parser().parse_args(["--kinds", "train"]))] == expected
     assert [case.bf16 for case in cases(parser().parse_args(["--kinds", "train", "--dtypes", "bf16"]))] == [
         True
@@ -222,7 +222,7 @@ def test_without_a_table_there_is_no_tuned_rung(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     tuned.forget()
     why = climbing.lacks(BY_NAME["ours, tuned"], torch.device("cuda"))
-    assert why == "no tuned table fits this device: python -m benchmarks.tune attention mlp"
+    assert why == "no tuned table fits this device: python -m benchmarks.ops.tune attention mlp"
     assert climbing.lacks(BY_NAME["ours"], torch.device("cuda")) is None
     tuned.forget()
 

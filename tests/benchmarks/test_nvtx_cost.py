@@ -1,4 +1,4 @@
-"""`python -m benchmarks.nvtx_cost`: the side without ranges has none and trains alike; a row for each side."""
+"""`python -m benchmarks.models.nvtx_cost`: the side without ranges has none and trains alike; a row for each side."""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import nvtx_cost
-from benchmarks.rows import read_results
+from benchmarks.models import nvtx_cost
+from benchmarks.ops.rows import read_results
 
 
 def test_ranges_are_taken_out_and_nothing_else(capsys: Any) -> None:

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import parallel_tests, tests_worker
 from benchmarks.environment import ROOT
-from benchmarks.parallel_tests import gpu_files, main, read_log, summary
-from benchmarks.tests_worker import Turn, context_is_broken
+from benchmarks.gpu import parallel_tests, tests_worker
+from benchmarks.gpu.parallel_tests import gpu_files, main, read_log, summary
+from benchmarks.gpu.tests_worker import Turn, context_is_broken
 from tests.conftest import SETTINGS
 
 KERNELS = """

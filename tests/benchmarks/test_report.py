@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, rows
+from benchmarks import report
+from benchmarks.ops import rows
+from benchmarks.ops.rows import Recorder, Results, Row
 from benchmarks.report import devices, fill, full, headline, load, outdated, regions
-from benchmarks.rows import Recorder, Results, Row
 from dit_fast.errors import DataError
 
 ENVIRONMENT = {"cpu": "Some CPU", "cores": 4, "torch": "2.13", "triton": "3.7"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.roofline import (
+from benchmarks.analysis.roofline import (
     Part,
     Rates,
     Step,
@@ -16,7 +16,7 @@ from benchmarks.roofline import (
     training_limit,
     training_parts,
 )
-from benchmarks.rows import Recorder, Results, Row, read_results
+from benchmarks.ops.rows import Recorder, Results, Row, read_results
 from dit_fast.errors import DataError
 from dit_fast.models import DiT_models
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import environment, rows
-from benchmarks.rows import Recorder, Row, read_results, slug
+from benchmarks import environment
+from benchmarks.ops import rows
+from benchmarks.ops.rows import Recorder, Row, read_results, slug
 from dit_fast.errors import DataError, OutputError
 
 KEY = ("op", "gelu", (2, 64, 384), "fp32", "ours", "forward")

@@ -1,7 +1,7 @@
 """The launch count of a sampling step: hoisting takes its products and a third of the weights out of the loop."""
 
-from benchmarks.sampling_launches import DEPTH, fused_eager, of_all_blocks, weight_bytes
-from benchmarks.traffic import Program
+from benchmarks.analysis.traffic import Program
+from benchmarks.models.sampling_launches import DEPTH, fused_eager, of_all_blocks, weight_bytes
 
 
 def test_hoisting_removes_two_launches_a_block_and_a_third_of_the_weights():

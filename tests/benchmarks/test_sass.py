@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.analysis.aot import compile_launch
-from benchmarks.analysis.sass import Figures, figures
+from benchmarks.compile.aot import compile_launch
+from benchmarks.compile.sass import Figures, figures
 from dit_fast.kernels.launch import launch, record_launches
 
 LISTING = """

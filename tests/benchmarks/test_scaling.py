@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.scaling import Machine, Model, best, estimate, paper_models, tables
+from benchmarks.analysis.scaling import Machine, Model, best, estimate, paper_models, tables
 from dit_fast.models import DiT, DiT_models
 
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 import dit_fast.kernels
-from benchmarks.analysis.aot import compile_launch, lower, specialize
-from benchmarks.specializations import (
+from benchmarks.compile.aot import compile_launch, lower, specialize
+from benchmarks.compile.specializations import (
     POINTERS,
     WIDE,
     Recorded,

@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import static_report
-from benchmarks.analysis.aot import Compiled, compile_launch
-from benchmarks.analysis.registry import REGISTRY, OpSpec
-from benchmarks.static_report import CASES, STEPS, Case, broken_lines, examine, main, small_settings
-from benchmarks.static_table import Row, Traffic, markdown
+from benchmarks.compile import static_report
+from benchmarks.compile.aot import Compiled, compile_launch
+from benchmarks.compile.static_report import CASES, STEPS, Case, broken_lines, examine, main, small_settings
+from benchmarks.compile.static_table import Row, Traffic, markdown
+from benchmarks.ops.registry import REGISTRY, OpSpec
 from dit_fast.kernels.launch import Launch, launch, record_launches
 from tests.architectures import sm_90_first
 

@@ -130,7 +130,7 @@ def kept(precision: str, **options: str) -> dict[str, int]:
 
 
 def test_kept_bytes_agree_with_what_the_compiler_keeps():
-    """`python -m benchmarks.traffic --memory` reads off the compiled backward pass what it takes: within a percent."""
+    """`benchmarks.analysis.traffic --memory` reads what it takes off the compiled backward pass: within a percent."""
     measured = json.loads((RESULTS / "memory.json").read_text())["memory"]
     with torch.device("meta"):
         config = DiT().config

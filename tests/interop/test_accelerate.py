@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_fast
-from benchmarks.plain_dit import modulate
+from benchmarks.models.plain_dit import modulate
 from dit_fast.errors import ConfigError
 from dit_fast.interop import restore
 from dit_fast.models import DiT

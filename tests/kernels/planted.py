@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.analysis.registry import OpSpec
+from benchmarks.ops.registry import OpSpec
 from dit_fast.kernels.launch import accumulator, launch, recording
 from dit_fast.kernels.library import check_shapes, uses_triton
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import KernelInterface
 
-from benchmarks.analysis.registry import REGISTRY, OpSpec, Shape
+from benchmarks.ops.registry import REGISTRY, OpSpec, Shape
 from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import record_launches
 from dit_fast.kernels.library import MAX_WIDTH

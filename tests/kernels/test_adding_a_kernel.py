@@ -88,4 +88,4 @@ def test_its_files_are_in_order(tree: Path) -> None:
 @pytest.mark.slow
 def test_it_compiles_for_gpus(tree: Path) -> None:
     corner = ["--capability", "90", "--dtypes", "bf16", "--width", "1152", "--jobs", "1"]
-    call(tree, "benchmarks.static_report", "--op", "film", "--check", *corner, interpret=False)
+    call(tree, "benchmarks.compile.static_report", "--op", "film", "--check", *corner, interpret=False)

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.gradcheck import GradcheckError
 from torch.testing._internal.optests.generate_tests import OpCheckError
 
-from benchmarks.analysis.registry import OpSpec
+from benchmarks.ops.registry import OpSpec
 from tests.kernels.guarded import fenced_run
 from tests.kernels.interpreter import in_child, interpreter_only
 from tests.kernels.planted import planted

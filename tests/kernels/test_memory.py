@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.analysis.registry import REGISTRY, OpSpec, Shape
+from benchmarks.ops.registry import REGISTRY, OpSpec, Shape
 from tests.kernels.guarded import Side
 from tests.kernels.interpreter import interpreter_only
 from tests.kernels.proofs import OPS, is_beyond_int32, stays_inside_its_tensors

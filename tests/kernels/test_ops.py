@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.analysis.registry import REGISTRY, OpSpec, Shape
+from benchmarks.ops.registry import REGISTRY, OpSpec, Shape
 from dit_fast.kernels import tuned
 from tests.kernels.proofs import (
     DEVICE,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.analysis.registry import REGISTRY
+from benchmarks.ops.registry import REGISTRY
 from dit_fast.kernels import qk_norm_rope
 from dit_fast.model.blocks import CONDITIONING
 from dit_fast.model.layers import Attention, RMSNorm

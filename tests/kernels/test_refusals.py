@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.analysis.registry import REGISTRY, OpSpec
+from benchmarks.ops.registry import REGISTRY, OpSpec
 from dit_fast.kernels.library import MAX_WIDTH
 from tests.kernels.proofs import (
     DEVICE,

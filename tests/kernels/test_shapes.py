@@ -7,7 +7,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.analysis.registry import OpSpec, Shape
+from benchmarks.ops.registry import OpSpec, Shape
 from tests.kernels.planted import planted
 from tests.kernels.proofs import DEVICE, DTYPES, OPS, is_as_accurate_as_torch
 

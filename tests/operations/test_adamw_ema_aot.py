@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.analysis.aot import Compiled, ahead_of_time
+from benchmarks.compile.aot import Compiled, ahead_of_time
 from dit_fast.kernels import AdamWSettings, AdamWTensors, adamw_ema, grad_square_sum
 from dit_fast.kernels.launch import record_launches
 from tests.architectures import each_capability

@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton
 
-from benchmarks.analysis.aot import Compiled, compile_launch
-from benchmarks.static_report import broken_lines
+from benchmarks.compile.aot import Compiled, compile_launch
+from benchmarks.compile.static_report import broken_lines
 from dit_fast.kernels import attention
 from dit_fast.kernels.attention import long as attention_long
 from dit_fast.kernels.attention import short as attention_short

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dit_fast.kernels
-from benchmarks.analysis.registry import REGISTRY
+from benchmarks.ops.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 # Exported functions that are no operations.

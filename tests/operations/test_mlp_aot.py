@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.analysis.aot import MAX_SHARED, Compiled, ahead_of_time
+from benchmarks.compile.aot import MAX_SHARED, Compiled, ahead_of_time
 from tests.architectures import sm_90_first
 
 pytestmark = pytest.mark.skipif(

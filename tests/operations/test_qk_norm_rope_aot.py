@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 
-from benchmarks.analysis.aot import Compiled, ahead_of_time
+from benchmarks.compile.aot import Compiled, ahead_of_time
 from dit_fast.kernels import qk_norm_rope
 
 pytestmark = pytest.mark.skipif(

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import operations
-from benchmarks.operations import main, reason
-from benchmarks.rows import read_results
+from benchmarks.ops import operations
+from benchmarks.ops.operations import main, reason
+from benchmarks.ops.rows import read_results
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's shapes and peers")
 WORDS = ["--shape", "2", "4", "64", "--rounds", "2", "--passes", "forward"]

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.analysis.registry import REGISTRY
+from benchmarks.ops.registry import REGISTRY
 from dit_fast.kernels import attention, gated_residual_adaln, gelu, mlp, patch_embed, reference
 from dit_fast.kernels.launch import record_launches
 from dit_fast.kernels.library import IMPLEMENTATIONS, define_op

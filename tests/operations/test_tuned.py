@@ -12,11 +12,12 @@ import pytest
 import torch
 import triton
 
-from benchmarks import compile_ahead, tune
-from benchmarks.analysis.registry import REGISTRY, OpSpec
-from benchmarks.compile_ahead import Answer, compile_answer
-from benchmarks.op_bench import Bench
-from benchmarks.tune import Measured
+from benchmarks.compile import compile_ahead
+from benchmarks.compile.compile_ahead import Answer, compile_answer
+from benchmarks.ops import tune
+from benchmarks.ops.op_bench import Bench
+from benchmarks.ops.registry import REGISTRY, OpSpec
+from benchmarks.ops.tune import Measured
 from dit_fast.kernels import reference, tuned
 from dit_fast.kernels.attention.short import backward_launch, forward_launch
 from dit_fast.kernels.launch import (

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import dit_fast
-from benchmarks.analysis.registry import REGISTRY
+from benchmarks.ops.registry import REGISTRY
 from dit_fast.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.plain_dit import PlainDiT
+from benchmarks.models.plain_dit import PlainDiT
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError, NonFiniteError, OutputError
 from dit_fast.models import DiT

@@ -293,15 +293,15 @@ def test_a_flow_model_is_trained_and_sampled_by_the_command_line(tmp_path, capsy
 
 @pytest.mark.nightly
 def test_each_block_trains_with_each_objective(tmp_path):
-    """The loss falls below its bound, and samples are finite: benchmarks/objectives.py, 56 runs."""
-    from benchmarks.objectives import table
+    """The loss falls below its bound, and samples are finite: benchmarks/studies/objectives.py, 56 runs."""
+    from benchmarks.studies.objectives import table
 
     unsound = [outcome for outcome in table(120, tmp_path) if not outcome.sound]
     assert not unsound
 
 
 def test_blocks_are_compared_seed_by_seed(tmp_path):
-    from benchmarks.conditioning import draw, table, wins
+    from benchmarks.analysis.conditioning import draw, table, wins
 
     losses = {
         "adaln_zero": (0.1, 0.3),
@@ -339,7 +339,7 @@ def test_blocks_are_compared_seed_by_seed(tmp_path):
 @pytest.mark.nightly
 def test_adaln_zero_trains_faster_than_the_other_blocks(tmp_path):
     """At equal steps on the demo data (Peebles & Xie 2023, figure 5)."""
-    from benchmarks.conditioning import compare, draw
+    from benchmarks.analysis.conditioning import compare, draw
 
     runs = compare(300, 1, tmp_path)
     draw(runs, tmp_path / "conditioning.png")

@@ -1,0 +1,1 @@
+"""What does the compiler make of each kernel, without a GPU?"""

@@ -1,0 +1,1 @@
+"""How fast are a training step and a sampling step, beside the plain model and the peers?"""

@@ -1,0 +1,1 @@
+"""What do the options do to training?"""
