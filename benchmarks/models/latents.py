@@ -30,8 +30,8 @@ from dit_fast.data.shards import (
     HashingFile,
     publish,
     shard_name,
-    write_json,
     write_npy_header,
+    write_sealed,
 )
 
 _SHARD = 4096
@@ -129,7 +129,7 @@ def make_set(folder: Path, images: int, dtype: str, side: int = 32) -> None:
         facts = publish(folder / shard_name(index), partial(write, array))
         shards.append({"file": shard_name(index), "images": count, **facts})
     labels = generator.integers(0, 1000, images)
-    write_json(
+    write_sealed(
         folder / MANIFEST,
         {
             "format": FORMAT,

@@ -108,7 +108,7 @@ def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
     numbers = torch.arange(config.batch_size)
     conditions = numbers % max(model.num_classes, 1)
     if model.caption_dim:
-        conditions = data.train.told(numbers % len(data.train))
+        conditions = data.train.conditioning(numbers % len(data.train))
 
     def steps(after: Callable[[], None]) -> None:
         sampler(conditions, batch_size=len(conditions), on_step=lambda step: after())

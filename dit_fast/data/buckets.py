@@ -1,7 +1,7 @@
-"""Images of many aspect ratios: each in the bucket of the shape nearest to its own, and batches of one bucket each.
+"""Aspect-ratio buckets: each image is resized to the nearest of several shapes, and each batch holds one shape.
 
-A bucket is (height, width) in pixels. Sizes, their order and the batches depend on keys and steps alone, so that a run
-with buckets resumes, and is shared among ranks, as any other.
+A bucket is (height, width) in pixels. The batches depend only on the seed and the step, so that a run with buckets
+resumes, and is divided among ranks, like any other.
 """
 
 import bisect
@@ -26,42 +26,49 @@ _STEP = Whole(0)
 
 
 def parse_buckets(text: str) -> tuple[Size, ...]:
-    """The sizes of "256x256,192x320", height before width; ConfigError for anything else, or one size twice."""
+    """Parse bucket sizes such as "256x256,192x320", height before width.
+
+    Raises:
+        ConfigError: another format, a side out of range, or one size twice.
+    """
     words = [word.strip() for word in text.split(",")]
     wrong = [word for word in words if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", word)]
     if wrong:
         raise ConfigError(
-            f"--buckets {text}: {wrong[0]!r} is no HEIGHTxWIDTH; give for example 256x256,192x320"
+            f"--buckets {text}: {wrong[0]!r} is not HEIGHTxWIDTH; give for example 256x256,192x320"
         )
     sizes = tuple(
         (SIDE.check("--buckets: side", int(height[:9])), SIDE.check("--buckets: side", int(width[:9])))
         for height, width in (word.split("x") for word in words)
     )
     if len(set(sizes)) < len(sizes):
-        raise ConfigError(f"--buckets {text}: a size is named twice")
+        raise ConfigError(f"--buckets {text}: a size is given twice")
     return sizes
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
-    """The bucket whose aspect ratio is nearest to that of `size`; of equally near ones, whose area is."""
+    """Index of the bucket whose aspect ratio is nearest to that of `size`; ties are resolved by the nearest area."""
 
     def distance(bucket: Size) -> tuple[float, float]:
-        down, across = (math.log(one / other) for one, other in zip(size, bucket, strict=True))
-        # Rounded, so that equal ratios of different sizes are equal.
+        down, across = (math.log(side / other) for side, other in zip(size, bucket, strict=True))
+        # Rounded, so that equal aspect ratios of different sizes compare equal.
         return round(abs(down - across), 9), abs(down + across)
 
     return min(range(len(buckets)), key=lambda number: distance(buckets[number]))
 
 
 def apportion(total: int, images: Sequence[int]) -> list[int]:
-    """`total` samples in the proportion of each bucket's `images`: whole numbers that add up to it."""
+    """Divide `total` samples among buckets in proportion to their `images`, as integers that sum to `total`."""
     ends = [round(total * end / sum(images)) for end in itertools.accumulate(images)]
     return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
 @dataclass(frozen=True)
 class BucketSource:
-    """Pixels of several shapes: member i's lie at `places[i]` of `sources[buckets[i]]`; a read is of one bucket."""
+    """Pixels of several shapes: member i is image `places[i]` of `sources[buckets[i]]`.
+
+    A call to `read` must request members of one bucket.
+    """
 
     sources: tuple[PixelSource, ...]
     buckets: tuple[int, ...]
@@ -82,15 +89,16 @@ class BucketSource:
 
 
 class BucketOrder:
-    """Which samples a step takes: B at a time, of one bucket, from an endless row of epochs.
+    """Assignment of samples to steps: B samples of one bucket per step.
 
-    In each epoch every sample comes once, in that epoch's order, and goes to the queue of its bucket; as soon as a
-    queue holds B samples they are the next batch. So no sample is left out or comes twice in an epoch, a queue that is
-    not full when an epoch ends goes on filling in the next, and a batch can be had without those before it. With one
-    bucket these are the batches of plain shuffling.
+    In each epoch every sample is appended once, in that epoch's order, to the queue of its bucket; a queue that holds B
+    samples becomes the next batch. A queue that is not full at the end of an epoch continues in the next one. With one
+    bucket, these are the batches of plain shuffling. The batch of any step is computed without those before it.
 
-    bucket_of  int64 (N,), each sample's bucket
-    order      the permutation of 0 ... N - 1, int64 (N,), of an epoch
+    Args:
+        bucket_of: bucket of each sample, int64 (N,).
+        batch_size: samples per step, B.
+        order: returns the permutation of 0 ... N - 1, int64 (N,), of an epoch.
     """
 
     def __init__(self, bucket_of: Tensor, batch_size: int, order: Callable[[int], Tensor]):
@@ -101,12 +109,12 @@ class BucketOrder:
         self._open_caches()
 
     def _open_caches(self) -> None:
-        # A batch touches the epochs around its step only, unless its bucket is smaller than the batch.
+        # A batch needs only the epochs around its step, unless its bucket is smaller than the batch.
         self._queues = functools.lru_cache(3)(self._make_queues)
         self._batches = functools.lru_cache(2)(self._make_batches)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the caches: a copy, or a worker that is spawned, opens its own."""
+        # Caches of functions cannot be pickled; a copy or a spawned worker opens its own.
         return {name: value for name, value in vars(self).items() if name not in ("_queues", "_batches")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,9 +122,9 @@ class BucketOrder:
         self._open_caches()
 
     def indices(self, step: int) -> Tensor:
-        """The samples of a step, int64 (B,); steps count from 0."""
+        """Samples of `step`, int64 (B,); steps count from 0."""
         step = _STEP.check("step", step)
-        # `_before` grows by N / B an epoch, up to one for each bucket.
+        # `_before` grows by N / B per epoch, less at most one unfinished batch per bucket.
         most = (step + len(self.sizes) + 1) * self.batch_size // len(self.bucket_of) + 2
         epoch = bisect.bisect_right(range(most), step, key=lambda epoch: sum(self._before(epoch))) - 1
         bucket, number = self._batches(epoch)[step - sum(self._before(epoch))]
@@ -129,22 +137,23 @@ class BucketOrder:
         return torch.cat(parts)
 
     def _before(self, epoch: int) -> list[int]:
-        """How many batches of each bucket are complete before an epoch."""
+        """Number of batches of each bucket that are complete before `epoch`."""
         return [epoch * size // self.batch_size for size in self.sizes]
 
     def _make_queues(self, epoch: int) -> list[Tensor]:
-        """The samples of each bucket in the order in which they come in an epoch."""
+        """Samples of each bucket, in their order in `epoch`."""
         order = self.order(epoch)
         buckets = self.bucket_of[order]
         return [order[buckets == bucket] for bucket in range(len(self.sizes))]
 
     def _make_batches(self, epoch: int) -> list[tuple[int, int]]:
-        """(bucket, its batch's number) of the batches that are completed in an epoch, in their order."""
+        """(bucket, number of its batch) of the batches that are completed in `epoch`, in order of completion."""
         buckets = self.bucket_of[self.order(epoch)]
         completed = []
         for bucket, (first, end) in enumerate(zip(self._before(epoch), self._before(epoch + 1), strict=True)):
             when = (buckets == bucket).nonzero().flatten()
             for number in range(first, end):
+                # Position, among the bucket's samples of this epoch, of the sample that completes the batch.
                 last = (number + 1) * self.batch_size - 1 - epoch * self.sizes[bucket]
                 completed.append((int(when[last]), bucket, number))
         return [(bucket, number) for _, bucket, number in sorted(completed)]

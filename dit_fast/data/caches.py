@@ -1,12 +1,11 @@
-"""Latent caches that other DiT codebases wrote, behind the interface of `dit_fast.data.latents`.
+"""Latent caches of other DiT codebases, opened as latent sets.
 
-    fast-DiT      imagenet256_features/N.npy (1, C, H, W), a scaled sample each, imagenet256_labels/N.npy (1,)
+    fast-DiT      imagenet256_features/N.npy (1, C, H, W), one scaled sample each, and imagenet256_labels/N.npy (1,)
     REPA          vae-sd/**/*.npy (2 C, H, W), mean and standard deviation, and vae-sd/dataset.json with
                   {"labels": [[name, label], ...]} (the layout of EDM2)
     LightningDiT  *.safetensors with latents, latents_flip and labels, and latents_stats.pt with mean and std
 
-Layouts as those projects' code and documentation describe them; nothing is unpickled but tensors
-(`read_weight_file`).
+The layouts are those of the projects' code and documentation. Only tensors are unpickled (`read_weight_file`).
 """
 
 import hashlib
@@ -24,14 +23,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from dit_fast.checkpoint.weight_file import read_weight_file
+from dit_fast.data.image_files import name_some
 from dit_fast.data.latents import LatentSet, Posterior, make_latent_set
 from dit_fast.data.rows import FileBytes, Rows, open_tensors, raise_unreadable, read_samples
 from dit_fast.errors import CheckpointError, DataError
 from dit_fast.utils.files import MOST_LIST_BYTES, check_file, open_file, parse_json, read_json, read_npy
 
-# Rombach et al. 2022: the scale of the Stable Diffusion autoencoders, and what they divide an image's side by.
+# Scale of the latents of the Stable Diffusion autoencoders (Rombach et al. 2022, arXiv:2112.10752), and their
+# downsampling factor.
 _SD_SCALE = 0.18215
 _SD_FACTOR = 8
+# Threads that read one small file per label: the time is latency, not throughput.
 _READERS = 16
 _REPA_FOLDER = "vae-sd"
 _REPA_LABELS = "dataset.json"
@@ -39,7 +42,7 @@ _STATISTICS = "latents_stats.pt"
 
 
 def recognize(folder: Path) -> str | None:
-    """ "fast-DiT", "REPA" or "LightningDiT" for a folder that looks like one's cache, None for another."""
+    """Detect a cache by its files: "fast-DiT", "REPA" or "LightningDiT"; None for any other folder."""
     if (folder / _REPA_LABELS).is_file() or (folder / _REPA_FOLDER / _REPA_LABELS).is_file():
         return "REPA"
     if any(folder.glob("*.safetensors")):
@@ -57,21 +60,24 @@ def open_cache(
     holdout: float | None = None,
     skip_unreadable: int = 0,
 ) -> LatentSet:
-    """Open the cache in `folder`, whichever of the three it is.
+    """Open the latent cache in `folder`, of any of the three projects.
 
-    num_classes  number of classes; None: the greatest label + 1, since caches do not name their classes
-    flip         whether mirrored images are used; only LightningDiT's caches hold them
-    holdout      held-out fraction of each class; None: 0
-    skip_unreadable   latents that may turn out to be damaged, and are replaced then (`dit_fast.data.unreadable`)
+    Args:
+        folder: folder of the cache.
+        num_classes: number of classes; None: the greatest label + 1, because caches do not name their classes.
+        flip: whether latents of mirrored images are used; only LightningDiT's caches have them.
+        holdout: held-out fraction of each class; None: 0.
+        skip_unreadable: number of latents that may be damaged; they are replaced (`dit_fast.data.unreadable`).
 
-    Raises DataError for files that are missing, damaged, not paired or of several shapes, and for labels out of
-    range, ConfigError for options that contradict the cache.
+    Raises:
+        DataError: files are missing, damaged, unpaired or of different shapes, or labels are out of range.
+        ConfigError: options that contradict the cache.
     """
     folder = Path(folder)
     kind = recognize(folder)
-    openers = {"fast-DiT": _open_fast_dit, "REPA": _open_repa, "LightningDiT": _open_lightning}
+    openers = {"fast-DiT": _open_fast_dit, "REPA": _open_repa, "LightningDiT": _open_lightningdit}
     if kind is None:
-        raise DataError(f"{folder} is no latent cache of {', '.join(openers)}")
+        raise DataError(f"{folder} is not a latent cache of {', '.join(openers)}")
     cache = openers[kind](folder)
     if not len(cache.labels):
         raise DataError(f"{folder} holds no latents")
@@ -97,8 +103,8 @@ def open_cache(
 
 
 @dataclass(frozen=True)
-class FileSource:
-    """One .npy file for each sample, reshaped to (K, C, H, W)."""
+class NpySource:
+    """One .npy file per sample, reshaped to (K, C, H, W)."""
 
     paths: tuple[Path, ...]
     shape: tuple[int, ...]
@@ -129,8 +135,8 @@ class FileSource:
 
 
 @dataclass(frozen=True)
-class TensorSource:
-    """Latents (M, C, H, W) of safetensors shards, plain and mirrored."""
+class SafetensorsSource:
+    """Latents (M, C, H, W) of plain and mirrored images in safetensors shards; `starts` are their first members."""
 
     plain: tuple[Rows, ...]
     mirrored: tuple[Rows, ...]
@@ -156,7 +162,7 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class _Cache:
-    source: FileSource | TensorSource
+    source: NpySource | SafetensorsSource
     labels: Tensor
     names: tuple[str, ...]
     sample_shape: tuple[int, ...]
@@ -175,15 +181,11 @@ def _open_fast_dit(folder: Path) -> _Cache:
     ]
     if len(pairs) != 1:
         raise DataError(
-            f"{folder} has {len(pairs)} pairs of folders NAME_features and NAME_labels; 1 is needed"
+            f"{folder} has {len(pairs)} pairs of folders NAME_features and NAME_labels, expected 1"
         )
     features, labels = ({path.stem: path for path in part.glob("*.npy")} for part in pairs[0])
-    if unpaired := sorted(features.keys() ^ labels.keys()):
-        raise DataError(
-            f"{folder}: {len(features)} latents and {len(labels)} labels; without a partner: "
-            f"{', '.join(unpaired[:5])}{', ...' if len(unpaired) > 5 else ''}"
-        )
-    # Files are numbered: 10 comes after 9. Pairs are made by name, never by the order of a listing.
+    _check_pairs(folder, features, labels)
+    # Files are numbered: 10 follows 9. Latents and labels are paired by name, not by the order of a listing.
     names = sorted(features, key=lambda name: (len(name), name) if name.isdecimal() else (1 << 30, name))
     values = np.empty(len(names), np.int64)
     with ThreadPoolExecutor(_READERS) as pool:
@@ -206,11 +208,7 @@ def _open_repa(folder: Path) -> _Cache:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{index} is not {{"labels": [[name, label], ...]}}: {error!r}') from None
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.npy"))
-    if unpaired := sorted(labels.keys() ^ set(names)):
-        raise DataError(
-            f"{root}: {len(names)} latents and {len(labels)} labels; without a partner: "
-            f"{', '.join(unpaired[:5])}{', ...' if len(unpaired) > 5 else ''}"
-        )
+    _check_pairs(root, names, labels)
     for name in names:
         if type(labels[name]) is not int or abs(labels[name]) >= 1 << 31:
             raise DataError(f"{index}: the label of {name} is {labels[name]!r}; a label is one integer")
@@ -218,8 +216,15 @@ def _open_repa(folder: Path) -> _Cache:
     return _files(folder, [root / name for name in names], names, values, "std")
 
 
+def _check_pairs(folder: Path, latents: Collection[str], labels: Collection[str]) -> None:
+    if unpaired := sorted(set(latents) ^ set(labels)):
+        raise DataError(
+            f"{folder}: {len(latents)} latents and {len(labels)} labels; without a partner: {name_some(unpaired)}"
+        )
+
+
 def _files(folder: Path, paths: Sequence[Path], names: Sequence[str], labels: Tensor, kind: str) -> _Cache:
-    """A cache of one file for each latent; its shape and type are those of the first."""
+    """A cache with one file per latent; their shape and dtype are those of the first."""
     if not paths:
         raise DataError(f"{folder} holds no latents")
     first = read_npy(paths[0], DataError)
@@ -240,7 +245,7 @@ def _files(folder: Path, paths: Sequence[Path], names: Sequence[str], labels: Te
         return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
 
     return _Cache(
-        source=FileSource(tuple(paths), (parts, channels, *shape[1:]), first.dtype),
+        source=NpySource(tuple(paths), (parts, channels, *shape[1:]), first.dtype),
         labels=labels,
         names=tuple(names),
         sample_shape=(channels, *shape[1:]),
@@ -252,7 +257,7 @@ def _files(folder: Path, paths: Sequence[Path], names: Sequence[str], labels: Te
     )
 
 
-def _open_lightning(folder: Path) -> _Cache:
+def _open_lightningdit(folder: Path) -> _Cache:
     paths = tuple(sorted(folder.glob("*.safetensors")))
     shards = [_open_shard(path) for path in paths]
     shape = shards[0]["latents"].shape[1:]
@@ -274,7 +279,7 @@ def _open_lightning(folder: Path) -> _Cache:
     digest = hashlib.sha256(labels.numpy().data)
     digest.update(repr([(path.name, path.stat().st_size) for path in paths]).encode())
     return _Cache(
-        source=TensorSource(
+        source=SafetensorsSource(
             tuple(shard["latents"] for shard in shards),
             tuple(shard["latents_flip"] for shard in shards),
             np.cumsum([0, *counts[:-1]]),
@@ -286,14 +291,14 @@ def _open_lightning(folder: Path) -> _Cache:
         sample_shape=tuple(shape),
         posterior=Posterior("sample", tuple(mean), tuple(1.0 / value for value in deviation)),
         flips=True,
-        # Their autoencoders shrink by 8 or 16, and the cache does not say.
+        # LightningDiT's autoencoders downsample by 8 or 16; the cache does not state which.
         pixel_size=None,
         fingerprint=digest.hexdigest(),
     )
 
 
 def _open_shard(path: Path) -> dict[str, Rows]:
-    """The tensors of one safetensors file, not read."""
+    """Open the tensors of one safetensors file without reading them."""
     check_file(path, DataError, what="a safetensors file")
     try:
         shard = open_tensors(path)
@@ -315,7 +320,7 @@ def _labels(rows: Rows) -> Tensor:
 
 
 def _expected_size(path: Path) -> str:
-    """What a damaged safetensors file should measure, as far as its header tells."""
+    """Actual and expected size of a damaged safetensors file, where its header is readable."""
     try:
         with open_file(path, DataError) as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -327,17 +332,22 @@ def _expected_size(path: Path) -> str:
 
 
 def read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, by which LightningDiT normalises: its `latents_stats.pt`.
+    """Read LightningDiT's `latents_stats.pt`, the statistics by which it normalizes latents.
 
-    Raises DataError for a file that is missing, of other channels, or has none.
+    Args:
+        path: the file.
+        channels: expected number of channels, C.
+
+    Returns:
+        mean and standard deviation of each channel, (C,) each.
+
+    Raises:
+        DataError: the file is missing or damaged, has other channels, or values that are not finite and positive.
     """
-    # Imported here: interop's package imports the trainer, which imports this one.
-    from dit_fast.checkpoint.weight_file import read_weight_file
-
     if not os.path.lexists(path):
         raise DataError(
-            f"{path} is missing: LightningDiT writes it beside its shards, and latents cannot be normalised, nor "
-            "decoded later, without it"
+            f"{path} is missing: LightningDiT writes it beside its shards; it is required to normalize the latents and "
+            "to decode samples"
         )
     try:
         content = read_weight_file(path).state

@@ -87,32 +87,41 @@ def open_images(
     conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
     skip_unreadable: int = 0,
 ) -> ImageSet:
-    """Open `source`: a built-in name ("mnist", "digits"), a folder of class sub-folders, or one of images with captions
-    and their embeddings in embeddings.safetensors or embeddings.npz (`dit_fast.data.captions`).
+    """Open a set of images.
 
-    image_size    side of square images, or (height, width); None keeps the images' own (a folder's must then agree)
-    channels      1 (grey) or 3 (RGB); None decides from the files: grey if all of them are
-    num_classes   checked against the set when given; 0: no class is told, and a folder may be of images alone
-    flip          whether a mirror image keeps its class; None: True for folders, False for digits
-    holdout       held-out fraction of each class; None: 0.1 for built-in sets, 0 for folders
-    num_workers   decoding threads; None: one a core
-    memory_limit  bytes up to which a folder is decoded at once and kept
-    buckets       (height, width) of several shapes, instead of squares: each image of a folder has the nearest
-    conversion    how a folder's files become pixels: background of transparent ones, EXIF orientation
-    skip_unreadable   files of a folder that may be unreadable, and are replaced then (`dit_fast.data.unreadable`)
+    Args:
+        source: a built-in set ("mnist", "digits"), a folder with one sub-folder per class, or a folder of images with
+            captions and their embeddings in embeddings.safetensors or embeddings.npz (`dit_fast.data.captions`).
+        image_size: side of square images, or (height, width); None keeps the images' own, which must be equal.
+        channels: 1 (grayscale) or 3 (RGB); None: 1 if all images of a folder are grayscale.
+        num_classes: expected number of classes; 0 for a model without class conditioning, for which a folder needs no
+            sub-folders; None accepts any.
+        flip: whether images may be mirrored in training; None: True for folders, False for built-in sets.
+        holdout: held-out fraction of each class; None: 0.1 for built-in sets, 0 for folders.
+        num_workers: decoding threads; None: one per core.
+        memory_limit: bytes of pixels up to which a folder is decoded at once and kept in memory.
+        buckets: several (height, width) instead of one size: each image of a folder is resized to the nearest.
+        conversion: conversion of files to pixels: background of transparent images, EXIF orientation.
+        skip_unreadable: files of a folder that may be unreadable; they are replaced (`dit_fast.data.unreadable`).
 
-    Raises DataError for data that is missing or unreadable, ConfigError for options that contradict it.
+    Returns:
+        the set, with its training and held-out split.
+
+    Raises:
+        DataError: the data are missing or unreadable.
+        ConfigError: options that contradict the data or each other.
+        MissingExtraError: the package of a built-in set is not installed.
     """
     SOURCE.check("--data", source)
     if image_size is not None and min(as_pair(image_size)) < 1:
         raise ConfigError(f"--image-size {image_size} is not a positive number of pixels")
     if channels not in (None, 1, 3):
-        raise ConfigError(f"--channels {channels}: give 1 for grey or 3 for RGB")
+        raise ConfigError(f"--channels {channels}: give 1 for grayscale or 3 for RGB")
     if buckets and image_size is not None:
         raise ConfigError(f"--image-size {image_size} and --buckets both set the images' size: give one")
     if str(source) in BUILTIN:
         if buckets:
-            raise ConfigError(f"--buckets: the images of {source} are squares of one size; leave it out")
+            raise ConfigError(f"--buckets: the images of {source} are squares of one size; remove it")
         images, labels = BUILTIN[str(source)]()
         opened = from_arrays(
             str(source),
@@ -139,7 +148,7 @@ def open_images(
             memory_limit=memory_limit,
             buckets=buckets,
             captions=find_captions(root),
-            labelled=num_classes != 0,
+            labeled=num_classes != 0,
             conversion=conversion,
             skip_unreadable=skip_unreadable,
         )
@@ -164,11 +173,21 @@ def open_data(
     conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
     skip_unreadable: int = 0,
 ) -> ImageSet | LatentSet:
-    """Open `source`, whatever it is: what `dit-fast encode` wrote, a cache of fast-DiT, REPA or LightningDiT, a
-    built-in set or a folder of images.
+    """Open a data set for training: images, or latents of images.
 
-    Options as `open_images`; of latents, `image_size` and `channels` are checked where given. encoder: makes latents
-    of images as they are read. Raises DataError and ConfigError.
+    Args:
+        source: any `source` of `open_images`, a folder that `dit-fast encode` wrote, or a latent cache of fast-DiT,
+            REPA or LightningDiT.
+        image_size, channels: as `open_images`; of latents, expected values.
+        num_classes, flip, holdout, num_workers, buckets, conversion, skip_unreadable: as `open_images`.
+        encoder: encodes images to latents when they are read.
+
+    Returns:
+        an `ImageSet`; for latents and with `encoder`, a `LatentSet`.
+
+    Raises:
+        DataError: the data are missing, unreadable or damaged.
+        ConfigError: options that contradict the data or each other.
     """
     folder = Path(SOURCE.check("--data", source))
     encoded, embedded = (
@@ -189,13 +208,13 @@ def open_data(
         )
         return images if encoder is None else encode_in_loop(images, encoder)
     if encoder is not None:
-        raise ConfigError(f"--vae {encoder.name}: {source} holds latents already; leave it out")
+        raise ConfigError(f"--vae {encoder.name}: {source} holds latents already; remove it")
     if buckets:
-        raise ConfigError(f"--buckets: the latents of {source} are of one size; give images, and --vae")
+        raise ConfigError(f"--buckets: the latents of {source} have one size; give images, and --vae")
     opener = open_latents if encoded else open_cache
     if conversion != Conversion():
         raise ConfigError(
-            f"--background and --raw-pixels are of images: {source} holds latents; give them to dit-fast encode"
+            f"--background and --raw-pixels apply only to images, {source} holds latents; give them to dit-fast encode"
         )
     latents = opener(
         folder, num_classes=num_classes, flip=flip, holdout=holdout, skip_unreadable=skip_unreadable
@@ -210,9 +229,20 @@ def open_data(
 def open_stream(
     data: ImageSet | LatentSet, batch_size: int, seed: int, flip: bool | None = None
 ) -> BatchStream:
-    """The training batches of a set: (samples float32 (B, C, H, W), labels int64 (B,) or captions (B, S, E)).
+    """Open the shuffled stream of a set's training batches.
 
-    flip: None: as the set.
+    Args:
+        data: the set.
+        batch_size: samples per step, B.
+        seed: seed of the order, of the mirroring and of the posterior's samples.
+        flip: whether samples are mirrored at random; None: as the set permits.
+
+    Returns:
+        a stream whose `batch(step)` returns samples float32 (B, C, H, W), and labels int64 (B,) or captions (B, S, E).
+
+    Raises:
+        DataError: the training set is smaller than a batch.
+        ConfigError: `batch_size` or `seed` is out of range.
     """
     mirrored = data.flip if flip is None else flip
     if isinstance(data, LatentSet):

@@ -1,4 +1,4 @@
-"""One image file into 8-bit pixels: formats, bit depths, transparency, orientation, and the crop."""
+"""Decode an image file to 8-bit pixels: formats, bit depths, transparency, orientation and cropping."""
 
 import struct
 import zlib
@@ -18,8 +18,8 @@ from dit_fast.errors import ConfigError
 from dit_fast.model.embedders import as_pair
 from dit_fast.utils.images import GRID_KEY
 
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-# What Pillow raises for damaged files, by format and kind of damage.
+_GRAY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+# Exceptions of Pillow for damaged files; they depend on the format and the damage.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -30,7 +30,8 @@ _DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# A file is read as what its first bytes say. Not by Pillow's other readers, one of which runs a program.
+# Formats are detected from a file's first bytes, whatever its suffix. Pillow's other readers are excluded: that of EPS
+# starts Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -38,18 +39,23 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+# TIFF tags.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
-"""TIFF's tags."""
+# Bytes at the end of a PNG in which an eXIf chunk is searched for.
 _TAIL = 1 << 16
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How files become pixels, the same for all images of a set.
+    """Conversion of image files to pixels, the same for all images of a set.
 
-    background: the colour (a name, "#rrggbb" or "rgb(r, g, b)") that transparent images are composited on. raw: as the
-    reference does, ignore transparency and EXIF orientation. Raises ConfigError for what is no opaque colour.
+    Args:
+        background: color (a name, "#rrggbb" or "rgb(r, g, b)") on which transparent images are composited.
+        raw: ignore transparency and EXIF orientation, as the reference does.
+
+    Raises:
+        ConfigError: `background` is not an opaque color.
     """
 
     background: str = "white"
@@ -62,11 +68,11 @@ class Conversion:
             opaque = False
         if not opaque:
             raise ConfigError(
-                f"--background {self.background}: give a colour, such as white, black, #808080 or rgb(128,128,128)"
+                f"--background {self.background}: give a color, such as white, black, #808080 or rgb(128,128,128)"
             )
 
     @property
-    def colour(self) -> tuple[int, ...]:
+    def color(self) -> tuple[int, ...]:
         """(red, green, blue), 0 to 255."""
         return tuple(ImageColor.getrgb(self.background))
 
@@ -76,7 +82,7 @@ class Conversion:
 
     @classmethod
     def of(cls, facts: Any) -> "Conversion":
-        """What `describe` gave; sets that do not say were read raw, before there was a choice."""
+        """Inverse of `describe`. Sets without these facts are older than the option and were read raw."""
         if not isinstance(facts, dict):
             return cls(raw=True)
         return cls(str(facts.get("background", cls.background)), bool(facts.get("raw_pixels")))
@@ -84,34 +90,39 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Header:
-    """Of an image as it is read: its size, whether it is grey, a grid of samples that we drew, and whether more frames
-    or pages follow.
+    """Properties of an image as it is read.
+
+    Args:
+        width, height: size in pixels, after the EXIF orientation is applied.
+        gray: whether it is grayscale.
+        grid: whether it is a grid of samples that `dit-fast` wrote.
+        more: whether the file has more frames or pages.
     """
 
     width: int
     height: int
-    grey: bool
+    gray: bool
     grid: bool = False
     more: bool = False
 
 
 def read_header(path: Path, how: Conversion) -> Header:
-    """Size and kind of an image, from the head of its file where that says all."""
+    """Read an image's properties, without decoding its pixels. Raises the exceptions that `read_each` catches."""
     with Image.open(path, formats=_FORMATS) as file:
-        red, green, blue = how.colour
-        lies_on_colour = not how.raw and file.has_transparency_data and not red == green == blue
-        grey = file.mode in GREY_MODES and not lies_on_colour
+        red, green, blue = how.color
+        on_color = not how.raw and file.has_transparency_data and not red == green == blue
+        gray = file.mode in _GRAY_MODES and not on_color
         width, height = file.size
         if not how.raw and _turn(file, _has_late_exif(file, path)) in (5, 6, 7, 8):
             width, height = height, width
-        return Header(width, height, grey, GRID_KEY in file.info, _has_more(file))
+        return Header(width, height, gray, GRID_KEY in file.info, _has_more(file))
 
 
 def _has_more(file: Image.Image) -> bool:
-    # A JPEG's further pictures are views or depths of the first one.
+    # The other pictures in a JPEG (MPO) are other views, or the depth, of the first one.
     try:
         return file.format not in ("JPEG", "MPO") and bool(getattr(file, "is_animated", False))
-    except _DECODE_ERRORS:  # a damaged list of pages: the first one is there
+    except _DECODE_ERRORS:  # a damaged list of pages; the first one is still readable
         return False
 
 
@@ -121,9 +132,18 @@ def read_image(
     channels: int,
     how: Conversion = Conversion(),
 ) -> Tensor:
-    """One file as uint8 (channels, height, width), scaled and cropped as `center_crop` does.
+    """Decode one file, resized and cropped by `center_crop`.
 
-    Raises what `read_each` catches for files that are damaged or whose values have no known range.
+    Args:
+        path: image file; its first frame or page is read.
+        size: side or (height, width) in pixels.
+        channels: 1 for grayscale, 3 for RGB.
+        how: conversion to opaque, upright pixels.
+
+    Returns:
+        uint8 (channels, height, width).
+
+    Raises the exceptions that `read_each` catches for files that are damaged or whose values have no known range.
     """
     return read_first_frame(path, size, channels, how)[0]
 
@@ -131,7 +151,7 @@ def read_image(
 def read_first_frame(
     path: Path, size: int | tuple[int, int], channels: int, how: Conversion
 ) -> tuple[Tensor, bool]:
-    """The image of `read_image`, and whether the file has more frames or pages."""
+    """The pixels of `read_image`, and whether the file has more frames or pages."""
     with Image.open(path, formats=_FORMATS) as file:
         more = _has_more(file)
         image = _convert(file, "L" if channels == 1 else "RGB", how)
@@ -140,7 +160,7 @@ def read_first_frame(
 
 
 def _convert(file: Image.Image, mode: str, how: Conversion) -> Image.Image:
-    """An opened file in 8 bits, "L" or "RGB", opaque and upright."""
+    """Convert an opened file to 8 bits, mode "L" or "RGB", opaque and upright."""
     file.load()
     image = _eight_bits(file, how) if file.mode.startswith(("I", "F")) else file
     if how.raw:
@@ -148,9 +168,9 @@ def _convert(file: Image.Image, mode: str, how: Conversion) -> Image.Image:
     if image.has_transparency_data:
         key = image.info.get("transparency")
         if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-            raise ValueError("a transparent colour of 16 bits; convert it to 8 bits")
-        # Compositing in RGBA: grey stays what it is, to the level, when it is converted back.
-        canvas = Image.new("RGBA", image.size, (*how.colour, 255))
+            raise ValueError("a transparent color of 16 bits; convert it to 8 bits")
+        # Grayscale survives the conversion to RGBA and back exactly, level by level.
+        canvas = Image.new("RGBA", image.size, (*how.color, 255))
         layer = image.convert("LA") if image.mode == "La" else image
         image = Image.alpha_composite(canvas, layer.convert("RGBA"))
     image = image.convert(mode)
@@ -159,7 +179,11 @@ def _convert(file: Image.Image, mode: str, how: Conversion) -> Image.Image:
 
 
 def _eight_bits(file: Image.Image, how: Conversion) -> Image.Image:
-    """The upper 8 bits of a grey image of 12 or 16, which Pillow would clip to 255; ValueError for other depths."""
+    """The upper 8 bits of a 12- or 16-bit grayscale image, whose values Pillow would clip to 255.
+
+    Raises:
+        ValueError: another bit depth, whose range of values is unknown.
+    """
     tags: Any = getattr(file, "tag_v2", {}) if file.format == "TIFF" else {}
     bits = _first(tags.get(_BITS, 16))
     if file.mode == "F" or _first(tags.get(_SAMPLE_FORMAT, 1)) != 1 or bits not in (12, 16):
@@ -167,7 +191,7 @@ def _eight_bits(file: Image.Image, how: Conversion) -> Image.Image:
         raise ValueError(f"{kind} values have no known range; convert it to 8 or 16 bits")
     values = np.asarray(file).astype(np.int64)
     levels = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC, 1) == 0:  # white is zero, which Pillow heeds in 8 bits only
+    if tags.get(_PHOTOMETRIC, 1) == 0:  # WhiteIsZero, which Pillow applies to 8-bit images only
         levels = 255 - levels
     image = Image.fromarray(levels)
     key = file.info.get("transparency")
@@ -181,18 +205,18 @@ def _first(value: Any) -> Any:
 
 
 def _turn(file: Image.Image, may_load: bool) -> int:
-    """The EXIF orientation that is left to apply, 1 to 8; a TIFF is upright already."""
+    """The EXIF orientation to apply, 1 to 8. Pillow has already rotated a TIFF."""
     if file.format == "TIFF" or (file.format == "PNG" and not may_load and "exif" not in file.info):
         return 1
     try:
         turn = file.getexif().get(_ORIENTATION, 1)
-    except Exception:  # whatever damaged EXIF makes Pillow raise, the pixels are what they are
+    except Exception:  # damaged EXIF can raise anything in Pillow and does not affect the pixels
         return 1
     return turn if isinstance(turn, int) else 1
 
 
 def _has_late_exif(file: Image.Image, path: Path) -> bool:
-    """Whether EXIF may follow the pixels of a PNG, which Pillow sees once all is decoded."""
+    """Whether EXIF may follow the pixels of a PNG, where Pillow finds it only after decoding the whole image."""
     if file.format != "PNG":
         return True
     with path.open("rb") as stream:
@@ -201,10 +225,17 @@ def _has_late_exif(file: Image.Image, path: Path) -> bool:
 
 
 def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
-    """The centre of `image`, of (height, width) `size` or square, once it is scaled to just cover that.
+    """Resize an image until it just covers `size`, then crop its center.
 
-    The image is first halved with a box filter while it is at least twice as large, then scaled the rest of the
-    way with a bicubic filter (the preprocessing of Dhariwal and Nichol 2021, "ADM", there for squares).
+    The image is halved with a box filter while it is at least twice as large, then resized with a bicubic filter: the
+    preprocessing of ADM (Dhariwal & Nichol 2021, arXiv:2105.05233), extended from squares to rectangles.
+
+    Args:
+        image: image of any size and mode.
+        size: side or (height, width) in pixels.
+
+    Returns:
+        image of that size.
     """
     height, width = as_pair(size)
     while image.height >= 2 * height and image.width >= 2 * width:
@@ -218,14 +249,24 @@ def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
 
 
 def center_crop_array(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
-    """`center_crop` of a uint8 array (H, W) or (H, W, 3)."""
+    """Apply `center_crop` to a uint8 array (H, W) or (H, W, 3)."""
     return np.asarray(center_crop(Image.fromarray(image), size))
 
 
 def read_each(
     paths: Sequence[Path], read: Callable[[Path], _T], num_workers: int, progress: str = ""
 ) -> tuple[list[_T | None], dict[int, str]]:
-    """`read` of every path, in order, None where it could not be read, and the reasons by position."""
+    """Read image files in threads.
+
+    Args:
+        paths: the files.
+        read: reads one file.
+        num_workers: number of threads.
+        progress: title of a progress bar; empty for none.
+
+    Returns:
+        the results in order, None where a file could not be read, and the reasons by position.
+    """
 
     def attempt(path: Path) -> _T | str:
         try:
@@ -236,16 +277,16 @@ def read_each(
     results: list[_T | None] = []
     failures: dict[int, str] = {}
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        answers = pool.map(attempt, paths)
-        bar = tqdm(answers, desc=progress, total=len(paths), disable=None if progress else True)
-        for position, answer in enumerate(bar):
-            if isinstance(answer, str):
-                failures[position] = answer
-            results.append(None if isinstance(answer, str) else answer)
+        attempts = pool.map(attempt, paths)
+        bar = tqdm(attempts, desc=progress, total=len(paths), disable=None if progress else True)
+        for position, result in enumerate(bar):
+            if isinstance(result, str):
+                failures[position] = result
+            results.append(None if isinstance(result, str) else result)
     return results, failures
 
 
 def list_failures(names: Sequence[Any], failures: dict[int, str], named: int = 5) -> str:
-    """What `read_each` could not read, for a message: the first `named`, each with its reason."""
-    said = [f"{names[position]} ({reason})" for position, reason in sorted(failures.items())]
-    return "; ".join(said[:named]) + (f"; and {len(said) - named} more" if len(said) > named else "")
+    """The first `named` failures of `read_each` with their reasons, for a message."""
+    lines = [f"{names[position]} ({reason})" for position, reason in sorted(failures.items())]
+    return "; ".join(lines[:named]) + (f"; and {len(lines) - named} more" if len(lines) > named else "")

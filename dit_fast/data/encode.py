@@ -1,10 +1,9 @@
-"""A folder of images into a latent set: what `dit-fast encode` does.
+"""Encode a folder of images to a latent set, or its captions to embeddings: the work of `dit-fast encode`.
 
-The images, in the order of their names, are cut into shards of equal length; rank r of W encodes shards r,
-r + W, ... A shard that is there, whole and of the same images is kept, so a run that was killed goes on where
-it was, with any number of ranks. Ranks do not talk to each other: whoever finds all shards done writes the
-manifest, and several that do write the same one. Batches never cross a shard's edge, so that a set does not
-depend on interruptions or on the number of ranks.
+The images, in the order of their names, are divided into shards of equal length; rank r of W encodes shards r, r + W,
+... A complete shard of the same images is kept, so that a killed command resumes with any number of ranks. Ranks do not
+communicate: each rank that finds all shards complete writes the manifest, and all write the same one. Batches do not
+cross shards, so that the set depends neither on interruptions nor on the number of ranks.
 """
 
 import json
@@ -12,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +23,14 @@ from tqdm import tqdm
 
 from dit_fast.data.captions import (
     CaptionEncoder,
-    Listing,
+    EmbeddingFile,
     array_name,
-    caption_name,
-    list_images,
+    list_captioned,
     open_encoder,
+    relative_names,
 )
 from dit_fast.data.decode import Conversion, list_failures, read_each, read_first_frame
-from dit_fast.data.image_files import warn_of_frames
+from dit_fast.data.image_files import list_classes, warn_of_frames
 from dit_fast.data.shards import (
     FORMAT,
     LABELS,
@@ -44,16 +43,17 @@ from dit_fast.data.shards import (
     TEXTS,
     HashingFile,
     StoredDtype,
-    digest_file,
+    caption_name,
     digest_json,
+    file_facts,
     npy_bytes,
     publish,
-    read_json,
+    read_sealed,
     record_name,
     remove_leftovers,
     shard_name,
-    write_json,
     write_npy_header,
+    write_sealed,
 )
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.encoders.autoencoder import LatentEncoder
@@ -64,6 +64,7 @@ from dit_fast.utils.options import REQUIRED, check_options, documented, option
 from dit_fast.utils.schema import brief
 from dit_fast.utils.values import SIDE, SOURCE, TEXT, Whole, check_memory
 
+# A row of a shard holds the moments of the plain image, then those of the mirrored one.
 _FLIPS = (False, True)
 
 
@@ -179,15 +180,89 @@ class EncodeConfig:
         self.conversion()
 
     def conversion(self) -> Conversion:
-        """How files become pixels."""
+        """Conversion of files to pixels."""
         return Conversion(self.background, self.raw_pixels)
 
 
 @dataclass(frozen=True)
-class EncodeResult:
-    """Shards this rank `encoded` and `kept`, those that other ranks still owe, and whether the set is whole.
+class Listing:
+    """The images of a set, in the order of their `names` relative to the folder."""
 
-    unreadable: files that the set is without, and why; of a whole set all, else those of this rank.
+    class_names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    sizes: tuple[int, ...]
+    texts: tuple[str, ...]
+    shard_size: int
+
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-len(self.paths) // self.shard_size)
+
+    def rows(self, shard: int) -> range:
+        """Images of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.paths)))
+
+    def digest(self, rows: range) -> str:
+        """SHA-256 of the names, file sizes, labels and captions of `rows`."""
+        part = slice(rows.start, rows.stop)
+        texts = [self.texts[part]] if self.texts else []
+        return digest_json([self.names[part], self.sizes[part], self.labels[part], *texts])
+
+    def embeddings(
+        self, captions: CaptionEncoder, rows: range, batch_size: int, dtype: str
+    ) -> Iterator[Tensor]:
+        """Yield embeddings (b, S, E) in `dtype` of the captions of `rows`, up to `batch_size` at a time.
+
+        Raises:
+            DataError: an embedding overflows `dtype`.
+        """
+        for start in range(rows.start, rows.stop, batch_size):
+            part = slice(start, min(start + batch_size, rows.stop))
+            stored = captions(self.names[part], self.texts[part]).to(getattr(torch, dtype))
+            if not stored.isfinite().all():
+                bad = (~stored.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+                raise DataError(
+                    f"{self.paths[start + bad[0]]}: its caption's embedding is not finite in {dtype} ({len(bad)} in "
+                    f"this batch); give --dtype float32"
+                )
+            yield stored
+
+
+def list_images(
+    root: Path, shard_size: int, captions: CaptionEncoder | None, labeled: bool = True
+) -> Listing:
+    """List the images below `root`, with classes, with `captions`, or neither.
+
+    Raises:
+        DataError: as `list_classes`, `list_captioned` and `EmbeddingFile.match`.
+    """
+    texts: list[str] = []
+    if captions is None:
+        class_names, paths, labels = list_classes(root, labeled)
+    else:
+        paths, texts = list_captioned(root, captions.reads_texts)
+        class_names, labels = ["captions"], [0] * len(paths)
+    names = relative_names(root, paths)
+    if isinstance(captions, EmbeddingFile):
+        captions.match(names)
+    sizes = tuple(path.stat().st_size for path in paths)
+    return Listing(tuple(class_names), tuple(paths), names, tuple(labels), sizes, tuple(texts), shard_size)
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """Result of `encode`.
+
+    Args:
+        out: folder of the set.
+        images: images in the set.
+        encoded: shards that this rank encoded.
+        kept: shards of this rank that were complete before.
+        missing: shards that other ranks have not encoded yet.
+        unreadable: files that the set does not contain, and the reasons; of a complete set all, else those of this
+            rank.
     """
 
     out: Path
@@ -199,15 +274,27 @@ class EncodeResult:
 
     @property
     def complete(self) -> bool:
+        """Whether the set is complete."""
         return self.missing == 0
 
 
 def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeResult:
-    """Encode the shards of this rank; the rank that finds the set complete writes its manifest.
+    """Encode the shards of one rank; a rank that finds the set complete writes its manifest.
 
-    Raises DataError for images that are missing or unreadable (the shards without them are still made) and
-    for an `out` that holds another set, ConfigError for sizes that do not fit the autoencoder, OutputError for
-    a disk that is full or not writable, and what `LatentEncoder` raises.
+    Args:
+        config: the configuration, equal on all ranks.
+        rank: rank of this process.
+        world_size: number of ranks.
+
+    Returns:
+        what was encoded, kept and is still missing.
+
+    Raises:
+        DataError: images are missing or unreadable (shards without them are still encoded), or `out` holds another
+            set.
+        ConfigError: the size does not fit the autoencoder, or `rank` is out of range.
+        CheckpointError: the autoencoder or the text encoder cannot be loaded.
+        OutputError: the disk is full or not writable, or another process encodes to `out`.
     """
     if not 0 <= rank < world_size:
         raise ConfigError(f"RANK {rank} is outside 0..{world_size - 1} (WORLD_SIZE {world_size})")
@@ -219,8 +306,8 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
     encoder = LatentEncoder(config.vae, config.device, dtype)
     if config.image_size % encoder.factor:
         raise ConfigError(
-            f"--image-size {config.image_size} is not a multiple of {encoder.factor}, by which the autoencoder "
-            f"shrinks images; give {max(1, round(config.image_size / encoder.factor)) * encoder.factor}"
+            f"--image-size {config.image_size} is not a multiple of {encoder.factor}, the autoencoder's downsampling "
+            f"factor; give {max(1, round(config.image_size / encoder.factor)) * encoder.factor}"
         )
     own = range(rank, listing.shards(), world_size)
     run = _Run(config, listing, encoder, captions, out, own)
@@ -231,13 +318,13 @@ def encode(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> EncodeRe
 def _encode(run: "_Run", rank: int, world_size: int) -> EncodeResult:
     out, listing, own = run.out, run.listing, run.own
     run.agree()
-    # What all ranks write takes a moment; a file older than a minute is of a rank that was killed.
+    # All ranks write these small files; a temporary file older than a minute belongs to a killed rank.
     remove_leftovers(out, (SETTINGS, LABELS, NAMES, TEXTS, MANIFEST), 0 if world_size == 1 else 60)
     remove_leftovers(out, [name for shard in own for name in _shard_files(shard)])
     done = [shard for shard in own if run.is_whole(shard)]
     todo = [shard for shard in own if shard not in set(done)]
     if todo:
-        # A manifest vouches for every shard: it goes before the first of them is replaced.
+        # The manifest guarantees every shard: remove it before the first of them is replaced.
         (out / MANIFEST).unlink(missing_ok=True)
     prepare_folder(out, run.bytes_to_come(todo))
     run.encode_all(
@@ -255,18 +342,21 @@ def _shard_files(shard: int) -> tuple[str, ...]:
     return shard_name(shard), record_name(shard), caption_name(shard)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
+    """The shards of one rank. `frames` collects the names of files with several frames or pages."""
+
     config: EncodeConfig
     listing: Listing
     encoder: LatentEncoder
     captions: CaptionEncoder | None
     out: Path
     own: range
+    frames: list[str] = field(default_factory=list)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What all shards of a set must have in common."""
+        """Settings that all shards of a set have in common."""
         return {
             "vae_sha256": self.encoder.sha256,
             "image_size": self.config.image_size,
@@ -291,13 +381,13 @@ class _Run:
         return len(self.listing.rows(shard)), tokens, width
 
     def agree(self) -> None:
-        """Compare with how the set was begun, or write that down."""
+        """Compare the settings with those that the set was begun with, or write them for a new set."""
         path = self.out / SETTINGS
         try:
-            begun = read_json(path, SETTINGS_CHECK)
+            begun = read_sealed(path, SETTINGS_CHECK)
         except FileNotFoundError:
-            write_json(path, {"format": FORMAT, "vae": self.encoder.identity(), "settings": self.settings})
-            begun = read_json(path, SETTINGS_CHECK)
+            write_sealed(path, {"format": FORMAT, "vae": self.encoder.identity(), "settings": self.settings})
+            begun = read_sealed(path, SETTINGS_CHECK)
         there, here = begun["settings"], self.settings
         if there["vae_sha256"] != here["vae_sha256"]:
             raise DataError(
@@ -307,13 +397,15 @@ class _Run:
             )
         if there != here:
             changed = [
-                f"{key} is {brief(there.get(key))} there and {value} here"
+                f"{key} is {brief(there.get(key))} there, {value} here"
                 for key, value in here.items()
                 if there.get(key) != value
             ]
-            raise DataError(f"{self.out} was begun otherwise: {'; '.join(changed)}; give another --out")
+            raise DataError(
+                f"{self.out} was begun with other settings: {'; '.join(changed)}; give another --out"
+            )
         if (self.out / MANIFEST).exists():
-            whole = read_json(self.out / MANIFEST, MANIFEST_CHECK)
+            whole = read_sealed(self.out / MANIFEST, MANIFEST_CHECK)
             if whole["listing_sha256"] != self._listing_digest():
                 raise DataError(
                     f"{self.out} is a finished set of {whole['images']} images that are not those of "
@@ -321,7 +413,7 @@ class _Run:
                 )
 
     def is_whole(self, shard: int) -> bool:
-        """Whether the shard is there, of these images and settings, and hashes to what its record says."""
+        """Whether the shard exists, with these images and settings, and matches the SHA-256 in its record."""
         record = self._record(shard)
         if record is None or len(record.get("unreadable", {})) > self.config.skip_unreadable:
             return False
@@ -329,25 +421,24 @@ class _Run:
         if self.captions is not None:
             files.append((self.out / caption_name(shard), record["captions"]))
         return all(
-            file.is_file() and file.stat().st_size == facts["bytes"] and digest_file(file) == facts
+            file.is_file() and file.stat().st_size == facts["bytes"] and file_facts(file) == facts
             for file, facts in files
         )
 
     def bytes_to_come(self, todo: Sequence[int]) -> int:
-        """Of `todo` and of the shards that other ranks still owe: all ranks fill one disk."""
-        owed = {shard for shard in range(self.listing.shards()) if self._record(shard) is None}
-        shapes = [shape(shard) for shard in owed | set(todo) for shape in (self.shape, self.caption_shape)]
+        """Size of the shards `todo` and of those that other ranks will write: all ranks fill one disk."""
+        absent = {shard for shard in range(self.listing.shards()) if self._record(shard) is None}
+        shapes = [shape(shard) for shard in absent | set(todo) for shape in (self.shape, self.caption_shape)]
         return sum(npy_bytes(shape, self.config.dtype) for shape in shapes)
 
     def encode_all(self, shards: Sequence[int], kept: int, title: str) -> None:
         """Encode and publish `shards`.
 
-        Images that cannot be read are left out, up to `skip_unreadable` of this rank's; else their shards are not made,
-        and all are named at the end.
+        Up to `skip_unreadable` of this rank's images may be unreadable. Beyond that, their shards are not written, the
+        other shards are, and all unreadable images are reported at the end.
         """
         failures: dict[int, str] = {}
-        left_out = len(self.lost(set(self.own).difference(shards)))
-        frames: list[str] = []
+        skipped = len(self.lost(set(self.own).difference(shards)))
         total = kept + sum(len(self.listing.rows(shard)) for shard in shards)
         with (
             ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader,
@@ -355,22 +446,20 @@ class _Run:
         ):
             for shard in shards:
                 try:
-                    left_out += self._encode_shard(
-                        shard, reader, bar, self.config.skip_unreadable - left_out, frames
-                    )
+                    skipped += self._encode_shard(shard, reader, bar, self.config.skip_unreadable - skipped)
                 except UnreadableError as error:
                     failures |= error.reasons
-        warn_of_frames(Path(self.config.data), frames, every_rank=True)
+        warn_of_frames(Path(self.config.data), self.frames, every_rank=True)
         if failures:
-            count = len(failures) + left_out
+            count = len(failures) + skipped
             raise DataError(
                 f"{self.config.data}: {count} of {total} images cannot be read: "
-                f"{list_failures(self.listing.paths, failures)}; replace or remove them, or leave them out with "
+                f"{list_failures(self.listing.paths, failures)}; replace or remove them, or skip them with "
                 f"--skip-unreadable {count}, and run the same command again (shards without them are kept)"
             )
 
     def lost(self, shards: Iterable[int]) -> dict[int, str]:
-        """The rows of finished `shards` whose images could not be read, and why."""
+        """Rows of complete `shards` whose images could not be read, and the reasons."""
         records = {shard: self._record(shard) for shard in shards}
         return {
             self.listing.rows(shard)[int(place)]: reason
@@ -380,7 +469,7 @@ class _Run:
         }
 
     def finish(self) -> int:
-        """Write the manifest if all shards are there; otherwise the number of those that are not."""
+        """Write the manifest if all shards are complete; returns the number of those that are not."""
         records = [self._record(shard) for shard in range(self.listing.shards())]
         missing = sum(record is None for record in records)
         if missing:
@@ -389,7 +478,7 @@ class _Run:
         if len(lost) > self.config.skip_unreadable:
             raise DataError(
                 f"{self.config.data}: {len(lost)} images cannot be read: {list_failures(self.listing.paths, lost)}; "
-                f"replace or remove them, or leave them out with --skip-unreadable {len(lost)}, and run the same "
+                f"replace or remove them, or skip them with --skip-unreadable {len(lost)}, and run the same "
                 "command again"
             )
         if len(lost) == len(self.listing.paths):
@@ -411,7 +500,7 @@ class _Run:
         words = {}
         if self.listing.texts:
             words["texts"] = publish(self.out / TEXTS, lambda file: file.write(texts))
-        write_json(
+        write_sealed(
             self.out / MANIFEST,
             {
                 "format": FORMAT,
@@ -437,28 +526,32 @@ class _Run:
         return digest_json([self.listing.class_names, self.listing.digest(range(len(self.listing.paths)))])
 
     def _record(self, shard: int) -> dict[str, Any] | None:
-        """The record of a shard of these images and settings, if there is one."""
+        """The record of a shard, if it exists and has these images and settings."""
         try:
-            record = read_json(self.out / record_name(shard), RECORD_CHECK)
+            record = read_sealed(self.out / record_name(shard), RECORD_CHECK)
         except (FileNotFoundError, DataError):
             return None
-        return record if {key: record.get(key) for key in ("settings", "images")} == self._of(shard) else None
+        return (
+            record
+            if {key: record.get(key) for key in ("settings", "images")} == self._identity(shard)
+            else None
+        )
 
-    def _of(self, shard: int) -> dict[str, Any]:
+    def _identity(self, shard: int) -> dict[str, Any]:
         return {"settings": self.settings, "images": self.listing.digest(self.listing.rows(shard))}
 
-    def _encode_shard(
-        self, shard: int, reader: ThreadPoolExecutor, bar: Any, allowed: int, frames: list[str]
-    ) -> int:
-        """Encode and publish a shard; the number of images in it that could not be read.
+    def _encode_shard(self, shard: int, reader: ThreadPoolExecutor, bar: Any, allowed: int) -> int:
+        """Encode and publish a shard; returns the number of its images that could not be read.
 
-        Raises UnreadableError for more than `allowed`.
+        Raises:
+            UnreadableError: there are more than `allowed`.
         """
         lost: dict[int, str] = {}
+        # Without its record, a shard that is only partly replaced is not taken for a complete one.
         (self.out / record_name(shard)).unlink(missing_ok=True)
         file = publish(
             self.out / shard_name(shard),
-            lambda file: lost.update(self._write_shard(file, shard, reader, bar, allowed, frames)),
+            lambda file: lost.update(self._write_shard(file, shard, reader, bar, allowed)),
         )
         facts = {"file": file}
         if self.captions is not None:
@@ -468,7 +561,7 @@ class _Run:
         first = self.listing.rows(shard).start
         if lost:
             facts["unreadable"] = {str(row - first): reason for row, reason in lost.items()}
-        write_json(self.out / record_name(shard), {"format": FORMAT, **self._of(shard), **facts})
+        write_sealed(self.out / record_name(shard), {"format": FORMAT, **self._identity(shard), **facts})
         return len(lost)
 
     def _write_captions(self, file: HashingFile, shard: int) -> None:
@@ -479,19 +572,13 @@ class _Run:
             file.write(stored.numpy().data.cast("B"))
 
     def _write_shard(
-        self,
-        file: HashingFile,
-        shard: int,
-        reader: ThreadPoolExecutor,
-        bar: Any,
-        allowed: int,
-        frames: list[str],
+        self, file: HashingFile, shard: int, reader: ThreadPoolExecutor, bar: Any, allowed: int
     ) -> dict[int, str]:
-        """The moments of a shard, NaN for the rows that could not be read, which it returns with their reasons."""
+        """Write the moments of a shard, NaN for unreadable rows; returns those rows and the reasons."""
         shape = self.shape(shard)
         write_npy_header(file, shape, self.config.dtype)
         lost: dict[int, str] = {}
-        for rows, images, failures in self._read(shard, reader, frames):
+        for rows, images, failures in self._read(shard, reader):
             lost |= {rows[place]: reason for place, reason in failures.items()}
             if len(lost) <= allowed:
                 readable = [row for row, image in zip(rows, images, strict=True) if image is not None]
@@ -508,12 +595,9 @@ class _Run:
         return lost
 
     def _read(
-        self, shard: int, reader: ThreadPoolExecutor, frames: list[str]
+        self, shard: int, reader: ThreadPoolExecutor
     ) -> Iterator[tuple[range, list[Tensor | None], dict[int, str]]]:
-        """Batches of uint8 images; the next one is decoded while the caller processes this one.
-
-        Names of files with several frames or pages are added to `frames`.
-        """
+        """Yield batches of uint8 images; the next one is decoded while the caller processes the current one."""
         size, channels = self.config.image_size, self.encoder.image_channels
         workers = self.config.num_workers or os.cpu_count() or 1
         rows = self.listing.rows(shard)
@@ -527,7 +611,7 @@ class _Run:
             read, failures = read_each(
                 paths, lambda path: read_first_frame(path, size, channels, how), workers
             )
-            frames.extend(
+            self.frames.extend(
                 self.listing.names[row] for row, one in zip(batch, read, strict=True) if one and one[1]
             )
             return [None if one is None else one[0] for one in read], failures
@@ -540,7 +624,7 @@ class _Run:
             yield batch, images, failures
 
     def _moments(self, rows: Sequence[int], images: Tensor) -> Tensor:
-        """(B, flips, 2, C, H, W) in the stored type, on the CPU."""
+        """Encode uint8 images (B, C, H, W) to moments (B, flips, 2, C, H, W) in the stored dtype, on the CPU."""
         pixels = images.to(self.encoder.device).float().div_(127.5).sub_(1.0)
         moments = torch.stack([self.encoder(pixels.flip(-1) if flip else pixels) for flip in _FLIPS], dim=1)
         stored = moments.to(getattr(torch, self.config.dtype))
@@ -561,33 +645,45 @@ def _write_array(file: HashingFile, array: np.ndarray) -> None:
 
 
 def embed(config: EncodeConfig, world_size: int = 1) -> int:
-    """Write an array (tokens, width) for each image, padding left out, to the .safetensors `config.out`; their number.
+    """Write the embedding of each image's caption to the .safetensors file `config.out`.
 
-    The metadata name the encoder. All embeddings are in memory until they are written. Raises ConfigError, and what
-    `dit_fast.data.encode.encode` raises of captions.
+    Arrays are (tokens, width), without padding, and named as the images; the metadata state the encoder. All embeddings
+    are kept in memory until they are written.
+
+    Args:
+        config: the configuration.
+        world_size: number of ranks, which must be 1.
+
+    Returns:
+        number of captions.
+
+    Raises:
+        ConfigError: `out` is not a .safetensors file, there is no text encoder, or several ranks.
+        DataError: captions are missing or not finite.
+        OutputError: the file cannot be written.
     """
     out = Path(config.out)
     if out.suffix != ".safetensors":
         raise ConfigError(
-            f"--out {out}: --vae none writes embeddings of captions alone, to a file that ends in .safetensors"
+            f"--out {out}: --vae none writes only embeddings of captions, to a file that ends in .safetensors"
         )
     if world_size > 1:
         raise ConfigError("--vae none runs in one process, not under torchrun")
     captions = open_encoder(config.text_encoder, config.caption_tokens, config.device)
     if captions is None:
-        raise ConfigError("--vae none writes embeddings of captions alone: give --text-encoder")
+        raise ConfigError("--vae none writes only embeddings of captions: give --text-encoder")
     check_output(out)
     listing = list_images(Path(config.data), config.shard_size, captions)
-    every: dict[str, Tensor] = {}
+    embeddings: dict[str, Tensor] = {}
     with tqdm(total=len(listing.names), desc="encoding captions", disable=None) as bar:
         rows = range(len(listing.names))
         for batch in listing.embeddings(captions, rows, config.batch_size, config.dtype):
             for tokens in batch:
                 used = (tokens != 0).any(dim=1).nonzero()
                 length = int(used[-1]) + 1 if len(used) else 1
-                every[array_name(listing.names[len(every)])] = tokens[:length].clone()
+                embeddings[array_name(listing.names[len(embeddings)])] = tokens[:length].clone()
             bar.update(len(batch))
-    prepare_folder(out.parent, sum(tokens.nbytes for tokens in every.values()))
+    prepare_folder(out.parent, sum(tokens.nbytes for tokens in embeddings.values()))
     encoder = json.dumps(captions.identity())
-    write_atomically(out, lambda temporary: save_file(every, temporary, metadata={"encoder": encoder}))
-    return len(every)
+    write_atomically(out, lambda temporary: save_file(embeddings, temporary, metadata={"encoder": encoder}))
+    return len(embeddings)

@@ -1,4 +1,4 @@
-"""A folder of class sub-folders of images, of any size, RGB or grey; or of images that no class is told of."""
+"""Open a folder of images as a data set: class sub-folders, images with captions, or images without classes."""
 
 import hashlib
 import math
@@ -11,22 +11,9 @@ import torch
 from torch import Tensor
 
 from dit_fast.data.buckets import BucketSource, Size, nearest_bucket
-from dit_fast.data.decode import (
-    Conversion,
-    Header,
-    center_crop,
-    center_crop_array,
-    list_failures,
-    read_each,
-    read_header,
-    read_image,
-)
-from dit_fast.data.image_files import (
-    image_files,
-    list_classes,
-    warn_of_frames,
-)
-from dit_fast.data.images import ArraySource, ImageSet, PixelSource, make_set
+from dit_fast.data.decode import Conversion, Header, list_failures, read_each, read_header, read_image
+from dit_fast.data.image_files import image_files, list_classes, warn_of_frames
+from dit_fast.data.images import ArraySource, ImageSet, PixelSource, make_image_set
 from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.model.embedders import as_pair
@@ -34,11 +21,11 @@ from dit_fast.model.embedders import as_pair
 if TYPE_CHECKING:
     from dit_fast.data.captions import FileCaptions
 
-__all__ = ["center_crop", "center_crop_array", "image_files", "list_classes", "open_folder", "read_image"]
+__all__ = ["image_files", "open_folder"]
 
 
 @dataclass(frozen=True)
-class FileSource:
+class ImageFileSource:
     """Pixels in files, decoded by `num_workers` threads on every read."""
 
     paths: tuple[Path, ...]
@@ -64,9 +51,9 @@ def _agreed_size(root: Path, headers: Sequence[Header | None]) -> int:
     width, height = min(sizes)
     if len(sizes) == 1 and width == height:
         return width
-    found = (
-        f"{width} x {height}" if len(sizes) == 1 else f"{len(sizes)} different sizes, e.g. {width} x {height}"
-    )
+    found = f"{width} x {height}"
+    if len(sizes) > 1:
+        found = f"{len(sizes)} different sizes, e.g. {found}"
     raise ConfigError(f"{root}: the images are not all square and equal ({found}); give --image-size")
 
 
@@ -81,21 +68,35 @@ def open_folder(
     memory_limit: int,
     buckets: tuple[Size, ...] = (),
     captions: "FileCaptions | None" = None,
-    labelled: bool = True,
+    labeled: bool = True,
     conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
     skip_unreadable: int = 0,
 ) -> ImageSet:
-    """The images under `root`, one class for each sub-folder, labels in the sorted order of their names; or those that
-    have `captions`, or, not `labelled`, all of them.
+    """Open the images below `root` as a data set.
 
-    All are cropped to `image_size`, a side or (height, width), or each to the one of `buckets` that is nearest to its
-    aspect ratio.
-    A set that fits in `memory_limit` bytes is decoded at once, so that every damaged file is found before
-    training begins; of a larger one only the headers are read, and files are decoded as batches need them. Up to
-    `skip_unreadable` files that cannot be read are replaced (`dit_fast.data.unreadable`).
+    A set of at most `memory_limit` bytes is decoded at once, so that every damaged file is found before training
+    begins. Of a larger set only the headers are read, and files are decoded as batches need them.
+
+    Args:
+        root: folder with one sub-folder per class; labels follow the sorted order of their names.
+        image_size: side or (height, width) to resize and crop to; None keeps the images' own, which must be equal.
+        channels: 1 or 3; None selects 1 if all images are grayscale.
+        flip: whether images may be mirrored in training.
+        holdout: held-out fraction of each class.
+        num_workers: decoding threads.
+        memory_limit: bytes of pixels up to which the set is kept in memory.
+        buckets: resize each image to the bucket nearest to its aspect ratio instead.
+        captions: captions of the images, in place of classes.
+        labeled: False for images without class conditioning.
+        conversion: conversion of files to pixels.
+        skip_unreadable: number of files that may be unreadable; they are replaced (`dit_fast.data.unreadable`).
+
+    Raises:
+        DataError: files are missing or unreadable.
+        ConfigError: options that contradict the images.
     """
     if captions is None:
-        class_names, paths, labels = list_classes(root, labelled)
+        class_names, paths, labels = list_classes(root, labeled)
     else:
         paths = [root / name for name in captions.names]
         class_names, labels = ["captions"], [0] * len(paths)
@@ -108,7 +109,7 @@ def open_folder(
     )
     sources: list[PixelSource] = []
     if len(failures) == len(paths) or len(failures) > skip_unreadable:
-        # Damage shows in the header or only in the body: count both kinds before saying so.
+        # Damage is found in the header or only in the body: decode all files, to report both kinds at once.
         headed = [number for number, header in enumerate(headers) if header is not None]
         bodies = [paths[number] for number in headed]
         size = image_size or 1
@@ -116,8 +117,8 @@ def open_folder(
         failures |= {headed[number]: reason for number, reason in damaged.items()}
         raise _too_many(root, paths, failures)
     sizes = buckets or (as_pair(image_size or _agreed_size(root, headers)),)
-    depth = channels or (1 if all(header.grey for header in headers if header is not None) else 3)
-    # What has no size is not read; it counts with the bucket of the image after it.
+    depth = channels or (1 if all(header.gray for header in headers if header is not None) else 3)
+    # A file without a readable header has no size. It is never read; count it with the bucket of the next image.
     known = [header for header in headers if header is not None]
     filled, following = [], known[0]
     for header in reversed(headers):
@@ -147,7 +148,7 @@ def open_folder(
     else:
         for members, size in zip(grouped, sizes, strict=True):
             files = tuple(paths[number] for number in members)
-            sources.append(FileSource(files, size, depth, num_workers, conversion))
+            sources.append(ImageFileSource(files, size, depth, num_workers, conversion))
     if failures:
         register.add(UnreadableError(f"{list_failures(paths, failures)}: cannot be read", failures))
     source = sources[0]
@@ -164,7 +165,7 @@ def open_folder(
         listing += "" if captions is None else f"\n{captions.file.sha256}"
         return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
 
-    return make_set(
+    return make_image_set(
         str(root),
         source,
         torch.tensor(labels),
@@ -177,7 +178,7 @@ def open_folder(
         buckets=buckets,
         bucket_of=torch.tensor(nearest) if buckets else None,
         captions=captions,
-        labelled=labelled,
+        labeled=labeled,
         unreadable=register,
         conversion=conversion,
         without=fingerprint,
@@ -187,5 +188,5 @@ def open_folder(
 def _too_many(root: Path, paths: Sequence[Path], failures: dict[int, str]) -> DataError:
     return DataError(
         f"{root}: {len(failures)} of {len(paths)} images cannot be read: {list_failures(paths, failures)}; "
-        f"replace or remove them, or leave them out with --skip-unreadable {len(failures)}"
+        f"replace or remove them, or skip them with --skip-unreadable {len(failures)}"
     )

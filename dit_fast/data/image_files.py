@@ -1,8 +1,8 @@
-"""The image files of a folder, at any depth: the one listing that every command reads.
+"""List the image files below a folder, for every command in the same way.
 
-Hidden files and folders, and what systems leave behind (`LITTER`), are no data. Links are followed, to files and to
-folders, so that a folder that two links lead to counts twice; one that leads back to a folder above it is not
-followed. Whatever else looks like an image is counted and named in one warning.
+Hidden files and folders, and those that operating systems create (`LITTER`), are ignored. Links to files and folders
+are followed, so that a folder with two links to it counts twice; a link to a parent folder is not followed. Files of
+other image formats are counted and named in one warning.
 """
 
 import functools
@@ -16,131 +16,39 @@ from pathlib import Path
 from dit_fast.errors import DataError
 
 SUFFIXES = frozenset(
-    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".pjpeg", ".pjp")
-    + (".webp", ".bmp", ".dib", ".tif", ".tiff")
-)
-"""Of the files that are read, in lower case: PNG, JPEG, WebP, BMP and TIFF."""
+    (
+        ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".pjpeg", ".pjp", ".webp", ".bmp",
+        ".dib", ".tif", ".tiff",
+    )
+)  # fmt: skip
+"""Suffixes, in lower case, of the files that are read: PNG, JPEG, WebP, BMP and TIFF."""
 FORMATS = "PNG, JPEG, WebP, BMP or TIFF"
 LITTER = frozenset(
     ("__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information", "lost+found")
     + ("thumbs.db", "desktop.ini", "__pycache__")
 )
-"""Names, in lower case, of what systems put beside files."""
+"""Names, in lower case, of files and folders that operating systems create."""
+# Suffixes of image formats that are not read: common ones, and the raw formats of cameras.
 _OTHERS = frozenset(
     (
-        ".gif",
-        ".heic",
-        ".heif",
-        ".hif",
-        ".avif",
-        ".avifs",
-        ".jxl",
-        ".jxr",
-        ".hdp",
-        ".wdp",
-        ".jp2",
-        ".j2k",
-        ".jpf",
-        ".jpx",
+        ".gif", ".heic", ".heif", ".hif", ".avif", ".avifs", ".jxl", ".jxr", ".hdp", ".wdp", ".jp2", ".j2k",
+        ".jpf", ".jpx", ".jpm", ".jpc", ".svg", ".svgz", ".psd", ".psb", ".xcf", ".kra", ".ico", ".icns",
+        ".cur", ".tga", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm", ".exr", ".hdr", ".dds",
+        ".qoi", ".sgi", ".xbm", ".xpm", ".eps", ".dcm", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw",
+        ".arw", ".sr2", ".srf", ".orf", ".rw2", ".raf", ".pef", ".srw", ".x3f", ".raw", ".3fr", ".iiq",
+        ".erf", ".kdc", ".dcr", ".mos", ".mrw", ".rwl", ".gpr",
     )
-    + (
-        ".jpm",
-        ".jpc",
-        ".svg",
-        ".svgz",
-        ".psd",
-        ".psb",
-        ".xcf",
-        ".kra",
-        ".ico",
-        ".icns",
-        ".cur",
-        ".tga",
-        ".pcx",
-        ".ppm",
-    )
-    + (
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".pam",
-        ".pfm",
-        ".exr",
-        ".hdr",
-        ".dds",
-        ".qoi",
-        ".sgi",
-        ".xbm",
-        ".xpm",
-        ".eps",
-        ".dcm",
-    )
-    + (
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".crw",
-        ".nef",
-        ".nrw",
-        ".arw",
-        ".sr2",
-        ".srf",
-        ".orf",
-        ".rw2",
-        ".raf",
-        ".pef",
-        ".srw",
-    )
-    + (".x3f", ".raw", ".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mos", ".mrw", ".rwl", ".gpr")
-)
-# Of files whose first bytes are not looked at.
+)  # fmt: skip
+# Suffixes of files whose first bytes are not examined.
 _NO_IMAGES = frozenset(
     (
-        ".txt",
-        ".caption",
-        ".json",
-        ".jsonl",
-        ".csv",
-        ".tsv",
-        ".md",
-        ".xml",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".html",
-        ".log",
+        ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".toml",
+        ".html", ".log", ".npy", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".parquet", ".arrow",
+        ".h5", ".pkl", ".mat", ".zip", ".tar", ".gz", ".xz", ".bz2", ".7z", ".py", ".ipynb", ".sh", ".pdf",
+        ".mp4", ".mov", ".avi", ".mkv",
     )
-    + (
-        ".npy",
-        ".npz",
-        ".pt",
-        ".pth",
-        ".bin",
-        ".ckpt",
-        ".safetensors",
-        ".parquet",
-        ".arrow",
-        ".h5",
-        ".pkl",
-        ".mat",
-    )
-    + (
-        ".zip",
-        ".tar",
-        ".gz",
-        ".xz",
-        ".bz2",
-        ".7z",
-        ".py",
-        ".ipynb",
-        ".sh",
-        ".pdf",
-        ".mp4",
-        ".mov",
-        ".avi",
-        ".mkv",
-    )
-)
+)  # fmt: skip
+# First bytes of PNG, JPEG, GIF, TIFF in both byte orders, PSD, JPEG XL bare and in its container, JPEG 2000.
 _MAGIC = (
     b"\x89PNG\r\n\x1a\n",
     b"\xff\xd8\xff",
@@ -153,33 +61,29 @@ _MAGIC = (
     b"\0\0\0\x0cjP",
 )
 _NAMED = 5
-# Folders that hold one part of a data set each.
+# Names of folders that hold one split of a data set each.
 _TRAINING = frozenset(("train", "training", "trn", "train_set", "trainset"))
 _HELD = frozenset(
     (
-        "val",
-        "valid",
-        "validation",
-        "test",
-        "testing",
-        "dev",
-        "eval",
-        "heldout",
-        "holdout",
-        "val_set",
+        "val", "valid", "validation", "test", "testing", "dev", "eval", "heldout", "holdout", "val_set",
         "test_set",
     )
-)
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What lies below `root`: `paths` of the images in the order of their names' parts, `folders` directly in it.
+    """Files below a folder.
 
-    others: images of formats that are not read; absent: names of images that are no files; loops: links back to a
-    folder above.
+    Args:
+        root: the folder.
+        paths: image files, sorted by the components of their paths.
+        folders: names of the folders directly in `root`.
+        others: images of formats that are not read.
+        absent: image names that are not files, such as broken links.
+        loops: links to a parent folder.
     """
 
     root: Path
@@ -191,19 +95,19 @@ class Found:
 
     @property
     def loose(self) -> tuple[Path, ...]:
-        """The images directly in `root`."""
+        """Images directly in `root`."""
         depth = len(self.root.parts) + 1
         return tuple(path for path in self.paths if len(path.parts) == depth)
 
     @property
     def splits(self) -> tuple[str, str] | None:
-        """Two folders of which one is for training and the other is not, such as train and val."""
+        """Names of two folders that hold splits of a data set, such as train and val; None if there are none."""
         training = [name for name in self.folders if name.lower() in _TRAINING]
         held = [name for name in self.folders if name.lower() in _HELD]
         return (training[0], held[0]) if training and held else None
 
     def warn(self, more: Iterable[str] = ()) -> None:
-        """One line of all that was found and is not read, and of `more`, from the first rank and once."""
+        """Log one line about the files that are not read, and `more`; once, on rank 0."""
         lines = list(more)
         if self.others:
             kinds = Counter(path.suffix.lower() or "no suffix" for path in self.others)
@@ -214,11 +118,11 @@ class Found:
             )
         if self.absent:
             lines.append(
-                f"{len(self.absent)} names of images are no files (broken links or the like): {self._name(self.absent)}"
+                f"{len(self.absent)} image names are not files (such as broken links): {self._name(self.absent)}"
             )
         if self.loops:
             lines.append(
-                f"{len(self.loops)} links lead back to a folder above them and are not followed: "
+                f"{len(self.loops)} links lead to a parent folder and are not followed: "
                 f"{self._name(self.loops)}"
             )
         if lines and os.environ.get("RANK", "0") == "0":
@@ -238,23 +142,23 @@ def warn_of_frames(root: Path, names: Sequence[str], every_rank: bool = False) -
     """
     if names and (every_rank or os.environ.get("RANK", "0") == "0"):
         _warn_once(
-            f"{root}: of {len(names)} files with several frames or pages the first of each is read: {name_some(names)}"
+            f"{root}: {len(names)} files have several frames or pages; only the first is read: {name_some(names)}"
         )
 
 
 @functools.lru_cache(maxsize=256)
 def _warn_once(line: str) -> None:
-    """A run opens its folder more than once: for training, as a reference, for a classifier."""
+    # Cached: a run opens its folder several times, for training, as the reference and for a classifier.
     logger.warning("%s", line)
 
 
 def name_some(names: Sequence[str], most: int = _NAMED) -> str:
-    """The first `most` of some names, for a message."""
+    """The first `most` names and the number of the others, for a message."""
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 def find_images(root: Path) -> Found:
-    """List what lies below `root`, a folder. Raises DataError for a folder that cannot be listed."""
+    """List the files below the folder `root`. Raises DataError if a folder cannot be listed."""
     paths: list[Path] = []
     others: list[Path] = []
     absent: list[Path] = []
@@ -272,7 +176,7 @@ def find_images(root: Path) -> Found:
             suffix = path.suffix.lower()
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link to itself
+            except OSError:  # ELOOP: a link to itself
                 is_folder = is_file = False
             if is_folder:
                 identity = _identity(path)
@@ -292,7 +196,7 @@ def find_images(root: Path) -> Found:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images below `folder`, in the order of their names' parts; what looks like one and is not read is named."""
+    """Image files below `folder`, sorted by the components of their paths; others are named in a warning."""
     found = find_images(folder)
     splits = found.splits
     found.warn([f"{' and '.join(splits)} are scored together; give one of them"] if splits else [])
@@ -316,7 +220,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _looks_like_image(path: Path) -> bool:
-    """By the first bytes of a file, whose suffix says nothing."""
+    """Detect an image by its first bytes."""
     try:
         with path.open("rb") as file:
             head = file.read(16)
@@ -324,31 +228,41 @@ def _looks_like_image(path: Path) -> bool:
         return False
     if head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
         return True
+    # Containers: the ISO base media format (AVIF, HEIC, CR3) names its brand after "ftyp"; BMP has reserved zeros.
     brands = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"crx ")
     return (head[4:8] == b"ftyp" and head[8:12] in brands) or (head[:2] == b"BM" and head[6:10] == bytes(4))
 
 
-def refuse_splits(found: Found) -> None:
-    """Raise DataError for a folder that holds a data set's parts, of which each would be taken for a class."""
+def check_splits(found: Found) -> None:
+    """Raise DataError for a folder that contains splits of a data set, which would be read as classes."""
     if found.splits is not None:
-        one, other = found.splits
+        training, held = found.splits
         raise DataError(
-            f"{found.root} holds {one}/ and {other}/, parts of a data set, not classes: give {found.root / one} (and "
-            f"{found.root / other} for scores; rename them if they are classes)"
+            f"{found.root} contains {training}/ and {held}/, splits of a data set, not classes: give "
+            f"{found.root / training} (and {found.root / held} for scores; rename them if they are classes)"
         )
 
 
-def list_classes(root: Path, labelled: bool = True) -> tuple[list[str], list[Path], list[int]]:
-    """Class names (sorted sub-folder names), files, and the label of each file; DataError where a class has none.
+def list_classes(root: Path, labeled: bool = True) -> tuple[list[str], list[Path], list[int]]:
+    """List a folder with one sub-folder of images per class.
 
-    labelled: False for images that no class is told of, in sub-folders or not.
+    Args:
+        root: the folder.
+        labeled: False for images without class conditioning, which need no sub-folders.
+
+    Returns:
+        class names, which are the sorted sub-folder names; files; and the label of each file. Unlabeled images that
+        are not in two or more sub-folders have one class, "images".
+
+    Raises:
+        DataError: there is no such folder, it contains splits of a data set, or a class has no images.
     """
     if not root.exists():
         raise DataError(f"{root}: no such folder")
     if not root.is_dir():
-        raise DataError(f"{root} is a file; give a folder with one sub-folder of images for each class")
+        raise DataError(f"{root} is a file; give a folder with one sub-folder of images per class")
     found = find_images(root)
-    refuse_splits(found)
+    check_splits(found)
     loose = len(found.loose)
     classes = dict.fromkeys(found.folders, 0)
     depth = len(root.parts)
@@ -356,26 +270,25 @@ def list_classes(root: Path, labelled: bool = True) -> tuple[list[str], list[Pat
         if len(path.parts) > depth + 1:
             classes[path.parts[depth]] += 1
     empty = [name for name, count in classes.items() if not count]
-    if not labelled and (loose or empty or len(classes) < 2):
+    if not labeled and (loose or empty or len(classes) < 2):
         if not found.paths:
-            raise DataError(f"{root} has no image that is read ({FORMATS}){_instead(found)}")
+            raise DataError(f"{root} has no readable image ({FORMATS}){_instead(found)}")
         found.warn()
         return ["images"], list(found.paths), [0] * len(found.paths)
     if loose and ((root / "metadata.jsonl").exists() or any(root.glob("*.txt"))):
         raise DataError(
-            f"{root} has captions and no embeddings of them: make them with dit-fast encode --text-encoder NAME, "
-            f"for its latents or with --vae none --out {root / 'embeddings.safetensors'}"
+            f"{root} has captions but no embeddings: encode them with dit-fast encode --text-encoder NAME, together "
+            f"with latents or with --vae none --out {root / 'embeddings.safetensors'}"
         )
     if not classes:
         has = f"{loose} images but no sub-folders" if loose else f"no sub-folders{_instead(found)}"
         raise DataError(
-            f"{root} has {has}; put the images of each class into a sub-folder of its own"
+            f"{root} has {has}; put the images of each class into their own sub-folder"
             + (", or train without classes: --num-classes 0" if loose else "")
         )
     if len(found.paths) == loose:
         raise DataError(
-            f"{root} has {len(classes)} sub-folders and no image that is read ({FORMATS}) in any of them"
-            + _instead(found)
+            f"{root} has {len(classes)} sub-folders without any readable image ({FORMATS})" + _instead(found)
         )
     if len(classes) == 1:
         (name,) = classes
@@ -386,12 +299,12 @@ def list_classes(root: Path, labelled: bool = True) -> tuple[list[str], list[Pat
         )
     if empty:
         raise DataError(
-            f"{root}: {len(empty)} of {len(classes)} class sub-folders have no image that is read ({FORMATS}): "
+            f"{root}: {len(empty)} of {len(classes)} class sub-folders have no readable image ({FORMATS}): "
             f"{', '.join(empty[:5])}; fill or remove them{_instead(found)}"
         )
     names = [path.name for path in found.loose]
     found.warn(
-        [f"{loose} images are in no class sub-folder and are left out: {name_some(names)}"] if loose else []
+        [f"{loose} images outside the class sub-folders are ignored: {name_some(names)}"] if loose else []
     )
     label = {name: number for number, name in enumerate(classes)}
     paths = [path for path in found.paths if len(path.parts) > depth + 1]
@@ -399,7 +312,7 @@ def list_classes(root: Path, labelled: bool = True) -> tuple[list[str], list[Pat
 
 
 def _instead(found: Found) -> str:
-    """What is there of formats that are not read, for the end of a message."""
+    """Images of other formats, for the end of a message."""
     if not found.others:
         return ""
     names = [path.relative_to(found.root).as_posix() for path in found.others]

@@ -1,34 +1,28 @@
-"""Labelled image sets in pixel space: what the trainer reads, whatever it came from.
-
-A set has two splits, `train` and `heldout`; a held-out image is never trained on. The trainer only asks a
-split for `labels`, `sample_shape` and `batch(indices, flip)`, so that a set of latents fits the same place.
-"""
+"""Labeled image sets in pixel space."""
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.data.conditions import Captions, ToldSet, ToldSplit
+from dit_fast.data.base import HOLDOUT, Captions, DataSet, DataSplit, check_labels, heldout_mask
 from dit_fast.data.decode import Conversion
 from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.model.embedders import as_pair
-from dit_fast.utils.values import Number, check_memory
-
-HOLDOUT = Number(0, 1, below=True)
+from dit_fast.utils.values import check_memory
 
 
 class PixelSource(Protocol):
-    """Where the pixels of a set lie: in memory, or in files that are decoded on demand."""
+    """Pixels of a set, in memory or in files that are decoded on demand."""
 
     @property
     def lazy(self) -> bool:
-        """Whether a read decodes files."""
+        """Whether `read` decodes files."""
         ...
 
     def read(self, indices: Sequence[int]) -> Tensor:
@@ -38,7 +32,7 @@ class PixelSource(Protocol):
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Pixels in memory: uint8 (N, C, H, W); unreadable: why some of them are not there, by position."""
+    """Pixels in memory, uint8 (N, C, H, W); `unreadable` maps positions without pixels to the reason."""
 
     images: Tensor
     lazy: bool = False
@@ -50,34 +44,26 @@ class ArraySource:
         return self.images[torch.as_tensor(indices)]
 
 
-@dataclass(frozen=True)
-class Split(ToldSplit):
-    """Part of a set: `labels` is int64 (N,), `members` are the positions in the source.
-
-    `buckets`: int64 (N,), which of the set's shapes each sample has; None: all have `sample_shape`, else it is the
-    first one's.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Split(DataSplit):
+    """One split of an image set; `source` holds the pixels."""
 
     source: PixelSource
-    members: Tensor
-    labels: Tensor
-    sample_shape: tuple[int, int, int]
-    buckets: Tensor | None = None
-    captions: Captions | None = None
-    unreadable: Unreadable = field(default_factory=Unreadable)
-
-    def __len__(self) -> int:
-        return len(self.members)
 
     @property
     def lazy(self) -> bool:
-        """Whether a batch is read from files, so that reading ahead pays."""
+        """Whether a batch is read from files, so that reading ahead saves time."""
         return self.source.lazy or self.captions is not None
 
     def batch(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
-        """Samples `indices` (int64 (B,), positions in this split) of one shape as float32 (B, C, H, W) in [-1, 1].
+        """Read samples of one shape.
 
-        `flip` is bool (B,): True mirrors that sample left to right.
+        Args:
+            indices: positions in this split, int64 (B,).
+            flip: bool (B,); True mirrors that sample left to right.
+
+        Returns:
+            float32 (B, C, H, W) in [-1, 1].
         """
         pixels = to_pixels(self.source.read(self.members[indices].tolist()))
         if flip is not None:
@@ -85,87 +71,20 @@ class Split(ToldSplit):
         return pixels
 
 
-@dataclass(frozen=True)
-class ImageSet(ToldSet):
-    """A labelled image set with its train and held-out split.
+@dataclass(frozen=True, kw_only=True)
+class ImageSet(DataSet):
+    """A labeled image set; `channels` is 1 (grayscale) or 3 (RGB), `image_size` in pixels."""
 
-    `image_size` is the side of square images, else their height, `channels` 1 (grey) or 3 (RGB), `flip` whether
-    a left-right mirror image is still a member of its class, `holdout` the held-out fraction of each class, and
-    `fingerprint` a SHA-256 of what the set was made of. `buckets`: the (height, width) that images have, where there
-    are several; `image_size` is then the first one's height. `conversion`: how files became pixels, None where there
-    are none. `without`: the fingerprint that the set would have, did it not have the samples of these names.
-    """
-
-    name: str
-    image_size: int
-    channels: int
-    class_names: tuple[str, ...]
-    flip: bool
-    holdout: float
-    fingerprint: str
     train: Split
     heldout: Split
-    buckets: tuple[tuple[int, int], ...] = ()
-    conversion: Conversion | None = None
-    without: Callable[[Collection[str]], str] | None = None
-
-    @property
-    def shapes(self) -> dict[tuple[int, int], int]:
-        """How many training images have each of `buckets`; empty where there is one shape."""
-        return count_shapes(self.buckets, self.train.buckets)
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-ready facts for a checkpoint's manifest; equal exactly if the training images are equal."""
-        return {
-            "name": self.name,
-            "image_size": self.image_size,
-            "channels": self.channels,
-            "num_classes": self.num_classes,
-            "num_train": len(self.train),
-            "num_heldout": len(self.heldout),
-            "holdout": self.holdout,
-            "fingerprint": self.fingerprint,
-            **({} if self.conversion is None else {"pixels": self.conversion.describe()}),
-            **describe_shapes(self.shapes),
-            **self.describe_captions(),
-        }
-
-
-def count_shapes(buckets: Sequence[tuple[int, int]], bucket_of: Tensor | None) -> dict[tuple[int, int], int]:
-    """How many of the samples with these buckets, int64 (N,), have each shape."""
-    counts = [] if bucket_of is None else bucket_of.bincount(minlength=len(buckets)).tolist()
-    return dict(zip(buckets, counts, strict=True))
-
-
-def describe_shapes(shapes: dict[tuple[int, int], int]) -> dict[str, list[Any]]:
-    """What a manifest says of several shapes; nothing of one."""
-    if not shapes:
-        return {}
-    return {"buckets": [list(size) for size in shapes], "bucket_images": list(shapes.values())}
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """uint8 0..255 to float32 -1..1."""
+    """Convert uint8 0..255 to float32 in [-1, 1]."""
     return images.float().div_(127.5).sub_(1.0)
 
 
-def heldout_mask(sample_ids: Sequence[str], labels: Tensor, fraction: float) -> Tensor:
-    """Which samples are held out: bool (N,), round(fraction * n) of the n samples of each class.
-
-    The choice ranks samples by a hash of their id, so it depends on neither the seed of a run nor the order
-    of the samples. At least one sample of each class stays in the training split.
-    """
-    # Names of files need not be UTF-8: Python keeps their other bytes as surrogates.
-    rank = [hashlib.sha256(sample_id.encode(errors="surrogateescape")).digest() for sample_id in sample_ids]
-    mask = torch.zeros(len(sample_ids), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten().tolist()
-        members.sort(key=rank.__getitem__)
-        mask[members[: min(round(fraction * len(members)), len(members) - 1)]] = True
-    return mask
-
-
-def make_set(
+def make_image_set(
     name: str,
     source: PixelSource,
     labels: Tensor,
@@ -179,42 +98,48 @@ def make_set(
     buckets: tuple[tuple[int, int], ...] = (),
     bucket_of: Tensor | None = None,
     captions: Captions | None = None,
-    labelled: bool = True,
+    labeled: bool = True,
     unreadable: Unreadable | None = None,
     conversion: Conversion | None = None,
     without: Callable[[Collection[str]], str] | None = None,
 ) -> ImageSet:
-    """Check the labels, divide the samples into the two splits and return the set.
+    """Check the labels and divide the samples into the two splits.
 
-    buckets, bucket_of: the shapes of a set that has several, and the shape of each sample, int64 (N,).
-    captions: told in place of the classes. labelled: False for images that no class is told of. unreadable: the members
-    that could not be read. conversion, without: as of `ImageSet`.
-    Raises DataError for fewer than two classes without captions, a label outside 0..num_classes-1 or a class
-    without samples, ConfigError for a held-out fraction outside [0, 1).
+    Args:
+        name, class_names, flip, holdout, fingerprint, buckets, conversion, without: as of `DataSet`.
+        source: pixels of all samples.
+        labels: int64 (N,).
+        sample_ids: a name for each sample, by which held-out samples are chosen.
+        sample_shape: (C, H, W); with `buckets`, the shape of the first one.
+        bucket_of: index of each sample's bucket, int64 (N,).
+        captions: conditioning in place of the classes.
+        labeled: False for images without class conditioning.
+        unreadable: register of the members that could not be read.
+
+    Raises:
+        DataError: fewer than two classes without captions, a label outside 0..num_classes - 1 or a class without
+            samples.
+        ConfigError: a held-out fraction outside [0, 1).
     """
     HOLDOUT.check("--holdout", holdout)
-    if len(class_names) < 2 and captions is None and labelled:
-        raise DataError(
-            f"{name}: {len(class_names)} class found; class-conditional training needs at least 2"
-        )
-    outside = ((labels < 0) | (labels >= len(class_names))).nonzero().flatten()
-    if len(outside):
-        first = int(outside[0])
-        raise DataError(
-            f"{name}: label {int(labels[first])} of sample {first} is outside 0..{len(class_names) - 1} "
-            f"({len(outside)} such labels in all)"
-        )
-    counts = labels.bincount(minlength=len(class_names))
-    empty = [class_name for class_name, count in zip(class_names, counts.tolist(), strict=True) if count == 0]
-    if empty:
+    check_labels(name, labels, len(class_names), captions is None and labeled)
+    counts = labels.bincount(minlength=len(class_names)).tolist()
+    if empty := [class_name for class_name, count in zip(class_names, counts, strict=True) if count == 0]:
         raise DataError(f"{name}: {len(empty)} classes have no images: {', '.join(empty[:5])}")
     held = heldout_mask(sample_ids, labels, holdout)
     register = unreadable or Unreadable()
 
     def split(mask: Tensor) -> Split:
         members = mask.nonzero().flatten()
-        own = None if bucket_of is None else bucket_of[members]
-        return Split(source, members, labels[members], sample_shape, own, captions, register)
+        return Split(
+            source=source,
+            members=members,
+            labels=labels[members],
+            sample_shape=sample_shape,
+            buckets=None if bucket_of is None else bucket_of[members],
+            captions=captions,
+            unreadable=register,
+        )
 
     return ImageSet(
         name=name,
@@ -244,10 +169,22 @@ def from_arrays(
     holdout: float = 0.0,
     resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None = None,
 ) -> ImageSet:
-    """A set from arrays: `images` uint8 (N, H, W) grey or (N, H, W, 3) RGB, `labels` integers (N,).
+    """Create an image set from arrays.
 
-    `resize(image, size)` gives one image the (height, width) `size`; it is needed where `image_size`, a side or both,
-    is not the images' own. Raises DataError for shapes, types or labels that do not fit.
+    Args:
+        name: name of the set, for messages and manifests.
+        images: uint8 (N, H, W) grayscale or (N, H, W, 3) RGB.
+        labels: integers (N,).
+        class_names: name of each class.
+        image_size: side or (height, width) of the samples; None keeps that of `images`.
+        channels: expected number of channels; None accepts any.
+        flip: whether images may be mirrored left to right in training.
+        holdout: held-out fraction of each class.
+        resize: resizes one image to (height, width); required where `image_size` differs from that of `images`.
+
+    Raises:
+        DataError: shapes, dtypes or labels that do not fit.
+        ConfigError: `channels` or `holdout` contradict the images or are out of range.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise DataError(
@@ -255,7 +192,7 @@ def from_arrays(
         )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise DataError(
-            f"{name}: labels are {labels.dtype} {labels.shape}; expected {len(images)} integers, one an image"
+            f"{name}: labels are {labels.dtype} {labels.shape}; expected {len(images)} integers, one per image"
         )
     fingerprint = hashlib.sha256(images.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
     size = as_pair(image_size or images.shape[1])
@@ -270,7 +207,7 @@ def from_arrays(
     if channels not in (None, own_channels):
         raise ConfigError(f"--channels {channels} contradicts {name}, whose images have {own_channels}")
     stored = torch.from_numpy(np.ascontiguousarray(images.reshape(len(images), *size, own_channels)))
-    return make_set(
+    return make_image_set(
         name,
         ArraySource(stored.permute(0, 3, 1, 2).contiguous()),
         torch.from_numpy(labels.astype(np.int64)),

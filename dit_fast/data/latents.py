@@ -1,14 +1,14 @@
-"""Sets of latents: what `dit-fast encode` wrote, read as it is needed, for training without the autoencoder.
+"""Latent sets: posteriors that `dit-fast encode` wrote, or that an autoencoder computes while images are read.
 
-A set stores the posterior of every image, not a sample of it, and of the mirrored image too, since the latent
-of a mirrored image is not the mirrored latent. Which of the two a step takes, and the sample, are keyed draws
-(`LatentStream`), so that no two epochs see the same latent and every run, on any number of ranks, draws the same.
+A set stores the posterior of every image, not a sample of it, and the posterior of the mirrored image too, because the
+latent of a mirrored image is not the mirrored latent. Which of the two a step uses, and the sample, are keyed draws
+(`LatentStream`): every epoch draws new latents, and every run, on any number of ranks, draws the same ones.
 """
 
 import functools
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -16,18 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.data.captions import caption_name, open_captions
-from dit_fast.data.conditions import Captions, ToldSet, ToldSplit
+from dit_fast.data.base import HOLDOUT, Captions, DataSet, DataSplit, check_labels, heldout_mask
+from dit_fast.data.captions import open_captions
 from dit_fast.data.decode import Conversion
-from dit_fast.data.images import (
-    ImageSet,
-    PixelSource,
-    Split,
-    count_shapes,
-    describe_shapes,
-    heldout_mask,
-    to_pixels,
-)
+from dit_fast.data.images import ImageSet, PixelSource, Split, to_pixels
 from dit_fast.data.rows import Rows, read_samples
 from dit_fast.data.shards import (
     LABELS,
@@ -35,25 +27,28 @@ from dit_fast.data.shards import (
     MANIFEST_CHECK,
     NAMES,
     TEXTS,
-    digest_file,
+    caption_name,
+    file_facts,
     open_array,
-    read_json,
+    read_sealed,
     shard_name,
 )
 from dit_fast.data.stream import BatchStream
 from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.utils import keyed
-from dit_fast.utils.files import MOST_LIST_BYTES, parse_json, read_bytes, read_npy
+from dit_fast.utils.files import MOST_LIST_BYTES, read_json, read_npy
 from dit_fast.utils.schema import array, require, text
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """How stored moments (B, K, C, H, W) become the latents that a model is trained on.
+    """Conversion of stored moments (B, K, C, H, W) to the latents that a model is trained on.
 
-    kind          "logvar" or "std": K = 2, the mean and that; "sample": K = 1, a sample that was drawn once
-    shift, scale  one for each channel: a model sees (z - shift) * scale
+    Args:
+        kind: meaning of the moments: "logvar" or "std", K = 2: the mean, and log-variance or standard deviation;
+            "sample", K = 1: a sample that was drawn once.
+        shift, scale: one value per channel; the latents are (z - shift) * scale.
     """
 
     kind: str
@@ -62,11 +57,19 @@ class Posterior:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether a sample is drawn in training."""
+        """Whether training draws a sample, or uses the stored one."""
         return self.kind != "sample"
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents float32 (B, C, H, W): mean + std * noise, shifted and scaled; the mean without `noise`."""
+        """Draw latents: mean + std * noise, shifted and scaled.
+
+        Args:
+            moments: (B, K, C, H, W), in the stored dtype.
+            noise: standard normal (B, C, H, W); None returns the mean.
+
+        Returns:
+            float32 (B, C, H, W).
+        """
         z = moments[:, 0].float()
         if noise is not None and self.is_drawn:
             spread = moments[:, 1].float()
@@ -77,30 +80,31 @@ class Posterior:
 
 @functools.lru_cache
 def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 (C, 1, 1) on `device`; kept, since a copy to the device would make every step wait for it."""
+    """`values` as float32 (C, 1, 1) on `device`; cached, because a copy to the device would stall every step."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class LatentSource(Protocol):
-    """Where moments lie."""
+    """Moments of the samples of a set, in files or computed when they are read."""
 
     def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
-        """Moments (B, K, C, H, W) of samples `members`, mirrored where `flips` says so, as stored."""
+        """Moments (B, K, C, H, W) of `members` in the stored dtype; of the mirrored image where `flips` is True."""
         ...
 
     def where(self, member: int) -> str:
-        """File, and place in it, of a sample, for messages."""
+        """File of a sample and its position there, for messages."""
         ...
 
 
 @dataclass(frozen=True)
 class ShardSource:
-    """The shards of a set, each (M, flips, 2, C, H, W), all but the last equally long."""
+    """Moments in shards (M, flips, 2, C, H, W), of equal length M except the last."""
 
     shards: tuple[Rows, ...]
 
     def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
         shards, first = self.shards, self.shards[0]
+        # A row holds the moments of the plain image, then those of the mirrored one.
         length, width, orientation = len(first), first.width, first.width // first.shape[1]
         places = (
             (shard.file, shard.start + member % length * width + flip * orientation)
@@ -114,104 +118,85 @@ class ShardSource:
         return f"{self.shards[shard].file.path}, image {place}"
 
 
-@dataclass(frozen=True)
-class LatentSplit(ToldSplit):
-    """Part of a set: `members` are the positions in the source, `labels` is int64 (N,); `buckets` as of `Split`."""
+@dataclass(frozen=True, kw_only=True)
+class LatentSplit(DataSplit):
+    """One split of a latent set.
+
+    Args:
+        source: moments of all samples.
+        posterior: conversion of moments to latents.
+        lazy: whether a batch is read from files.
+    """
 
     source: LatentSource
-    members: Tensor
-    labels: Tensor
-    sample_shape: tuple[int, int, int]
     posterior: Posterior
     lazy: bool = True
-    buckets: Tensor | None = None
-    captions: Captions | None = None
-    unreadable: Unreadable = field(default_factory=Unreadable)
-
-    def __len__(self) -> int:
-        return len(self.members)
 
     def moments(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
-        """Moments (B, K, C, H, W) of samples `indices` (int64 (B,), positions in this split), as stored.
+        """Read moments.
 
-        `flip` is bool (B,): True takes the mirrored image's. Raises DataError for a value that is not finite.
+        Args:
+            indices: positions in this split, int64 (B,).
+            flip: bool (B,); True selects the moments of the mirrored image.
+
+        Returns:
+            (B, K, C, H, W), in the stored dtype.
+
+        Raises:
+            UnreadableError: a sample cannot be read, or a value is not finite.
         """
         members = self.members[indices].tolist()
         moments = self.source.read(members, [False] * len(members) if flip is None else flip.tolist())
-        # The least and the greatest value are NaN where any value is: twelve times as fast as isfinite.
+        # The minimum and maximum are NaN if any value is: twelve times as fast as isfinite on every value.
         if not torch.stack(moments.aminmax()).isfinite().all():
             bad = (~moments.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
             raise UnreadableError(
-                f"{self.source.where(members[bad[0]])}: the latent holds NaN or infinity ({len(bad)} of the "
+                f"{self.source.where(members[bad[0]])}: the latent contains NaN or infinity ({len(bad)} of the "
                 f"{len(members)} in this batch do); encode the set again",
                 {members[row]: "NaN or infinity" for row in bad},
             )
         return moments
 
     def batch(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
-        """Latents float32 (B, C, H, W) as a model sees them, at the posterior's mean."""
+        """Latents float32 (B, C, H, W) at the posterior's mean, as input of the model."""
         return self.posterior.sample(self.moments(indices, flip))
 
 
-@dataclass(frozen=True)
-class LatentSet(ToldSet):
-    """A labelled set of latents with its train and held-out split; stands where an `ImageSet` stands.
+@dataclass(frozen=True, kw_only=True)
+class LatentSet(DataSet):
+    """A labeled set of latents; `image_size` and `channels` are those of the latents, the model's input.
 
-    `image_size` is the side of a latent, which is the model's input size, and `pixel_size` that of the images,
-    None where the files do not tell. `flip`: whether the set holds mirrored images too. `vae` says which
-    autoencoder made it. `fingerprint` is a SHA-256 of what the set is made of. `buckets`, `conversion`, `without`: as
-    of `ImageSet`.
+    Args:
+        pixel_size: side of the encoded images in pixels; None where the files do not specify it.
+        posterior: conversion of moments to latents.
+        vae: the autoencoder: name, source and SHA-256.
     """
 
-    name: str
-    image_size: int
-    channels: int
     pixel_size: int | None
-    class_names: tuple[str, ...]
-    flip: bool
-    holdout: float
-    fingerprint: str
     posterior: Posterior
     vae: dict[str, Any]
     train: LatentSplit
     heldout: LatentSplit
-    buckets: tuple[tuple[int, int], ...] = ()
-    conversion: Conversion | None = None
-    without: Callable[[Collection[str]], str] | None = None
-
-    @property
-    def shapes(self) -> dict[tuple[int, int], int]:
-        """How many training latents have each of `buckets`; empty where there is one shape."""
-        return count_shapes(self.buckets, self.train.buckets)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-ready facts for a checkpoint's manifest. `image_size` is that of the images."""
+        """As `DataSet.describe`; `image_size` is that of the images, `latent_size` that of the latents."""
         return {
-            "name": self.name,
+            **super().describe(),
             "image_size": self.pixel_size,
             "latent_size": self.image_size,
-            "channels": self.channels,
-            "num_classes": self.num_classes,
-            "num_train": len(self.train),
-            "num_heldout": len(self.heldout),
-            "holdout": self.holdout,
-            "fingerprint": self.fingerprint,
             "posterior": self.posterior.kind,
             "shift": list(self.posterior.shift),
             "scale": list(self.posterior.scale),
             "vae": self.vae,
-            **({} if self.conversion is None else {"pixels": self.conversion.describe()}),
-            **describe_shapes(self.shapes),
-            **self.describe_captions(),
         }
 
 
 class LatentStream(BatchStream):
-    """The stream of training batches of a latent set: (latents float32 (B, C, H, W), labels int64 (B,)).
+    """Training batches of a latent split; arguments as of `BatchStream`.
 
-    The sample of global sample number g = step * batch_size + position is drawn with the key (seed, "posterior", g):
-    it depends on nothing else, so that a rank draws its own rows only and gets what one process would get. `read`
-    gives the moments, from which `TrainStep` draws on its device, ahead of time on a thread of its own.
+    The latent of global sample number g = step * batch_size + position is drawn with the key (seed, "posterior", g) and
+    depends on nothing else: a rank draws only its own rows and gets those of one process. `read` yields moments, read
+    ahead by a thread, and the training step draws latents from them on its own device.
     """
 
     def __init__(self, split: LatentSplit, batch_size: int, seed: int, flip: bool):
@@ -219,29 +204,30 @@ class LatentStream(BatchStream):
         self.latents = split
 
     def moments(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments (b, K, C, H, W) as stored, flips bool (b,) and `LatentSplit.told` of `rows` of a step."""
+        """Moments (b, K, C, H, W) in the stored dtype, flips bool (b,), and the conditioning of `rows` of a step."""
         indices = self.indices(step)[rows]
         flips = self.mirrored(step, rows)
         if flips is None:
             flips = torch.zeros(len(indices), dtype=torch.bool)
-        moments, told = self.latents.take(indices, lambda chosen: self.latents.moments(chosen, flips))
-        return moments, flips, told
+        moments, conditioning = self.latents.take(indices, lambda chosen: self.latents.moments(chosen, flips))
+        return moments, flips, conditioning
 
     def noise(self, step: int, rows: slice = slice(None), shape: tuple[int, ...] | None = None) -> Tensor:
-        """Standard normal float32 (b, *shape) for the posteriors of `rows` of a step, each (C, H, W)."""
+        """Standard normal noise float32 (b, *shape) for the posteriors of `rows` of a step; `shape` is (C, H, W)."""
         key = keyed.key(self.seed, "posterior")
         return keyed.normal(key, self.numbers(step, rows), shape or self.latents.sample_shape)
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Latents and labels of `rows` of a step."""
-        moments, _, labels = self.moments(step, rows)
+        """Latents float32 (b, C, H, W) and the conditioning of `rows` of a step."""
+        moments, _, conditioning = self.moments(step, rows)
         posterior = self.latents.posterior
         noise = self.noise(step, rows, tuple(moments.shape[2:])) if posterior.is_drawn else None
-        return posterior.sample(moments, noise), labels
+        return posterior.sample(moments, noise), conditioning
 
     def stored(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        moments, _, labels = self.moments(step, rows)
-        return moments, labels
+        """Moments and conditioning of `rows` of a step, for the training step to draw latents from."""
+        moments, _, conditioning = self.moments(step, rows)
+        return moments, conditioning
 
 
 def open_latents(
@@ -253,25 +239,30 @@ def open_latents(
     verify: bool = False,
     skip_unreadable: int = 0,
 ) -> LatentSet:
-    """Open the set that `dit-fast encode` wrote to `folder`.
+    """Open the latent set that `dit-fast encode` wrote to `folder`.
 
-    num_classes  checked against the set when given; 0: no class is told
-    flip         whether mirrored images are used; None: yes
-    holdout      held-out fraction of each class; None: 0
-    verify       compare every shard with its SHA-256, instead of sizes and shapes only
-    skip_unreadable   latents that may turn out not to be finite, and are replaced then (`dit_fast.data.unreadable`)
+    Args:
+        folder: the folder.
+        num_classes: expected number of classes; 0 for a model without class conditioning; None accepts any.
+        flip: whether latents of mirrored images are used; None: yes.
+        holdout: held-out fraction of each class; None: 0.
+        verify: compare every shard with its SHA-256, not only sizes and shapes.
+        skip_unreadable: number of latents that may not be finite; they are replaced (`dit_fast.data.unreadable`).
 
-    Raises DataError for a set that is unfinished, changed, damaged or empty, whose labels and latents disagree,
-    and ConfigError for options that contradict it.
+    Raises:
+        DataError: the set is unfinished, changed, damaged or empty, or its labels and latents disagree.
+        ConfigError: options that contradict the set.
     """
     folder = Path(folder)
     try:
-        manifest = read_json(folder / MANIFEST, MANIFEST_CHECK)
+        manifest = read_sealed(folder / MANIFEST, MANIFEST_CHECK)
     except FileNotFoundError:
         raise DataError(
             f"{folder} is not a finished latent set: it has no {MANIFEST}; run dit-fast encode (again)"
         ) from None
-    images, shards, shape, settings = _layout(folder, manifest)
+    _check_layout(folder / MANIFEST, manifest)
+    images, shards, settings, vae = (manifest[key] for key in ("images", "shards", "settings", "vae"))
+    shape = manifest["sample_shape"]
     paths = tuple(folder / shard["file"] for shard in shards)
     rows = tuple(
         open_array(path, (shard["images"], *shape), settings["dtype"])
@@ -288,11 +279,10 @@ def open_latents(
         ]
         checked += [(folder / TEXTS, manifest["texts"])] if "texts" in manifest else []
     for path, expected in checked:
-        if digest_file(path)["sha256"] != expected["sha256"]:
+        if file_facts(path)["sha256"] != expected["sha256"]:
             raise DataError(
                 f"{path} was changed or damaged: it does not match its SHA-256; encode the set again"
             )
-    vae = manifest["vae"]
     return make_latent_set(
         str(folder),
         ShardSource(rows),
@@ -300,7 +290,7 @@ def open_latents(
         manifest["class_names"],
         shape[2:],
         Posterior("logvar", tuple(vae["shift"]), tuple(vae["scale"])),
-        sample_ids=lambda: _names(folder / NAMES, images),
+        sample_ids=lambda: _read_names(folder / NAMES, images),
         flips=True,
         flip=flip,
         num_classes=num_classes,
@@ -309,18 +299,48 @@ def open_latents(
         vae={key: vae[key] for key in ("name", "source", "sha256")},
         fingerprint=_fingerprint(shards, manifest["labels"]),
         captions=captions,
-        lost=_lost(folder, manifest, images),
+        # Rows of images that could not be read when the set was encoded; they contain NaN.
+        excluded=manifest.get("unreadable", ()),
         conversion=Conversion.of(settings["pixels"]) if "pixels" in settings else None,
         skip_unreadable=skip_unreadable,
     )
 
 
-def _lost(folder: Path, manifest: dict[str, Any], images: int) -> list[int]:
-    """The rows of images that could not be read when the set was encoded: they hold NaN and are no members."""
-    lost = manifest.get("unreadable", [])
-    if not isinstance(lost, list) or not all(type(row) is int and 0 <= row < images for row in lost):
-        raise DataError(f"{folder / MANIFEST}: unreadable is no list of rows; encode the set again")
-    return lost
+def _check_layout(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise DataError where facts of the manifest contradict each other; `MANIFEST_CHECK` checked their types."""
+    shape, shards, vae = manifest["sample_shape"], manifest["shards"], manifest["vae"]
+    counts = [shard["images"] for shard in shards]
+    if sum(counts) != manifest["images"]:
+        raise DataError(f"{path}: the shards hold {sum(counts)} latents for {manifest['images']} labels")
+    if not sum(counts):
+        raise DataError(f"{path.parent} holds no latents")
+    channels = len(vae["shift"]), len(vae["scale"])
+    if shape[:2] != [2, 2] or channels != (shape[2], shape[2]):
+        raise DataError(
+            f"{path}: sample shape {tuple(shape)} with {channels} shifts and scales; expected (2, 2, C, H, W)"
+        )
+    side = manifest["settings"]["image_size"]
+    if not all(vae["scale"]) or side % shape[3]:
+        raise DataError(
+            f"{path}: scales {vae['scale']}, and latents of {shape[3]}x{shape[4]} for images of {side}x{side}"
+        )
+    names = [shard["file"] for shard in shards]
+    if any(count != counts[0] for count in counts[:-1]) or names != list(map(shard_name, range(len(shards)))):
+        raise DataError(f"{path}: the shards are not {shard_name(0)}, ... of equal length")
+    if any(row >= manifest["images"] for row in manifest.get("unreadable", ())):
+        raise DataError(f"{path}: unreadable lists rows that the set does not have; encode the set again")
+
+
+def _read_names(path: Path, images: int) -> list[str]:
+    names: list[str] = read_json(path, DataError, MOST_LIST_BYTES)
+    require(names, array(text(), images), path, DataError)
+    return names
+
+
+def _fingerprint(shards: Sequence[dict[str, Any]], labels: dict[str, Any]) -> str:
+    digests = [*(shard["sha256"] for shard in shards), labels["sha256"]]
+    digests += [shard["captions"]["sha256"] for shard in shards if "captions" in shard]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def make_latent_set(
@@ -340,26 +360,32 @@ def make_latent_set(
     vae: dict[str, Any],
     fingerprint: str,
     captions: Captions | None = None,
-    lost: Sequence[int] = (),
+    excluded: Sequence[int] = (),
     conversion: Conversion | None = None,
     skip_unreadable: int = 0,
     without: Callable[[Collection[str]], str] | None = None,
 ) -> LatentSet:
-    """Check what every kind of set must hold, divide the samples into the two splits and return the set.
+    """Check what every kind of latent set must hold, and divide the samples into the two splits.
 
-    `sample_shape` is (C, H, W); `sample_ids` is called only where samples are held out; `flips`: whether the
-    source has mirrored images; `lost`: members that neither split has. Raises DataError and ConfigError as
-    `open_latents`.
+    Args:
+        name, class_names, posterior, pixel_size, vae, fingerprint, conversion, without: as of `LatentSet`.
+        source: moments of all samples.
+        labels: int64 (N,).
+        sample_shape: (C, H, W) of a latent.
+        sample_ids: returns a name for each sample; called only if samples are held out.
+        flips: whether the source has latents of mirrored images.
+        flip, num_classes, holdout, skip_unreadable: as of `open_latents`.
+        captions: conditioning in place of the classes.
+        excluded: members that are in neither split.
+
+    Raises:
+        DataError, ConfigError: as `open_latents`.
     """
     channels, height, width = sample_shape
-    fraction = holdout or 0.0
-    if not 0.0 <= fraction < 1.0:
-        raise ConfigError(
-            f"--holdout {fraction} is not a fraction: give a number from 0 up to, not including, 1"
-        )
+    fraction = HOLDOUT.check("--holdout", holdout or 0.0)
     if flip and not flips:
         raise ConfigError(
-            f"--flip: {name} holds no mirrored latents; leave it out or encode with dit-fast encode"
+            f"--flip: {name} has no latents of mirrored images; remove it, or encode with dit-fast encode"
         )
     if num_classes not in (None, 0, len(class_names)):
         raise ConfigError(
@@ -368,33 +394,26 @@ def make_latent_set(
     if not len(labels):
         raise DataError(f"{name} holds no latents")
     if height != width:
-        raise DataError(f"{name}: the latents are {height} x {width}; square ones are needed")
-    if len(class_names) < 2 and captions is None and num_classes != 0:
-        raise DataError(
-            f"{name}: {len(class_names)} class found; class-conditional training needs at least 2 (--num-classes 0 "
-            "trains without classes)"
-        )
-    outside = ((labels < 0) | (labels >= len(class_names))).nonzero().flatten()
-    if len(outside):
-        first = int(outside[0])
-        raise DataError(
-            f"{name}: label {int(labels[first])} of sample {first} ({source.where(first)}) is outside "
-            f"0..{len(class_names) - 1} ({len(outside)} such labels in all)"
-        )
+        raise DataError(f"{name}: the latents are {height} x {width}; square ones are required")
+    check_labels(name, labels, len(class_names), captions is None and num_classes != 0, source.where)
     there = torch.ones(len(labels), dtype=torch.bool)
-    there[list(lost)] = False
+    there[list(excluded)] = False
     held = torch.zeros(len(labels), dtype=torch.bool)
     if fraction:
         ids, rows = sample_ids(), there.nonzero().flatten()
         held[rows] = heldout_mask([ids[row] for row in rows.tolist()], labels[rows], fraction)
-
     register = Unreadable(skip_unreadable, source.where)
 
     def split(mask: Tensor) -> LatentSplit:
         members = (mask & there).nonzero().flatten()
-        shape = (channels, height, width)
         return LatentSplit(
-            source, members, labels[members], shape, posterior, captions=captions, unreadable=register
+            source=source,
+            members=members,
+            labels=labels[members],
+            sample_shape=(channels, height, width),
+            posterior=posterior,
+            captions=captions,
+            unreadable=register,
         )
 
     return LatentSet(
@@ -415,54 +434,8 @@ def make_latent_set(
     )
 
 
-def _names(path: Path, images: int) -> list[str]:
-    names: list[str] = parse_json(read_bytes(path, DataError, MOST_LIST_BYTES), str(path), DataError)
-    require(names, array(text(), images), path, DataError)
-    return names
-
-
-def _layout(
-    folder: Path, manifest: dict[str, Any]
-) -> tuple[int, list[dict[str, Any]], tuple[int, ...], dict[str, Any]]:
-    """Number of images, shards, shape of an image's moments and settings, if they fit together."""
-    path = folder / MANIFEST
-    try:
-        images, shards, settings = manifest["images"], manifest["shards"], manifest["settings"]
-        shape, counts = tuple(manifest["sample_shape"]), [shard["images"] for shard in shards]
-        channels = len(manifest["vae"]["shift"]), len(manifest["vae"]["scale"])
-        names = [shard["file"] for shard in shards]
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is not the manifest of a latent set: {error!r} is missing or wrong"
-        ) from None
-    if sum(counts) != images:
-        raise DataError(f"{path}: the shards hold {sum(counts)} latents for {images} labels")
-    if images == 0:
-        raise DataError(f"{folder} holds no latents")
-    if len(shape) != 5 or shape[:2] != (2, 2) or channels != (shape[2], shape[2]):
-        raise DataError(
-            f"{path}: sample shape {shape} with {channels} shifts and scales; expected (2, 2, C, H, W)"
-        )
-    if not all(manifest["vae"]["scale"]) or settings["image_size"] % shape[3]:
-        raise DataError(
-            f"{path}: scales {manifest['vae']['scale']}, and latents of {shape[3]}x{shape[4]} of images of "
-            f"{settings['image_size']}x{settings['image_size']}"
-        )
-    if any(count != counts[0] for count in counts[:-1]) or names != [
-        shard_name(i) for i in range(len(shards))
-    ]:
-        raise DataError(f"{path}: the shards are not {shard_name(0)}, ... of equal length")
-    return images, shards, shape, settings
-
-
-def _fingerprint(shards: Sequence[dict[str, Any]], labels: dict[str, Any]) -> str:
-    digests = [*(shard["sha256"] for shard in shards), labels["sha256"]]
-    digests += [shard["captions"]["sha256"] for shard in shards if "captions" in shard]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
 class Encoder(Protocol):
-    """What is asked of an autoencoder's encoder, see `dit_fast.encoders.autoencoder.LatentEncoder`."""
+    """Interface of an autoencoder's encoder, see `dit_fast.encoders.autoencoder.LatentEncoder`."""
 
     name: str
     image_channels: int
@@ -478,7 +451,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class EncodingSource:
-    """Moments of images, or of mirrored images, by an encoder, as `dit-fast encode` stores them."""
+    """Moments that an encoder computes from images when they are read, equal to those that `encode` stores."""
 
     images: PixelSource
     encoder: Encoder
@@ -494,7 +467,15 @@ class EncodingSource:
 
 
 def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
-    """The set of the latents of `images`, made when they are read. Raises ConfigError for sizes that do not fit."""
+    """A latent set that encodes `images` when they are read.
+
+    Args:
+        images: the image set.
+        encoder: encoder of an autoencoder.
+
+    Raises:
+        ConfigError: channels or sizes of the images do not fit the autoencoder.
+    """
     if images.channels != encoder.image_channels:
         raise ConfigError(
             f"--vae {encoder.name} takes images of {encoder.image_channels} channels, {images.name} has "
@@ -505,8 +486,8 @@ def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
         if any(side % encoder.factor for side in size):
             near = (encoder.factor * max(1, round(side / encoder.factor)) for side in size)
             raise ConfigError(
-                f"{flag} {'x'.join(map(str, size))} is not a multiple of {encoder.factor}, which --vae {encoder.name} "
-                f"shrinks images by: give {'x'.join(map(str, near))}"
+                f"{flag} {'x'.join(map(str, size))} is not a multiple of {encoder.factor}, the downsampling factor of "
+                f"--vae {encoder.name}: give {'x'.join(map(str, near))}"
             )
     side = images.image_size // encoder.factor
     posterior = Posterior("logvar", encoder.shift, encoder.scale)
@@ -514,11 +495,11 @@ def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
     def split(part: Split) -> LatentSplit:
         height, width = (pixels // encoder.factor for pixels in part.sample_shape[1:])
         return LatentSplit(
-            EncodingSource(part.source, encoder, part.unreadable.name),
-            part.members,
-            part.labels,
-            (encoder.latent_channels, height, width),
-            posterior,
+            source=EncodingSource(part.source, encoder, part.unreadable.name),
+            members=part.members,
+            labels=part.labels,
+            sample_shape=(encoder.latent_channels, height, width),
+            posterior=posterior,
             buckets=part.buckets,
             captions=part.captions,
             unreadable=part.unreadable,

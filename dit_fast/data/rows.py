@@ -1,7 +1,7 @@
-"""Rows of a file, read from an open descriptor.
+"""Arrays in files, read row by row from an open file descriptor.
 
-A page that is mapped into memory and whose file was cut since ends the process (SIGBUS). What is read is there, or is
-an error that names the file, and a run that meets it is saved first.
+The files are not mapped into memory: accessing a mapped page of a file that was truncated kills the process (SIGBUS).
+A failed read raises an error that names the file, and the run saves a checkpoint first.
 """
 
 import functools
@@ -17,16 +17,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dit_fast.data.unreadable import UnreadableError
+from dit_fast.data.unreadable import raise_unreadable
 from dit_fast.errors import DataError
 from dit_fast.utils.files import npy_header, open_file, parse_json, utf8_name
 
-# Of the files of a set that stay open at a time; a process may have 1,024 by default.
+# Upper bound on open files of all sets; the default limit of a process is 1,024 descriptors.
 _MOST_OPEN = 256
 
 
 class _Descriptor:
-    """A file that stays open as long as anyone reads it."""
+    """A file descriptor that is closed with its last reference: a thread may still read from an evicted one."""
 
     def __init__(self, path: Path):
         with open_file(path, DataError) as file:
@@ -43,16 +43,19 @@ def _opened(file: "FileBytes") -> _Descriptor:
     found = os.fstat(descriptor.number)
     if (found.st_size, found.st_mtime_ns) != (file.size, file.changed):
         raise DataError(
-            f"{file.path} has {found.st_size} bytes, {file.size} when it was opened: it was changed while it was in use"
+            f"{file.path} has {found.st_size} bytes, {file.size} when it was opened: it changed during use"
         )
     return descriptor
 
 
 class FileBytes:
-    """The bytes of a file as it was when this was made; holds no descriptor, so that it can be pickled and copied.
+    """The bytes of a file as it is at construction. Holds no descriptor, so that it can be pickled and copied.
+
+    Args:
+        path: the file.
 
     Raises:
-        DataError: the file cannot be opened; from `read_into`, it was cut or changed since, or cannot be read
+        DataError: the file cannot be opened. From a read: it was truncated or changed since, or cannot be read.
     """
 
     def __init__(self, path: Path):
@@ -63,43 +66,43 @@ class FileBytes:
         _opened(self)
 
     def read_into(self, start: int, target: memoryview) -> None:
-        """Fill the bytes `target` with those of the file from `start` on."""
+        """Fill `target` with the file's bytes from `start` on."""
         descriptor = _opened(self)
         try:
             done = 0
-            while done < target.nbytes:  # a signal, or a network file system, may end a read early
+            while done < target.nbytes:  # a signal or a network file system may cause a short read
                 more = os.preadv(descriptor.number, [target[done:]], start + done)
                 if not more:
                     raise DataError(
                         f"{self.path} has {os.fstat(descriptor.number).st_size} bytes, {self.size} when it was "
-                        "opened: it was cut while it was in use"
+                        "opened: it was truncated during use"
                     )
                 done += more
         except OSError as error:
             raise DataError(f"{self.path} cannot be read ({error.strerror or error})") from None
 
     def bytes_at(self, start: int, count: int) -> bytes:
-        """`count` bytes from `start` on."""
+        """Read `count` bytes from `start` on."""
         content = bytearray(count)
         self.read_into(start, memoryview(content))
         return bytes(content)
 
     def read(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of the bytes from `start` on."""
-        made = torch.empty(tuple(shape), dtype=dtype)
-        if made.numel():
-            self.read_into(start, memoryview(bytes_of(made)))
-        return made
+        """Read a tensor whose bytes start at `start`."""
+        tensor = torch.empty(tuple(shape), dtype=dtype)
+        if tensor.numel():
+            self.read_into(start, bytes_of(tensor))
+        return tensor
 
 
-def bytes_of(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor, whose dtype NumPy may not have, as uint8."""
-    return tensor.flatten().view(torch.uint8).numpy()
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, of any dtype: NumPy has no bfloat16."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())
 
 
 @dataclass(frozen=True)
 class Rows:
-    """An array in a file: `shape`, whose first dimension counts rows, of `dtype`, from byte `start` on."""
+    """An array in a file: its first byte `start`, its `shape`, whose first dimension counts rows, and its `dtype`."""
 
     file: FileBytes
     start: int
@@ -136,7 +139,7 @@ def read_samples(
     if not batch.numel():
         return batch
     width = batch[0].nbytes
-    memory = memoryview(bytes_of(batch))
+    memory = bytes_of(batch)
     reasons: dict[int, str] = {}
     stop = 0
     for (file, start), member in zip(places, members, strict=True):
@@ -158,9 +161,16 @@ def read_samples(
 
 
 def open_npy(path: Path, shape: Sequence[int], dtype: str, expected: int) -> Rows:
-    """The array of `path`, a C-ordered .npy file of `expected` bytes.
+    """Open a C-ordered .npy file without reading its values.
 
-    Raises DataError when its size, shape or type is not the one expected.
+    Args:
+        path: the file.
+        shape: expected shape.
+        dtype: expected dtype.
+        expected: expected size of the file in bytes.
+
+    Raises:
+        DataError: the file is missing, or its size, shape or dtype differs.
     """
     if not os.path.lexists(path):
         raise DataError(f"{path} is missing; encode the set again")
@@ -179,10 +189,10 @@ def open_npy(path: Path, shape: Sequence[int], dtype: str, expected: int) -> Row
 
 
 def open_tensors(path: Path) -> dict[str, Rows]:
-    """The tensors of a safetensors file, none of them read. Raises DataError, SafetensorError, and OSError."""
+    """Open a safetensors file without reading its values. Raises DataError, SafetensorError and OSError."""
     file = FileBytes(path)
     with utf8_name(path) as name, safe_open(name, framework="pt") as tensors:
-        # Of their dtypes and shapes alone: no page is touched.
+        # For dtypes and shapes only: `get_tensor` maps the file and no page of it is accessed.
         kinds = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
         length = int.from_bytes(file.bytes_at(0, 8), "little")
         header = file.bytes_at(8, min(length, file.size - 8))
@@ -191,9 +201,3 @@ def open_tensors(path: Path) -> dict[str, Rows]:
             key: Rows(file, 8 + len(header) + entries[key]["data_offsets"][0], tuple(kind.shape), kind.dtype)
             for key, kind in kinds.items()
         }
-
-
-def raise_unreadable(reasons: dict[int, str]) -> None:
-    """UnreadableError for members that could not be read, if there are any: one reason of many is said once."""
-    if reasons:
-        raise UnreadableError("; ".join(dict.fromkeys(reasons.values())), reasons)

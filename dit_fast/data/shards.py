@@ -1,19 +1,17 @@
 """The files of a latent set on disk.
 
-    encoding.json      with what the set was begun: autoencoder, sizes, type; a continuation must agree
-    shard-00000.npy    posteriors of images 0 to M - 1, (M, flips, 2, C, H, W): plain or mirrored image, mean
-                       or log-variance
-    shard-00000.json   the shard's record: which images it is of, size and SHA-256
+    encoding.json      the settings with which encoding began: autoencoder, sizes, dtype; a resumed command must match
+    shard-00000.npy    posteriors of images 0 to M - 1, (M, flips, 2, C, H, W): plain or mirrored image, mean or
+                       log-variance
+    shard-00000.json   record of the shard: digest of its images, size and SHA-256
     labels.npy         int64 (N,)
-    names.json         the file of each image, relative to its folder
-    captions-00000.npy, texts.json   of a set of captions: embeddings (M, S, E), and the words where they are known
+    names.json         file name of each image, relative to its folder
+    captions-00000.npy, texts.json   in a set with captions: embeddings (M, S, E), and the texts where they are known
     manifest.json      written last: class names, shapes, scaling, size and SHA-256 of every file
 
-Plain .npy, because there is nothing to parse beyond a short header, several processes share the page cache, and
-reading one runs no code. One sample's moments lie together, so a sample is one contiguous read, straight into the
-batch (`dit_fast.data.rows`).
-
-Every file is written under a temporary name, synced and renamed: it is whole or not there.
+The arrays are plain .npy files: there is only a short header to parse, and reading one executes no code. The moments of
+one sample are contiguous, so that a sample is one read, directly into the batch (`dit_fast.data.rows`). Each JSON file
+contains the SHA-256 of its own content. Every file is written under a temporary name, synced and renamed.
 """
 
 import contextlib
@@ -42,6 +40,7 @@ from dit_fast.utils.schema import (
     number,
     one_of,
     require,
+    table,
     text,
 )
 
@@ -72,23 +71,34 @@ MANIFEST_CHECK = fields(
     {
         "texts": _FILE,
         "captions": fields({"tokens": integer(1, 1 << 16), "width": integer(1, 1 << 24)}),
+        "unreadable": array(integer()),
         "listing_sha256": text(),
     },
 )
 SETTINGS_CHECK = fields({"vae": fields({"name": text()}), "settings": fields({"vae_sha256": text()})})
-RECORD_CHECK = fields({"settings": fields({}), "images": anything, "file": _FILE}, {"captions": _FILE})
+RECORD_CHECK = fields(
+    {"settings": fields({}), "images": anything, "file": _FILE},
+    {"captions": _FILE, "unreadable": table(text(), r"\d+")},
+)
 
 
 def shard_name(index: int) -> str:
+    """File name of the posteriors of a shard."""
     return f"shard-{index:05d}.npy"
 
 
 def record_name(index: int) -> str:
+    """File name of the record of a shard."""
     return f"shard-{index:05d}.json"
 
 
+def caption_name(index: int) -> str:
+    """File name of the caption embeddings of a shard."""
+    return f"captions-{index:05d}.npy"
+
+
 class HashingFile:
-    """What is written to a file, with the size and SHA-256 of it so far."""
+    """A file opened for writing, with the size and SHA-256 of what has been written."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -102,13 +112,22 @@ class HashingFile:
         return written
 
     def facts(self) -> dict[str, Any]:
+        """Size and SHA-256 of the content, as manifests store them."""
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 
 def publish(path: Path, write: Callable[[HashingFile], object]) -> dict[str, Any]:
-    """Have `write` fill the file `path` by `write_atomically`; its bytes and SHA-256.
+    """Write the file `path` atomically.
 
-    Raises OutputError when the disk does not take it. Nothing partial stays behind an exception.
+    Args:
+        path: the file.
+        write: writes the content.
+
+    Returns:
+        size and SHA-256, as `HashingFile.facts`.
+
+    Raises:
+        OutputError: the file cannot be written; no partial file remains.
     """
     facts: dict[str, Any] = {}
 
@@ -123,7 +142,7 @@ def publish(path: Path, write: Callable[[HashingFile], object]) -> dict[str, Any
 
 
 def remove_leftovers(folder: Path, names: Sequence[str], seconds: float = 0.0) -> None:
-    """Delete what killed writers of the files `names` left in `folder` and nobody touched for `seconds`."""
+    """Delete temporary files that killed writers of `names` left in `folder`, if older than `seconds`."""
     wanted, latest = set(names), time.time() - seconds
     for path in folder.glob(f"{TEMPORARY}*"):
         if path.name.removeprefix(TEMPORARY).partition("-")[2] in wanted:
@@ -133,7 +152,7 @@ def remove_leftovers(folder: Path, names: Sequence[str], seconds: float = 0.0) -
 
 
 def write_npy_header(file: HashingFile | BinaryIO, shape: Sequence[int], dtype: str) -> None:
-    """The header of a C-ordered .npy file; the array's bytes follow it."""
+    """Write the header of a C-ordered .npy file; the array's bytes follow it."""
     description = {
         "descr": np.dtype(dtype).newbyteorder("<").str,
         "fortran_order": False,
@@ -143,37 +162,45 @@ def write_npy_header(file: HashingFile | BinaryIO, shape: Sequence[int], dtype: 
 
 
 def npy_bytes(shape: Sequence[int], dtype: str) -> int:
-    """Size of the .npy file that `write_npy_header` and the array's bytes make."""
+    """Size in bytes of the .npy file with an array of this shape and dtype."""
     header = io.BytesIO()
     write_npy_header(header, shape, dtype)
     return header.tell() + math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def open_array(path: Path, shape: Sequence[int], dtype: str) -> Rows:
-    """The array of `path`, not read. Raises DataError when its size, shape or type is not the one expected."""
+    """Open the array of `path` without reading it. Raises DataError if its size, shape or dtype differs."""
     return open_npy(path, shape, dtype, npy_bytes(shape, dtype))
 
 
-def digest_file(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+def file_facts(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as `HashingFile.facts`."""
     with open_file(path, DataError) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": sha256}
 
 
 def digest_json(content: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` with the SHA-256 of itself in it."""
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object together with the SHA-256 of its content."""
     text = json.dumps({**content, "own_sha256": digest_json(content)}, indent=1) + "\n"
     publish(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path, check: Check = anything) -> dict[str, Any]:
-    """The content that `write_json` wrote. Raises FileNotFoundError, and DataError if it was changed or not as `check`
-    expects.
+def read_sealed(path: Path, check: Check = anything) -> dict[str, Any]:
+    """Read a JSON object that `write_sealed` wrote.
+
+    Args:
+        path: the file.
+        check: schema of the object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: the content was changed or does not match the schema.
     """
     if not os.path.lexists(path):
         raise FileNotFoundError(path)

@@ -1,9 +1,9 @@
 """The endless shuffled stream of training batches, addressed by step.
 
-Where samples are of one shape, global sample number g = step * batch_size + position belongs to epoch g // N and takes
-that epoch's shuffled place g % N; of several shapes, each batch is of one (`BucketOrder`). Over each epoch no sample is
-missing and none comes twice, batches run on over the epoch's end, and the batch of a step, or any rows of it, can be
-had without those before it. What a run needs to continue is its seed and step.
+Where samples have one shape, global sample number g = step * batch_size + position belongs to epoch g // N and takes
+place g % N of that epoch's permutation; with several shapes, each batch holds one shape (`BucketOrder`). In each epoch
+every sample comes exactly once, and batches may span the end of an epoch. The batch of any step, or any rows of it, can
+be read without those before it: a run resumes from its seed and step alone.
 """
 
 import hashlib
@@ -21,25 +21,33 @@ from dit_fast.errors import DataError
 from dit_fast.utils import keyed
 from dit_fast.utils.values import SEED, Whole
 
+# Batches that are read while the model trains on the current one.
+READ_AHEAD = 2
+
 
 def epoch_key(seed: int, stream: str, index: int) -> int:
-    """A 63-bit seed from (seed, stream, index); equal keys give equal draws, on every machine."""
+    """A 63-bit seed from (seed, stream, index); equal arguments give equal draws on every machine."""
     digest = hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(seed: int, stream: str, index: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator for one draw. CPU and CUDA generators give different numbers for one epoch_key."""
+    """A new generator seeded with `epoch_key`. CPU and CUDA generators draw different numbers from one seed."""
     return torch.Generator(device=device).manual_seed(epoch_key(seed, stream, index))
 
 
-READ_AHEAD = 2
-
-
 class BatchStream:
-    """Batches of `split`: (images float32 (B, C, H, W), labels int64 (B,) or captions), mirrored at random if `flip`.
+    """Training batches of an image split.
 
-    Raises DataError for a split that is smaller than a batch.
+    Args:
+        split: samples to draw from.
+        batch_size: samples per step, B.
+        seed: seed of the order and of the mirroring.
+        flip: whether half of the samples, drawn per sample, are mirrored left to right.
+
+    Raises:
+        ConfigError: `batch_size` or `seed` is out of range.
+        DataError: the split is smaller than a batch.
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, flip: bool):
@@ -61,26 +69,37 @@ class BatchStream:
         return self._order.indices(step)
 
     def numbers(self, step: int, rows: slice = slice(None)) -> Tensor:
-        """Global sample numbers int64 (b,) of `rows` of a step: what every draw for a sample is keyed by."""
+        """Global sample numbers int64 (b,) of `rows` of a step: the key of every random draw for a sample."""
         return torch.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows]
 
     def mirrored(self, step: int, rows: slice = slice(None)) -> Tensor | None:
-        """Which samples of `rows` of a step are mirrored, bool (b,); None where none is."""
+        """Whether each sample of `rows` of a step is mirrored, bool (b,); None without mirroring."""
         if not self.flip:
             return None
         return keyed.uniform(keyed.key(self.seed, "flip"), self.numbers(step, rows)) < 0.5
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Images, and labels or captions, of `rows` of a step."""
+        """Samples and their conditioning for one step.
+
+        Args:
+            step: the step, counted from 0.
+            rows: rows of the batch, b of B, such as those of one rank.
+
+        Returns:
+            float32 (b, C, H, W), and labels int64 (b,) or captions (b, S, E).
+
+        Raises:
+            DataError: more samples are unreadable than are allowed.
+        """
         flip = self.mirrored(step, rows)
         return self.split.take(self.indices(step)[rows], lambda indices: self.split.batch(indices, flip))
 
     def stored(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """What `dit_fast.training.step.TrainStep` makes the batch of, on its device, and the labels."""
+        """What the training step converts to a batch on its own device: here, the batch itself."""
         return self.batch(step, rows)
 
     def read(self, first: int, last: int, rows: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
-        """`stored` of steps `first` to `last` - 1; files are read ahead in a thread of their own."""
+        """Yield `stored` of steps `first` to `last` - 1; a thread reads files ahead."""
         if not self.split.lazy:
             yield from (self.stored(step, rows) for step in range(first, last))
             return
@@ -92,6 +111,7 @@ class BatchStream:
                 yield waiting.popleft().result()
                 waiting.extend(reader.submit(self.stored, step, rows) for step in islice(steps, 1))
         finally:
+            # Also when the consumer stops early: no thread outlives the loop.
             reader.shutdown(wait=True, cancel_futures=True)
 
     def _shuffled(self, epoch: int) -> Tensor:

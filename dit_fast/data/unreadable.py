@@ -1,8 +1,8 @@
-"""Samples of a set that turn out to be unreadable while it is trained on, and what is read in their place.
+"""Samples that turn out to be unreadable during training, and the samples that replace them.
 
-A sample's place in the order, its label's class and every draw for it stay as they are; where its file cannot be read,
-the next one of the same class and shape is read instead, in the order of the set and round its end. That follows from
-the files alone, so that any number of ranks, and a run that continues, read the same.
+A sample's place in the order, its class and every draw for it are unchanged. If its file cannot be read, the next
+readable sample of the same class and shape is used instead, in the order of the set, cyclically. The replacement
+depends only on which files are readable, so that it is the same on any number of ranks and in a resumed run.
 """
 
 import logging
@@ -19,17 +19,29 @@ logger = logging.getLogger(__name__)
 
 
 class UnreadableError(DataError):
-    """Members of a set that cannot be read: `reasons` by their position in its source."""
+    """Members of a set that cannot be read; `reasons` maps their positions in the source to the reason."""
 
     def __init__(self, message: str, reasons: Mapping[int, str] | None = None):
         super().__init__(message)
         self.reasons = dict(reasons or {})
 
 
-class Unreadable:
-    """The members of a set that could not be read, up to `allowed`; `name` gives what a member is called.
+def raise_unreadable(reasons: dict[int, str]) -> None:
+    """Raise UnreadableError if there are `reasons`; a reason that several members share is named once."""
+    if reasons:
+        raise UnreadableError("; ".join(dict.fromkeys(reasons.values())), reasons)
 
-    reasons: of members, as found by this process. known: of names, also those of other ranks and of the run so far.
+
+class Unreadable:
+    """Register of the members of a set that could not be read.
+
+    Args:
+        allowed: maximum number of unreadable files (`--skip-unreadable`).
+        name: returns the name of a member.
+
+    Attributes:
+        reasons: reason by member, for the failures of this process.
+        known: reason by name, also for the failures of other ranks and of the run before it was resumed.
     """
 
     def __init__(self, allowed: int = 0, name: Callable[[int], str] = str):
@@ -41,7 +53,7 @@ class Unreadable:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the lock, which belongs to one process: a copy has its own."""
+        # A lock cannot be pickled; a copy gets its own.
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -49,7 +61,11 @@ class Unreadable:
         self._lock = threading.Lock()
 
     def add(self, error: UnreadableError) -> None:
-        """Note what cannot be read; raises `error`, saying what to do, where that is more than is allowed."""
+        """Register the members of `error`.
+
+        Raises:
+            DataError: there are more than allowed; the message says how to proceed.
+        """
         with self._lock:
             for member, reason in error.reasons.items():
                 self.reasons.setdefault(member, reason)
@@ -58,30 +74,38 @@ class Unreadable:
         if count > self.allowed or not error.reasons:
             more = f" ({count} files so far)" if self.allowed else ""
             raise DataError(
-                f"{error}; replace it, or leave it out with --skip-unreadable {count}{more}"
+                f"{error}; replace it, or skip it with --skip-unreadable {count}{more}"
             ) from error
-        logger.warning("%s; left out, %d of --skip-unreadable %d", error, count, self.allowed)
+        logger.warning("%s; skipped, %d of --skip-unreadable %d", error, count, self.allowed)
 
     def merge(self, known: Mapping[str, str]) -> None:
-        """Take in what other ranks could not read."""
+        """Add the failures of other ranks, reason by name."""
         with self._lock:
             self.known = {**known, **self.known}
 
-    def continue_from(self, known: Mapping[str, str]) -> None:
-        """Take in what the run could not read before it was continued; it may be mended now."""
+    def resume_from(self, known: Mapping[str, str]) -> None:
+        """Add the failures of the run before it was resumed; the files may have been repaired since."""
         self.merge(known)
         self._before = len(known)
 
     @property
     def exceeded(self) -> bool:
-        """Whether all ranks together, as far as `merge` was told, could not read more than is allowed."""
+        """Whether all ranks together, as far as `merge` knows, failed to read more files than allowed."""
         return len(self.known) > max(self.allowed, self._before)
 
     def replace(self, indices: Tensor, members: Tensor, groups: Sequence[Tensor]) -> Tensor:
-        """`indices` int64 (B,) of a split, with others in the place of those that cannot be read.
+        """Replace the samples that are known to be unreadable.
 
-        members: int64 (N,), of the split's samples; groups: int64 (N,) each, equal for samples that may stand for each
-        other. Raises DataError where none of them can be read.
+        Args:
+            indices: positions in a split, int64 (B,).
+            members: members of that split, int64 (N,).
+            groups: int64 (N,) each; samples with equal values may replace each other.
+
+        Returns:
+            `indices` with replacements, int64 (B,).
+
+        Raises:
+            DataError: no sample of the group is readable.
         """
         chosen = members[indices].tolist()
         if not any(member in self.reasons for member in chosen):

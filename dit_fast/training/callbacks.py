@@ -121,10 +121,12 @@ class AverageSampler:
         Of `sizes[bucket]`. Each size has a seed of its own, the run's and one more for each before it.
         """
         config, device = self.trainer.config, self.trainer.device
-        told = self.trainer.data.train.told(choices) if self.trainer.model.caption_dim else choices
+        conditioning = (
+            self.trainer.data.train.conditioning(choices) if self.trainer.model.caption_dim else choices
+        )
         low = AUTOCAST.get(config.precision)
         with torch.autocast(device.type, low or torch.bfloat16, enabled=low is not None):
-            return self._samplers[bucket](told, seed=config.seed + bucket, numbers=numbers).cpu()
+            return self._samplers[bucket](conditioning, seed=config.seed + bucket, numbers=numbers).cpu()
 
     def _model(self, averages: dict[str, Tensor], size: Size) -> DiT:
         """Made on no device: the averages themselves become its parameters, but for the positions of another size."""

@@ -383,7 +383,7 @@ class Trainer:
         if rest is not None and self.data.without is not None and rest == self.data.without(files):
             # Files that could not be read may have been repaired or replaced since.
             present["fingerprint"] = manifest["data"].get("fingerprint")
-        self.data.unreadable.continue_from(files)
+        self.data.unreadable.resume_from(files)
         changed = [
             f"{key} is {manifest['data'].get(key)} there and {value} here"
             for key, value in present.items()

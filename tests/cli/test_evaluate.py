@@ -221,7 +221,7 @@ def test_samples_that_cannot_be_scored(network, tmp_path, capsys):
     (damaged / "0021.png").write_bytes(content[: len(content) // 2])
     cases = {
         write_npz(tmp_path / "one.npz", arr_0=pictures(1)): "has 1 images; scores need at least 2",
-        tmp_path / "empty": "has no image that is read",
+        tmp_path / "empty": "has no readable image",
         tmp_path / "none.npz": "no such file or folder",
         tmp_path / "notes.txt": "not a file of kind .txt",
         wide: "images are 6x8, not square; give --image-size",

@@ -207,7 +207,7 @@ def test_latents_of_buckets(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("text", ["", "16", "16x", "0x16", "16x16;8x8", "16x16,16x16", "axb"])
 def test_no_list_of_sizes(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--buckets .*(no HEIGHTxWIDTH|named twice)"):
+    with pytest.raises(ConfigError, match=r"--buckets .*(not HEIGHTxWIDTH|given twice)"):
         parse_buckets(text)
 
 
@@ -231,6 +231,7 @@ def test_an_autoencoder_that_does_not_divide_a_bucket(
     install(monkeypatch)
     write_vae(tmp_path / "vae")
     with pytest.raises(
-        ConfigError, match=r"--buckets 6x16 is not a multiple of 4, which --vae .*: give 8x16"
+        ConfigError,
+        match=r"--buckets 6x16 is not a multiple of 4, the downsampling factor of --vae .*: give 8x16",
     ):
         open_set(config(folder, vae=str(tmp_path / "vae"), buckets="16x16,6x16"))

@@ -74,7 +74,7 @@ def test_fast_dit(fast_dit):
     assert torch.equal(batch, torch.from_numpy(latents)[indices]), "scaled and drawn when it was made"
     assert labels.tolist() == [LABELS[index] for index in indices]
     assert open_cache(folder, num_classes=1000).num_classes == 1000
-    with pytest.raises(ConfigError, match=r"--flip: .* holds no mirrored latents"):
+    with pytest.raises(ConfigError, match=r"--flip: .* has no latents of mirrored images"):
         open_data(folder, flip=True)
 
 
@@ -174,7 +174,7 @@ def test_damaged_fast_dit(fast_dit, name, damage, message):
             lambda p: np.save(p, np.zeros((1, 4, 8, 4), "f4")),
             r"7\.npy holds float32 \(1, 4, 8, 4\), the first",
         ),
-        (lambda p: np.save(p, np.full((1, 4, 8, 8), np.nan, "f4")), r"7\.npy: the latent holds NaN"),
+        (lambda p: np.save(p, np.full((1, 4, 8, 8), np.nan, "f4")), r"7\.npy: the latent contains NaN"),
         (lambda p: p.write_bytes(p.read_bytes()[:200]), r"7\.npy cannot be read \(200 bytes\)"),
         (Path.unlink, r"7\.npy: no such file"),
     ],
@@ -267,7 +267,7 @@ def test_nan_in_a_safetensors_shard(lightning):
     latents[3, 0, 0, 0] = float("nan")
     save_file(shard(latents_flip=latents), folder / "latents_rank00_shard001.safetensors")
     split = open_cache(folder).train
-    with pytest.raises(DataError, match=r"shard001\.safetensors, latent 3: the latent holds NaN"):
+    with pytest.raises(DataError, match=r"shard001\.safetensors, latent 3: the latent contains NaN"):
         split.moments(torch.arange(12), torch.ones(12, dtype=torch.bool))
 
 
@@ -304,7 +304,7 @@ def test_bad_statistics(lightning, tmp_path, statistics, message):
 def test_other_folders_are_no_cache(tmp_path):
     (tmp_path / "a").mkdir()
     assert recognize(tmp_path) is None
-    with pytest.raises(DataError, match="is no latent cache of fast-DiT, REPA, LightningDiT"):
+    with pytest.raises(DataError, match="is not a latent cache of fast-DiT, REPA, LightningDiT"):
         open_cache(tmp_path)
     for name in ("x_features", "x_labels"):
         (tmp_path / name).mkdir()

@@ -78,7 +78,7 @@ def test_an_image_without_a_caption_is_named(images):
 
 def test_captions_without_embeddings_are_refused(images):
     with pytest.raises(
-        DataError, match="captions and no embeddings of them: make them with dit-fast encode --text-encoder"
+        DataError, match="captions but no embeddings: encode them with dit-fast encode --text-encoder"
     ):
         open_data(images)
 
@@ -97,7 +97,7 @@ def test_embeddings_of_others_are_stored_padded(images, suffix):
     assert (result.complete, result.images, result.encoded) == (True, 7, 3)
     data = open_latents(result.out, verify=True)
     assert (data.caption_tokens, data.caption_dim, data.describe()["captions"]["name"]) == (5, 6, path.name)
-    told = data.train.told(torch.arange(7))
+    told = data.train.conditioning(torch.arange(7))
     for number in range(7):
         own = made[f"{number}.png"]
         assert torch.equal(told[number, : len(own)], own)
@@ -119,7 +119,7 @@ def test_a_damaged_or_lost_shard_of_captions_is_found(images, encoded):
     assert shard.read_bytes() == whole
     before = open_latents(encoded).fingerprint
     save_file({name: array + 1 for name, array in embeddings().items()}, images.parent / "other.safetensors")
-    with pytest.raises(DataError, match="begun otherwise: captions is"):
+    with pytest.raises(DataError, match="begun with other settings: captions is"):
         encode(settings(images, images.parent / "other.safetensors"))
     other = encode(settings(images, images.parent / "other.safetensors", out=str(images.parent / "other")))
     assert open_latents(other.out).fingerprint != before
@@ -138,12 +138,12 @@ def test_embeddings_that_do_not_fit_are_refused(images, tmp_path):
     with pytest.raises(DataError, match=r"made\.safetensors: 0\.png is float32 \(3,\)"):
         EmbeddingFile(path)
     path.write_bytes(b"no tensors")
-    with pytest.raises(DataError, match="no readable file of embeddings"):
+    with pytest.raises(DataError, match="not a readable file of embeddings"):
         EmbeddingFile(path)
     np.savez(tmp_path / "made.npz", **{"0.png": np.array([object()])})
-    with pytest.raises(DataError, match="no readable file of embeddings"):
+    with pytest.raises(DataError, match="not a readable file of embeddings"):
         EmbeddingFile(tmp_path / "made.npz")
-    with pytest.raises(ConfigError, match="--caption-tokens 3 is of captions"):
+    with pytest.raises(ConfigError, match="--caption-tokens 3 applies only to captions"):
         encode(dataclasses.replace(settings(images, path), text_encoder=None, caption_tokens=3))
 
 
@@ -200,7 +200,7 @@ def test_captions_are_dropped_as_labels_are(encoded):
     trainer = train(encoded, class_dropout_prob=0.8)
     moments, told = open_stream(trainer.data, 4, 0).stored(0)
     indices = trainer.stream.indices(0)
-    assert torch.equal(told, trainer.data.train.told(indices))
+    assert torch.equal(told, trainer.data.train.conditioning(indices))
     dropped = keyed.uniform(keyed.key(0, "label drop"), torch.arange(4)) < 0.8
     assert 0 < int(dropped.sum()) < 4
     drawn = trainer.work.draw(moments, told)[3]

@@ -114,10 +114,10 @@ def test_embeddings_that_are_not_the_images_are_refused(photos):
     lost = made.pop("2.png")
     assert "has no embedding of 2.png (6 embeddings, 7 images)" in refused()
     made |= {"2.png": lost, "cat.png": lost.clone()}
-    assert "has cat.png of no image (8 embeddings, 7 images)" in refused()
+    assert "has an embedding cat.png without an image (8 embeddings, 7 images)" in refused()
     del made["cat.png"]
     made["2.png"] = torch.zeros(1, 5)
-    assert "embeddings of one width are needed, found [5, 6]" in refused()
+    assert "embeddings of one width are required, found [5, 6]" in refused()
     made["2.png"] = torch.full((1, 6), torch.inf)
     assert "2.png holds NaN or infinity" in refused()
     made["2.png"] = lost
@@ -136,7 +136,7 @@ def test_captions_without_embeddings_say_how_to_make_them(photos, capsys):
     (photos / "0.png").rename(photos / "more" / "0.png")
     assert run("train", "--data", photos, "--out", photos / "run", *MODEL) == 1
     error = capsys.readouterr().err
-    assert "captions and no embeddings of them: make them with dit-fast encode" in error
+    assert "captions but no embeddings: encode them with dit-fast encode" in error
     assert not (photos / "run").exists()
 
 
@@ -180,7 +180,7 @@ def test_captions_are_encoded_into_the_folder_and_prompts_as_they_were(photos, t
     with safe_open(path, framework="pt") as file:
         assert [len(file.get_tensor(name)) for name in NAMES] == [4, 4, 5, 2, 1, 4, 9], "without padding"
     data = open_data(photos)
-    assert_close(data.train.told(torch.arange(7)), encoder([], CAPTIONS))
+    assert_close(data.train.conditioning(torch.arange(7)), encoder([], CAPTIONS))
     assert data.describe()["captions"] == encoder.identity()
 
     out = tmp_path / "run"

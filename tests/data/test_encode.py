@@ -14,7 +14,7 @@ from PIL import Image
 
 from dit_fast.data import center_crop, open_latents, to_pixels
 from dit_fast.data.encode import encode
-from dit_fast.data.shards import read_json
+from dit_fast.data.shards import read_sealed
 from dit_fast.encoders.autoencoder import LatentEncoder
 from dit_fast.errors import CheckpointError, ConfigError, DataError, MissingExtraError, OutputError
 from tests import latent_sets
@@ -72,7 +72,7 @@ def test_a_set_holds_both_flips_of_every_image(work, dtype):
         assert moments.dtype == getattr(torch, dtype)
         assert_stored(moments[:, 0], mean)
         assert_stored(moments[:, 1], logvar)
-    manifest = read_json(work / "set" / "manifest.json")
+    manifest = read_sealed(work / "set" / "manifest.json")
     assert manifest["vae"]["scale"] == [latent_sets.SCALE] * 2
     assert manifest["vae"]["shift"] == [latent_sets.SHIFT] * 2
     assert json.loads((work / "set" / "names.json").read_text())[:5] == [
@@ -164,7 +164,7 @@ def test_another_autoencoder_is_refused_with_both_names(work):
 def test_other_settings_are_refused(work):
     encode(settings(work), 0, 3)
     with pytest.raises(
-        DataError, match="begun otherwise: image_size is 16 there and 8 here; shard_size is 3"
+        DataError, match="begun with other settings: image_size is 16 there, 8 here; shard_size is 3"
     ):
         encode(settings(work, image_size=8, shard_size=4))
 
@@ -224,7 +224,7 @@ def test_the_folder_must_hold_images(work, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         encode(settings(work, data=work / "nowhere"))
     (work / "empty" / "a").mkdir(parents=True)
-    with pytest.raises(DataError, match="1 sub-folders and no image that is read"):
+    with pytest.raises(DataError, match="1 sub-folders without any readable image"):
         encode(settings(work, data=work / "empty"))
     assert not (work / "set").exists()
 
@@ -307,7 +307,7 @@ def test_unreadable_images_are_left_out_up_to_the_number_given(work):
     for name in ("a/001.png", "b/002.png"):
         path = work / "images" / name
         path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(DataError, match="leave them out with --skip-unreadable 2"):
+    with pytest.raises(DataError, match="skip them with --skip-unreadable 2"):
         encode(settings(work, skip_unreadable=1))
     assert not (work / "set" / "manifest.json").exists()
     result = encode(settings(work, skip_unreadable=2))
@@ -368,7 +368,7 @@ def test_how_files_became_pixels_is_part_of_the_set(work):
     }.items():
         expected = vae(torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, SIZE, SIZE))
         assert_stored(moments[name], expected)
-    with pytest.raises(DataError, match=r"begun otherwise: pixels is .*white.* there and .*black"):
+    with pytest.raises(DataError, match=r"begun with other settings: pixels is .*white.* there, .*black"):
         encode(settings(work, out=work / "white", background="black"))
     said = open_latents(work / "black").describe()["pixels"]
     assert said == {"background": "black", "raw_pixels": False}
@@ -400,7 +400,7 @@ def test_files_of_several_frames_are_counted_and_named(work, caplog, suffix):
         encode(settings(work), rank, 2)
     said = [line for line in caplog.messages if "frames" in line]
     assert said == [
-        f"{work / 'images'}: of 1 files with several frames or pages the first of each is read: {name}"
+        f"{work / 'images'}: 1 files have several frames or pages; only the first is read: {name}"
     ]
     frames[0].save(work / "images" / name, format=kind, **exact)
     alone = encode(settings(work, out=work / "alone")).out

@@ -16,8 +16,8 @@ from PIL import ExifTags, Image
 from dit_fast.cli import main
 from dit_fast.data import Conversion, open_images
 from dit_fast.data import image_files as listing
-from dit_fast.data.captions import list_images
 from dit_fast.data.decode import center_crop, read_header, read_image
+from dit_fast.data.encode import list_images
 from dit_fast.data.image_files import find_images
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.evaluation import open_source
@@ -145,15 +145,13 @@ def test_names_of_images_that_are_no_files_are_named(folder, caplog):
     os.mkfifo(folder / "dog" / "pipe.png")
     (folder / "dog" / "folder.png").mkdir()
     assert counts(folder) == (6, 6, 6)
-    assert (
-        "3 names of images are no files (broken links or the like): cat/gone.png, cat/self.png" in caplog.text
-    )
+    assert "3 image names are not files (such as broken links): cat/gone.png, cat/self.png" in caplog.text
 
 
 def test_images_beside_the_class_folders_are_named(folder, caplog):
     put(folder / "loose.png")
     assert len(open_images(folder, 8).train) == 6
-    assert "1 images are in no class sub-folder and are left out: loose.png" in caplog.text
+    assert "1 images outside the class sub-folders are ignored: loose.png" in caplog.text
 
 
 def test_links_to_files_and_folders_count_each_time(folder, tmp_path):
@@ -183,7 +181,7 @@ def test_loops_end_and_are_named(folder, tmp_path, caplog):
         "dog/cats/dogs", "dog/cats/up", "dog/here", "dog/parent",
     ]  # fmt: skip
     open_images(folder, 8)
-    assert "8 links lead back to a folder above them and are not followed: cat/dogs/cats" in caplog.text
+    assert "8 links lead to a parent folder and are not followed: cat/dogs/cats" in caplog.text
 
 
 def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
@@ -240,7 +238,7 @@ def test_parts_of_a_data_set_are_not_classes(tmp_path, one, other, caplog):
     ):
         with pytest.raises(DataError) as caught:
             refused()
-        assert f"holds {one}/ and {other}/, parts of a data set, not classes: give {tmp_path / one}" in str(
+        assert f"contains {one}/ and {other}/, splits of a data set, not classes: give {tmp_path / one}" in str(
             caught.value
         )
     assert len(open_images(tmp_path / one, 8).train) == 2
@@ -267,7 +265,7 @@ def test_images_without_classes(folder, tmp_path):
     with pytest.raises(DataError, match="or train without classes: --num-classes 0"):
         open_images(folder / "cat")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty has no image that is read"):
+    with pytest.raises(DataError, match="empty has no readable image"):
         open_images(tmp_path / "empty", num_classes=0)
 
 
@@ -304,8 +302,8 @@ def test_every_kind_of_transparency(tmp_path):
     both = np.dstack([grey, grey, grey, alpha])
     assert np.abs(pixels(tmp_path / "la.png") - composited(both, white)).max() <= 1.0
     assert np.abs(pixels(tmp_path / "la.png", 1) - composited(both, white)[..., 0]).max() <= 1.0
-    assert read_header(tmp_path / "la.png", Conversion()).grey
-    assert not read_header(tmp_path / "la.png", Conversion("red")).grey, "it lies on a colour"
+    assert read_header(tmp_path / "la.png", Conversion()).gray
+    assert not read_header(tmp_path / "la.png", Conversion("red")).gray, "it lies on a colour"
 
     palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 4).convert("P")
     palette.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200, 9, 9, 9])
@@ -552,7 +550,7 @@ def test_files_of_several_frames_are_counted_and_named(tmp_path, caplog, suffix)
         data = open_images(tmp_path, 8)
     said = [line for line in caplog.messages if "frames" in line]
     assert said == [
-        f"{tmp_path}: of 1 files with several frames or pages the first of each is read: cat/{many.name}"
+        f"{tmp_path}: 1 files have several frames or pages; only the first is read: cat/{many.name}"
     ]
     number = [path.name for path in sorted((tmp_path / "cat").iterdir())].index(many.name)
     red = data.train.batch(torch.tensor([number])).mean((0, 2, 3))

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from dit_fast.data import center_crop, from_arrays, open_images, to_pixels
+from dit_fast.data.base import heldout_mask
 from dit_fast.data.decode import read_image
-from dit_fast.data.images import heldout_mask
 from dit_fast.errors import ConfigError, DataError, MissingExtraError
 from tests.tolerance import assert_close
 
@@ -211,19 +211,21 @@ def test_folders_that_cannot_be_trained_on(tmp_path, folder):
         open_images(tmp_path / "missing")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DataError, match="no sub-folders; put the images of each class into a sub-folder"):
+    with pytest.raises(
+        DataError, match="no sub-folders; put the images of each class into their own sub-folder"
+    ):
         open_images(empty)
     write_image(empty / "loose.png")
     with pytest.raises(DataError, match="1 images but no sub-folders"):
         open_images(empty)
     (empty / "a").mkdir()
-    with pytest.raises(DataError, match="1 sub-folders and no image that is read"):
+    with pytest.raises(DataError, match="1 sub-folders without any readable image"):
         open_images(empty)
     write_image(empty / "a" / "1.png")
     with pytest.raises(DataError, match="one class, a; class-conditional training needs at least 2"):
         open_images(empty)
     (empty / "b").mkdir()
-    with pytest.raises(DataError, match=r"1 of 2 class sub-folders have no image that is read .*: b"):
+    with pytest.raises(DataError, match=r"1 of 2 class sub-folders have no readable image .*: b"):
         open_images(empty)
     with pytest.raises(DataError, match="is a file"):
         open_images(folder / "cat" / "0.png")

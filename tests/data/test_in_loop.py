@@ -58,13 +58,16 @@ def test_a_run_trains_and_goes_on(folder):
 
 def test_what_does_not_fit_is_refused(folder):
     encoder = LatentEncoder(str(folder / "vae"))
-    with pytest.raises(ConfigError, match=r"--image-size 18 is not a multiple of 4, which --vae .*: give 16"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--image-size 18 is not a multiple of 4, the downsampling factor of --vae .*: give 16",
+    ):
         open_data(folder / "images", 18, encoder=encoder)
     grey = open_images(folder / "images", SIZE, channels=1)
     with pytest.raises(ConfigError, match=r"takes images of 3 channels, .*images has 1"):
         encode_in_loop(grey, encoder)
     encode(settings(folder))
-    with pytest.raises(ConfigError, match=r"set holds latents already; leave it out"):
+    with pytest.raises(ConfigError, match=r"set holds latents already; remove it"):
         open_data(folder / "set", encoder=encoder)
     with pytest.raises(ConfigError, match="--vae nowhere: give ema, mse, or a folder"):
         open_set(config(folder, vae="nowhere"))

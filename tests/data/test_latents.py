@@ -22,7 +22,7 @@ from dit_fast.data import (
 )
 from dit_fast.data.encode import encode
 from dit_fast.data.latents import ShardSource
-from dit_fast.data.shards import read_json, write_json
+from dit_fast.data.shards import read_sealed, write_sealed
 from dit_fast.data.stream import BatchStream
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.training import TrainConfig
@@ -43,8 +43,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def edit_manifest(folder: Path, **changes) -> None:
-    manifest = read_json(folder / "manifest.json")
-    write_json(folder / "manifest.json", {**manifest, **changes})
+    manifest = read_sealed(folder / "manifest.json")
+    write_sealed(folder / "manifest.json", {**manifest, **changes})
 
 
 def poke(folder: Path, shard: int, place: int, value: float) -> None:
@@ -182,7 +182,7 @@ def test_image_folders_stay_images(folder):
         ({"image_size": 32}, r"--image-size 32: .* was encoded at 16"),
         ({"channels": 3}, r"--channels 3: .* has latents of 2"),
         ({"num_classes": 3}, r"--num-classes 3 contradicts .*, which has 2 classes"),
-        ({"holdout": 1.0}, r"--holdout 1.0 is not a fraction"),
+        ({"holdout": 1.0}, r"--holdout 1.0: give a number from 0, below 1"),
     ],
 )
 def test_options_that_contradict_the_set(folder, options, message):
@@ -198,7 +198,7 @@ def test_a_value_that_is_not_finite_names_its_shard_and_place(folder, value):
     flips = torch.ones(7, dtype=torch.bool)
     assert split.moments(torch.arange(7)).isfinite().all(), "the plain image's moments are whole"
     with pytest.raises(
-        DataError, match=r"shard-00001\.npy, image 2: the latent holds NaN or infinity \(1 of the 7"
+        DataError, match=r"shard-00001\.npy, image 2: the latent contains NaN or infinity \(1 of the 7"
     ):
         split.moments(torch.arange(7), flips)
 
@@ -266,7 +266,7 @@ def test_a_changed_manifest(folder):
 
 
 def shards_of(folder: Path, **changes) -> list[dict]:
-    shards = read_json(folder / "manifest.json")["shards"]
+    shards = read_sealed(folder / "manifest.json")["shards"]
     shards[0] = {**shards[0], **changes}
     return shards
 
@@ -300,9 +300,9 @@ def test_labels_out_of_range(folder, value, message):
     np.save(folder / "labels.npy", labels)
     with pytest.raises(DataError, match=r"labels\.npy was changed or damaged"):
         open_latents(folder)
-    from dit_fast.data.shards import digest_file
+    from dit_fast.data.shards import file_facts
 
-    edit_manifest(folder, labels=digest_file(folder / "labels.npy"))
+    edit_manifest(folder, labels=file_facts(folder / "labels.npy"))
     with pytest.raises(
         DataError, match=rf"{message} \(.*shard-00001\.npy, image 2\) is outside 0\.\.1 \(1 such"
     ):
@@ -342,7 +342,7 @@ def test_a_set_of_more_shards_than_stay_open(folder, monkeypatch):
         assert torch.equal(split.moments(torch.arange(7)), whole[:, 0])
     shard = folder / "shard-00001.npy"
     os.utime(shard, ns=(0, 0))
-    with pytest.raises(DataError, match=r"shard-00001\.npy .* it was changed while it was in use"):
+    with pytest.raises(DataError, match=r"shard-00001\.npy .* it changed during use"):
         split.moments(torch.arange(7))
 
 

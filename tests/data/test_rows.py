@@ -63,7 +63,7 @@ def opened(kind: str, request: Any, tmp_path: Path) -> tuple[Path, Callable[[], 
         return tmp_path / "set" / "shard-00002.npy", lambda: split.moments(everything, everything > -1)
     if kind == "captions":
         split = open_latents(captioned(tmp_path)).train
-        return tmp_path / "set" / "captions-00002.npy", lambda: split.told(everything)
+        return tmp_path / "set" / "captions-00002.npy", lambda: split.conditioning(everything)
     if kind == "lightning":
         folder, _ = request.getfixturevalue("lightning")
         split = open_data(folder).train
@@ -71,7 +71,7 @@ def opened(kind: str, request: Any, tmp_path: Path) -> tuple[Path, Callable[[], 
         return path, lambda: split.moments(torch.arange(12), torch.ones(12, dtype=torch.bool))
     folder = embedded(tmp_path, kind)
     images = open_images(folder, 8).train
-    return folder / f"embeddings{kind}", lambda: images.told(everything)
+    return folder / f"embeddings{kind}", lambda: images.conditioning(everything)
 
 
 @pytest.mark.parametrize("kind", ["shard", "captions", "lightning", ".safetensors", ".npz"])

@@ -172,7 +172,7 @@ def test_a_run_goes_on_without_unreadable_files_and_resumes_to_the_bit(tmp_path,
     result = train(config(images, skip_unreadable=1), tmp_path / "whole")
     assert list(result.unreadable) == ["cat/3.jpg"]
     assert f"{bad} (" in caplog.text
-    assert "left out, 1 of --skip-unreadable 1" in caplog.text
+    assert "skipped, 1 of --skip-unreadable 1" in caplog.text
     for stop in (1, 4):
         run = tmp_path / f"run{stop}"
         train(config(images, skip_unreadable=1, steps=stop), run)
@@ -185,7 +185,7 @@ def test_one_more_than_allowed_ends_the_run_saved(tmp_path, images):
     for name in ("cat/3.jpg", "dog/5.jpg"):
         damage(images / name)
     with pytest.raises(
-        DataError, match=r"replace it, or leave it out with --skip-unreadable 2 \(2 files so far\)"
+        DataError, match=r"replace it, or skip it with --skip-unreadable 2 \(2 files so far\)"
     ):
         train(config(images, skip_unreadable=1, steps=40), tmp_path / "run")
     saved = load_checkpoint(latest_checkpoint(tmp_path / "run"))
@@ -224,7 +224,7 @@ def test_a_set_that_is_read_at_once_says_what_to_give(tmp_path):
     folder = write_images(tmp_path / "images")
     damage(folder / "cat" / "3.jpg")
     with pytest.raises(
-        DataError, match=r"1 of 16 images cannot be read: .*or leave them out with --skip-unreadable 1"
+        DataError, match=r"1 of 16 images cannot be read: .*or skip them with --skip-unreadable 1"
     ):
         data_module.open_images(folder, 8)
     assert list(data_module.open_images(folder, 8, skip_unreadable=1).unreadable.known) == ["cat/3.jpg"]
