@@ -97,7 +97,7 @@ class FileBytes:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, of any dtype: NumPy has no bfloat16."""
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
