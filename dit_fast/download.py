@@ -1,6 +1,6 @@
 """Pretrained weights by name, with the reference's functions: `find_model` and `download_model`.
 
-The published weights are under CC-BY-NC-4.0, Meta's licence for them.
+The published weights are licensed by Meta under CC-BY-NC-4.0.
 """
 
 import contextlib
@@ -28,10 +28,18 @@ _CHUNK = 1 << 20
 
 
 def find_model(model_name: str | Path) -> dict[str, Tensor]:
-    """The state dict of a published model (see `pretrained_models`, fetched when missing) or of a local file.
+    """Load the weights of a published model or of a local file.
 
-    Of a dictionary saved by the reference's train.py the EMA weights are taken. Float32 on the CPU. Raises
-    CheckpointError for a file that is missing, damaged or unsafe.
+    Args:
+        model_name: one of `pretrained_models`, downloaded if missing, or a path. Of a checkpoint of the reference's
+            train.py, the EMA weights are loaded.
+
+    Returns:
+        state dict, float32 on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or unsafe, or cannot be downloaded.
+        OutputError: the download cannot be written.
     """
     if str(model_name) in pretrained_models:
         return download_model(str(model_name))
@@ -42,19 +50,26 @@ def find_model(model_name: str | Path) -> dict[str, Tensor]:
 
 
 def download_model(model_name: str) -> dict[str, Tensor]:
-    """The state dict of a published model, fetched into `pretrained_models/` unless it is there."""
+    """Load the weights of a published model, downloaded to `pretrained_models/` if missing; as `find_model`."""
     return read_weight_file(fetch_model(model_name)).state
 
 
 def fetch_model(model_name: str) -> Path:
-    """The local path of a published model, after fetching it if it is missing.
+    """Download a published model if it is missing. An interrupted download leaves no file.
 
-    An interrupted download leaves no file behind. Raises CheckpointError when the model is unknown or
-    cannot be reached, OutputError when it cannot be written.
+    Args:
+        model_name: one of `pretrained_models`.
+
+    Returns:
+        its local path.
+
+    Raises:
+        CheckpointError: the model is unknown or cannot be downloaded.
+        OutputError: it cannot be written.
     """
     if model_name not in pretrained_models:
         known = ", ".join(sorted(pretrained_models))
-        raise CheckpointError(f"{model_name}: not a published model; those are {known}")
+        raise CheckpointError(f"{model_name}: not a published model; choose {known}")
     path = _FOLDER / model_name
     if path.is_file():
         return path
@@ -68,7 +83,7 @@ def fetch_model(model_name: str) -> Path:
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", None) or error
         raise CheckpointError(
-            f"cannot fetch {address} ({reason}); fetch it on a machine with a network connection and put it "
+            f"cannot download {address} ({reason}); download it on a machine with a network connection and put it "
             f"at {path}"
         ) from error
     except OSError as error:

@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         options.features,
         device,
         weights=options.weights,
-        labelled=options.against,
+        labeled=options.against,
         image_size=options.image_size,
         conversion=conversion,
     )

@@ -1,12 +1,10 @@
-"""Scores of samples against the real images."""
+"""Scores of samples against real images."""
 
 from dit_fast.evaluation.evaluate import (
     METRICS,
     Activations,
     Quality,
     Reference,
-    Scorer,
-    Scores,
     check_reference,
     collect,
     open_reference,
@@ -29,7 +27,13 @@ from dit_fast.evaluation.images import (
     read_statistics,
     write_statistics,
 )
-from dit_fast.evaluation.label_agreement import LabelAgreement, LabelClassifier, label_agreement
+from dit_fast.evaluation.label_agreement import (
+    LabelAgreement,
+    LabelClassifier,
+    Scorer,
+    Scores,
+    label_agreement,
+)
 from dit_fast.evaluation.metrics import (
     GaussianStatistics,
     NearestTraining,

@@ -1,15 +1,14 @@
-"""FID, sFID, Inception score, precision and recall of a set of images against a reference."""
+"""FID, sFID, Inception score, precision and recall of images against a reference."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.data import Conversion, ImageSet, Size, Split
+from dit_fast.data import Conversion, Size
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.evaluation.features import FeatureExtractor
 from dit_fast.evaluation.images import (
@@ -20,14 +19,10 @@ from dit_fast.evaluation.images import (
     open_source,
     read_statistics,
 )
-from dit_fast.evaluation.label_agreement import LabelAgreement, LabelClassifier, label_agreement
 from dit_fast.evaluation.metrics import (
-    NearestTraining,
     StreamingStatistics,
-    compare_nearest,
     frechet_distance,
     inception_score,
-    nearest_training_distance,
     precision_recall,
 )
 
@@ -44,7 +39,13 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Activations:
-    """What is kept of a set of images: moments of its features, the features themselves, and class logits."""
+    """Results of a feature network on a set of N images.
+
+    Args:
+        statistics: moments of the features.
+        features: pooled features, float32 (N, D).
+        logits: class logits, float32 (N, K); None where the network has none.
+    """
 
     statistics: SavedStatistics
     features: Tensor
@@ -53,7 +54,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: images, statistics of more images than are there (ADM), or both."""
+    """Reference of the scores: images, statistics, or both. ADM's statistics cover more images than its archives."""
 
     name: str
     images: ImageSource | None
@@ -62,8 +63,16 @@ class Reference:
 
 @dataclass(frozen=True)
 class Quality:
-    """Scores, None where they were not asked for or cannot be had. `proxy`: the features are not those of FID, and no
-    score is comparable with a published one.
+    """Scores of a set of samples; None for a score that was not requested or cannot be computed.
+
+    Args:
+        extractor: name of the feature network.
+        proxy: whether it is not the Inception-v3 of FID, so that no score is comparable with published ones.
+        num_samples: number of samples.
+        num_reference: number of reference images; None where unknown.
+        fid, sfid, inception_score, precision, recall: the scores.
+        inception_score_std: standard deviation of the Inception score over its splits.
+        notes: scores that are missing, and other remarks.
     """
 
     extractor: str
@@ -79,7 +88,7 @@ class Quality:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The scores and notes for a person, a line each."""
+        """The scores and notes as text, one per line."""
         mark = f"proxy ({self.extractor}) " if self.proxy else ""
         values = {
             "fid": self.fid,
@@ -96,7 +105,7 @@ class Quality:
         return lines + [f"note: {note}" for note in self.notes]
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; the scores of a proxy are named proxy_fid and so on."""
+        """The scores as JSON values; the names of a proxy's scores begin with proxy_."""
         prefix = "proxy_" if self.proxy else ""
         facts = ("extractor", "proxy", "num_samples", "num_reference", "notes")
         return {
@@ -112,7 +121,14 @@ def open_reference(
     buckets: Sequence[Size] = (),
     conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
 ) -> Reference:
-    """What `open_source` takes, or an .npz archive with `mu` and `sigma`, which may hold images too, as ADM's do."""
+    """Open a reference: a source of `open_source`, or an .npz archive with `mu` and `sigma`, with or without images.
+
+    Args:
+        source, image_size, num_workers, buckets, conversion: as `open_source`.
+
+    Raises:
+        DataError: as `open_source` and `read_statistics`.
+    """
     path = Path(source)
     if path.suffix != ".npz" or not path.is_file():
         return Reference(str(source), open_source(source, image_size, num_workers, buckets, conversion), None)
@@ -130,7 +146,18 @@ def collect(
     batch_size: int = 64,
     on_batch: Callable[[int], object] = lambda images: None,
 ) -> Activations:
-    """Run all images through the feature network, `batch_size` at a time; `on_batch` hears of the size of each."""
+    """Compute the features of all images.
+
+    Args:
+        source: the images.
+        extractor: the feature network.
+        batch_size: images per batch.
+        on_batch: called with the size of each batch, for progress bars.
+
+    Raises:
+        ConfigError: `batch_size` is not positive.
+        DataError: images are unreadable, or features are not finite.
+    """
     if batch_size < 1:
         raise ConfigError(f"batch size {batch_size}: choose at least 1")
     pooled, spatial = StreamingStatistics(), StreamingStatistics()
@@ -160,16 +187,27 @@ def score(
     k: int = 3,
     device: torch.device | None = None,
 ) -> Quality:
-    """The scores of `samples`; `metrics` None: all that can be had, with a note for each that cannot.
+    """Score samples against a reference.
 
-    splits: parts of the Inception score; k: neighbours of precision and recall, computed on `device`. Raises
-    ConfigError for statistics of another feature network, DataError for a metric that was asked for and cannot be had.
+    Args:
+        samples: features of the samples.
+        reference: statistics of the reference.
+        reference_features: features of the reference images (M, D), for precision and recall; None without images.
+        proxy: whether the feature network is a proxy.
+        metrics: some of `METRICS`; None: all that can be computed, with a note for each other.
+        splits: splits of the Inception score.
+        k: neighbors of precision and recall.
+        device: device on which precision and recall are computed.
+
+    Raises:
+        ConfigError: an unknown metric, or statistics of another feature network.
+        DataError: a requested metric cannot be computed.
     """
     unknown = sorted(set(metrics or ()) - set(METRICS))
     if unknown:
         raise ConfigError(f"unknown metric {unknown[0]!r}: choose {', '.join(METRICS)}")
-    ours, own = samples.statistics, samples.statistics.extractor
-    check_reference(reference, str(own), proxy)
+    statistics, extractor = samples.statistics, str(samples.statistics.extractor)
+    check_reference(reference, extractor, proxy)
     missing = _missing(samples, reference, reference_features, splits, k)
     for metric in metrics or ():
         if metric in missing:
@@ -178,9 +216,9 @@ def score(
     notes = [f"no {_NAMES[m]}: {missing[m]}" for m in METRICS if metrics is None and m in missing]
     values: dict[str, float] = {}
     if "fid" in wanted:
-        values["fid"] = frechet_distance(ours.pooled, reference.pooled)
-    if "sfid" in wanted and ours.spatial is not None and reference.spatial is not None:
-        values["sfid"] = frechet_distance(ours.spatial, reference.spatial)
+        values["fid"] = frechet_distance(statistics.pooled, reference.pooled)
+    if "sfid" in wanted and statistics.spatial is not None and reference.spatial is not None:
+        values["sfid"] = frechet_distance(statistics.spatial, reference.spatial)
     if "is" in wanted and samples.logits is not None:
         values["inception_score"], values["inception_score_std"] = inception_score(samples.logits, splits)
     if {"precision", "recall"} & set(wanted) and reference_features is not None:
@@ -193,19 +231,19 @@ def score(
         notes.append(
             f"{num} images for {dim} features: their covariance is singular and the distance biased upwards"
         )
-    return Quality(str(own), proxy, num, reference.pooled.num, notes=tuple(notes), **values)
+    return Quality(extractor, proxy, num, reference.pooled.num, notes=tuple(notes), **values)
 
 
 def check_reference(reference: SavedStatistics, extractor: str, proxy: bool) -> None:
-    """Raise ConfigError where the statistics are not known to be of the features of `extractor`."""
+    """Raise ConfigError unless the statistics are known to belong to the features of `extractor`."""
     if reference.extractor not in (None, extractor):
         raise ConfigError(
-            f"the reference statistics are of {reference.extractor} features, the samples' of {extractor}"
+            f"the reference statistics belong to {reference.extractor} features, the samples' to {extractor}"
         )
     if reference.extractor is None and proxy:
         raise ConfigError(
-            f"the reference statistics do not say that they are of {extractor} features; those of ADM and pytorch-fid "
-            "are of Inception's: use --features inception"
+            f"the reference statistics do not state that they belong to {extractor} features; those of ADM and "
+            "pytorch-fid belong to Inception's: use --features inception"
         )
 
 
@@ -216,7 +254,7 @@ def _missing(
     splits: int,
     k: int,
 ) -> dict[str, str]:
-    """Metrics that cannot be had, and why."""
+    """Metrics that cannot be computed, and the reasons."""
     missing = {}
     if samples.statistics.spatial is None:
         missing["sfid"] = f"{samples.statistics.extractor} has no spatial features"
@@ -225,102 +263,12 @@ def _missing(
     if samples.logits is None:
         missing["is"] = f"{samples.statistics.extractor} has no class logits"
     elif len(samples.logits) < splits:
-        missing["is"] = f"{len(samples.logits)} images are fewer than {splits} parts (--splits)"
+        missing["is"] = f"{len(samples.logits)} images are fewer than {splits} splits (--splits)"
     reason = None
     if reference_features is None:
-        reason = "the reference has statistics only, no images"
+        reason = "the reference has only statistics, no images"
     elif min(len(samples.features), len(reference_features)) <= k:
         reason = f"needs at least {k + 1} images on each side"
     if reason is not None:
         missing["precision"] = missing["recall"] = reason
     return missing
-
-
-_MOST_BYTES = 2 * 2**30
-_MOST_REFERENCES = 2_000
-
-
-@dataclass(frozen=True)
-class Scores:
-    """`num_training` of `all_training` training images were compared with. `left_out` says where the real
-    images that the samples are measured beside come from: "heldout", or "training" when the set holds
-    nothing out and each of a part of its training images is compared with all the others.
-    """
-
-    data: str
-    labels: LabelAgreement
-    nearest: NearestTraining
-    num_training: int
-    all_training: int
-    left_out: str
-
-    def lines(self) -> list[str]:
-        """The scores as two lines for a person."""
-        near, agree = self.nearest, self.labels
-        part = "" if self.num_training == self.all_training else f" (of {self.all_training})"
-        real = "held-out images" if self.left_out == "heldout" else "training images, themselves left out,"
-        return [
-            f"label agreement: {agree.agreement:.1%} of {agree.num_samples} samples are classified as the "
-            f"label they were conditioned on (the classifier is right on {agree.classifier_accuracy:.1%} of "
-            f"{agree.num_heldout} real images it was not trained on)",
-            f"nearest training image: median RMS distance {near.samples_median:.3f} for samples, "
-            f"{near.heldout_median:.3f} for real {real} among {self.num_training}{part}; "
-            f"{near.share_below:.1%} of samples are nearer than their nearest 1% ({near.threshold:.3f})",
-        ]
-
-    def as_json(self) -> dict[str, Any]:
-        """The scores as JSON values."""
-        return asdict(self)
-
-
-class Scorer:
-    """Scores samples against `images`; fitting the classifier happens here, before any sampling time is
-    spent.
-
-    Raises DataError for a set too small to score with and MissingExtraError without scikit-learn.
-    """
-
-    def __init__(self, images: ImageSet, seed: int = 0) -> None:
-        self._set = images
-        generator = torch.Generator().manual_seed(seed)
-        self._training, self._training_labels = _read(images.train, generator)
-        if len(images.heldout):
-            self._real = _read(images.heldout, generator, _MOST_REFERENCES)
-            fitted = slice(None)
-        else:
-            # The model saw every image; the classifier at least is judged on a tenth that it did not see.
-            tenth = len(self._training) // 10
-            if tenth == 0:
-                raise DataError(
-                    f"{images.name}: {len(self._training)} images are too few to score samples with"
-                )
-            self._real = (self._training[:tenth], self._training_labels[:tenth])
-            fitted = slice(tenth, None)
-        self._classifier = LabelClassifier(self._training[fitted], self._training_labels[fitted], seed)
-
-    def __call__(self, samples: Tensor, labels: Tensor) -> Scores:
-        """Scores of `samples` float (M, C, H, W) in [-1, 1] with the `labels` (M,) that they were
-        conditioned on.
-        """
-        drawn = samples.numpy()
-        held_out = len(self._set.heldout) > 0
-        real = self._real[0][:_MOST_REFERENCES]
-        itself = None if held_out else np.arange(len(real))
-        reference, _ = nearest_training_distance(real, self._training, self._set.flip, itself)
-        distance, _ = nearest_training_distance(drawn, self._training, self._set.flip)
-        return Scores(
-            data=self._set.name,
-            labels=label_agreement(self._classifier, drawn, labels.numpy(), self._real),
-            nearest=compare_nearest(distance, reference),
-            num_training=len(self._training),
-            all_training=len(self._set.train),
-            left_out="heldout" if held_out else "training",
-        )
-
-
-def _read(split: Split, generator: torch.Generator, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a split in random order, as many as fit in memory and `most`."""
-    fits = _MOST_BYTES // (4 * int(np.prod(split.sample_shape)))
-    chosen = torch.randperm(len(split), generator=generator)[: min(fits, most or fits)]
-    images = torch.cat([split.batch(part) for part in chosen.split(1024)])
-    return images.numpy(), split.labels[chosen].numpy()

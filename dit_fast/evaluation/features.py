@@ -1,6 +1,6 @@
-"""Feature networks: Inception-v3 for FID and its companions, and proxies where its weights are not at hand.
+"""Feature networks: Inception-v3 for FID and related metrics, and proxies for use without its weights.
 
-A proxy's scores rank models of one data set against each other; they are never comparable with published FIDs.
+The scores of a proxy rank models of one data set; they are not comparable with published ones.
 """
 
 import os
@@ -22,15 +22,19 @@ from dit_fast.utils.files import check_file, utf8_name
 
 FeatureName = Literal["inception", "efficientnet", "classifier"]
 FEATURES = get_args(FeatureName)
-# ADM's sFID: the first 7 channels of mixed_6/conv, the 1x1 branch of the fourth block of 17 x 17 maps.
+# ADM's sFID uses the first 7 channels of mixed_6/conv, the 1x1 branch of the fourth block of 17 x 17 maps.
 _SPATIAL_CHANNELS = 7
 _EFFICIENTNET_SIZE = 224
 _MOST_FITTED = 10_000
 
 
 class Features(NamedTuple):
-    """Of B images: `pooled` (B, D) for FID, precision and recall; `spatial` (B, S) for sFID and `logits` (B, K) for the
-    Inception score, None where the network has none.
+    """Features of B images.
+
+    Args:
+        pooled: (B, D), for FID, precision and recall.
+        spatial: (B, S), for sFID; None where the network has none.
+        logits: (B, K), for the Inception score; None where the network has none.
     """
 
     pooled: Tensor
@@ -39,23 +43,30 @@ class Features(NamedTuple):
 
 
 class FeatureExtractor(Protocol):
-    """A feature network; `proxy` where it is not the Inception-v3 of FID."""
+    """A feature network. `proxy` is True unless it is the Inception-v3 of FID."""
 
     name: str
     proxy: bool
 
     def __call__(self, images: Tensor) -> Features:
-        """Features of uint8 images (B, 3, H, W) of any size."""
+        """Compute the features of uint8 images (B, 3, H, W) of any size."""
         ...
 
 
 class InceptionFeatures:
-    """torch-fidelity's port of the TensorFlow Inception-v3 that FID and ADM's evaluator use: 2048 pooled features,
-    7 x 17 x 17 spatial ones, 1008 logits without bias.
+    """torch-fidelity's port of the TensorFlow Inception-v3 of FID and ADM's evaluator.
 
-    `weights`: torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, or the same tensors as .safetensors. They
-    are read without unpickling anything and never downloaded. Raises MissingExtraError without torch-fidelity and
-    CheckpointError for a file that does not hold these weights.
+    2048 pooled features, 7 x 17 x 17 spatial features, and 1008 logits without bias. The weights are never downloaded,
+    and only tensors are unpickled.
+
+    Args:
+        weights: torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, or the same tensors as .safetensors.
+        device: device of the network.
+
+    Raises:
+        MissingExtraError: torch-fidelity is not installed.
+        ConfigError: torchvision does not match torch.
+        CheckpointError: the file does not contain these weights.
     """
 
     name = "inception-v3-compat"
@@ -69,13 +80,13 @@ class InceptionFeatures:
                 "torch-fidelity is not installed; pip install 'dit-fast[evaluation]'"
             ) from error
         except RuntimeError as error:
-            # A torchvision of another build than torch fails so, and torch-fidelity imports it.
+            # torch-fidelity imports torchvision, which raises this if it was built for another torch.
             raise ConfigError(
-                f"torch-fidelity does not import ({_one_line(error)}); install a torchvision that fits torch"
+                f"torch-fidelity does not import ({_one_line(error)}); install a torchvision that matches torch"
             ) from error
         state = read_tensors(weights)
         with tempfile.TemporaryDirectory() as folder:
-            # torch-fidelity unpickles the file that it is given: it gets one that was just written from plain tensors.
+            # torch-fidelity unpickles its weight file: pass it one that was just written from plain tensors.
             clean = os.path.join(folder, "inception.pth")
             torch.save(state, clean)
             try:
@@ -97,8 +108,15 @@ class InceptionFeatures:
 
 
 class EfficientNetFeatures:
-    """Proxy: EfficientNet-Lite0 (Tan & Le 2019, arXiv:1905.11946) trained on ImageNet, whose weights come in a package:
-    1280 pooled features, 7 x 14 x 14 spatial ones, 1000 logits. Raises MissingExtraError without it.
+    """Proxy: EfficientNet-Lite0 (Tan & Le 2019, arXiv:1905.11946) trained on ImageNet, with weights from a package.
+
+    1280 pooled features, 7 x 14 x 14 spatial features, and 1000 logits.
+
+    Args:
+        device: device of the network.
+
+    Raises:
+        MissingExtraError: the package is not installed.
     """
 
     name = "EfficientNet-Lite0"
@@ -129,8 +147,16 @@ class EfficientNetFeatures:
 
 
 class ClassifierFeatures:
-    """Proxy: what the label classifier of the demo sees, the leading principal components of the training images of a
-    labelled set. No spatial features and no logits. Raises as `LabelClassifier`.
+    """Proxy: the leading principal components of a labeled set's training images, as `LabelClassifier` computes them.
+
+    No spatial features and no logits.
+
+    Args:
+        images: the labeled set.
+        seed: seed of the choice of images and of the principal components.
+
+    Raises:
+        MissingExtraError, DataError: as `LabelClassifier`.
     """
 
     name = "label classifier"
@@ -147,7 +173,7 @@ class ClassifierFeatures:
     def __call__(self, images: Tensor) -> Features:
         channels = self._shape[0]
         if channels == 1 and not torch.equal(images, images[:, :1].expand_as(images)):
-            raise ConfigError("the label classifier was fitted to grey images, these are in colour")
+            raise ConfigError("the label classifier was fitted to grayscale images, these are in color")
         if tuple(images.shape[2:]) != self._shape[1:]:
             raise ConfigError(
                 f"the label classifier was fitted to images of {self._shape[2]}x{self._shape[1]}, these are "
@@ -162,31 +188,41 @@ def open_extractor(
     device: torch.device,
     *,
     weights: Path | None = None,
-    labelled: str | None = None,
+    labeled: str | None = None,
     image_size: int | None = None,
     conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
 ) -> FeatureExtractor:
-    """One of `FEATURES`: "inception" from the file `weights`, "classifier" fitted to `labelled` images of that size.
+    """Open a feature network.
 
-    Raises ConfigError for a classifier without labelled images, and the errors of the classes.
+    Args:
+        name: one of `FEATURES`.
+        device: device of the network.
+        weights: weight file of "inception".
+        labeled: data set that "classifier" is fitted to, a source of `open_images`.
+        image_size: side to which its images are resized; None keeps their own.
+        conversion: conversion of its files to pixels.
+
+    Raises:
+        ConfigError: "classifier" without a labeled data set.
+        MissingExtraError, CheckpointError, DataError: as the networks.
     """
     if name == "inception":
         assert weights is not None
         return InceptionFeatures(weights, device)
     if name == "efficientnet":
         return EfficientNetFeatures(device)
-    if labelled is None or labelled.endswith(".npz"):
+    if labeled is None or labeled.endswith(".npz"):
         raise ConfigError(
-            "features classifier is fitted to labelled images: compare with a built-in set or a folder that has a "
-            "sub-folder for each class"
+            "--features classifier is fitted to labeled images: compare with a built-in set or a folder with one "
+            "sub-folder per class"
         )
     return ClassifierFeatures(
-        open_images(labelled, image_size, flip=False, holdout=0.0, conversion=conversion)
+        open_images(labeled, image_size, flip=False, holdout=0.0, conversion=conversion)
     )
 
 
 class _Capture:
-    """Keeps the first channels of what a layer answers, flattened to (B, S)."""
+    """Forward hook that keeps the first channels of a layer's output, flattened to (B, S)."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._kept: Tensor | None = None
@@ -202,14 +238,15 @@ class _Capture:
 
 
 def _full_precision() -> Any:
-    """Convolutions without TF32, which moves features in the third digit."""
+    """Disable TF32 in convolutions: it changes features in the third digit."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of one that torch.save wrote, by name; nothing is unpickled.
+    """Read named tensors from a `.safetensors` file or one that torch.save wrote, without unpickling other objects.
 
-    Raises CheckpointError for a file that is missing, damaged, compressed, or holds anything but named tensors.
+    Raises:
+        CheckpointError: the file is missing, damaged, compressed, or contains anything but named tensors.
     """
     check_file(path, CheckpointError, what="weights of a feature network")
     try:
@@ -226,7 +263,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever hostile bytes make a reader raise is one kind of fault
+    except Exception as error:  # malformed bytes can raise anything in a reader
         raise CheckpointError(f"{path}: cannot be read safely as weights ({_one_line(error)})") from error
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()

@@ -1,4 +1,4 @@
-"""Images to be scored, wherever they lie: uint8 RGB, in batches of one size."""
+"""Images to score and statistics of images: folders, .npz archives and built-in sets, as batches of uint8 RGB."""
 
 import contextlib
 import functools
@@ -23,7 +23,12 @@ from dit_fast.evaluation.metrics import GaussianStatistics
 from dit_fast.sampling.shards import ARCHIVE, GRID, IMAGES, OUTPUTS, SHARDS
 from dit_fast.utils.files import check_file
 
-# Deflate packs zeros a thousandfold, images hardly at all; a small member is harmless however it is packed.
+logger = logging.getLogger(__name__)
+
+# Scores need a covariance, which needs two images.
+_LEAST = 2
+_NAMED = 3
+# Deflate compresses zeros a thousandfold but images hardly at all; a small member is harmless at any ratio.
 _MOST_RATIO = 100
 _HARMLESS_BYTES = 64 * 2**20
 _MOST_ARRAY_BYTES = 4 * 2**30
@@ -42,7 +47,7 @@ _READ_ERRORS = (
 
 @dataclass(frozen=True)
 class Member:
-    """One array of an archive: its key, shape and dtype, as its header says and its size confirms."""
+    """One array of an archive: its key, and the shape and dtype in its header, which match its size."""
 
     key: str
     shape: tuple[int, ...]
@@ -50,7 +55,11 @@ class Member:
 
 
 class Archive:
-    """The arrays of the `.npz` file `path`. Raises DataError for anything damaged, pickled or larger than it can be."""
+    """The arrays of the `.npz` file `path`.
+
+    Raises:
+        DataError: the file is damaged, contains pickled objects, or a member that is too large or compressed too far.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,21 +84,24 @@ class Archive:
         return tuple(self._infos)
 
     def member(self, key: str) -> Member:
-        """What the header of the array `key` says."""
+        """Shape and dtype of the array `key`."""
         with self._reading(), zipfile.ZipFile(self.path) as archive, archive.open(self._infos[key]) as file:
             return self._header(key, file)
 
     def read(self, key: str) -> np.ndarray:
-        """The whole array `key`, of at most 4 GiB."""
+        """Read the array `key`, of at most 4 GiB."""
         member = self.member(key)
         size = math.prod(member.shape) * member.dtype.itemsize
         if size > _MOST_ARRAY_BYTES:
-            raise DataError(f"{self.path}: refused: {key} of {size} bytes are no statistics")
+            raise DataError(f"{self.path}: refused: {key} has {size} bytes, too many for statistics")
         with self._reading(), zipfile.ZipFile(self.path) as archive, archive.open(self._infos[key]) as file:
             return np.lib.format.read_array(file, allow_pickle=False)
 
     def batches(self, key: str, batch_size: int) -> Iterator[np.ndarray]:
-        """The array `key` (N, ...) in batches along its first dimension; the last if the checksum holds."""
+        """Yield the array `key` (N, ...) in batches along its first dimension.
+
+        The checksum is verified with the last batch.
+        """
         with self._reading(), zipfile.ZipFile(self.path) as archive, archive.open(self._infos[key]) as file:
             member = self._header(key, file)
             num, shape = member.shape[0], member.shape[1:]
@@ -107,7 +119,7 @@ class Archive:
         info = self._infos[key]
         if info.file_size > _HARMLESS_BYTES and info.file_size > _MOST_RATIO * info.compress_size:
             raise DataError(
-                f"{self.path}: refused: {key} unpacks from {info.compress_size} to {info.file_size} bytes, no images do"
+                f"{self.path}: refused: {key} expands from {info.compress_size} to {info.file_size} bytes: not images"
             )
         version = np.lib.format.read_magic(file)
         readers = {
@@ -116,7 +128,7 @@ class Archive:
         }
         if version not in readers:
             raise DataError(
-                f"{self.path}: {key} is of .npy version {version[0]}.{version[1]}, expected 1.0 or 2.0"
+                f"{self.path}: {key} has .npy version {version[0]}.{version[1]}, expected 1.0 or 2.0"
             )
         shape, fortran_order, dtype = readers[version](file, max_header_size=_MOST_HEADER_BYTES)
         if dtype.hasobject:
@@ -139,18 +151,18 @@ class Archive:
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(
-                f"{self.path}: damaged or no .npz archive ({reason}); copy or make it again"
+                f"{self.path}: damaged or not an .npz archive ({reason}); copy or create it again"
             ) from error
 
 
-logger = logging.getLogger(__name__)
-
-_LEAST = 2
-_NAMED = 3
-
-
 class ImageSource(Protocol):
-    """`num` images of `sizes` (height, width), mostly one; `name` says where they lie."""
+    """A set of images.
+
+    Attributes:
+        name: path or name of the set, for messages.
+        num: number of images.
+        sizes: their (height, width), usually one.
+    """
 
     @property
     def name(self) -> str: ...
@@ -162,13 +174,13 @@ class ImageSource(Protocol):
     def sizes(self) -> tuple[Size, ...]: ...
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """The images in order, or those of one size after those of the other, uint8 (B, 3, H, W)."""
+        """Yield the images in order, or size by size where there are several, as uint8 (B, 3, H, W)."""
         ...
 
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images in memory: uint8 (N, H, W, 3) or grey (N, H, W)."""
+    """Images in memory: uint8 (N, H, W, 3) or grayscale (N, H, W)."""
 
     name: str
     images: np.ndarray
@@ -188,7 +200,7 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class ArchiveImages:
-    """`arr_0` of an archive in ADM's layout, uint8 (N, H, W, 3), read as it is needed; `crop`: side to scale to."""
+    """`arr_0` of an archive in ADM's layout, uint8 (N, H, W, 3), read batch by batch; `crop`: side to resize to."""
 
     archive: Archive
     num: int
@@ -213,7 +225,7 @@ class ArchiveImages:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files, decoded by `num_workers` threads and each scaled and cropped to its size, as in training."""
+    """Image files, decoded by `num_workers` threads and each resized and cropped to its shape, as in training."""
 
     name: str
     paths: tuple[Path, ...]
@@ -268,19 +280,24 @@ def open_source(
     buckets: Sequence[Size] = (),
     conversion: Conversion = Conversion(),  # noqa: B008 (frozen)
 ) -> ImageSource:
-    """A folder of images (sub-folders too), an .npz archive with `arr_0`, or a built-in set's name.
+    """Open images to score.
 
-    Of what `dit-fast sample --out` wrote the single images are taken, or its archive, never its grid.
+    In a folder that `dit-fast sample --out` wrote, the single images are used, or the archive, never the grid.
 
-    `image_size`: scale and crop to that side, as ADM does (`center_crop`); None: the images must be square in a folder
-    and all of one size. buckets: instead, each image of a folder is scaled and cropped to that whose aspect ratio is
-    nearest, as in training. Raises DataError for fewer than 2 images, several sizes, damage, and what is none of these.
+    Args:
+        source: a folder of images, at any depth; an .npz archive with `arr_0`; or the name of a built-in set.
+        image_size: resize and crop to this side, as ADM does (`center_crop`); None: the images must have one size, and
+            those of a folder must be square.
+        num_workers: decoding threads.
+        buckets: resize and crop each image of a folder to the bucket of the nearest aspect ratio, as in training.
+        conversion: conversion of files to pixels.
+
+    Raises:
+        DataError: there are fewer than 2 images, several sizes, damaged files, or `source` is none of these.
     """
     path = Path(source)
     if buckets and not path.is_dir():
-        raise DataError(
-            f"{source}: images of several shapes (--buckets) are those of a folder; give one, or --image-size"
-        )
+        raise DataError(f"{source}: --buckets applies only to a folder of images; give one, or --image-size")
     if str(source) in BUILTIN and not path.exists():
         opened: ImageSource = _builtin(str(source), image_size)
     elif path.is_dir():
@@ -289,7 +306,7 @@ def open_source(
         raise DataError(f"{path}: no such file or folder (built-in sets: {', '.join(sorted(BUILTIN))})")
     elif path.suffix != ".npz":
         raise DataError(
-            f"{path}: expected a folder of images or an .npz archive, not a file of kind "
+            f"{path}: expected a folder of images or an .npz archive, found a file with suffix "
             f"{path.suffix or '(none)'}"
         )
     else:
@@ -300,13 +317,21 @@ def open_source(
 
 
 def archive_images(archive: Archive, image_size: int | None = None) -> ArchiveImages:
-    """The images `arr_0` of an archive; DataError where they are not uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W)."""
+    """Open the images `arr_0` of an archive, uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W).
+
+    Args:
+        archive: the archive.
+        image_size: side to resize and crop to; None keeps the images' own.
+
+    Raises:
+        DataError: there is no such array, or it has another dtype or shape.
+    """
     if "arr_0" not in archive:
         raise DataError(f"{archive.path} has {', '.join(archive.keys[:5])}, expected images under arr_0")
     member = archive.member("arr_0")
     shape = member.shape
-    grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
-    if member.dtype != np.uint8 or not (grey or (len(shape) == 4 and shape[3] == 3)) or 0 in shape[1:]:
+    gray = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
+    if member.dtype != np.uint8 or not (gray or (len(shape) == 4 and shape[3] == 3)) or 0 in shape[1:]:
         raise DataError(f"{archive.path}: arr_0 is {member.dtype} {shape}, expected uint8 (N, H, W, 3)")
     return ArchiveImages(archive, shape[0], (shape[1], shape[2]), image_size)
 
@@ -329,11 +354,11 @@ def _folder(
         entry.name in OUTPUTS or entry.name.startswith(".") for entry in root.iterdir()
     ):
         if (root / SHARDS).is_dir():
-            # What else lies there may be of an earlier command.
+            # Images and archives beside the shards may belong to an earlier command.
             raise DataError(
                 f"{root}: dit-fast sample has not finished there ({SHARDS}); run the same command again, or wait for it"
             )
-        # A folder of dit-fast sample. Its grid is not told apart by a mark where an older version drew it.
+        # A folder of dit-fast sample. Grids of older versions carry no mark and cannot be recognized by their header.
         if (root / IMAGES).is_dir():
             return _folder(root / IMAGES, image_size, num_workers, buckets, conversion)
         if (root / ARCHIVE).is_file() and not buckets:
@@ -347,12 +372,12 @@ def _folder(
     if grids := len(known) - len(single):
         if not single:
             raise DataError(
-                f"{root} has no single images, only {grids} grids of samples: draw with dit-fast sample --save-images "
-                "or --npz"
+                f"{root} has no single images, only {grids} grids of samples: sample with dit-fast sample "
+                "--save-images or --npz"
             )
-        logger.warning("%s: %d grids of samples are left out", root, grids)
+        logger.warning("%s: %d grids of samples are ignored", root, grids)
     if not single:
-        raise DataError(f"{root} has no image that is read ({FORMATS})")
+        raise DataError(f"{root} has no readable image ({FORMATS})")
     warn_of_frames(root, [path.relative_to(root).as_posix() for path, header in single if header.more])
     paths, sizes = [path for path, _ in single], [(header.height, header.width) for _, header in single]
     if buckets:
@@ -363,12 +388,12 @@ def _folder(
         if other:
             named = ", ".join(f"{path.name} {size[1]}x{size[0]}" for path, size in other[:_NAMED])
             raise DataError(
-                f"{root}: {len(other)} of {len(paths)} images are of another size than {paths[0].name} "
-                f"{sizes[0][1]}x{sizes[0][0]}: {named}; give --image-size to scale and crop"
+                f"{root}: {len(other)} of {len(paths)} images differ in size from {paths[0].name} "
+                f"{sizes[0][1]}x{sizes[0][0]}: {named}; give --image-size to resize and crop"
             )
         if sizes[0][0] != sizes[0][1]:
             raise DataError(
-                f"{root}: images are {sizes[0][1]}x{sizes[0][0]}, not square; give --image-size to scale and crop"
+                f"{root}: images are {sizes[0][1]}x{sizes[0][0]}, not square; give --image-size to resize and crop"
             )
     shape = sizes[0] if image_size is None else (image_size, image_size)
     return FolderImages(str(root), tuple(paths), (shape,) * len(paths), num_workers, conversion)
@@ -381,7 +406,7 @@ def _unreadable(name: str, paths: Sequence[Path], failures: dict[int, str]) -> D
 
 
 def _to_rgb(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) or (B, H, W) as (B, 3, H, W)."""
+    """Convert uint8 (B, H, W, 3) or (B, H, W) to (B, 3, H, W)."""
     tensor = torch.from_numpy(np.array(images))
     if tensor.ndim == 3:
         return tensor[:, None].expand(-1, 3, -1, -1).contiguous()
@@ -390,7 +415,13 @@ def _to_rgb(images: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """`extractor`: name of the feature network, None in the archives of ADM and of pytorch-fid, which do not say."""
+    """Statistics of a feature network.
+
+    Args:
+        pooled: moments of the pooled features, for FID.
+        spatial: moments of the spatial features, for sFID.
+        extractor: name of the feature network; None in the archives of ADM and pytorch-fid, which do not state it.
+    """
 
     pooled: GaussianStatistics
     spatial: GaussianStatistics | None
@@ -398,7 +429,11 @@ class SavedStatistics:
 
 
 def read_statistics(archive: Archive) -> SavedStatistics:
-    """The statistics in an archive; DataError where mu and sigma are missing, do not fit together or are not finite."""
+    """Read the statistics in an archive.
+
+    Raises:
+        DataError: mu or sigma are missing, have incompatible shapes, or are not finite or not a covariance.
+    """
     if "mu" not in archive or "sigma" not in archive:
         raise DataError(f"{archive.path} has {', '.join(archive.keys[:5])}, expected mu and sigma")
     spatial = _gaussian(archive, "mu_s", "sigma_s") if "mu_s" in archive and "sigma_s" in archive else None
@@ -412,7 +447,7 @@ def read_statistics(archive: Archive) -> SavedStatistics:
 
 
 def write_statistics(path: Path, statistics: SavedStatistics) -> None:
-    """Write an .npz that `read_statistics`, ADM's evaluator and pytorch-fid read."""
+    """Write an .npz archive that `read_statistics`, ADM's evaluator and pytorch-fid read."""
     arrays = {"mu": statistics.pooled.mean.numpy(), "sigma": statistics.pooled.covariance.numpy()}
     if statistics.spatial is not None:
         arrays |= {"mu_s": statistics.spatial.mean.numpy(), "sigma_s": statistics.spatial.covariance.numpy()}
@@ -439,7 +474,7 @@ def _gaussian(archive: Archive, mean_key: str, covariance_key: str) -> GaussianS
     symmetric = np.abs(covariance - covariance.T).max() <= 1e-3 * max(np.abs(covariance).max(), 1e-30)
     if not len(mean) or not symmetric or (covariance.diagonal() < 0).any():
         raise DataError(
-            f"{archive.path}: {covariance_key} is no covariance: not symmetric, or with negative variances"
+            f"{archive.path}: {covariance_key} is not a covariance: not symmetric, or with negative variances"
         )
     num = int(archive.read("num")) if "num" in archive and archive.member("num").shape == () else None
     if num is not None and num < 1:

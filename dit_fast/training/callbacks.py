@@ -248,7 +248,7 @@ class Evaluation:
             config.evaluate_features,
             trainer.device,
             weights=weights or None,
-            labelled=against,
+            labeled=against,
             image_size=size,
             conversion=self.conversion,
         )

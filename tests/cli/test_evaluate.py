@@ -99,7 +99,7 @@ def test_folder_archive_and_saved_statistics_give_the_same_scores(network, tmp_p
     for name in ("fid", "sfid"):
         assert_same_distance(third[name], first[name])
     assert third["precision"] is None
-    assert "note: no precision: the reference has statistics only, no images" in capsys.readouterr().out
+    assert "note: no precision: the reference has only statistics, no images" in capsys.readouterr().out
     arrays = dict(np.load(kept, allow_pickle=False))
     assert set(arrays) == {"mu", "sigma", "mu_s", "sigma_s", "num", "extractor"}
     del arrays["extractor"], arrays["num"]
@@ -124,7 +124,7 @@ def test_images_of_other_sizes_are_scaled_when_asked(network, tmp_path, capsys):
     folder = write_folder(tmp_path / "samples", [*pictures(10, 0, 8), *pictures(10, 1, 12)])
     archive = write_npz(tmp_path / "real.npz", arr_0=pictures(20, 2, 16))
     assert evaluate(folder, "--against", archive, *INCEPTION) == 1
-    assert "10 of 20 images are of another size than 0000.png 8x8: 0010.png 12x12" in capsys.readouterr().err
+    assert "10 of 20 images differ in size from 0000.png 8x8: 0010.png 12x12" in capsys.readouterr().err
     assert scores(tmp_path, folder, "--against", archive, *INCEPTION, "--image-size", 8)["fid"] > 0
     small = write_npz(tmp_path / "small.npz", arr_0=pictures(20, 2, 8))
     assert evaluate(small, "--against", archive, *INCEPTION) == 1
@@ -223,7 +223,7 @@ def test_samples_that_cannot_be_scored(network, tmp_path, capsys):
         write_npz(tmp_path / "one.npz", arr_0=pictures(1)): "has 1 images; scores need at least 2",
         tmp_path / "empty": "has no readable image",
         tmp_path / "none.npz": "no such file or folder",
-        tmp_path / "notes.txt": "not a file of kind .txt",
+        tmp_path / "notes.txt": "found a file with suffix .txt",
         wide: "images are 6x8, not square; give --image-size",
         write_npz(
             tmp_path / "f.npz", arr_0=np.zeros((4, 8, 8, 3), np.float32)
@@ -256,9 +256,9 @@ def test_damaged_and_hostile_archives(network, tmp_path, capsys):
     with zipfile.ZipFile(liar, "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + bytes(1000))
     for path, line in {
-        flipped: "damaged or no .npz archive (Bad CRC-32",
-        cut: "damaged or no .npz archive",
-        text: "damaged or no .npz archive",
+        flipped: "damaged or not an .npz archive (Bad CRC-32",
+        cut: "damaged or not an .npz archive",
+        text: "damaged or not an .npz archive",
         bomb: "refused: arr_0 unpacks from",
         liar: "damaged: arr_0 uint8 (1000000000, 16, 16, 3) needs 768000000128 bytes, the archive holds 1128",
     }.items():
@@ -279,9 +279,9 @@ def test_statistics_that_do_not_fit(network, tmp_path, capsys):
         assert line in refused(capsys, tmp_path, samples, "--against", path, *INCEPTION)
     path = write_npz(tmp_path / "plain.npz", mu=mean, sigma=covariance)
     asked = ("--against", path, *INCEPTION, "--metrics", "recall")
-    assert "recall: the reference has statistics only" in refused(capsys, tmp_path, samples, *asked)
+    assert "recall: the reference has only statistics" in refused(capsys, tmp_path, samples, *asked)
     asked = ("--against", path, "--features", "classifier")
-    assert "is fitted to labelled images" in refused(capsys, tmp_path, samples, *asked)
+    assert "is fitted to labeled images" in refused(capsys, tmp_path, samples, *asked)
 
 
 @pytest.mark.parametrize(

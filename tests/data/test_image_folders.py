@@ -238,8 +238,9 @@ def test_parts_of_a_data_set_are_not_classes(tmp_path, one, other, caplog):
     ):
         with pytest.raises(DataError) as caught:
             refused()
-        assert f"contains {one}/ and {other}/, splits of a data set, not classes: give {tmp_path / one}" in str(
-            caught.value
+        assert (
+            f"contains {one}/ and {other}/, splits of a data set, not classes: give {tmp_path / one}"
+            in str(caught.value)
         )
     assert len(open_images(tmp_path / one, 8).train) == 2
     # All images of both are a fair reference, but worth a word.
@@ -485,7 +486,7 @@ def test_what_the_sampler_wrote_is_scored_without_its_grid(tmp_path, caplog):
     # A grid among images, as in RUN/samples; also an older one, which does not say what it is, in the sampler's folder.
     shutil.copy(out / "sample.png", out / "images" / "grid.png")
     assert open_source(out).num == 2
-    assert "1 grids of samples are left out" in caplog.text
+    assert "1 grids of samples are ignored" in caplog.text
     put_array(out / "sample.png", noise((200, 300)))
     assert open_source(out).num == 2
     (out / "parts").mkdir()

@@ -58,7 +58,7 @@ def test_a_published_name_is_fetched_once(served, tmp_path):
 def test_a_connection_that_breaks_off_leaves_nothing(served, tmp_path):
     served.length = len(served.content) + 100
     with pytest.raises(
-        CheckpointError, match=r"cannot fetch .*DiT-XL-2-512x512\.pt .*put it at pretrained_models"
+        CheckpointError, match=r"cannot download .*DiT-XL-2-512x512\.pt .*put it at pretrained_models"
     ):
         download.find_model("DiT-XL-2-512x512.pt")
     assert list((tmp_path / "pretrained_models").iterdir()) == []
