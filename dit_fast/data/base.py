@@ -87,6 +87,7 @@ class DataSplit:
             DataError: more samples are unreadable than the register allows.
         """
         groups = [self.labels] if self.buckets is None else [self.labels, self.buckets]
+        # Each pass registers at least one member more, or raises: the loop ends.
         while True:
             chosen = self.unreadable.replace(indices, self.members, groups)
             try:

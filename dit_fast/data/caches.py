@@ -210,6 +210,7 @@ def _open_repa(folder: Path) -> _Cache:
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.npy"))
     _check_pairs(root, names, labels)
     for name in names:
+        # `type`, because true and false are instances of int. The bound keeps labels within int64.
         if type(labels[name]) is not int or abs(labels[name]) >= 1 << 31:
             raise DataError(f"{index}: the label of {name} is {labels[name]!r}; a label is one integer")
     values = torch.tensor([labels[name] for name in names], dtype=torch.int64)
@@ -229,11 +230,13 @@ def _files(folder: Path, paths: Sequence[Path], names: Sequence[str], labels: Te
         raise DataError(f"{folder} holds no latents")
     first = read_npy(paths[0], DataError)
     parts = 1 if kind == "sample" else 2
+    # fast-DiT stores each sample as a batch of one.
     shape = first.shape[1:] if first.ndim == 4 and first.shape[0] == 1 else first.shape
     if len(shape) != 3 or shape[0] % parts or first.dtype.kind != "f":
         wanted = "(1, C, H, W)" if kind == "sample" else "(2 C, H, W), mean and standard deviation"
         raise DataError(f"{paths[0]} holds {first.dtype} {first.shape}; expected floating-point {wanted}")
     channels = shape[0] // parts
+    # fast-DiT's samples are scaled already; REPA's moments are those of the autoencoder.
     scale = 1.0 if kind == "sample" else _SD_SCALE
 
     def fingerprint(without: Collection[str] = ()) -> str:

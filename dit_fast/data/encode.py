@@ -363,6 +363,7 @@ class _Run:
             "dtype": self.config.dtype,
             "precision": self.config.precision,
             "shard_size": self.config.shard_size,
+            # Absent for raw pixels: sets that are older than the option were encoded so, and can be resumed.
             **({} if self.config.raw_pixels else {"pixels": self.config.conversion().describe()}),
             **(
                 {}
@@ -387,6 +388,7 @@ class _Run:
             begun = read_sealed(path, SETTINGS_CHECK)
         except FileNotFoundError:
             write_sealed(path, {"format": FORMAT, "vae": self.encoder.identity(), "settings": self.settings})
+            # Read back: of several ranks that start at once, each then compares with the file that stayed.
             begun = read_sealed(path, SETTINGS_CHECK)
         there, here = begun["settings"], self.settings
         if there["vae_sha256"] != here["vae_sha256"]:
@@ -616,6 +618,7 @@ class _Run:
             )
             return [None if one is None else one[0] for one in read], failures
 
+        # One batch ahead: the decoder threads work while the autoencoder does, and memory holds two batches.
         ahead = reader.submit(load, batches[0])
         for batch, following in zip(batches, [*batches[1:], None], strict=True):
             images, failures = ahead.result()
@@ -625,12 +628,14 @@ class _Run:
 
     def _moments(self, rows: Sequence[int], images: Tensor) -> Tensor:
         """Encode uint8 images (B, C, H, W) to moments (B, flips, 2, C, H, W) in the stored dtype, on the CPU."""
+        # Transferred as uint8, a quarter of the bytes, and converted on the device.
         pixels = images.to(self.encoder.device).float().div_(127.5).sub_(1.0)
         moments = torch.stack([self.encoder(pixels.flip(-1) if flip else pixels) for flip in _FLIPS], dim=1)
         stored = moments.to(getattr(torch, self.config.dtype))
         bad = (~stored.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         if bad:
             path = self.listing.paths[rows[bad[0]]]
+            # Finite before the conversion to the stored dtype, so that the dtype is at fault, not the autoencoder.
             overflow = bool(moments[bad].isfinite().all())
             advice = "give --dtype float32" if overflow else "give --precision fp32 or another --vae"
             raise DataError(
@@ -679,6 +684,7 @@ def embed(config: EncodeConfig, world_size: int = 1) -> int:
         rows = range(len(listing.names))
         for batch in listing.embeddings(captions, rows, config.batch_size, config.dtype):
             for tokens in batch:
+                # Padding is at the end; a caption without any nonzero token keeps one, since arrays are not empty.
                 used = (tokens != 0).any(dim=1).nonzero()
                 length = int(used[-1]) + 1 if len(used) else 1
                 embeddings[array_name(listing.names[len(embeddings)])] = tokens[:length].clone()

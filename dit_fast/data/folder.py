@@ -128,6 +128,7 @@ def open_folder(
     grouped: list[list[int]] = [[] for _ in sizes]
     for number, bucket in enumerate(nearest):
         grouped[bucket].append(number)
+    # uint8: one byte per pixel and channel.
     if sum(depth * math.prod(sizes[n]) for n in nearest) <= memory_limit:
         size_of = dict(zip(paths, (sizes[n] for n in nearest), strict=True))
         images, failures = read_each(
@@ -136,6 +137,7 @@ def open_folder(
         if len(failures) > skip_unreadable:
             raise _too_many(root, paths, failures)
         for members, size in zip(grouped, sizes, strict=True):
+            # Unreadable images occupy their row, so that positions do not shift; `unreadable` prevents their use.
             blank = torch.zeros(depth, *size, dtype=torch.uint8)
             pixels = [blank if (image := images[number]) is None else image for number in members]
             lost = {
@@ -156,6 +158,7 @@ def open_folder(
         place = {number: row for members in grouped for row, number in enumerate(members)}
         source = BucketSource(tuple(sources), tuple(nearest), tuple(place[n] for n in range(len(paths))))
 
+    # Names and sizes, not contents: hashing every file would read the whole set at each start.
     def fingerprint(without: Collection[str] = ()) -> str:
         listing = "\n".join(
             f"{name}\t{path.stat().st_size}"

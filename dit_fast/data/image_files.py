@@ -164,6 +164,7 @@ def find_images(root: Path) -> Found:
     absent: list[Path] = []
     loops: list[Path] = []
     folders: list[str] = []
+    # Device and inode of each folder on the path from the root: a link to one of them would never end.
     home = root.resolve()
     above = frozenset(_identity(folder) for folder in (home, *home.parents))
     waiting = [(root, above)]
@@ -190,6 +191,7 @@ def find_images(root: Path) -> Found:
                 (paths if is_file else absent).append(path)
             elif suffix in _OTHERS or (is_file and suffix not in _NO_IMAGES and _looks_like_image(path)):
                 others.append(path)
+    # Sorted by path components, not by strings: "a/b" precedes "a-b/c", as in a walk of sorted folders.
     ordered = (tuple(sorted(found, key=lambda path: path.parts)) for found in (paths, others, absent, loops))
     images, *rest = ordered
     return Found(root, images, tuple(sorted(folders)), *rest)

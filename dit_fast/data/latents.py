@@ -207,6 +207,7 @@ class LatentStream(BatchStream):
         """Moments (b, K, C, H, W) in the stored dtype, flips bool (b,), and the conditioning of `rows` of a step."""
         indices = self.indices(step)[rows]
         flips = self.mirrored(step, rows)
+        # Mirroring selects the stored moments of the mirrored image; the latents themselves are never flipped.
         if flips is None:
             flips = torch.zeros(len(indices), dtype=torch.bool)
         moments, conditioning = self.latents.take(indices, lambda chosen: self.latents.moments(chosen, flips))
@@ -269,6 +270,7 @@ def open_latents(
         for path, shard in zip(paths, shards, strict=True)
     )
     captions = open_captions(folder, manifest)
+    # Its size, shape and dtype first, so that no more is read than a file of labels can hold.
     open_array(folder / LABELS, (images,), "int64")
     labels = read_npy(folder / LABELS, DataError)
     checked = [(folder / LABELS, manifest["labels"])]
@@ -396,6 +398,7 @@ def make_latent_set(
     if height != width:
         raise DataError(f"{name}: the latents are {height} x {width}; square ones are required")
     check_labels(name, labels, len(class_names), captions is None and num_classes != 0, source.where)
+    # Ids of excluded rows take no part in the choice: the split is that of a set without them.
     there = torch.ones(len(labels), dtype=torch.bool)
     there[list(excluded)] = False
     held = torch.zeros(len(labels), dtype=torch.bool)
@@ -459,6 +462,7 @@ class EncodingSource:
 
     def read(self, members: Sequence[int], flips: Sequence[bool]) -> Tensor:
         pixels = to_pixels(self.images.read(members))
+        # Flipped before encoding, because the latent of a mirrored image is not the mirrored latent.
         mirrored = torch.tensor(flips, dtype=torch.bool).view(-1, 1, 1, 1)
         return self.encoder(torch.where(mirrored, pixels.flip(-1), pixels)).cpu()
 
@@ -492,6 +496,7 @@ def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
     side = images.image_size // encoder.factor
     posterior = Posterior("logvar", encoder.shift, encoder.scale)
 
+    # The register of unreadable members is that of the images: both sets count the same files.
     def split(part: Split) -> LatentSplit:
         height, width = (pixels // encoder.factor for pixels in part.sample_shape[1:])
         return LatentSplit(

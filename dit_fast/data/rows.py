@@ -41,6 +41,7 @@ class _Descriptor:
 def _opened(file: "FileBytes") -> _Descriptor:
     descriptor = _Descriptor(file.path)
     found = os.fstat(descriptor.number)
+    # A set reopens files that were evicted: a changed file must not be mixed with what was read before.
     if (found.st_size, found.st_mtime_ns) != (file.size, file.changed):
         raise DataError(
             f"{file.path} has {found.st_size} bytes, {file.size} when it was opened: it changed during use"

@@ -158,6 +158,7 @@ def write_npy_header(file: HashingFile | BinaryIO, shape: Sequence[int], dtype: 
         "fortran_order": False,
         "shape": tuple(shape),
     }
+    # Version 1.0, which every reader supports; NumPy pads the header so that the values are aligned to 64 bytes.
     np.lib.format.write_array_header_1_0(file, description)
 
 

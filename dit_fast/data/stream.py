@@ -61,6 +61,7 @@ class BatchStream:
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
+        # One bucket yields plain shuffling, so that both cases share one code path.
         buckets = torch.zeros_like(split.labels) if split.buckets is None else split.buckets
         self._order = BucketOrder(buckets, batch_size, self._shuffled)
 

@@ -66,6 +66,7 @@ class Unreadable:
         Raises:
             DataError: there are more than allowed; the message says how to proceed.
         """
+        # The thread that reads ahead adds failures while the main thread reads the register at a checkpoint.
         with self._lock:
             for member, reason in error.reasons.items():
                 self.reasons.setdefault(member, reason)

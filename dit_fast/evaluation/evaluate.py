@@ -227,6 +227,7 @@ def score(
             name: value for name, value in zip(("precision", "recall"), pair, strict=True) if name in wanted
         }
     num, dim = len(samples.features), samples.features.shape[1]
+    # The rank of a covariance of `num` vectors is at most num - 1.
     if "fid" in values and num <= dim:
         notes.append(
             f"{num} images for {dim} features: their covariance is singular and the distance biased upwards"

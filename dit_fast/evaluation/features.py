@@ -139,6 +139,7 @@ class EfficientNetFeatures:
 
     def __call__(self, images: Tensor) -> Features:
         with torch.inference_mode(), _full_precision():
+            # The normalization with which the package's weights were trained.
             pixels = images.to(self._device).float().sub_(127.0).div_(128.0)
             size = (_EFFICIENTNET_SIZE, _EFFICIENTNET_SIZE)
             scaled = F.interpolate(pixels, size, mode="bicubic", antialias=True)

@@ -64,6 +64,7 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = path
         check_file(path, DataError, what="an .npz archive")
+        # Reopened at each read: an archive may be larger than memory, and sources are pickled.
         with self._reading(), zipfile.ZipFile(path) as archive:
             self._infos = {
                 info.filename.removesuffix(".npy"): info
@@ -218,6 +219,7 @@ class ArchiveImages:
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         for batch in self.archive.batches("arr_0", batch_size):
             images = batch[..., 0] if batch.ndim == 4 and batch.shape[3] == 1 else batch
+            # Grayscale is kept as (B, H, W) until here, the form that Pillow and `_to_rgb` accept.
             if self.stored != self.sizes[0]:
                 images = np.stack([center_crop_array(image, self.sizes[0][0]) for image in images])
             yield _to_rgb(images)
@@ -471,6 +473,7 @@ def _gaussian(archive: Archive, mean_key: str, covariance_key: str) -> GaussianS
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise DataError(f"{archive.path}: {mean_key} or {covariance_key} has NaN or infinite values")
+    # Relative to the largest entry: pytorch-fid and ADM save covariances with rounding errors of float32 sums.
     symmetric = np.abs(covariance - covariance.T).max() <= 1e-3 * max(np.abs(covariance).max(), 1e-30)
     if not len(mean) or not symmetric or (covariance.diagonal() < 0).any():
         raise DataError(
