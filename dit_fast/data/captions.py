@@ -273,7 +273,7 @@ class EmbeddingFile:
 
     def match(self, names: Sequence[str]) -> None:
         """Raise DataError unless the file has exactly one embedding for each of the images `names`."""
-        # Both directions: an embedding without an image usually means that images were renamed.
+        # Both directions: the embeddings of renamed images have no image.
         names = [array_name(name) for name in names]
         missing, others = [name for name in names if name not in self.names], self.names.difference(names)
         if missing or others:

@@ -64,7 +64,7 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = path
         check_file(path, DataError, what="an .npz archive")
-        # Reopened at each read: an archive may be larger than memory, and sources are pickled.
+        # Only the list of members is kept; each read opens the file again, and no descriptor stays open.
         with self._reading(), zipfile.ZipFile(path) as archive:
             self._infos = {
                 info.filename.removesuffix(".npy"): info
@@ -473,7 +473,7 @@ def _gaussian(archive: Archive, mean_key: str, covariance_key: str) -> GaussianS
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise DataError(f"{archive.path}: {mean_key} or {covariance_key} has NaN or infinite values")
-    # Relative to the largest entry: pytorch-fid and ADM save covariances with rounding errors of float32 sums.
+    # Relative to the largest entry: saved covariances have rounding errors.
     symmetric = np.abs(covariance - covariance.T).max() <= 1e-3 * max(np.abs(covariance).max(), 1e-30)
     if not len(mean) or not symmetric or (covariance.diagonal() < 0).any():
         raise DataError(
