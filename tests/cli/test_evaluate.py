@@ -259,7 +259,7 @@ def test_damaged_and_hostile_archives(network, tmp_path, capsys):
         flipped: "damaged or not an .npz archive (Bad CRC-32",
         cut: "damaged or not an .npz archive",
         text: "damaged or not an .npz archive",
-        bomb: "refused: arr_0 unpacks from",
+        bomb: "refused: arr_0 expands from",
         liar: "damaged: arr_0 uint8 (1000000000, 16, 16, 3) needs 768000000128 bytes, the archive holds 1128",
     }.items():
         assert line in refused(capsys, tmp_path, path, "--against", good, *INCEPTION), path
@@ -273,7 +273,7 @@ def test_statistics_that_do_not_fit(network, tmp_path, capsys):
         ("nan", {"mu": mean * np.nan, "sigma": covariance}, "NaN or infinite"),
         ("text", {"mu": np.array(["a"]), "sigma": covariance}, "mu is <U1, expected floating point"),
         ("size", {"mu": np.zeros(9), "sigma": np.eye(9)}, "of 6 and of 9 features"),
-        ("other", {"mu": mean, "sigma": covariance, "extractor": np.array("vgg")}, "are of vgg features"),
+        ("other", {"mu": mean, "sigma": covariance, "extractor": np.array("vgg")}, "belong to vgg features"),
     ]:
         path = write_npz(tmp_path / f"{name}.npz", **arrays)
         assert line in refused(capsys, tmp_path, samples, "--against", path, *INCEPTION)

@@ -119,7 +119,7 @@ def test_embeddings_that_are_not_the_images_are_refused(photos):
     made["2.png"] = torch.zeros(1, 5)
     assert "embeddings of one width are required, found [5, 6]" in refused()
     made["2.png"] = torch.full((1, 6), torch.inf)
-    assert "2.png holds NaN or infinity" in refused()
+    assert "2.png contains NaN or infinity" in refused()
     made["2.png"] = lost
     (photos / "embeddings.npz").touch()
     assert "has embeddings.safetensors and embeddings.npz: leave the one" in refused()
