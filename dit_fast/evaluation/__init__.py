@@ -27,13 +27,6 @@ from dit_fast.evaluation.images import (
     read_statistics,
     write_statistics,
 )
-from dit_fast.evaluation.label_agreement import (
-    LabelAgreement,
-    LabelClassifier,
-    Scorer,
-    Scores,
-    label_agreement,
-)
 from dit_fast.evaluation.metrics import (
     GaussianStatistics,
     NearestTraining,
@@ -43,6 +36,13 @@ from dit_fast.evaluation.metrics import (
     inception_score,
     nearest_training_distance,
     precision_recall,
+)
+from dit_fast.evaluation.scorer import (
+    LabelAgreement,
+    LabelClassifier,
+    Scorer,
+    Scores,
+    label_agreement,
 )
 
 __all__ = [

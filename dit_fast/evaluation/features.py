@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dit_fast.data import Conversion, ImageSet, open_images, to_pixels
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
-from dit_fast.evaluation.label_agreement import LabelClassifier
+from dit_fast.evaluation.scorer import LabelClassifier
 from dit_fast.utils.files import check_file, utf8_name
 
 FeatureName = Literal["inception", "efficientnet", "classifier"]

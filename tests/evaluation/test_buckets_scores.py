@@ -188,7 +188,7 @@ def test_pictures_of_any_weights_in_any_shape(run: Path, tmp_path: Path) -> None
     ("words", "message"),
     [
         (("--image-size", 8, "--buckets", SIZES), "does not go with --image-size, one size: leave one out"),
-        (("--buckets", "16x"), "--buckets 16x: '16x' is no HEIGHTxWIDTH"),
+        (("--buckets", "16x"), "--buckets 16x: '16x' is not HEIGHTxWIDTH"),
     ],
 )
 def test_refusals_of_a_folder(words: tuple[object, ...], message: str, folder: Path, capsys) -> None:
@@ -204,7 +204,7 @@ def test_what_has_one_shape_is_refused(run: Path, folder: Path, tmp_path: Path, 
     assert "--features classifier needs images of one size" in capsys.readouterr().err
     for against in (archive, "digits"):
         assert evaluate(*ckpt, against) == 1
-        assert "images of several shapes (--buckets) are those of a folder" in capsys.readouterr().err
+        assert "--buckets applies only to a folder of images" in capsys.readouterr().err
     assert evaluate(*ckpt, folder, "--buckets", SIZES) == 1
     assert "does not go with --ckpt, which has buckets of its own" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--evaluate-features classifier needs images of one size"):

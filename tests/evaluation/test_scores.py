@@ -140,7 +140,7 @@ def test_scorer_refuses_a_tiny_set():
 
 
 def test_scorer_says_how_many_training_images_fit(monkeypatch):
-    monkeypatch.setattr("dit_fast.evaluation.label_agreement._MOST_BYTES", 4 * 36 * 100)
+    monkeypatch.setattr("dit_fast.evaluation.scorer._MOST_BYTES", 4 * 36 * 100)
     scores = Scorer(image_set(0.2))(*(torch.from_numpy(part).float() for part in two_classes(10, 1)))
     assert (scores.num_training, scores.all_training) == (100, 240)
     assert "among 100 (of 240)" in scores.lines()[1]

@@ -137,7 +137,7 @@ def test_what_cannot_be_scored_is_said_before_the_first_step(tmp_path, options):
         Evaluation(each)
     other = write_npz(tmp_path / "other.npz", mu=np.zeros(6), sigma=np.eye(6), num=9, extractor="VGG")
     with pytest.raises(
-        ConfigError, match="the reference statistics belong to VGG features, the samples' of small"
+        ConfigError, match="the reference statistics belong to VGG features, the samples' to small"
     ):
         Evaluation(trainer(**{**options, "evaluate_against": str(other)}))
     each = trainer(**{**options, "evaluate_against": None})
