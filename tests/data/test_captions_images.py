@@ -122,7 +122,7 @@ def test_embeddings_that_are_not_the_images_are_refused(photos):
     assert "2.png contains NaN or infinity" in refused()
     made["2.png"] = lost
     (photos / "embeddings.npz").touch()
-    assert "has embeddings.safetensors and embeddings.npz: leave the one" in refused()
+    assert "has embeddings.safetensors and embeddings.npz: keep the one" in refused()
     (photos / "embeddings.npz").unlink()
     for said in ("[", '{"name": "x"}', '{"name": "x", "sha256": "", "tokens": 2, "width": 6}'):
         save_file(made, path, metadata={"encoder": said})

@@ -209,7 +209,7 @@ def test_what_has_one_shape_is_refused(run: Path, folder: Path, tmp_path: Path, 
     assert "does not go with --ckpt, which has buckets of its own" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--evaluate-features classifier needs images of one size"):
         config(folder, evaluate_every=2, evaluate_features="classifier")
-    with pytest.raises(DataError, match="are those of a folder"):
+    with pytest.raises(DataError, match="applies only to a folder"):
         Evaluation(Trainer(asked := config(folder, **SCORED, evaluate_against=str(archive)), open_set(asked)))
 
 
