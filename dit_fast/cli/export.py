@@ -14,7 +14,7 @@ from dit_fast.cli.sample_options import CheckpointOptions
 from dit_fast.errors import ConfigError, OutputError
 from dit_fast.interop import DIFFUSERS, load_model, save_diffusers
 from dit_fast.interop.lightningdit import state_to_lightningdit
-from dit_fast.interop.objective import ASKED
+from dit_fast.interop.objective import OBJECTIVE_FIELDS
 from dit_fast.model.config import beyond_the_paper
 from dit_fast.model.dit import DiT
 from dit_fast.utils.files import write_atomically
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             "dit_fast.FastDiT is exact in DiTPipeline"
         )
     if info.diffusion.get("objective") == "flow":
-        recorded = {name: info.diffusion[name] for name in ASKED if name in info.diffusion}
+        recorded = {name: info.diffusion[name] for name in OBJECTIVE_FIELDS if name in info.diffusion}
         flags = " ".join(f"--{name} {value}" for name, value in recorded.items())
         say(f"note: the weights do not record what they predict: sample them with {flags}")
     say(f"wrote {options.out}: {info.summary()}")

@@ -1,4 +1,4 @@
-"""Other people's checkpoints and models: read safely, converted exactly, accelerated in place."""
+"""Interoperability: load, convert and accelerate checkpoints and models of other implementations."""
 
 from dit_fast.checkpoint.weight_file import WeightFile, read_weight_file
 from dit_fast.interop.accelerate import Acceleration, accelerate, restore

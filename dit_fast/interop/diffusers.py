@@ -1,8 +1,7 @@
-"""The reference's state dict and configuration <-> those of diffusers' `DiTTransformer2DModel`, both directions.
+"""Conversion between `DiT` and diffusers' `DiTTransformer2DModel`: state dicts, configurations, folders, live models.
 
-Only names and shapes are changed here, so that there and back again is the same bits. diffusers keeps q, k and v
-apart, stores the timestep and label embedders once in every block, and makes the positions anew. Nothing here
-needs diffusers itself.
+Only names and shapes change, so that a round trip is exact. diffusers has separate q, k and v, stores the timestep and
+label embedders in every block, and recomputes the positions. Only `to_diffusers` needs the diffusers package.
 """
 
 import json
@@ -31,13 +30,15 @@ from dit_fast.utils.files import read_object, write_atomically
 
 @dataclass(frozen=True)
 class Conventions:
-    """What two DiTs of the same weights may compute differently; the defaults are the reference's.
+    """Differences in computation between implementations of DiT with the same weights; the reference's by default.
 
-    timestep_freq_shift  the sinusoids' frequencies are 10000^(-i / (128 - shift)); diffusers has 1
-    norm2_eps            epsilon of the layer norm before the MLP; diffusers has 1e-5
-    cfg_channels         how many channels of the noise guidance acts on, None for all, as diffusers' pipeline does
+    Args:
+        timestep_freq_shift: The frequencies of the timestep embedding are 10000^(-i / (128 - shift)); 1 in diffusers.
+        norm2_eps: Epsilon of the layer norm before the MLP; 1e-5 in diffusers.
+        cfg_channels: Number of channels that are guided; None for all, as in diffusers' pipeline.
 
-    Raises ConfigError for values that no model can have.
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     timestep_freq_shift: float = 0
@@ -56,7 +57,7 @@ class Conventions:
 
     @property
     def same_outputs_as_reference(self) -> bool:
-        """Whether `forward` is the reference's; guidance apart, which is another call."""
+        """Whether `forward` computes what the reference computes; guidance is not part of it."""
         return (self.timestep_freq_shift, self.norm2_eps) == (0, 1e-6)
 
 
@@ -67,8 +68,12 @@ DIFFUSERS = Conventions(timestep_freq_shift=1, norm2_eps=1e-5, cfg_channels=None
 class ShiftedTimestepEmbedder(TimestepEmbedder):
     """`TimestepEmbedder` with frequencies 10000^(-i / (half - shift)), i = 0, ..., half - 1.
 
-    A shift of 1 makes the last frequency 1 / 10000 exactly, as in Ho et al. 2020 and in diffusers; with 0 it is the
-    reference's embedder.
+    With a shift of 1 the last frequency is exactly 1 / 10000, as in Ho et al. 2020 and diffusers; with 0 the embedder
+    is that of the reference.
+
+    Args:
+        hidden_size: Width D of the embedding (N, D).
+        freq_shift: The shift.
     """
 
     def __init__(self, hidden_size: int, freq_shift: float):
@@ -85,11 +90,16 @@ class ShiftedTimestepEmbedder(TimestepEmbedder):
 
 
 class ConvertedDiT(DiT):
-    """A `DiT` that computes with the `conventions` of the implementation that its weights come from.
+    """A `DiT` with the `conventions` of the implementation from which its weights come.
 
-    The other arguments, the state dict and the methods are those of `DiT`. `forward_with_cfg` guides the channels
-    that the conventions say, unless told otherwise. Saved, it is a folder in diffusers' layout, which `load_model`
-    and diffusers read: the reference's `config.json` cannot tell the conventions.
+    The other arguments, the state dict and the methods are those of `DiT`. By default, `forward_with_cfg` guides the
+    channels of the conventions. It is saved in the layout of diffusers, which `load_model` and diffusers read, since
+    the `config.json` of a `DiT` does not store conventions.
+
+    Args:
+        args: Arguments of `DiT`.
+        conventions: The conventions.
+        kwargs: Arguments of `DiT`.
     """
 
     def __init__(self, *args: Any, conventions: Conventions = REFERENCE, **kwargs: Any):
@@ -109,20 +119,21 @@ class ConvertedDiT(DiT):
         cfg_scale: float | Tensor,
         cfg_channels: int | EllipsisType | None = ...,
     ) -> Tensor:
-        """`DiT.forward_with_cfg`; `cfg_channels` is the conventions' when it is not given."""
+        """`DiT.forward_with_cfg`; `cfg_channels` defaults to that of the conventions."""
         channels = self.conventions.cfg_channels if cfg_channels is ... else cfg_channels
         return super().forward_with_cfg(x, t, y, cfg_scale, cast(int | None, channels))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `diffusion_pytorch_model.safetensors` to `folder`, as diffusers would.
+        """Write `config.json` and `diffusion_pytorch_model.safetensors` to `folder`, as diffusers does.
 
-        Raises ConfigError for conventions or sizes that diffusers' files cannot tell.
+        Raises:
+            ConfigError: The files of diffusers cannot represent the conventions or sizes.
         """
         write_folder(self, folder)
 
 
 def conventions_of(model: DiT) -> Conventions:
-    """The conventions of a model: its own, or the reference's."""
+    """Conventions of a model; those of the reference for a plain `DiT`."""
     return model.conventions if isinstance(model, ConvertedDiT) else REFERENCE
 
 
@@ -131,6 +142,7 @@ ADAPTER = "FastDiT"
 # The first releases wrote the DiT as a Transformer2DModel with norm_type "ada_norm_zero".
 CLASS_NAMES = (TRANSFORMER, ADAPTER, "Transformer2DModel")
 
+# Names of the reference -> names of diffusers: outside of the blocks, embedders, and within a block.
 _OUTER = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
@@ -148,13 +160,13 @@ _BLOCK = {
     "mlp.fc2": "ff.net.2",
 }
 _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-_THEIR_BLOCK = re.compile(r"transformer_blocks\.(\d{1,6})\.(.+)")
-_OUR_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_DIFFUSERS_BLOCK = re.compile(r"transformer_blocks\.(\d{1,6})\.(.+)")
+_REFERENCE_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
-# XL on 256 x 256 latents has 19 million.
+# Upper bound on T * D of the position table; XL on latents of 256 x 256 has 19 million.
 _MOST_POSITIONS = 1 << 25
 
-# diffusers trains with this share of dropped labels, whatever its configuration.
+# diffusers drops labels with this probability in training, whatever its configuration.
 _LABEL_DROPOUT = 0.1
 
 _INT, _NUMBER = (int,), (int, float)
@@ -165,8 +177,8 @@ _DEFAULTS: dict[str, tuple[tuple[type, ...], Any]] = {
     "mlp_ratio": (_NUMBER, 4.0), "class_dropout_prob": (_NUMBER, _LABEL_DROPOUT),
     "timestep_freq_shift": (_NUMBER, 1), "cfg_channels": ((int, type(None)), None),
 }  # fmt: skip
-# Fields of FastDiT alone; in a file of diffusers they would be ignored by diffusers itself.
-_OURS = ("mlp_ratio", "class_dropout_prob", "timestep_freq_shift", "cfg_channels")
+# Fields that only FastDiT has; diffusers ignores them in its files.
+_ADAPTER_FIELDS = ("mlp_ratio", "class_dropout_prob", "timestep_freq_shift", "cfg_channels")
 _FIXED = {
     "dropout": 0.0, "attention_bias": True, "activation_fn": "gelu-approximate", "upcast_attention": False,
     "norm_type": "ada_norm_zero", "norm_elementwise_affine": False,
@@ -175,10 +187,18 @@ _IGNORED = ("norm_num_groups", "attention_type", "interpolation_scale")
 
 
 def diffusers_config(config: Mapping[str, Any], conventions: Conventions) -> dict[str, Any]:
-    """Arguments of diffusers' DiTTransformer2DModel for `DiT.config`.
+    """Convert `DiT.config` to arguments of diffusers' DiTTransformer2DModel.
 
-    Raises ConfigError for a grid that is not square, another MLP ratio than 4, or a model without a null class,
-    which diffusers' class cannot be. `timestep_freq_shift` is not among its arguments: see `diffusers_model`.
+    Args:
+        config: `DiT.config`.
+        conventions: Conventions of the model; diffusers has no argument for `timestep_freq_shift`, see `to_diffusers`.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ConfigError: diffusers cannot represent the model: its grid is not square, its MLP ratio is not 4, or it has no
+            null class.
     """
     arguments = adapter_config(config, conventions)
     problems = []
@@ -188,13 +208,21 @@ def diffusers_config(config: Mapping[str, Any], conventions: Conventions) -> dic
         problems.append("no null class (class_dropout_prob above 0 wanted)")
     if problems:
         raise ConfigError(f"{TRANSFORMER} cannot be this model: {', '.join(problems)}")
-    return {key: value for key, value in arguments.items() if key not in _OURS}
+    return {key: value for key, value in arguments.items() if key not in _ADAPTER_FIELDS}
 
 
 def adapter_config(config: Mapping[str, Any], conventions: Conventions) -> dict[str, Any]:
-    """Arguments of `FastDiT` for `DiT.config`: diffusers' names, and what they cannot say.
+    """Convert `DiT.config` to arguments of `FastDiT`: those of diffusers, and four that it lacks.
 
-    Raises ConfigError for a grid that is not square, or a model with other options than the paper's.
+    Args:
+        config: `DiT.config`.
+        conventions: Conventions of the model.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ConfigError: The grid is not square, or the model has options that the paper's DiT does not have.
     """
     if others := beyond_the_paper(config):
         raise ConfigError(f"diffusers' DiT is the paper's, this model has {others}")
@@ -222,10 +250,18 @@ def adapter_config(config: Mapping[str, Any], conventions: Conventions) -> dict[
 
 
 def config_from_diffusers(config: Mapping[str, Any], source: str) -> tuple[dict[str, Any], Conventions]:
-    """(`DiT.config`, conventions) of the configuration of a DiTTransformer2DModel or `FastDiT`.
+    """Convert the configuration of a DiTTransformer2DModel or `FastDiT`.
 
-    Missing fields have diffusers' defaults. Raises CheckpointError, in one line that names `source`, for fields
-    that are unknown, of another type, or that make another model of it (dropout, affine norms, another activation).
+    Args:
+        config: The configuration; missing fields have the defaults of diffusers.
+        source: Name of the file, for messages.
+
+    Returns:
+        `DiT.config` and the conventions.
+
+    Raises:
+        CheckpointError: A field is unknown, has a wrong type, or describes a model that a DiT is not (dropout, affine
+            norms, another activation).
     """
     problems = []
     for key, value in config.items():
@@ -240,7 +276,7 @@ def config_from_diffusers(config: Mapping[str, Any], source: str) -> tuple[dict[
     for key, (kinds, default) in _DEFAULTS.items():
         value = values[key] = config.get(key, default)
         wrong = not isinstance(value, kinds) or isinstance(value, bool)
-        if wrong or (isinstance(value, int) and key not in _OURS and not 0 < value < 1 << 24):
+        if wrong or (isinstance(value, int) and key not in _ADAPTER_FIELDS and not 0 < value < 1 << 24):
             problems.append(f"{key}={value!r}")
     if not problems:
         channels, out = values["in_channels"], values["out_channels"] or values["in_channels"]
@@ -272,12 +308,20 @@ def config_from_diffusers(config: Mapping[str, Any], source: str) -> tuple[dict[
 
 
 def state_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' keys for the reference's; the tensors are those of `state` or views of them.
+    """Convert a state dict of the reference to the keys of diffusers.
 
-    The embedders stand in every block. `pos_embed` is left out: diffusers makes it anew.
+    Args:
+        state: State dict of a `DiT`.
+
+    Returns:
+        The tensors of `state`, or views of them. The embedders appear in every block. `pos_embed` is omitted, since
+        diffusers recomputes it.
+
+    Raises:
+        CheckpointError: A tensor has no counterpart in diffusers.
     """
     converted: dict[str, Tensor] = {}
-    depth = 1 + max((int(match[1]) for key in state if (match := _OUR_BLOCK.match(key))), default=-1)
+    depth = 1 + max((int(match[1]) for key in state if (match := _REFERENCE_BLOCK.match(key))), default=-1)
     for key, value in state.items():
         stem, _, leaf = key.rpartition(".")
         if stem in _OUTER:
@@ -285,7 +329,7 @@ def state_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif stem in _EMBEDDERS:
             for i in range(depth):
                 converted[f"transformer_blocks.{i}.{_EMBEDDERS[stem]}.{leaf}"] = value
-        elif match := _OUR_BLOCK.match(stem):
+        elif match := _REFERENCE_BLOCK.match(stem):
             block = f"transformer_blocks.{match[1]}"
             if match[2] == "attn.qkv":
                 for name, part in zip(_QKV, value.chunk(3), strict=True):
@@ -293,35 +337,45 @@ def state_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             else:
                 converted[f"{block}.{_BLOCK[match[2]]}.{leaf}"] = value
         elif key != "pos_embed":
-            raise CheckpointError(f"{key} is no tensor of a DiT: nothing in diffusers' layout stands for it")
+            raise CheckpointError(
+                f"{key} is not a tensor of a DiT: it has no counterpart in the layout of diffusers"
+            )
     return converted
 
 
 def state_from_diffusers(
     state: Mapping[str, Tensor], config: Mapping[str, Any], source: str
 ) -> dict[str, Tensor]:
-    """The reference's keys for diffusers'; `config` is `DiT.config`.
+    """Convert a state dict of diffusers to the keys of the reference.
 
-    What has no place in the reference's layout keeps its name, so that loading it is refused by name. Raises
-    CheckpointError where the embedders of two blocks differ: the reference has one for all.
+    Args:
+        state: State dict of a DiTTransformer2DModel.
+        config: `DiT.config`.
+        source: Name of the file, for messages.
+
+    Returns:
+        The tensors, with `pos_embed`. Tensors without a counterpart keep their names, so that loading them fails with
+        these names.
+
+    Raises:
+        CheckpointError: The embedders of two blocks differ, where the reference has one embedder for all blocks.
     """
-    names = {theirs: ours for ours, theirs in _OUTER.items()}
-    in_block = {theirs: ours for ours, theirs in _BLOCK.items()}
-    embedders = {theirs: ours for ours, theirs in _EMBEDDERS.items()}
+    names = {new: old for old, new in _OUTER.items()}
+    in_block = {new: old for old, new in _BLOCK.items()}
+    embedders = {new: old for old, new in _EMBEDDERS.items()}
     converted: dict[str, Tensor] = {}
     qkv: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, value in state.items():
         stem, _, leaf = key.rpartition(".")
-        match = _THEIR_BLOCK.fullmatch(stem)
+        match = _DIFFUSERS_BLOCK.fullmatch(stem)
         if stem in names:
             converted[f"{names[stem]}.{leaf}"] = value
         elif match and match[2] in embedders:
-            ours = f"{embedders[match[2]]}.{leaf}"
-            first = converted.setdefault(ours, value)
+            first = converted.setdefault(f"{embedders[match[2]]}.{leaf}", value)
             if first is not value and not (first.shape == value.shape and torch.equal(first, value)):
                 raise CheckpointError(
-                    f"{source}: {key} differs from another block's: its blocks were trained apart, and a DiT has "
-                    "one embedder for all"
+                    f"{source}: {key} differs from another block's: its blocks were trained with separate "
+                    "embedders, and a DiT has one for all"
                 )
         elif match and match[2] in _QKV:
             qkv.setdefault((match[1], leaf), {})[match[2]] = value
@@ -339,10 +393,10 @@ def state_from_diffusers(
 
 
 def _positions(state: Mapping[str, Tensor], config: Mapping[str, Any], source: str) -> Tensor:
-    """(1, T, D) float32, numbered 0, 1, 2, ... on both axes, as the reference and diffusers make them."""
+    """Position table float32 (1, T, D) for positions 0, 1, 2, ... on both axes, as in the reference and diffusers."""
     rows, columns = (size // config["patch_size"] for size in config["input_size"])
     width, bias = config["hidden_size"], state.get("x_embedder.proj.bias")
-    # Before anything of that size is made: the file must have weights of that width, and few enough tokens.
+    # Checked before memory is allocated: the file must have weights of that width, and not too many tokens.
     if (bias is not None and bias.shape != (width,)) or not 0 < rows * columns * width <= _MOST_POSITIONS:
         found = None if bias is None else tuple(bias.shape)
         raise CheckpointError(
@@ -356,7 +410,7 @@ def _positions(state: Mapping[str, Tensor], config: Mapping[str, Any], source: s
 
 
 def diffusers_config_of(path: Path) -> dict[str, Any] | None:
-    """The `config.json` at `path` when it is of a DiT that diffusers or `FastDiT` wrote, else None."""
+    """The `config.json` at `path` where it describes a DiT of diffusers or a `FastDiT`, else None."""
     if not path.exists():
         return None
     config = read_object(path, CheckpointError)
@@ -364,14 +418,22 @@ def diffusers_config_of(path: Path) -> dict[str, Any] | None:
 
 
 def transformer_folder(folder: Path) -> Path:
-    """The model's folder within a pipeline's, or `folder` itself."""
+    """The folder of the transformer within a pipeline, or `folder` itself."""
     return folder / "transformer" if (folder / "model_index.json").is_file() else folder
 
 
 def read_folder(folder: Path, config: Mapping[str, Any]) -> tuple[WeightFile, dict[str, Any], Conventions]:
-    """(weights under the reference's keys, `DiT.config`, conventions) of a folder with this `config.json`.
+    """Read a folder of diffusers or `FastDiT`.
 
-    Raises CheckpointError for files that are missing, unsafe or no DiT's.
+    Args:
+        folder: The folder.
+        config: Its `config.json`.
+
+    Returns:
+        The weights under the keys of the reference, `DiT.config`, and the conventions.
+
+    Raises:
+        CheckpointError: Files are missing, unsafe, or do not describe a DiT.
     """
     source = str(folder / "config.json")
     ours, conventions = config_from_diffusers(config, source)
@@ -390,23 +452,28 @@ def read_folder(folder: Path, config: Mapping[str, Any]) -> tuple[WeightFile, di
 
 
 def write_folder(model: DiT, folder: str | Path) -> None:
-    """Write `model` as diffusers' `DiTTransformer2DModel.save_pretrained` would, made when missing.
+    """Write `model` as diffusers' `DiTTransformer2DModel.save_pretrained` does.
 
-    Raises ConfigError for what diffusers' files cannot tell: timestep frequencies other than diffusers' own, a grid
-    that is not square, positions that are not its own, another MLP ratio than 4, no null class.
+    Args:
+        model: The model.
+        folder: The folder; created where missing.
+
+    Raises:
+        ConfigError: The files of diffusers cannot represent the model: timestep frequencies, positions or an MLP ratio
+            other than those of diffusers, a grid that is not square, or no null class.
     """
     conventions = conventions_of(model)
     if conventions.timestep_freq_shift != 1:
         raise ConfigError(
             f"diffusers computes timestep frequencies with shift 1, this model with "
-            f"{conventions.timestep_freq_shift}, and its files cannot say so: save FastDiT.from_dit(model), or give "
-            "conventions=DIFFUSERS to export the weights as they are"
+            f"{conventions.timestep_freq_shift}, and its files cannot store that: save FastDiT.from_dit(model), or "
+            "give conventions=DIFFUSERS to export the weights as they are"
         )
     config = diffusers_config(model.config, conventions)
     check_positions(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # clone: q, k and v are views of one tensor and the embedders stand in every block.
+    # Cloned, since safetensors refuses shared memory: q, k and v are views, and the embedders appear in every block.
     tensors = {
         key: value.detach().cpu().clone() for key, value in state_to_diffusers(model.state_dict()).items()
     }
@@ -419,7 +486,7 @@ def write_folder(model: DiT, folder: str | Path) -> None:
 
 
 def check_positions(model: DiT) -> None:
-    """ConfigError when the model's positions are not the plain grid 0, 1, 2, ..., the only one diffusers makes."""
+    """Raise ConfigError where the positions are not those of the grid 0, 1, 2, ..., which diffusers computes."""
     plain = state_from_diffusers({}, model.config, "the model")["pos_embed"]
     own = model.pos_embed.detach().float().cpu()
     difference = (own - plain).abs().max().item() if own.shape == plain.shape else float("inf")
@@ -431,13 +498,21 @@ def check_positions(model: DiT) -> None:
 
 
 def to_diffusers(model: DiT) -> Any:
-    """diffusers' `DiTTransformer2DModel` with copies of the model's weights and the same outputs, in eval mode.
+    """Convert a model to diffusers' `DiTTransformer2DModel`.
 
-    The model's `Conventions` go with it: norm_eps as its configuration, the timestep frequencies as
-    `downscale_freq_shift` of its live embedders. diffusers does not save the latter, so that a model of the
-    reference's frequencies is exact as long as it lives: to keep one on disk, save `FastDiT.from_dit(model)`.
+    The `Conventions` are kept: norm_eps in its configuration, the timestep frequencies as `downscale_freq_shift` of its
+    embedders. diffusers does not save the latter; to save a model with the frequencies of the reference, save
+    `FastDiT.from_dit(model)`.
 
-    Raises MissingExtraError without diffusers, ConfigError for a model that diffusers' class cannot be.
+    Args:
+        model: The model.
+
+    Returns:
+        A model with copies of the weights and the same outputs, on the same device, in eval mode.
+
+    Raises:
+        MissingExtraError: diffusers is not installed.
+        ConfigError: diffusers cannot represent the model.
     """
     try:
         from diffusers import DiTTransformer2DModel
@@ -448,22 +523,28 @@ def to_diffusers(model: DiT) -> Any:
     conventions = conventions_of(model)
     check_positions(model)
     parameter = model.x_embedder.proj.weight
-    theirs: Any = DiTTransformer2DModel(**diffusers_config(model.config, conventions))
-    theirs.load_state_dict(state_to_diffusers(model.state_dict()))
-    for block in theirs.transformer_blocks:
+    converted: Any = DiTTransformer2DModel(**diffusers_config(model.config, conventions))
+    converted.load_state_dict(state_to_diffusers(model.state_dict()))
+    for block in converted.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = conventions.timestep_freq_shift
-    # Asked for the dtype it has, diffusers' `to` warns all the same.
+    # diffusers' `to` warns about every explicit dtype, even the present one.
     dtype = {} if parameter.dtype == torch.float32 else {"dtype": parameter.dtype}
-    return theirs.to(parameter.device, **dtype).eval()
+    return converted.to(parameter.device, **dtype).eval()
 
 
 def from_diffusers(model: Any, *, cfg_channels: int | None = None) -> ConvertedDiT:
-    """A `ConvertedDiT` with copies of the weights and the same outputs as diffusers' live `DiTTransformer2DModel`.
+    """Convert diffusers' `DiTTransformer2DModel`; for a folder use `load_model`, which does not need diffusers.
 
-    On the model's device, in its dtype, in eval mode. diffusers keeps guidance in the pipeline: `cfg_channels`, what
-    `forward_with_cfg` guides, is None for all channels, as there, or what the caller knows. For a folder that
-    diffusers wrote, use `load_model`, which does not need diffusers. Raises ConfigError for another class,
-    CheckpointError where its blocks differ in what a DiT has once.
+    Args:
+        model: The model.
+        cfg_channels: Channels that `forward_with_cfg` guides; None for all, as in diffusers' pipeline.
+
+    Returns:
+        A model with copies of the weights and the same outputs, on the same device, in the same dtype, in eval mode.
+
+    Raises:
+        ConfigError: The model is of another class.
+        CheckpointError: Its blocks differ where a DiT has one value for all.
     """
     name = type(model).__name__
     if name != "DiTTransformer2DModel":
@@ -474,17 +555,22 @@ def from_diffusers(model: Any, *, cfg_channels: int | None = None) -> ConvertedD
     weight = state["x_embedder.proj.weight"]
     state["pos_embed"] = state["pos_embed"].to(weight)
     with torch.device("meta"):
-        ours = ConvertedDiT(**config, conventions=conventions)
-    load_weights(ours, {key: value.detach().clone() for key, value in state.items()}, name, assign=True)
-    return ours.eval()
+        converted = ConvertedDiT(**config, conventions=conventions)
+    load_weights(converted, {key: value.detach().clone() for key, value in state.items()}, name, assign=True)
+    return converted.eval()
 
 
 def save_diffusers(model: DiT, folder: str | Path, *, conventions: Conventions | None = None) -> None:
-    """Write a folder that diffusers loads natively, `DiTTransformer2DModel.from_pretrained(folder)`.
+    """Write a folder for `DiTTransformer2DModel.from_pretrained(folder)`.
 
-    Its outputs are the model's when the model has diffusers' timestep frequencies. The reference's own weights do
-    not: with `conventions=DIFFUSERS` they are exported as diffusers' own conversion does, for a model that computes
-    a little else. Raises ConfigError where the outputs would differ and that was not asked for.
+    Args:
+        model: The model.
+        folder: The folder; created where missing.
+        conventions: None keeps the outputs of the model, which must then have the timestep frequencies of diffusers.
+            `DIFFUSERS` exports weights of the reference as diffusers' own conversion does: the outputs change slightly.
+
+    Raises:
+        ConfigError: The outputs would change and `conventions` is None, or diffusers cannot represent the model.
     """
     if conventions is not None:
         if conventions.timestep_freq_shift != DIFFUSERS.timestep_freq_shift:
@@ -497,13 +583,13 @@ def save_diffusers(model: DiT, folder: str | Path, *, conventions: Conventions |
 
 
 def _live_conventions(model: Any, cfg_channels: int | None) -> Conventions:
-    """What the modules themselves say, which may have been changed since they were built."""
+    """Conventions read from the modules, which may have been changed since they were built."""
     found = set()
     for block in model.transformer_blocks:
         time_proj = block.norm1.emb.time_proj
         if not time_proj.flip_sin_to_cos or time_proj.scale != 1:
             raise CheckpointError(
-                f"{type(model).__name__}: timesteps embedded as [sin, cos] or scaled are no DiT's"
+                f"{type(model).__name__}: timesteps embedded as [sin, cos] or scaled are not those of a DiT"
             )
         found.add((time_proj.downscale_freq_shift, block.norm1.norm.eps, block.norm3.eps))
     if len(found) != 1 or (only := next(iter(found)))[1] != 1e-6:

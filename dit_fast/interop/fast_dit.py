@@ -1,6 +1,6 @@
-"""`FastDiT`: a DiT of ours in the shape that diffusers' `DiTPipeline` drives, saves and loads.
+"""`FastDiT`: adapter of a `DiT` for diffusers' `DiTPipeline`.
 
-diffusers takes three seconds to import, so the class is made when it is first asked for: `dit_fast.FastDiT`.
+Importing diffusers takes three seconds, so the class is created at the first access to `dit_fast.FastDiT`.
 """
 
 import functools
@@ -20,24 +20,24 @@ from dit_fast.interop.diffusers import (
 )
 from dit_fast.model.dit import DiT
 
-# diffusers' pipeline writes this label for the unconditional half, whatever the number of classes.
+# Label that diffusers' pipeline passes for the unconditional half, whatever the number of classes.
 _PIPELINE_NULL = 1000
 
 _DOCUMENTATION = """A `DiT` that diffusers' `DiTPipeline` runs with any scheduler, saves and loads.
 
-`FastDiT.from_dit(model)` wraps a model without copying it; `.dit` is the model, with its switches (`kernels`,
-`attention`, ...). The constructor's arguments are those of diffusers' DiTTransformer2DModel and what it cannot say:
-mlp_ratio, class_dropout_prob, timestep_freq_shift, cfg_channels (see `Conventions`). Unlike a model of diffusers, it
-is exact for the reference's weights, and the timestep and label embedders run once a step, not in every block.
+`FastDiT.from_dit(model)` wraps a model without copying it; `.dit` is the model, with its backends (`kernels`,
+`attention`, ...). The arguments of the constructor are those of diffusers' DiTTransformer2DModel and four more:
+mlp_ratio, class_dropout_prob, timestep_freq_shift, cfg_channels (see `Conventions`). Unlike the model of diffusers, it
+is exact for weights of the reference, and the timestep and label embedders run once per step, not in every block.
 
-`DiTPipeline.from_pretrained(folder)` finds the class after `import dit_fast`. The pipeline guides every channel of
-the noise; `cfg_channels` is kept for `.dit.forward_with_cfg`.
+`DiTPipeline.from_pretrained(folder)` finds the class after `import dit_fast`. The pipeline guides all channels of the
+noise; `cfg_channels` applies only to `.dit.forward_with_cfg`.
 """
 
 
 @functools.cache
 def fast_dit_class() -> Any:
-    """The class `FastDiT`; MissingExtraError without diffusers."""
+    """The class `FastDiT`; MissingExtraError where diffusers is not installed."""
     try:
         from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
         from diffusers.configuration_utils import register_to_config
@@ -100,7 +100,7 @@ def fast_dit_class() -> Any:
 
         @classmethod
         def from_dit(cls, model: DiT) -> Any:
-            """`model` itself in diffusers' shape; its parameters are shared, not copied."""
+            """Wrap `model`; its parameters are shared, not copied."""
             with torch.device("meta"):
                 adapter = cls(**adapter_config(model.config, conventions_of(model)))
             adapter.dit = model
@@ -124,7 +124,7 @@ def fast_dit_class() -> Any:
             return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
         def _labels(self, labels: Tensor) -> Tensor:
-            """The pipeline's null label as this model's own, where it can be no class."""
+            """Labels (N,) with the null label of the pipeline replaced by that of the model, unless it is a class."""
             classes = self.dit.num_classes
             if classes >= _PIPELINE_NULL:
                 return labels
@@ -136,6 +136,6 @@ def fast_dit_class() -> Any:
             return torch.where(null, classes, labels)
 
     FastDiT.__doc__ = _DOCUMENTATION
-    # Where diffusers and pickle look for it: diffusers records the first part of __module__ in model_index.json.
+    # diffusers and pickle look for the class there: diffusers stores the first part of __module__ in model_index.json.
     FastDiT.__module__, FastDiT.__qualname__ = "dit_fast", ADAPTER
     return FastDiT

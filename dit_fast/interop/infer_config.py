@@ -1,9 +1,9 @@
-"""What configuration a state dict belongs to, told from the shapes of its tensors.
+"""Configuration of a DiT, inferred from the shapes of its tensors.
 
-Shapes say everything but a few facts: the number of heads (the same shapes for any), whether the last row
-of the label table is the null class, and the sides of a grid that is not square. The caller may know them;
-else heads come from the registry's size of that width and depth, the label table is read as `num_classes +
-1` rows, since the reference always trains with label dropout, and the grid is square.
+Shapes determine everything except the number of heads, whether the last row of the label table is the null class, and
+the sides of a grid that is not square. Unless the caller knows them, the heads are those of the registry's model with
+this width and depth, the label table has `num_classes + 1` rows, since the reference always trains with label dropout,
+and the grid is square.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from dit_fast.model.config import PAPER
 from dit_fast.model.layers import swiglu_width
 from dit_fast.model.presets import SIZES, DiT_models
 
-# The reference's label dropout; a state dict only tells that there was some.
+# Label dropout of the reference; a state dict only shows that there was some.
 _LABEL_DROPOUT = 0.1
 
 _RANKS = {
@@ -25,7 +25,7 @@ _RANKS = {
     "blocks.0.attn.qkv.weight": 2,
     "final_layer.linear.weight": 2,
 }
-# An unconditional model has no labels; what stands in the place of fc1 where the MLP is a SwiGLU.
+# Optional tensors: an unconditional model has no labels, and a SwiGLU has w12 in place of fc1.
 _LABELS, _FC1, _SWIGLU = (
     "y_embedder.embedding_table.weight",
     "blocks.0.mlp.fc1.weight",
@@ -35,9 +35,7 @@ _CAPTIONS = "y_embedder.mlp.0.weight"
 
 
 def registry_size(name: str) -> dict[str, int]:
-    """depth, hidden_size, num_heads and patch_size of a registry name such as "DiT-XL/2"; ConfigError if
-    unknown.
-    """
+    """depth, hidden_size, num_heads and patch_size of a registry name such as "DiT-XL/2"; ConfigError where unknown."""
     if name not in DiT_models:
         near = difflib.get_close_matches(name, DiT_models, n=3, cutoff=0.3) or list(DiT_models)
         raise ConfigError(f"unknown model {name!r}; the nearest are {', '.join(near)}")
@@ -48,17 +46,24 @@ def registry_size(name: str) -> dict[str, int]:
 def infer_config(
     shapes: Mapping[str, tuple[int, ...]], source: str, known: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Constructor arguments of the `DiT` that has tensors of these shapes, as `DiT.config` gives them.
+    """Infer the configuration of the `DiT` with tensors of these shapes.
 
-    `shapes` has the reference's keys, `source` names the file in messages, and `known` fields settle what
-    the shapes leave open (also whether positions are rotary or learned, and an adaptive norm an RMSNorm: else they are
-    the paper's); where they contradict the shapes, the shapes' value is returned. Raises
-    CheckpointError when the tensors are no DiT's or when nothing tells the number of heads or the grid.
+    Args:
+        shapes: Shapes by name, under the keys of the reference.
+        source: Name of the file, for messages.
+        known: Fields that the caller knows; they decide what shapes leave open, including rotary or learned positions
+            and the kind of an adaptive norm (the paper's by default). Where they contradict the shapes, the shapes win.
+
+    Returns:
+        `DiT.config`.
+
+    Raises:
+        CheckpointError: The tensors are not those of a DiT, or the number of heads or the grid remains unknown.
     """
     known = known or {}
     _require_dit(shapes, source)
     hidden_size, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
-    # Distinct indices, not the largest: one absurd key must not ask for a million blocks.
+    # The number of distinct indices, not the largest: one absurd key must not request a million blocks.
     depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
 
     per_patch = shapes["final_layer.linear.weight"][0]
@@ -88,7 +93,7 @@ def infer_config(
         "class_dropout_prob": dropout,
         "num_classes": rows - (dropout > 0) if rows else 0,
         "learn_sigma": outputs == 2 * in_channels,
-        # As `DiT.config` has them: only where they are not the reference's.
+        # As in `DiT.config`: only options that differ from the reference.
         **{name: value for name, value in options.items() if value != PAPER[name]},
         **({"caption_dim": caption_dim} if caption_dim else {}),
     }
@@ -97,7 +102,7 @@ def infer_config(
 def _options(
     shapes: Mapping[str, tuple[int, ...]], hidden_size: int, known: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The model's options by name; what no shape tells is as known, or the paper's."""
+    """Options of the model by name; those that shapes do not determine are as known, or the paper's."""
     affine = "blocks.0.norm1.weight" in shapes
     norm = "layernorm" if "blocks.0.norm1.bias" in shapes else "rmsnorm"
     return {
@@ -110,7 +115,7 @@ def _options(
 
 
 def _mlp_ratio(shapes: Mapping[str, tuple[int, ...]], hidden_size: int, known: float) -> float:
-    """The known ratio where it is the shapes' own, else one that is."""
+    """The known ratio where it agrees with the shapes, else one that does."""
     hidden = int(hidden_size * known)
     if _SWIGLU in shapes:
         rows = shapes[_SWIGLU][0] // 2
@@ -120,7 +125,7 @@ def _mlp_ratio(shapes: Mapping[str, tuple[int, ...]], hidden_size: int, known: f
 
 
 def _conditioning(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> str:
-    """How the blocks learn of timestep and class; the reference's way unless the first block says otherwise."""
+    """Conditioning of the blocks, from the tensors of the first block."""
     if shapes.get("blocks.0.adaLN_modulation.1.weight", ())[:1] == (4 * hidden_size,):
         return "adaln"
     if "blocks.0.cross.q.weight" in shapes:
@@ -138,14 +143,14 @@ def _require_dit(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     if missing:
         hint = ""
         if any(key.startswith("transformer_blocks.") for key in shapes):
-            hint = " (these are diffusers' names: give the folder, with its config.json)"
-        raise CheckpointError(f"{source} holds no DiT: {', '.join(missing)} missing{hint}")
+            hint = " (these are names of diffusers: give the folder, with its config.json)"
+        raise CheckpointError(f"{source} is not a DiT: {', '.join(missing)} missing{hint}")
     wrong = [key for key, rank in ranks.items() if len(shapes[key]) != rank or 0 in shapes[key]]
     if not wrong and len(set(shapes["x_embedder.proj.weight"][2:])) != 1:
         wrong = ["x_embedder.proj.weight"]
     if wrong:
         listed = ", ".join(f"{key} {shapes[key]}" for key in wrong)
-        raise CheckpointError(f"{source} holds no DiT: misshaped {listed}")
+        raise CheckpointError(f"{source} is not a DiT: misshaped {listed}")
 
 
 def _input_size(tokens: int, patch: int, known: Any, source: str) -> list[int]:
@@ -156,7 +161,7 @@ def _input_size(tokens: int, patch: int, known: Any, source: str) -> list[int]:
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise CheckpointError(
-            f"{source} has {tokens} positions, which is no square grid: keep the right config.json beside it"
+            f"{source} has {tokens} positions, which is not a square grid: put its config.json beside it"
         )
     return [side * patch, side * patch]
 
@@ -166,7 +171,7 @@ def _registry_heads(hidden_size: int, depth: int, source: str) -> int:
         if (size["hidden_size"], size["depth"]) == (hidden_size, depth):
             return size["num_heads"]
     raise CheckpointError(
-        f"{source}: weights of width {hidden_size} and depth {depth} do not tell the number of heads, and no "
+        f"{source}: weights of width {hidden_size} and depth {depth} do not determine the number of heads, and no "
         "registry model has that size: give num_heads (--num-heads)"
     )
 
@@ -177,8 +182,16 @@ def require_config(
     source: str,
     hints: Mapping[str, str] | None = None,
 ) -> None:
-    """CheckpointError listing every field of `expected` that `found` has otherwise, with both values; `hints` say
-    for some fields what to do about it.
+    """Check a configuration.
+
+    Args:
+        found: `DiT.config` of the checkpoint.
+        expected: Fields that it must have.
+        source: Name of the file, for messages.
+        hints: For some fields, what to do about a difference.
+
+    Raises:
+        CheckpointError: Lists every differing field with both values.
     """
     found = {**PAPER, "caption_dim": 0, **found}
     differing = [key for key, value in expected.items() if _plain(found[key]) != _plain(value)]
@@ -188,11 +201,11 @@ def require_config(
             for key in differing
         ]
         lines += [hints[key] for key in differing if hints and key in hints]
-        raise CheckpointError(f"{source} is of another configuration: {'; '.join(lines)}")
+        raise CheckpointError(f"{source} has another configuration: {'; '.join(lines)}")
 
 
 def _plain(value: Any) -> Any:
-    """One number for a square size, so that 32 and [32, 32] are the same."""
+    """A square size as one number, so that 32 and [32, 32] are equal."""
     if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
         return value[0]
     return tuple(value) if isinstance(value, list) else value

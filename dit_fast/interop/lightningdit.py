@@ -1,14 +1,14 @@
-"""LightningDiT's state dict (Yao et al. 2025, arXiv:2501.01423) <-> that of the `DiT` that computes the same.
+"""Conversion between state dicts of LightningDiT (Yao et al. 2025, arXiv:2501.01423) and of an equivalent `DiT`.
 
-Names and layouts are the same, rotary pairs and the order of SwiGLU's halves too. What differs is moved, exactly but
-for rounding:
+Names and layouts agree, including rotary pairs and the order of the halves of SwiGLU. The differences are converted,
+exactly up to rounding:
 
-- Its RMSNorms have a weight w in front of the modulation, norm(x) w (1 + scale) + shift. The scale is linear in the
-  condition, so that w goes into the layer that makes it: 1 + scale' = w (1 + scale).
-- Without shifts (`wo_shift`) that layer makes scale and gate only; shifts of zero stand between them then.
-- Its SwiGLU is int(8 D / 3) wide, here that is rounded up to a multiple of 8: units of zeros, which answer zero and get
-  no gradient, are the rest.
-- It saves the cosines and sines of its rotary positions; here they are made anew.
+- Its RMSNorms have a weight w before the modulation: norm(x) w (1 + scale) + shift. The scale is linear in the
+  condition, so that w is folded into the layer that computes it: 1 + scale' = w (1 + scale).
+- Without shifts (`wo_shift`) that layer computes only scale and gate; shifts of zero are inserted.
+- Its SwiGLU has int(8 D / 3) units, which a `DiT` rounds up to a multiple of 8: the added units are zeros, which
+  contribute nothing and receive no gradient.
+- It saves the cosines and sines of its rotary positions, which a `DiT` recomputes.
 """
 
 import math
@@ -30,26 +30,33 @@ _NORM, _ADALN = "blocks.0.norm1.weight", "blocks.0.adaLN_modulation.1.weight"
 _WEIGHT = re.compile(r"(?:blocks\.\d{1,6}\.norm([12])|final_layer\.norm_final)\.weight")
 _MODULATION = re.compile(r"blocks\.\d{1,6}\.adaLN_modulation\.1\.(?:weight|bias)")
 _SWIGLU = re.compile(r"(blocks\.\d{1,6}\.mlp)\.w3\.weight")
-# Which of a layer's vectors is the scale, by the number of the norm: of shift, scale, gate, twice, or shift, scale.
+# Index of the scale among the vectors of a modulation layer, by the number of the norm: the layer of a block computes
+# (shift, scale, gate) twice, that of the final layer (shift, scale).
 _PLACES = {"1": 1, "2": 4, None: 1}
-# Theirs are made in float32, of places up to the grid's side.
-_ANGLES_OFF = 1e-4
+# Tolerance for cosines and sines, which LightningDiT computes in float32.
+_ANGLE_TOLERANCE = 1e-4
 
 
 def is_lightningdit(state: Mapping[str, Tensor]) -> bool:
-    """Whether only LightningDiT has such tensors; with neither rotary positions nor RMSNorm its layout is the
-    reference's.
-    """
+    """Whether only LightningDiT has these tensors; without rotary positions and RMSNorm its layout is the reference's."""
     return _COS in state or (_NORM in state and _ADALN in state)
 
 
 def state_from_lightningdit(
     state: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the `DiT`, float32, and what its configuration has that their shapes do not tell.
+    """Convert a state dict of LightningDiT.
 
-    Raises CheckpointError, in one line that names `source`, for what a `DiT` cannot be: layer norms of queries and
-    keys, rotary positions of another base or grid, tensors of other shapes.
+    Args:
+        state: Its tensors, float32.
+        source: Name of the file, for messages.
+
+    Returns:
+        State dict of the `DiT`, and the fields of its configuration that shapes do not determine.
+
+    Raises:
+        CheckpointError: A `DiT` cannot represent it: layer norms of queries and keys, rotary positions with another
+            base or grid, or tensors of other shapes.
     """
     if "blocks.0.attn.q_norm.bias" in state:
         raise CheckpointError(
@@ -80,14 +87,22 @@ def state_from_lightningdit(
 
 
 def state_to_lightningdit(model: DiT) -> dict[str, Tensor]:
-    """The tensors that LightningDiT's class loads, built with the options that the model has.
+    """Convert a model to a state dict for LightningDiT's class, built with the same options.
 
-    That class adds `pos_embed` whatever it holds, so that every kind of positions can be its own. Raises ConfigError
-    for what it cannot be.
+    LightningDiT always adds `pos_embed`, so that it can represent every kind of positions.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The state dict.
+
+    Raises:
+        ConfigError: LightningDiT cannot represent the model.
     """
     config, options = model.config, model.options
     width, (rows, columns) = config["hidden_size"], model.x_embedder.grid_size
-    gelu, theirs = options["mlp"] == "gelu", int(2 / 3 * (4 * width))
+    gelu, units = options["mlp"] == "gelu", int(2 / 3 * (4 * width))
     refused = {
         f"conditioning={options['conditioning']!r}": options["conditioning"] != "adaln_zero",
         "no classes": not model.num_classes,
@@ -106,27 +121,27 @@ def state_to_lightningdit(model: DiT) -> dict[str, Tensor]:
         angles = rotary_angles((rows, columns), model.head_dim).repeat_interleave(2, dim=1)
         state |= {_COS: angles.cos(), _SIN: angles.sin()}
     for i in range(0 if gelu else len(model.blocks)):
-        _set_width(state, f"blocks.{i}.mlp", theirs)
+        _set_width(state, f"blocks.{i}.mlp", units)
     return state
 
 
 def _require_angles(cos: Tensor, sin: Tensor, positions: Tensor, source: str) -> None:
-    """CheckpointError unless these are the cosines and sines of a square grid's `rotary_angles`, each twice."""
+    """Raise CheckpointError unless these are cosines and sines of `rotary_angles` for a square grid, each twice."""
     tokens, width = positions.shape[1], cos.shape[1]
     side = math.isqrt(tokens)
     far = math.inf
     if side * side == tokens == cos.shape[0] and cos.shape == sin.shape and width % 4 == 0:
         angles = rotary_angles((side, side), width).repeat_interleave(2, dim=1)
         far = max(float((cos - angles.cos()).abs().max()), float((sin - angles.sin()).abs().max()))
-    if not far < _ANGLES_OFF:
+    if not far < _ANGLE_TOLERANCE:
         raise CheckpointError(
-            f"{source}: {_COS} {tuple(cos.shape)} holds other rotary positions than a DiT's: those of a square grid "
-            f"of {tokens} patches, numbered 0, 1, ..., with frequencies of base 10000"
+            f"{source}: {_COS} {tuple(cos.shape)} has rotary positions that a DiT does not have; expected those "
+            f"of a square grid of {tokens} patches, numbered 0, 1, ..., with frequencies of base 10000"
         )
 
 
 def _with_shifts(layer: Tensor, width: int) -> Tensor:
-    """Weight or bias of a modulation with shifts of zero where it has none."""
+    """Weight or bias of a modulation layer, with zero rows inserted for missing shifts."""
     if layer.shape[0] != 4 * width:
         return layer
     none = layer.new_zeros(width, *layer.shape[1:])
@@ -135,7 +150,7 @@ def _with_shifts(layer: Tensor, width: int) -> Tensor:
 
 
 def _fold(state: dict[str, Tensor], norm: str, layer: str, place: int) -> None:
-    """Move the weight of a norm into vector `place` of those that `layer` makes; RuntimeError for another width."""
+    """Fold the weight of a norm into vector `place` of a modulation layer; RuntimeError for another width."""
     w, weight = state.pop(norm).double(), state[f"{layer}.weight"].clone()
     bias = state[f"{layer}.bias"].clone()
     if w.shape != weight.shape[1:]:
@@ -147,13 +162,10 @@ def _fold(state: dict[str, Tensor], norm: str, layer: str, place: int) -> None:
 
 
 def _set_width(state: dict[str, Tensor], mlp: str, hidden: int) -> None:
-    """Give a SwiGLU `hidden` units: more by units of zeros, fewer by leaving such out.
-
-    Raises ConfigError where those that are left out are not zeros.
-    """
+    """Set the number of units of a SwiGLU by adding or removing units of zeros; ConfigError for other units."""
     names = [f"{mlp}.{name}" for name in ("w12.weight", "w12.bias", "w3.weight")]
     halves = [half for name in names[:2] for half in state[name].chunk(2)]
-    # Units first.
+    # Transposed, so that units are the first axis of every part.
     parts = [*halves, state[names[2]].T]
     more = hidden - len(parts[0])
     if more < 0 and any(part[hidden:].any() for part in parts):

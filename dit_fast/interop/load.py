@@ -1,4 +1,4 @@
-"""One way in for every kind of checkpoint: `load_model`."""
+"""`load_model`: a model from any kind of checkpoint."""
 
 import contextlib
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from dit_fast.interop.diffusers import (
 )
 from dit_fast.interop.infer_config import infer_config, registry_size, require_config
 from dit_fast.interop.lightningdit import is_lightningdit, state_from_lightningdit
-from dit_fast.interop.objective import pipeline_facts, settled_objective, transport_objective
+from dit_fast.interop.objective import merged_objective, pipeline_facts, transport_objective
 from dit_fast.model.dit import DiT
 from dit_fast.model.embedders import as_pair
 from dit_fast.model.folder import load_weights, read_config
@@ -32,26 +32,30 @@ from dit_fast.utils.values import SOURCE, TEXT
 
 WEIGHTS = ("ema", "model")
 WIDTH = "ema:"
-"""What stands before a relative width in `weights`: an average made of snapshots (`dit_fast.checkpoint.power_ema`)."""
+"""Prefix of a relative width in `weights`: a post-hoc average of snapshots (`dit_fast.checkpoint.power_ema`)."""
 
-# Positions are fixed sines: another size needs a new table, not new weights.
+# Positions are fixed sines, so that another input size needs a new table, not new weights.
 _HINTS = {
-    "input_size": "load_model(..., input_size=SIZE) or model.regrid(SIZE) makes positions for another size"
+    "input_size": "load_model(..., input_size=SIZE) or model.regrid(SIZE) computes positions for another size"
 }
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Where a model came from and what its checkpoint says of it.
+    """Source of a model, and the metadata of its checkpoint.
 
-    `weights` is "ema", "model", "ema:WIDTH" or "only" (the file has one set); `latent` says whether the model makes
-    latents of an autoencoder or pixels; `notes` are lines that a user should see. The other fields are a
-    training checkpoint's and empty for other files: `data` describes the image set (its name, size,
-    channels, held-out fraction, fingerprint, and `flip` as the run was told), `diffusion` are arguments of
-    `create_objective`. A pipeline's folder tells `class_names` and `diffusion` too; training files of SiT and
-    LightningDiT tell `diffusion`, and for other weight files the caller may. `vae`: the autoencoder of the latents,
-    "ema", "mse" or a folder, where the checkpoint or the pipeline tells it. `working_directory`: what the relative
-    paths in `data` and `vae` are relative to.
+    Attributes:
+        path: File or folder of the weights.
+        weights: "ema", "model", "ema:WIDTH", or "only" where the file has one set.
+        latent: Whether the model generates latents of an autoencoder rather than pixels.
+        step: Step of a training checkpoint.
+        class_names: Names of the classes, from a training checkpoint or a pipeline.
+        data: Image set of a training checkpoint: name, size, channels, held-out fraction, fingerprint, and `flip`.
+        diffusion: Arguments of `create_objective`, from a training checkpoint, a pipeline, a training file of SiT or
+            LightningDiT, or the caller of `load_model`.
+        vae: Autoencoder of the latents, "ema", "mse" or a folder, where the checkpoint or pipeline names it.
+        notes: Lines for the user.
+        working_directory: The folder to which relative paths in `data` and `vae` refer.
     """
 
     path: Path
@@ -66,7 +70,7 @@ class ModelInfo:
     working_directory: str | None = None
 
     def summary(self) -> str:
-        """One line: which weights of which file."""
+        """The weights and their file on one line."""
         named = {"ema": "EMA weights", "model": "raw weights (not EMA)", "only": "weights"}
         width = self.weights.removeprefix(WIDTH)
         which = named.get(self.weights, f"EMA weights of relative width {width}")
@@ -84,24 +88,34 @@ def load_model(
     input_size: int | tuple[int, int] | None = None,
     objective: str | Mapping[str, Any] | None = None,
 ) -> tuple[DiT, ModelInfo]:
-    """The model of any checkpoint, in eval mode on `device`, and what is known of it.
+    """Load a model from any kind of checkpoint.
 
-    `path` is a run folder of `dit-fast train` (its newest checkpoint that verifies), a step folder, a
-    `save_pretrained` folder, a folder that diffusers or `FastDiT` wrote (a pipeline's or the transformer's; then
-    the model is a `ConvertedDiT`), the id of such a model on the Hugging Face hub (`organisation/name`, with
-    `@revision` to pin it), a `.safetensors` file, or a `.pt` file: a bare state dict as the reference, SiT and
-    LightningDiT publish, or a dictionary of their train.py.
+    Args:
+        path: One of
+            - a run folder of `dit-fast train` (its newest valid checkpoint), or a step folder of it;
+            - a folder written by `DiT.save_pretrained`;
+            - a folder written by diffusers or `FastDiT`, of a pipeline or a transformer (the model is then a
+              `ConvertedDiT`), or the id of such a model on the Hugging Face hub (`organization/name`, with `@revision`
+              to pin it);
+            - a `.safetensors` file, or a `.pt` file with a state dict or a train.py dictionary of the reference, SiT or
+              LightningDiT.
+        weights: "ema" or "model", where the checkpoint has both (otherwise the one it has, with a note), or
+            "ema:WIDTH" for a post-hoc average.
+        device: Device of the model.
+        num_heads: Number of attention heads, where neither a config.json nor the registry determines it.
+        expected: Fields of `DiT.config` that the checkpoint must have.
+        input_size: Input size of the model, (height, width) or one number; other positions are computed for it
+            (`DiT.regrid`), with a note.
+        objective: Training objective, where the checkpoint does not store it: "flow", or a mapping with "objective",
+            "prediction" and "path" as in `create_objective`.
 
-    weights     "ema" or "model", where the checkpoint has both; the one there is, with a note, where it has
-    one
-    num_heads   where neither a config.json nor the registry tells it
-    expected    fields of `DiT.config` that the checkpoint must have
-    input_size  of the model, whatever the checkpoint's: `DiT.regrid` makes its positions for that size, with a note
-    objective   what the model was trained to predict, where the checkpoint does not tell: "flow", or a mapping with
-                "objective", "prediction" and "path" as of `create_objective`
+    Returns:
+        The model in eval mode, and the metadata of its checkpoint.
 
-    Raises CheckpointError for a file that is damaged, unsafe, no DiT, or not as `expected`; all differing
-    fields and all missing, unexpected and misshaped tensors are listed at once.
+    Raises:
+        CheckpointError: The file is damaged, unsafe, not a DiT, or not as `expected`. All differing fields, and all
+            missing, unexpected and misshaped tensors, are listed at once.
+        ConfigError: An argument is out of range, or does not fit the checkpoint.
     """
     path = SOURCE.check("path", path)
     if TEXT.check("weights", weights) not in WEIGHTS:
@@ -112,34 +126,37 @@ def load_model(
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path}: neither a file nor a folder (a device or a pipe)")
     try:
-        model, info = _from_path(path, weights, num_heads, expected or {}, told=objective is not None)
+        model, info = _from_path(path, weights, num_heads, expected or {}, pipeline=objective is None)
     except RecursionError:
-        raise CheckpointError(f"{path}: refused: its JSON is nested deeper than any checkpoint's") from None
-    info = replace(info, diffusion=settled_objective(objective, info.diffusion, str(path)))
+        raise CheckpointError(f"{path}: refused: its JSON is nested deeper than in any checkpoint") from None
+    info = replace(info, diffusion=merged_objective(objective, info.diffusion, str(path)))
     if input_size is not None and as_pair(input_size) != model.x_embedder.img_size:
         sizes = " to ".join(
             "x".join(map(str, size)) for size in (model.x_embedder.img_size, as_pair(input_size))
         )
         model.regrid(input_size)
-        info = replace(info, notes=(*info.notes, f"{path}: positions made for another input size, {sizes}"))
+        info = replace(
+            info, notes=(*info.notes, f"{path}: positions computed for another input size, {sizes}")
+        )
     return model.to(device).eval(), info
 
 
 def _from_path(
-    path: Path, weights: str, num_heads: int | None, expected: Mapping[str, Any], told: bool
+    path: Path, weights: str, num_heads: int | None, expected: Mapping[str, Any], pipeline: bool
 ) -> tuple[DiT, ModelInfo]:
+    """Load by the kind of `path`; `pipeline`: read the scheduler of the pipeline to which a transformer belongs."""
     if (path / MANIFEST).exists() or step_folders(path):
         return _from_training(find_checkpoint(path), weights, expected)
     if weights not in WEIGHTS:
         raise ConfigError(
-            f"weights {weights}: {path} is no run of dit-fast train, whose snapshots that takes"
+            f"weights {weights}: {path} is not a run of dit-fast train, whose snapshots this needs"
         )
     folder = path.parent if path.is_file() else path
-    pipeline = folder.resolve().parent
-    if not told and (pipeline / "model_index.json").is_file() and diffusers_config_of(folder / "config.json"):
-        # A part of a pipeline, whose scheduler says what it was trained for; unless the caller does.
-        model, info = _from_path(path, weights, num_heads, expected, told=True)
-        return _with_facts(model, info, pipeline)
+    parent = folder.resolve().parent
+    if pipeline and (parent / "model_index.json").is_file() and diffusers_config_of(folder / "config.json"):
+        # The scheduler of its pipeline determines the training objective, unless the caller does.
+        model, info = _from_path(path, weights, num_heads, expected, pipeline=False)
+        return _with_facts(model, info, parent)
     if path.is_file():
         return _from_file(path, weights, num_heads, expected)
     if config := diffusers_config_of(transformer_folder(path) / "config.json"):
@@ -172,7 +189,7 @@ def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> t
     model = _build(file, read_config(folder / "config.json"), expected)
     data = dict(manifest.get("data") or {})
     if data.get("posterior") == "sample" and {*data["shift"]} == {0.0} and {*data["scale"]} == {1.0}:
-        # A cache of samples as another program scaled them: by the autoencoder's own statistics.
+        # A cache of latents that another program has already scaled by the statistics of the autoencoder.
         del data["shift"], data["scale"]
     data["flip"] = (manifest.get("train_config") or {}).get("flip")
     names = manifest.get("class_names")
@@ -180,7 +197,7 @@ def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> t
     return model, ModelInfo(
         path=folder,
         weights=weights,
-        # The trainer says what it was fed: images of the model's own size are pixels, larger were encoded.
+        # Images of the model's input size are pixels; larger ones were encoded.
         latent=_looks_latent(model) if image_size is None else image_size != model.x_embedder.img_size[0],
         step=int(manifest["step"]),
         class_names=tuple(map(str, names)) if names else None,
@@ -195,14 +212,14 @@ def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> t
 def _training_weights(folder: Path, manifest: dict[str, Any], weights: str) -> WeightFile:
     if weights not in WEIGHTS:
         state, off = reconstruct(folder, _width(weights))
-        note = f"{folder}: an average of {weights} made of snapshots; its profile is {off:.2%} off"
+        note = f"{folder}: the average {weights}, reconstructed from snapshots; its profile is {off:.2%} off"
         return WeightFile(folder, state, weights, notes=(note,))
     verify_files(folder, manifest, part_files(manifest["files"], weights))
     return WeightFile(folder / f"{weights}.safetensors", read_part(folder, manifest, weights), weights)
 
 
 def _width(weights: str) -> float:
-    """The relative width that "ema:WIDTH" asks for. Raises ConfigError."""
+    """The relative width in "ema:WIDTH"; ConfigError for other values."""
     kind, _, width = weights.partition(":")
     try:
         if kind == "ema":
@@ -219,32 +236,32 @@ def _from_file(
     path: Path, weights: str, num_heads: int | None, expected: Mapping[str, Any]
 ) -> tuple[DiT, ModelInfo]:
     file = read_weight_file(path, weights)
-    told = transport_objective(file.arguments)
+    objective = transport_objective(file.arguments)
     beside = path.with_name("config.json")
     if path.suffix == ".safetensors" and beside.is_file():
-        if theirs := diffusers_config_of(beside):
-            return _from_diffusers(path.parent, theirs, expected)
+        if diffusers := diffusers_config_of(beside):
+            return _from_diffusers(path.parent, diffusers, expected)
         config = read_config(beside)
     elif is_lightningdit(file.state):
         state, known = state_from_lightningdit(file.state, str(path))
-        file, told = replace(file, state=state), told or {"objective": "flow"}
+        file, objective = replace(file, state=state), objective or {"objective": "flow"}
         config = _inferred(file, num_heads, {**expected, **known})
     else:
         config = _inferred(file, num_heads, expected)
     model = _build(file, config, expected)
-    return model, ModelInfo(path, file.weights, latent=_looks_latent(model), diffusion=told, notes=file.notes)
+    return model, ModelInfo(
+        path, file.weights, latent=_looks_latent(model), diffusion=objective, notes=file.notes
+    )
 
 
 def _inferred(file: WeightFile, num_heads: int | None, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that the shapes tell, with the help of what the caller or the saved arguments
-    know.
-    """
+    """The configuration, from the shapes, the caller and the arguments saved in the file."""
     known = {"num_heads": num_heads} if num_heads else {}
     saved_classes, saved_model = file.arguments.get("num_classes"), file.arguments.get("model")
     if isinstance(saved_classes, int):
         known["num_classes"] = saved_classes
     if isinstance(saved_model, str) and not num_heads:
-        # A model name of someone's own says nothing; its size may still be one of the registry's.
+        # A custom model name is ignored; the registry may still have a model of that width and depth.
         with contextlib.suppress(ConfigError):
             known["num_heads"] = registry_size(saved_model)["num_heads"]
     return infer_config(_shapes(file), str(file.path), {**expected, **known})
@@ -256,7 +273,7 @@ def _build(
     expected: Mapping[str, Any],
     conventions: Conventions | None = None,
 ) -> DiT:
-    """The model of `config` with the file's tensors; nothing is allocated before the two are known to fit."""
+    """A model of `config` with the tensors of the file; nothing is allocated before they are known to fit."""
     source = str(file.path)
     require_config(infer_config(_shapes(file), source, known=config), config, source)
     require_config(config, expected, source, _HINTS)
@@ -274,7 +291,5 @@ def _shapes(file: WeightFile) -> dict[str, tuple[int, ...]]:
 
 
 def _looks_latent(model: DiT) -> bool:
-    """Grey and RGB models make pixels; the Stable Diffusion autoencoders have four latent channels or
-    more.
-    """
+    """Whether a model generates latents: Stable Diffusion autoencoders have four channels or more, images 1 or 3."""
     return model.in_channels not in (1, 3)

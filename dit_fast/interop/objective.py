@@ -1,4 +1,4 @@
-"""What the model of a weight file was trained to predict: as the file tells, or else the caller."""
+"""Training objective of a loaded model: from its checkpoint or pipeline, or from the caller."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from dit_fast.utils.terminal import one_line
 
 _SCHEDULES = ("linear", "squaredcos_cap_v2")
 _PREDICTIONS = {"epsilon": False, "sample": True}
-# All of these sample a model that reads discrete timesteps of the same forward process; they differ as solvers do.
+# All of these sample models with discrete timesteps of one forward process; they differ only in the solver.
 _SCHEDULERS = frozenset(
     f"{name}Scheduler"
     for name in ("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "PNDM", "DPMSolverMultistep")
@@ -25,7 +25,13 @@ _SCHEDULERS = frozenset(
 
 @dataclass(frozen=True)
 class PipelineFacts:
-    """Where known: the classes' names in their order, arguments of `create_diffusion`, the autoencoder's folder."""
+    """Metadata of a diffusers pipeline, where it has them.
+
+    Attributes:
+        class_names: Names of the classes in order.
+        diffusion: Arguments of `create_diffusion`.
+        vae: Folder of the autoencoder.
+    """
 
     class_names: tuple[str, ...] | None = None
     diffusion: dict[str, Any] = field(default_factory=dict)
@@ -33,10 +39,18 @@ class PipelineFacts:
 
 
 def pipeline_facts(folder: Path, num_classes: int) -> PipelineFacts:
-    """The facts of a pipeline's folder; none of a folder that is no pipeline's.
+    """Read the metadata of a diffusers pipeline.
 
-    Raises CheckpointError for a scheduler of another kind, noise schedule or prediction than a DiT's samplers know:
-    flow matching and EDM are not taken for the noise prediction of DDPM.
+    Args:
+        folder: The folder; without a model_index.json the result is empty.
+        num_classes: Number of classes of the model.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        CheckpointError: The scheduler, its noise schedule or its prediction is not supported. Flow matching and EDM
+            must not be mistaken for the noise prediction of DDPM.
     """
     if not (folder / "model_index.json").exists():
         return PipelineFacts()
@@ -54,21 +68,20 @@ def pipeline_facts(folder: Path, num_classes: int) -> PipelineFacts:
 
 
 def _check_scheduler(entry: Any, path: Path) -> None:
-    """Raise CheckpointError for an entry of model_index.json, ["diffusers", class], of another kind of model."""
+    """Raise CheckpointError for an unsupported scheduler in an entry ["diffusers", class] of model_index.json."""
     if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None:
         _check_class(entry[1], path)
 
 
 def _check_class(name: Any, path: Path) -> None:
-    """Raise CheckpointError for a scheduler that samples other models than those of discrete timesteps."""
+    """Raise CheckpointError for a scheduler whose models do not have discrete timesteps."""
     if isinstance(name, str) and name in _SCHEDULERS:
         return
     kinds = {"Flow": "flow matching", "EDM": "EDM (Karras et al. 2022)", "LCM": "a consistency model"}
-    kind = next((kind for part, kind in kinds.items() if part in str(name)), "something else")
+    kind = next((kind for part, kind in kinds.items() if part in str(name)), "another objective")
     raise CheckpointError(
-        f"{path}: its scheduler is {str(name)[:80]!r}: the model was trained for {kind}, with timesteps and outputs in "
-        f"diffusers' conventions for it, and only models of DDPM's noise schedules (DDPMScheduler, DDIMScheduler, "
-        "...) are read from pipelines"
+        f"{path}: its scheduler is {str(name)[:80]!r}: the model was trained for {kind}; only pipelines with a noise "
+        "schedule of DDPM (DDPMScheduler, DDIMScheduler, ...) are supported"
     )
 
 
@@ -79,7 +92,7 @@ def _class_names(names: Any, num_classes: int) -> tuple[str, ...] | None:
 
 
 def _diffusion(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Arguments of `create_diffusion` for a scheduler's configuration; absent fields have diffusers' defaults."""
+    """Arguments of `create_diffusion` for the configuration of a scheduler; missing fields have diffusers' defaults."""
     steps = config.get("num_train_timesteps", 1000)
     schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
     if "_class_name" in config:
@@ -90,7 +103,7 @@ def _diffusion(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if type(steps) is not int or not 0 < steps <= 1_000_000:
         problems.append(f"num_train_timesteps {steps!r}")
     elif schedule == "linear":
-        # Ho et al. 2020 have 0.0001 to 0.02 for 1000 steps; the same noise in n steps has 1000 / n times as much each.
+        # Ho et al. 2020 use betas from 0.0001 to 0.02 for 1000 steps; n steps use 1000 / n times these.
         ends = [config.get(key, default) for key, default in (("beta_start", 1e-4), ("beta_end", 0.02))]
         wanted = [0.1 / steps, 20 / steps]
         if not all(
@@ -106,18 +119,18 @@ def _diffusion(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         problems.append("rescale_betas_zero_snr")
     if problems:
         raise CheckpointError(
-            f"{path}: no schedule that this model could be sampled with: {'; '.join(problems)[:300]}; give the "
+            f"{path}: unsupported noise schedule: {'; '.join(problems)[:300]}; give the "
             "transformer's folder, and --objective, to load the model alone"
         )
     return {"noise_schedule": schedule, "diffusion_steps": steps, "predict_xstart": _PREDICTIONS[prediction]}
 
 
-ASKED = ("objective", "prediction", "path")
-"""What a caller may say: arguments of `create_objective`."""
+OBJECTIVE_FIELDS = ("objective", "prediction", "path")
+"""Arguments of `create_objective` that a caller of `load_model` may give."""
 
 
 def transport_objective(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `create_objective` in the options that train.py of SiT or LightningDiT saves; {} for others."""
+    """Arguments of `create_objective` for options that train.py of SiT or LightningDiT saves; {} for other options."""
     path, prediction = (str(arguments.get(name)).lower() for name in ("path_type", "prediction"))
     if path not in PATHS:
         return {}
@@ -128,36 +141,46 @@ def transport_objective(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def settled_objective(
-    asked: str | Mapping[str, Any] | None, told: Mapping[str, Any], source: str
+def merged_objective(
+    given: str | Mapping[str, Any] | None, stored: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-    """`told`, which the checkpoint says, with what is `asked`: a name, or arguments of ASKED.
+    """Merge the objective that a caller gives with the one that a checkpoint stores.
 
-    Raises CheckpointError where the two contradict each other, and ConfigError for what cannot be asked.
+    Args:
+        given: Name of the objective, or a mapping with keys from `OBJECTIVE_FIELDS`; None for none.
+        stored: Arguments of `create_objective` in the checkpoint, possibly empty.
+        source: The checkpoint, for messages.
+
+    Returns:
+        Arguments of `create_objective`.
+
+    Raises:
+        CheckpointError: The checkpoint contradicts the caller, or stores an invalid objective.
+        ConfigError: The caller gives an invalid objective.
     """
-    wanted = {"objective": asked} if isinstance(asked, str) else dict(asked or {})
+    wanted = {"objective": given} if isinstance(given, str) else dict(given or {})
     if not wanted:
         try:
-            create_objective(**told)
+            create_objective(**stored)
         except (ConfigError, TypeError) as error:
-            raise CheckpointError(
-                f"{source}: what it says of its objective cannot be: {one_line(error)}"
-            ) from None
-        return dict(told)
-    if unknown := sorted(wanted.keys() - set(ASKED)):
-        raise ConfigError(f"objective: unknown {', '.join(unknown)}; it has {', '.join(ASKED)}")
-    said = dict(told)
-    if told and "objective" not in told:  # pipelines of diffusers, and runs from when there was one
-        said |= {"objective": "diffusion", "prediction": "x0" if told.get("predict_xstart") else "epsilon"}
-    if differing := [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]:
-        listed = ", ".join(
-            f"{name} is {said[name]} in the checkpoint, {wanted[name]} asked for" for name in differing
-        )
-        raise CheckpointError(f"{source} tells what it was trained on: {listed}; leave it out")
-    settled = {**told, **wanted}
-    if "path" in wanted and said.get("objective", wanted.get("objective")) != "flow":
+            raise CheckpointError(f"{source}: invalid training objective: {one_line(error)}") from None
+        return dict(stored)
+    if unknown := sorted(wanted.keys() - set(OBJECTIVE_FIELDS)):
         raise ConfigError(
-            f"path {wanted['path']} is of flow matching: give objective flow (--objective flow) with it"
+            f"objective: unknown {', '.join(unknown)}; choose from {', '.join(OBJECTIVE_FIELDS)}"
         )
-    create_objective(**settled)
-    return settled
+    known = dict(stored)
+    if stored and "objective" not in stored:  # pipelines of diffusers, and runs before flow matching existed
+        known |= {"objective": "diffusion", "prediction": "x0" if stored.get("predict_xstart") else "epsilon"}
+    if differing := [name for name in wanted if known.get(name, wanted[name]) != wanted[name]]:
+        listed = ", ".join(
+            f"{name} is {known[name]} in the checkpoint, {wanted[name]} requested" for name in differing
+        )
+        raise CheckpointError(f"{source} stores its training objective: {listed}; remove it")
+    merged = {**stored, **wanted}
+    if "path" in wanted and known.get("objective", wanted.get("objective")) != "flow":
+        raise ConfigError(
+            f"path {wanted['path']} applies only to flow matching: give objective flow (--objective flow) too"
+        )
+    create_objective(**merged)
+    return merged

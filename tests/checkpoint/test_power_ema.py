@@ -231,7 +231,7 @@ def test_a_damaged_snapshot_is_left_out_and_a_damaged_checkpoint_refused(run, tm
     with caplog.at_level(logging.WARNING):
         _, info = load_model(folder, weights="ema:0.08")
     assert "sigma_050.safetensors does not match its SHA-256; continuing without it" in caplog.text
-    assert "of ema:0.08 made of snapshots" in info.notes[0]
+    assert "the average ema:0.08, reconstructed from snapshots" in info.notes[0]
     own = step_folder(folder, 120) / "sigma_100.safetensors"
     own.write_bytes(own.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match=r"sigma_100\.safetensors does not match"):
@@ -289,13 +289,13 @@ def test_bad_weights_get_one_line(run, tmp_path, capsys, weights, message):
 def test_runs_without_averages_and_other_files_are_refused(tmp_path):
     plain = {name: value for name, value in TINY.items() if name != "ema_snapshot_every"}
     train(TrainConfig(**plain, steps=1), tmp_path / "plain")
-    with pytest.raises(CheckpointError, match=r"kept by dit-fast train --ema-snapshot-every N$"):
+    with pytest.raises(CheckpointError, match=r"written by dit-fast train --ema-snapshot-every N$"):
         load_model(tmp_path / "plain", weights="ema:0.08")
     train(TrainConfig(**TINY, steps=1), tmp_path / "short")
     with pytest.raises(CheckpointError, match="from step 10 on"):
         load_model(tmp_path / "short", weights="ema:0.08")
     load_model(tmp_path / "plain")[0].save_pretrained(tmp_path / "saved")
-    with pytest.raises(ConfigError, match="is no run of dit-fast train"):
+    with pytest.raises(ConfigError, match="is not a run of dit-fast train"):
         load_model(tmp_path / "saved", weights="ema:0.08")
     with pytest.raises(ConfigError, match="--ema-snapshot-every 0: give a whole number from 1"):
         TrainConfig(**{**TINY, "ema_snapshot_every": 0})

@@ -161,14 +161,14 @@ def test_the_report_says_what_and_why() -> None:
     assert report.replaced == ("blocks.0", "blocks.1", "blocks.3", "final_layer")
     assert str(report).splitlines() == [
         "ReferenceDiT (reference layout): fused blocks.0-1, blocks.3, final_layer",
-        "  left blocks.2: has a forward of its own on the instance",
+        "  left blocks.2: has a forward on the instance",
         "  left x_embedder, unpatchify: run by the model's own forward",
     ]
     report.undo()
     assert "forward" in vars(model.blocks[2])  # not ours to take away
     lines = str(dit_fast.accelerate(diffusers_model()))
     assert "DiTTransformer2DModel (diffusers layout): fused transformer_blocks.0-1\n" in lines
-    assert "left attn1: q, k and v are three products" in lines
+    assert "left attn1: it projects to q, k and v separately" in lines
 
 
 # What somebody else did to the model
@@ -347,7 +347,7 @@ def test_a_part_of_other_maths_is_called_as_it_is(block, kept, note, kernels) ->
     model = ReferenceDiT(block)
     before = answer(model)
     report = dit_fast.accelerate(model, kernels=kernels)
-    assert report.notes["blocks.0"] == f"{note}, and is called as it is"
+    assert report.notes["blocks.0"] == f"{note}, and is called unchanged"
     assert_close(answer(model), before)
     if kernels == "triton":
         assert operations(model).keys() & {"mlp", "attention"} == {kept}
@@ -359,8 +359,8 @@ def test_a_block_of_other_maths_is_left() -> None:
     before = answer(model)
     report = dit_fast.accelerate(model, kernels="triton")
     assert report.replaced == ()
-    assert report.left["blocks.0"] == "computes something else than the paper's DiT block"
-    assert report.left["final_layer"] == "computes something else than the paper's final layer"
+    assert report.left["blocks.0"] == "does not compute the paper's DiT block"
+    assert report.left["final_layer"] == "does not compute the paper's final layer"
     assert torch.equal(answer(model), before)
     assert "fused nothing" in str(report)
 
@@ -379,7 +379,7 @@ def test_fresh_weights_do_not_hide_it() -> None:
     [
         (lambda: nn.Linear(2, 2), "Linear is not a model that accelerate knows: it has no list of blocks"),
         (lambda: ReferenceDiT(RopeBlock), r"forward takes \(self, x, c, rope\)"),
-        (lambda: ReferenceDiT(AffineBlock), r"AffineBlock\.norm1 is no nn\.LayerNorm without parameters"),
+        (lambda: ReferenceDiT(AffineBlock), r"AffineBlock\.norm1 is not an nn\.LayerNorm without parameters"),
         (
             lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1),
             "is not a model that accelerate knows",

@@ -305,7 +305,7 @@ def test_missing_and_foreign_tensors_are_named() -> None:
         "transformer_blocks.1.attn1.to_q.weight", "transformer_blocks.1.attn1.to_v.weight",
         "transformer_blocks.0.attn2.to_q.weight",
     }  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.extra is no tensor of a DiT"):
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.extra is not a tensor of a DiT"):
         state_to_diffusers({"blocks.0.extra": torch.zeros(2), "blocks.0.attn.qkv.bias": torch.zeros(6)})
 
 

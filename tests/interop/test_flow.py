@@ -131,7 +131,7 @@ def test_published_sizes() -> None:
     ("change", "message"),
     [
         ({"rmsnorm": False, "qk_norm": True}, r"queries and keys have layer norms \(use_qknorm without use_rmsnorm"),
-        ({"base": 100.0}, r"feat_rope.freqs_cos \(16, 16\) holds other rotary positions than a DiT's"),
+        ({"base": 100.0}, r"feat_rope.freqs_cos \(16, 16\) has rotary positions that a DiT does not have"),
     ],
 )  # fmt: skip
 def test_what_is_no_dit_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -218,9 +218,7 @@ def test_training_files_tell_the_objective(tmp_path: Path) -> None:
     told = {"objective": "flow", "path": "gvp", "prediction": "epsilon"}
     assert load_model(tmp_path / "sit.pt", num_heads=4)[1].diffusion == told
     assert load_model(tmp_path / "sit.pt", num_heads=4, objective="flow")[1].diffusion == told
-    with pytest.raises(
-        CheckpointError, match=r"path is gvp in the checkpoint, linear asked for; leave it out$"
-    ):
+    with pytest.raises(CheckpointError, match=r"path is gvp in the checkpoint, linear requested; remove it$"):
         load_model(tmp_path / "sit.pt", num_heads=4, objective={"path": "linear"})
 
 
@@ -238,7 +236,10 @@ def test_of_bare_weights_the_caller_tells_it(tmp_path: Path) -> None:
     assert sampling_schedule(full, 4, "heun", learn_sigma=True).prediction == "score"
     for wrong, message in [
         ("diffuse", "objective 'diffuse': choose diffusion or flow"),
-        ({"path": "gvp"}, r"path gvp is of flow matching: give objective flow \(--objective flow\) with it"),
+        (
+            {"path": "gvp"},
+            r"path gvp applies only to flow matching: give objective flow \(--objective flow\) too",
+        ),
         ({"objective": "flow", "prediction": "v"}, "prediction 'v' is not of flow matching"),
         ({"schedule": "linear"}, "objective: unknown schedule; it has objective, prediction, path"),
     ]:

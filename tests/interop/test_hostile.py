@@ -137,7 +137,7 @@ def test_config_json_that_is_no_configuration(text, tmp_path) -> None:
 
 def test_a_deep_manifest_is_refused(tmp_path) -> None:
     (tmp_path / MANIFEST).write_text("[" * 10**6)
-    with pytest.raises(CheckpointError, match=r"nested deeper than any|damaged") as caught:
+    with pytest.raises(CheckpointError, match=r"nested deeper than|damaged") as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -169,7 +169,7 @@ def test_another_resolution_is_regridded_when_asked(size, tmp_path) -> None:
     assert loaded.config["input_size"] == built.config["input_size"]
     assert torch.equal(loaded.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
     shown = "16x16" if size == 16 else "8x12"
-    assert info.notes == (f"{tmp_path / 'a.pt'}: positions made for another input size, 8x8 to {shown}",)
+    assert info.notes == (f"{tmp_path / 'a.pt'}: positions computed for another input size, 8x8 to {shown}",)
     assert load_model(tmp_path / "a.pt", num_heads=4, input_size=8)[1].notes == ()
     with pytest.raises(ConfigError, match="input_size 9x9 is not a positive multiple of patch_size 2"):
         load_model(tmp_path / "a.pt", num_heads=4, input_size=9)

@@ -131,7 +131,7 @@ def test_grid_that_is_not_square_and_odd_mlp_ratio_come_from_config_json(tmp_pat
     assert not info.latent
     assert torch.equal(answer(loaded), answer(model))
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="24 positions, which is no square grid"):
+    with pytest.raises(CheckpointError, match="24 positions, which is not a square grid"):
         load_model(tmp_path / "model.safetensors", num_heads=4)
 
 
@@ -213,7 +213,7 @@ def test_square_sizes_compare_as_one_number():
 def test_unknown_heads_ask_for_the_option(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "a.pt")
     with pytest.raises(
-        CheckpointError, match=r"width 64 and depth 2 do not tell the number of heads.*--num-heads"
+        CheckpointError, match=r"width 64 and depth 2 do not determine the number of heads.*--num-heads"
     ):
         load_model(tmp_path / "a.pt")
 
@@ -251,7 +251,7 @@ def test_a_single_absurd_block_index_builds_nothing(model, tmp_path):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ({"a.weight": torch.zeros(3)}, "holds no DiT: pos_embed"),
+        ({"a.weight": torch.zeros(3)}, "is not a DiT: pos_embed"),
         ({"transformer_blocks.0.attn1.to_q.weight": torch.zeros(3)}, "diffusers' names"),
         ({"pos_embed": torch.zeros(3), "step": 7}, "entries that are not named tensors: step"),
         (
