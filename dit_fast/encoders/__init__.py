@@ -1,1 +1,1 @@
-"""Autoencoders of images and encoders of text."""
+"""Autoencoders for images and text encoders."""

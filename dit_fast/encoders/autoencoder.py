@@ -1,4 +1,4 @@
-"""Images to latents and back through the Stable Diffusion autoencoder of diffusers."""
+"""Latents of images, and images of latents, with the Stable Diffusion autoencoder of diffusers."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ from dit_fast.utils.schema import array, fields, flag, integer, maybe, number, r
 from dit_fast.utils.terminal import one_line
 
 LATENT_FACTOR = 8
-"""Side of an image over that of its latents, of the Stable Diffusion autoencoders."""
+"""Downsampling factor of the Stable Diffusion autoencoders."""
 SD_CHANNELS = 4
-"""Channels of their latents."""
+"""Latent channels of the Stable Diffusion autoencoders."""
 TILED_FROM = 128
-"""Latents larger than this, images of more than 1024 pixels, are decoded in overlapping tiles, to bound the memory."""
+"""Latents larger than this (images above 1024 pixels) are decoded in overlapping tiles, to bound the memory."""
 
 _CLASS_NAME = "AutoencoderKL"
 _BY_LEVEL = ("block_out_channels", "down_block_types", "up_block_types")
@@ -51,22 +51,30 @@ PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-m
 
 
 class LatentDecoder:
-    """The decoder of an AutoencoderKL: `name` is "ema", "mse" or a folder that diffusers wrote.
+    """Decoder of an AutoencoderKL.
 
-    `factor`: side of an image over that of its latents; `sha256`: of all weights, as in LatentEncoder. Raises
-    MissingExtraError without diffusers, CheckpointError for weights that are missing, damaged or do not fit the
-    configuration beside them, and ConfigError when they expect other latents than `channels`.
+    `factor` is its upsampling factor, `sha256` the digest of all weights, as in `LatentEncoder`.
+
+    Args:
+        name: "ema", "mse", or a folder of diffusers.
+        channels: Latent channels of the model.
+        device: Device of the decoder.
+
+    Raises:
+        MissingExtraError: diffusers is not installed.
+        CheckpointError: The weights are missing, damaged, or do not fit their configuration.
+        ConfigError: The decoder expects a different number of channels.
     """
 
     def __init__(self, name: str, channels: int, device: torch.device | str = "cpu") -> None:
         vae = _load_autoencoder(name, "ema, mse, none, or a folder", "decodes")
         if vae.config.latent_channels != channels:
             raise ConfigError(
-                f"--vae {name} has {vae.config.latent_channels} latent channels, the model makes {channels}"
+                f"--vae {name} has {vae.config.latent_channels} latent channels, the model has {channels}"
             )
         if vae.config.out_channels not in (1, 3):
             raise ConfigError(
-                f"--vae {name} makes images of {vae.config.out_channels} channels; grey or RGB needed"
+                f"--vae {name} produces images of {vae.config.out_channels} channels; grayscale or RGB needed"
             )
         self.name = name
         self.factor = _factor(vae.config)
@@ -83,10 +91,20 @@ class LatentDecoder:
         scale: Sequence[float] | None = None,
         batch_size: int = 8,
     ) -> Tensor:
-        """Images float32 (M, 3, factor H, factor W) in about [-1, 1] on the CPU, of latents (M, C, H, W).
+        """Decode latents.
 
-        shift, scale  of each channel: latents are (z - shift) * scale; None: as the autoencoder's configuration says,
-                      0 and 0.18215 for Stable Diffusion's (Rombach et al. 2022, appendix)
+        Args:
+            latents: (M, C, H, W), normalized as (z - shift) * scale.
+            shift: Shift of each channel; None takes it from the autoencoder's configuration.
+            scale: Scale of each channel; None takes it from the configuration, 0.18215 for Stable Diffusion (Rombach et
+                al. 2022, appendix).
+            batch_size: Latents decoded at once.
+
+        Returns:
+            Images float32 (M, 3, factor H, factor W) on the CPU, approximately in [-1, 1].
+
+        Raises:
+            NonFiniteError: Decoded images contain NaN or infinity.
         """
         large = max(latents.shape[-2:]) > TILED_FROM
         (self.vae.enable_tiling if large else self.vae.disable_tiling)()
@@ -97,31 +115,39 @@ class LatentDecoder:
             for part in latents.split(batch_size)
         ]
         images = torch.cat(decoded)
-        # The least and the greatest value are NaN where any value is.
+        # Minimum and maximum are NaN where any value is: one pass over the images instead of a mask.
         if len(images) and not torch.stack(images.aminmax()).isfinite().all():
             bad = int((~images.isfinite().flatten(1).all(1)).sum())
             raise NonFiniteError(
-                f"--vae {self.name}: {bad} of {len(images)} decoded images hold NaN or infinity (latents from "
-                f"{latents.min():g} to {latents.max():g}); is it the autoencoder of these latents?"
+                f"--vae {self.name}: {bad} of {len(images)} decoded images contain NaN or infinity (latents from "
+                f"{latents.min():g} to {latents.max():g}); check that it is the autoencoder of these latents"
             )
         return images.expand(-1, 3, -1, -1)
 
 
 class LatentEncoder:
-    """The encoder of an AutoencoderKL: `name` is "ema", "mse" or a folder that diffusers wrote.
+    """Encoder of an AutoencoderKL.
 
-    `image_channels` and `latent_channels` are what it takes and makes, `factor` the side of an image over that
-    of its latent. A model is trained on (z - shift) * scale, one `shift` and `scale` for each channel of z.
-    `sha256` is of all weights, so that a renamed folder is the same autoencoder and a changed one is not.
+    Models are trained on (z - shift) * scale, with a `shift` and `scale` per channel of z. `image_channels` and
+    `latent_channels` are its channels, `factor` is its downsampling factor. `sha256` is the digest of all weights: a
+    renamed folder is the same autoencoder, a changed one is not.
 
-    Errors as `LatentDecoder`; ConfigError for a dtype other than float32 and bfloat16.
+    Args:
+        name: "ema", "mse", or a folder of diffusers.
+        device: Device of the encoder.
+        dtype: float32 or bfloat16.
+
+    Raises:
+        MissingExtraError: diffusers is not installed.
+        CheckpointError: The weights are missing, damaged, or do not fit their configuration.
+        ConfigError: The dtype or the number of image channels is not supported.
     """
 
     def __init__(
         self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
-            # The published encoder overflows float16 (its configuration says force_upcast).
+            # The published encoder overflows in float16 (its configuration has force_upcast).
             raise ConfigError(f"the autoencoder runs in float32 or bfloat16, not {dtype}")
         vae = _load_autoencoder(name, "ema, mse, or a folder", "encodes")
         config = vae.config
@@ -132,20 +158,25 @@ class LatentEncoder:
         self.factor = _factor(config)
         if self.image_channels not in (1, 3):
             raise ConfigError(
-                f"--vae {name} takes images of {self.image_channels} channels; grey or RGB needed"
+                f"--vae {name} takes images of {self.image_channels} channels; grayscale or RGB needed"
             )
         self.shift, self.scale = _scaling(config, self.latent_channels)
         self.device = torch.device(device)
         self.dtype = dtype
-        # Only the encoding half goes to the device.
+        # The decoder is not copied to the device.
         self.encoder = vae.encoder.to(self.device, dtype).eval()
         self.quant_conv = None if vae.quant_conv is None else vae.quant_conv.to(self.device, dtype).eval()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Posterior float32 (B, 2, C, H/f, W/f), mean then log-variance, of images (B, 3, H, W) in [-1, 1].
+        """Encode images.
 
-        The log-variance is kept within [-30, 20], as diffusers keeps it when it draws a sample.
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            Posterior float32 (B, 2, C, H / factor, W / factor): mean and log-variance. The log-variance is clamped to
+            [-30, 20], as in diffusers when it samples.
         """
         moments = self.encoder(images.to(self.device, self.dtype))
         if self.quant_conv is not None:
@@ -154,7 +185,7 @@ class LatentEncoder:
         return torch.stack([mean, logvar.clamp(-30.0, 20.0)], dim=1)
 
     def identity(self) -> dict[str, Any]:
-        """JSON-ready facts; two encoders with equal facts, `name` aside, make the same latents."""
+        """JSON-serializable identity; encoders with equal values, except for `name`, compute the same latents."""
         return {
             "name": self.name,
             "source": PUBLISHED.get(self.name, self.name),
@@ -167,9 +198,9 @@ class LatentEncoder:
 
 
 def _load_autoencoder(name: str, accepted: str, does: str) -> Any:
-    """A diffusers AutoencoderKL on the CPU, in float32, every one of whose tensors is the file's.
+    """A diffusers AutoencoderKL on the CPU in float32, with every tensor from the file.
 
-    diffusers' own `from_pretrained` fills in what a file lacks with random numbers.
+    Not loaded by diffusers' `from_pretrained`, which initializes missing tensors at random.
     """
     source = PUBLISHED.get(name, name)
     published = source in PUBLISHED.values()
@@ -188,29 +219,29 @@ def _load_autoencoder(name: str, accepted: str, does: str) -> Any:
 
 
 def _from_folder(kind: Any, folder: Path) -> Any:
-    """The autoencoder of the class `kind` in a folder that diffusers wrote; CheckpointError where it is none."""
+    """The autoencoder of class `kind` in a folder of diffusers; CheckpointError where it has none."""
     if (folder / "model_index.json").exists():
-        raise CheckpointError(f"this is a whole pipeline's folder; give {folder / 'vae'}")
+        raise CheckpointError(f"this is the folder of a pipeline; give {folder / 'vae'}")
     path = folder / "config.json"
     config = read_object(path, CheckpointError, what="a folder with a diffusers AutoencoderKL")
     if (found := config.get("_class_name", _CLASS_NAME)) != _CLASS_NAME:
-        raise CheckpointError(f"{path} is of a diffusers {str(found)[:80]}, expected an {_CLASS_NAME}")
+        raise CheckpointError(f"{path} describes a diffusers {str(found)[:80]}, expected an {_CLASS_NAME}")
     require(config, _CONFIG, path, CheckpointError)
     _cross_check(config, path)
     file, state, _ = read_diffusers_weights(folder)
     try:
         with torch.device("meta"):
             vae = kind.from_config(config)
-    except Exception as error:  # whatever its constructor raises for numbers that do not go together
-        raise CheckpointError(f"{path}: no {_CLASS_NAME} can be built of it ({one_line(error)})") from error
+    except Exception as error:  # the constructor may raise anything for inconsistent numbers
+        raise CheckpointError(f"{path}: no {_CLASS_NAME} can be built from it ({one_line(error)})") from error
     load_weights(vae, {_new_name(key): tensor for key, tensor in state.items()}, str(file), assign=True)
     if bad := [key for key, tensor in vae.state_dict().items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"{file}: {bad[0]} holds NaN or infinity ({len(bad)} such tensors)")
+        raise CheckpointError(f"{file}: {bad[0]} contains NaN or infinity ({len(bad)} such tensors)")
     return vae
 
 
 def _new_name(key: str) -> str:
-    """The name of today for that of an attention layer in the first releases, which sd-vae-ft-ema still has."""
+    """Current name of a tensor; sd-vae-ft-ema has names of attention layers from the first releases of diffusers."""
     parts = key.split(".")
     if len(parts) > 3 and parts[-4] == "attentions" and parts[-2] in _OLD_ATTENTION:
         parts[-2] = _OLD_ATTENTION[parts[-2]]
@@ -218,14 +249,14 @@ def _new_name(key: str) -> str:
 
 
 def _cross_check(config: dict[str, Any], path: Path) -> None:
-    """Raise CheckpointError where lists of a configuration have lengths that do not go together."""
+    """Raise CheckpointError where the lists of a configuration have inconsistent lengths."""
     levels = {name: len(config[name]) for name in _BY_LEVEL if name in config}
     channels = config.get("latent_channels", SD_CHANNELS)
     statistics = {name: len(config[name]) for name in _BY_CHANNEL if config.get(name) is not None}
     if len(set(levels.values())) > 1:
         raise CheckpointError(f"{path}: lists of different lengths: {levels}")
     if any(length != channels for length in statistics.values()):
-        raise CheckpointError(f"{path}: statistics of other than {channels} channels: {statistics}")
+        raise CheckpointError(f"{path}: statistics for other than {channels} channels: {statistics}")
 
 
 def _factor(config: Any) -> int:
@@ -233,7 +264,7 @@ def _factor(config: Any) -> int:
 
 
 def _scaling(config: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Shift and scale of each channel: z -> (z - shift) * scale, as diffusers' pipelines apply them."""
+    """Shift and scale per channel, for (z - shift) * scale, as pipelines of diffusers apply them."""
     factor = float(config.scaling_factor)
     means, deviations = (config.get(key) for key in ("latents_mean", "latents_std"))
     if means is not None and deviations is not None:
@@ -242,29 +273,32 @@ def _scaling(config: Any, channels: int) -> tuple[tuple[float, ...], tuple[float
 
 
 def check_autoencoder(name: str, vae: "LatentDecoder", data: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError where `vae` cannot be the autoencoder of a run's latents.
+    """Check that an autoencoder fits the latents of a run.
 
     Args:
-        name: of the autoencoder, for the message
-        vae: its decoder
-        data: of the run's manifest (`LatentSet.describe`); what it does not say is not compared
-        source: the run, for the message
+        name: Name of the autoencoder, for the message.
+        vae: Its decoder.
+        data: "data" of the run's manifest (`LatentSet.describe`); missing fields are not compared.
+        source: The run, for the message.
+
+    Raises:
+        ConfigError: The factor, the shift or the scale differs.
     """
     pixels, side = data.get("image_size"), data.get("latent_size")
     problems = []
     if pixels and side and pixels != side * vae.factor:
         problems.append(
-            f"it enlarges latents by {vae.factor}, those of {side}x{side} are of images of {pixels}x{pixels}"
+            f"its factor is {vae.factor}, the latents are {side}x{side} for images of {pixels}x{pixels}"
         )
-    # A cache that another program wrote has statistics of its own.
+    # A cache written by another program may have other statistics.
     if (data.get("vae") or {}).get("sha256"):
         for what, own in (("shift", vae.shift), ("scale", vae.scale)):
-            theirs = data.get(what, own)
-            if len(theirs) != len(own) or not np.allclose(theirs, own, rtol=1e-4, atol=1e-6):
-                problems.append(f"its {what} is {_shown(own)}, that of those latents {_shown(theirs)}")
+            stored = data.get(what, own)
+            if len(stored) != len(own) or not np.allclose(stored, own, rtol=1e-4, atol=1e-6):
+                problems.append(f"its {what} is {_shown(own)}, that of the latents {_shown(stored)}")
     if problems:
         raise ConfigError(
-            f"--vae {name} is not the autoencoder of {source}: {'; '.join(problems)}; give the one that made the "
+            f"--vae {name} is not the autoencoder of {source}: {'; '.join(problems)}; give the one that encoded the "
             "latents, or a version of it with another decoder"
         )
 
@@ -275,7 +309,7 @@ def _shown(values: Sequence[float]) -> str:
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors with their names, types and shapes."""
+    """SHA-256 of tensors, with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Captions to embeddings through a CLIP or T5 of transformers."""
+"""Embeddings of captions, with a CLIP or T5 text encoder of transformers."""
 
 import hashlib
 import os
@@ -13,29 +13,35 @@ from torch import Tensor
 from dit_fast.encoders.autoencoder import weights_digest
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.utils.files import check_file, read_json
-from dit_fast.utils.terminal import one_line
+from dit_fast.utils.terminal import listed, one_line
 
 MOST_TOKENS = 120
-"""Tokens of a caption where the tokenizer sets no lower bound: PixArt-alpha's number for T5."""
+"""Tokens of a caption, unless the tokenizer has a lower limit; the number of PixArt-alpha for T5."""
 
 
-_LISTED = 6
 _MOST_LAYERS = 1 << 10
-# Of a whole CLIP and a whole T5, and what older versions of transformers saved: no part of the text encoder.
+# Tensors of a complete CLIP or T5, or of older versions of transformers, that do not belong to the text encoder.
 _OTHER_HALVES = re.compile(
     r"vision_model\.|visual_projection\.|text_projection\.|logit_scale$|(.*\.)?position_ids$|decoder\.|lm_head\."
 )
 
 
 class TextEncoder:
-    """The last hidden states of a CLIP text model or a T5 encoder: (B, S, E), zeros where a caption has ended.
+    """Last hidden states of a CLIP text model or a T5 encoder, (B, S, E), with zeros after the end of a caption.
 
-    name: of the Hugging Face hub (openai/clip-vit-large-patch14, google/t5-v1_1-xxl), or a folder that transformers
-    wrote, tokenizer included. tokens: S; longer captions are cut; None: what the tokenizer allows, at most
-    `MOST_TOKENS`. `sha256` is of all weights and the tokenizer's choices. Weights are read from safetensors only.
+    `sha256` is the digest of all weights and of the tokenizer's output. Weights are read from safetensors only.
 
-    Raises MissingExtraError without transformers, CheckpointError for what cannot be loaded and ConfigError for models
-    of other kinds and more tokens than the model takes.
+    Args:
+        name: Id on the Hugging Face hub (openai/clip-vit-large-patch14, google/t5-v1_1-xxl), or a folder of
+            transformers with the tokenizer.
+        tokens: Number of tokens S; longer captions are truncated. None: the limit of the tokenizer, at most
+            `MOST_TOKENS`.
+        device: Device of the model.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        CheckpointError: The model cannot be loaded.
+        ConfigError: The model is neither CLIP nor T5, or does not support as many tokens.
     """
 
     reads_texts = True
@@ -62,14 +68,14 @@ class TextEncoder:
             if Path(name).is_dir():
                 _check_size(kinds[kind], getattr(config, "text_config", config), Path(name))
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            # What does not fit is listed below, all of it at once.
+            # Mismatches are not raised here: `_require_whole` lists all of them at once.
             model, found = kinds[kind].from_pretrained(
                 name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
             _require_whole(model, found)
         except ConfigError:
             raise
-        except Exception as error:  # whatever transformers raises for a configuration that cannot be
+        except Exception as error:  # transformers may raise anything for an invalid configuration
             where = name if Path(name).is_dir() else f"{name} (offline? give --text-encoder a local folder)"
             raise CheckpointError(f"cannot load the text encoder {where}: {one_line(error)}") from error
         model = model.float()
@@ -86,24 +92,26 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, names: Sequence[str], texts: Sequence[str]) -> Tensor:
-        """Float32 (B, S, E) on the CPU, of B captions; `names` are not read."""
-        made = self.tokenizer(
+        """Embeddings float32 (B, S, E) on the CPU of the captions `texts`; `names` are not used."""
+        encoded = self.tokenizer(
             list(texts), max_length=self.tokens, padding="max_length", truncation=True, return_tensors="pt"
         ).to(self.device)
-        hidden = self.model(input_ids=made.input_ids, attention_mask=made.attention_mask).last_hidden_state
-        return torch.where(made.attention_mask[..., None] > 0, hidden.float(), 0).cpu()
+        hidden = self.model(
+            input_ids=encoded.input_ids, attention_mask=encoded.attention_mask
+        ).last_hidden_state
+        return torch.where(encoded.attention_mask[..., None] > 0, hidden.float(), 0).cpu()
 
     def identity(self) -> dict[str, Any]:
-        """As `dit_fast.data.captions.CaptionEncoder`; two with equal facts, `name` aside, make the same embeddings."""
+        """JSON-serializable identity; encoders with equal values, except for `name`, compute the same embeddings."""
         name = os.path.abspath(self.name) if Path(self.name).is_dir() else self.name
         return {"name": name, "sha256": self.sha256, "tokens": self.tokens, "width": self.width}
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise CheckpointError for a pipeline's folder, and for files that transformers would wait for or never finish."""
+    """Raise CheckpointError for the folder of a pipeline, and for pipes and devices, which transformers would open."""
     if (folder / "model_index.json").exists():
         raise CheckpointError(
-            f"this is a whole pipeline's folder; give {folder / 'text_encoder'}, with its tokenizer"
+            f"this is the folder of a pipeline; give {folder / 'text_encoder'}, with its tokenizer"
         )
     for path in folder.iterdir():
         if path.suffix == ".json":
@@ -113,30 +121,27 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_size(kind: Any, config: Any, folder: Path) -> None:
-    """Raise CheckpointError, before memory is allocated, for a configuration of more weights than the files hold."""
+    """Raise CheckpointError for a configuration with more weights than the files contain, before allocation."""
     layers = config.num_hidden_layers
     if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
-        raise CheckpointError(f"config.json is of {layers!r} layers")
+        raise CheckpointError(f"config.json has {layers!r} layers")
     with torch.device("meta"):
         wanted = sum(parameter.numel() for parameter in kind(config).parameters())
     held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if wanted > held:  # no weight takes less than a byte
-        raise CheckpointError(f"config.json is of {wanted} weights, the files have {held} bytes")
+        raise CheckpointError(f"config.json describes {wanted} weights, the files have {held} bytes")
 
 
 def _require_whole(model: Any, found: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for tensors that are missing, misshaped, not finite, or not known to be of another part."""
+    """Raise CheckpointError for tensors that are missing, misshaped, unexpected or not finite."""
     others = sorted(key for key in found["unexpected_keys"] if not _OTHER_HALVES.match(key))
     problems = [f"missing {key}" for key in sorted(found["missing_keys"])]
     problems += [f"misshaped {key[0]}" for key in sorted(found["mismatched_keys"])]
     problems += [f"unexpected {key}" for key in others]
     problems += [
-        f"{key} holds NaN or infinity"
+        f"{key} contains NaN or infinity"
         for key, value in model.state_dict().items()
         if not value.isfinite().all()
     ]
     if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CheckpointError(
-            f"the weights do not fit its configuration: {', '.join(problems[:_LISTED])}{more}"
-        )
+        raise CheckpointError(f"the weights do not fit its configuration: {listed(problems)}")

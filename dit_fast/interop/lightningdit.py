@@ -38,7 +38,7 @@ _ANGLE_TOLERANCE = 1e-4
 
 
 def is_lightningdit(state: Mapping[str, Tensor]) -> bool:
-    """Whether only LightningDiT has these tensors; without rotary positions and RMSNorm its layout is the reference's."""
+    """Whether only LightningDiT has such tensors (rotary positions, or an RMSNorm with adaLN)."""
     return _COS in state or (_NORM in state and _ADALN in state)
 
 

@@ -1,1 +1,1 @@
-"""What every package uses: checks of values, files, locks, keyed draws, the terminal, CUDA graphs, NVTX ranges."""
+"""Utilities of all packages: option values, files, schemas, locks, keyed random numbers, terminal, NVTX ranges."""

@@ -1,4 +1,4 @@
-"""Images as uint8, and a labelled grid of them for a person to look at."""
+"""Conversion of images to uint8, and labeled grids of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 GRID_KEY = "dit-fast grid"
-"""The text in the PNG of a grid that says that it is one, so that it is not scored as a sample."""
+"""Key of the text chunk that marks a PNG as a grid, so that it is not scored as a sample."""
 _MARGIN = 12
 _GAP = 4
 _INK = (40, 40, 40)
@@ -18,21 +18,26 @@ _PAPER = (255, 255, 255)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """float (M, C, H, W) in [-1, 1] to uint8 (M, H, W, C), by the reference's rule: 127.5 x + 128, clamped,
-    truncated.
+    """Convert images as the reference does: 127.5 x + 128, clamped and truncated.
+
+    Args:
+        images: float (M, C, H, W) in [-1, 1].
+
+    Returns:
+        uint8 (M, H, W, C).
     """
     scaled = torch.clamp(127.5 * images.float() + 128.0, 0, 255)
     return scaled.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """One uint8 (H, W, 1) or (H, W, 3) image as PIL, grey or RGB."""
+    """Convert an image, uint8 (H, W, 1) or (H, W, 3), to a grayscale or RGB image of PIL."""
     return Image.fromarray(image[..., 0]) if image.shape[-1] == 1 else Image.fromarray(image)
 
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Where the tiles of a grid lie, in pixels: `left` is the width of the label column."""
+    """Layout of a grid in pixels; `left` is the width of the label column."""
 
     tile_height: int
     tile_width: int
@@ -42,29 +47,29 @@ class GridLayout:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the whole picture."""
+        """(width, height) of the picture."""
         width = 2 * _MARGIN + self.left + self.columns * (self.tile_width + _GAP) - _GAP
         return width, 2 * _MARGIN + self.rows * (self.tile_height + _GAP) - _GAP
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
-        """(x, y) of a tile's upper left pixel."""
+        """(x, y) of the upper left pixel of a tile."""
         x = _MARGIN + self.left + column * (self.tile_width + _GAP)
         return x, _MARGIN + row * (self.tile_height + _GAP)
 
 
 def upscale_factor(height: int, width: int, target: int = 56) -> int:
-    """Whole-number factor that brings a small image to at least `target` pixels on its longer side."""
+    """Integer factor that enlarges an image to at least `target` pixels on its longer side."""
     return max(1, -(-target // max(height, width)))
 
 
 def short_label(text: str, most: int = 40) -> str:
-    """A caption in one line, cut to `most` characters."""
+    """A caption on one line, shortened to `most` characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 3].rstrip() + "..."
 
 
 def grid_layout(rows: Sequence[tuple[str, np.ndarray]]) -> GridLayout:
-    """The layout that `draw_grid` gives these rows."""
+    """Layout of the picture that `draw_grid` draws for these rows."""
     height, width = rows[0][1].shape[1:3]
     factor = upscale_factor(height, width)
     label_width = max(_font(height * factor).getlength(label) for label, _ in rows)
@@ -82,17 +87,22 @@ def _font(tile_height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def on_paper(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 images (n, H, W, C) in the middle of white tiles of `height` and `width`, for a grid of several shapes."""
+    """Center images, uint8 (n, H, W, C), on white tiles (n, height, width, C), for a grid of several image shapes."""
     down, across = height - images.shape[1], width - images.shape[2]
     margins = ((0, 0), (down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0))
     return np.pad(images, margins, constant_values=255)
 
 
 def draw_grid(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
-    """A picture with one row per (label, images); images are uint8 (n, H, W, C), C 1 or 3, n may differ.
+    """Draw a grid of images with a label at the left of each row.
 
-    Small images are enlarged by a whole factor without smoothing. The label stands at the left of its row, in
-    full. The picture is RGB.
+    Small images are enlarged by an integer factor without smoothing.
+
+    Args:
+        rows: (label, images) of each row; images are uint8 (n, H, W, 1 or 3), and n may differ between rows.
+
+    Returns:
+        The picture, RGB.
     """
     layout = grid_layout(rows)
     font = _font(layout.tile_height)
@@ -108,7 +118,7 @@ def draw_grid(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
 
 
 def save_grid(picture: Image.Image, path: Path) -> None:
-    """Write what `draw_grid` gave as a PNG that says that it is a grid."""
-    said = PngImagePlugin.PngInfo()
-    said.add_text(GRID_KEY, "samples laid out to be looked at")
-    picture.save(path, format="PNG", pnginfo=said)
+    """Write the picture of `draw_grid` as a PNG that is marked as a grid."""
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text(GRID_KEY, "grid of samples")
+    picture.save(path, format="PNG", pnginfo=metadata)

@@ -1,10 +1,10 @@
-"""One process at a time writes to a folder: a lock that the kernel releases when the process ends, however it ends.
+"""Folder locks: one process at a time writes to a folder. The kernel releases the lock when the process ends.
 
-`flock(2)` on a file in the folder. On one machine it holds on every file system. Among machines it holds where the file
-system passes it on: NFS (unless mounted with nolock or local_lock), SMB, Ceph, GFS2, OCFS2, and Lustre mounted with
-flock. Where it does not, or nothing is known, that is a warning and the lock holds within this machine alone.
+`flock(2)` on a file in the folder. Within one machine it works on every file system. Between machines it works where
+the file system supports it: NFS (unless mounted with nolock or local_lock), SMB, Ceph, GFS2, OCFS2, and Lustre mounted
+with flock. Otherwise, or where the file system is unknown, a warning is logged and the lock is local to the machine.
 
-A child process does not keep the lock of its parent: the descriptor is closed on exec, and after a fork in the child.
+A child process does not keep the lock of its parent: the descriptor is closed on exec, and in the child after a fork.
 """
 
 import contextlib
@@ -33,13 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """`with FolderLock(folder, "train"):` no other process runs the block for this folder and purpose.
+    """Lock of a folder: `with FolderLock(folder, "train"):`. Readers need no lock.
 
-    Several of one purpose that share a folder by design, such as the ranks of an encoding, have a `part` each. Readers
-    take no lock and wait for none.
+    Args:
+        folder: The folder.
+        purpose: Name of the command.
+        part: Number of a process among several that write to one folder by design, such as the ranks of an encoding.
 
     Raises:
-        OutputError: another process holds it; names that process. Or the file cannot be made.
+        OutputError: On entry: another process holds the lock (the message names it), or the file cannot be created.
     """
 
     def __init__(self, folder: str | Path, purpose: str, part: int = 0):
@@ -49,10 +51,11 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
+        """Whether this object holds the lock."""
         return self._descriptor is not None
 
     def acquire(self) -> None:
-        """Take the lock, or raise OutputError at once; nothing if it is held already."""
+        """Take the lock, or raise OutputError at once; does nothing where it is already held."""
         if self.held:
             return
         while True:
@@ -60,7 +63,7 @@ class FolderLock:
             try:
                 locked = self._lock(descriptor)
                 if locked and not self._is_current(descriptor):
-                    # Its last holder removed the file between our opening it and locking it.
+                    # The last holder removed the file between the opening and the locking: try again.
                     os.close(descriptor)
                     continue
                 if locked:
@@ -71,13 +74,13 @@ class FolderLock:
             break
         self._descriptor = descriptor
         _HELD.add(self)
-        if reason := _reach(self.path) if locked else "the file system takes no locks":
+        if reason := _reach(self.path) if locked else "the file system does not support locks":
             logger.warning(
-                "%s: %s: keep other machines from writing to it at the same time", self.path.parent, reason
+                "%s: %s: do not write to it from other machines at the same time", self.path.parent, reason
             )
 
     def release(self) -> None:
-        """Give the lock back and remove its file."""
+        """Release the lock and remove its file."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 if self._is_current(self._descriptor):
@@ -86,7 +89,7 @@ class FolderLock:
 
     @contextlib.contextmanager
     def releasing(self) -> Iterator[None]:
-        """Release it at the end of the block, if it was acquired by then."""
+        """Context manager that releases the lock at its end, if it was acquired inside."""
         try:
             yield
         finally:
@@ -114,7 +117,7 @@ class FolderLock:
             raise OutputError(f"{self.path}: cannot be locked ({error.strerror or error})") from None
 
     def _lock(self, descriptor: int) -> bool:
-        """Whether the file is locked now; False where the file system has no locks. Raises OutputError if taken."""
+        """Lock the file; False where the file system does not support locks. OutputError where it is already locked."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -136,7 +139,7 @@ _HELD: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
 
 
 def _forget() -> None:
-    # Of a forked child: closing a copy of a descriptor leaves the parent's lock as it is.
+    # In a forked child: closing the copy of a descriptor does not release the lock of the parent.
     for lock in list(_HELD):
         lock._close()
 
@@ -146,25 +149,25 @@ os.register_at_fork(after_in_child=_forget)
 
 def _write_holder(descriptor: int, purpose: str) -> None:
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "command": purpose}
-    # Words for another process; the lock itself needs none.
+    # Only for the message of another process; the lock does not depend on the content.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
 
 
 def _holder(descriptor: int) -> str:
-    """Who holds the lock, as the file tells."""
+    """Description of the holder of the lock, from the file."""
     try:
         holder: Any = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder["since"])))
         command, pid, host = (printable(holder[name])[:80] for name in ("command", "pid", "host"))
-        return f"dit-fast {command}, process {pid} on {host}, writes to it since {since}"
+        return f"dit-fast {command}, process {pid} on {host}, is writing to it since {since}"
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return "another process writes to it"
+        return "another process is writing to it"
 
 
 def _reach(path: Path) -> str:
-    """Why the lock may not hold among machines; empty where it does, or where the disk is of one machine."""
+    """Why the lock may not work between machines; empty where it does, or where the disk is local."""
     try:
         device = os.stat(path).st_dev
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
@@ -175,7 +178,7 @@ def _reach(path: Path) -> str:
 
 
 def _mounts(mountinfo: str, device: int) -> Iterator[tuple[str, set[str]]]:
-    """Type and options of the mount of a device, then a pair of nothing: see proc_pid_mountinfo(5)."""
+    """Type and options of the mounts of a device, then an empty pair; see proc_pid_mountinfo(5)."""
     number = f"{os.major(device)}:{os.minor(device)}"
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
@@ -191,7 +194,7 @@ def _weakness(kind: str, options: set[str]) -> str:
     if kind in ("nfs", "nfs4"):
         local = options & {"nolock", "local_lock=flock", "local_lock=all"}
         return (
-            f"mounted by NFS with {', '.join(sorted(local))}, its lock holds on this machine alone"
+            f"mounted by NFS with {', '.join(sorted(local))}, its lock works only within this machine"
             if local
             else ""
         )
@@ -199,6 +202,6 @@ def _weakness(kind: str, options: set[str]) -> str:
         return (
             ""
             if "flock" in options
-            else "mounted by Lustre without flock, its lock holds on this machine alone"
+            else "mounted by Lustre without flock, its lock works only within this machine"
         )
-    return f"its lock may hold on this machine alone, the file system is {kind}"
+    return f"its lock may work only within this machine, the file system is {kind}"

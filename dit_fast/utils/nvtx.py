@@ -1,7 +1,7 @@
-"""Named ranges around the parts of a run, for Nsight Systems or PyTorch's profiler; off, they cost nothing.
+"""Named ranges in the timeline of Nsight Systems or PyTorch's profiler; without overhead while they are off.
 
 run > step > data | draw | forward | backward | optimizer_ema | checkpoint
-forward > block_0 > one for each launch of a Triton kernel, named by operation, shape and dtypes
+forward > block_0 > one range per launch of a Triton kernel, named by operation, shape and dtypes
 forward, backward, optimizer_ema > communication, with several ranks
 """
 
@@ -18,22 +18,22 @@ from dit_fast.errors import MissingExtraError
 Ranges = Callable[[str], AbstractContextManager[Any]]
 """ranges(name): a context manager; nested ranges are nested in the timeline."""
 
-COLOURS = {
+COLORS = {
     "data": "orange", "draw": "purple", "forward": "green", "backward": "blue", "optimizer_ema": "yellow",
     "communication": "red", "checkpoint": "cyan", "run": "white", "step": "white",
 }  # fmt: skip
-"""Of NVTX ranges, by phase: the names that the nvtx package knows. Blocks are darker, launches stand out."""
+"""Colors of NVTX ranges by phase, as named by the nvtx package."""
 
-_NOTHING: AbstractContextManager[None] = nullcontext()
+_EMPTY: AbstractContextManager[None] = nullcontext()
 
 
 def OFF(name: str) -> AbstractContextManager[None]:
-    """No ranges: always the same empty context."""
-    return _NOTHING
+    """No ranges; returns the same empty context at every call."""
+    return _EMPTY
 
 
 def nvtx_ranges() -> Ranges:
-    """NVTX ranges, by the nvtx package or, without it, a CUDA build of PyTorch. Raises MissingExtraError."""
+    """NVTX ranges of the nvtx package or a CUDA build of PyTorch; MissingExtraError where both are missing."""
     try:
         import nvtx
     except ImportError as error:
@@ -43,7 +43,7 @@ def nvtx_ranges() -> Ranges:
 
     def annotate(name: str) -> AbstractContextManager[None]:
         inner = "darkgreen" if name.startswith("block_") else "rapids"
-        return nvtx.annotate(name, domain="dit_fast", color=COLOURS.get(name, inner))
+        return nvtx.annotate(name, domain="dit_fast", color=COLORS.get(name, inner))
 
     return annotate
 
@@ -54,7 +54,7 @@ def profiler_ranges() -> Ranges:
 
 
 def mark_blocks(blocks: nn.ModuleList, ranges: Ranges) -> None:
-    """Put a range around the forward pass of each block; outside of what is compiled, if the blocks are."""
+    """Put a range around the forward pass of each block, outside of compiled code."""
     for number, block in enumerate(blocks):
         open_ranges: list[AbstractContextManager[Any]] = []
 
@@ -74,7 +74,7 @@ def mark_blocks(blocks: nn.ModuleList, ranges: Ranges) -> None:
 
 @contextmanager
 def mark_launches(ranges: Ranges) -> Iterator[None]:
-    """Inside, a range stands around each launch of a Triton kernel, also by compiled code: Triton's hooks open it."""
+    """Context manager: a range around each launch of a Triton kernel, also in compiled code, by Triton's hooks."""
     if ranges is OFF:
         yield
         return

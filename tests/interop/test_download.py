@@ -126,7 +126,7 @@ def test_latents_are_unscaled_and_decoded_in_batches(tmp_path, monkeypatch):
     images = LatentDecoder(str(tmp_path), 4)(latents, batch_size=2)
     assert images.shape == (5, 3, 16, 16)
     assert torch.equal(images[:, :, ::8, ::8], latents[:, :3] / 0.18215)
-    with pytest.raises(ConfigError, match="has 4 latent channels, the model makes 16"):
+    with pytest.raises(ConfigError, match="has 4 latent channels, the model has 16"):
         LatentDecoder(str(tmp_path), 16)
     # By its own name too, which is what the manifest of a latent set says.
     asked = []

@@ -79,7 +79,7 @@ FIRST = "encoder.conv_in.weight"
             lambda state: {**state, FIRST: torch.zeros(4, 3, 1, 1)},
             f"{FIRST} is (4, 3, 1, 1), expected (4, 3, 3, 3)",
         ),
-        (lambda state: {**state, FIRST: state[FIRST] * float("nan")}, f"{FIRST} holds NaN"),
+        (lambda state: {**state, FIRST: state[FIRST] * float("nan")}, f"{FIRST} contains NaN"),
         (lambda state: {**state, FIRST: state[FIRST].long()}, "not dense floating-point weights"),
     ],
 )
@@ -97,19 +97,19 @@ def test_weights_that_do_not_fit_an_autoencoder(vae: Path, change: object, said:
     [
         (
             {"_class_name": "AsymmetricAutoencoderKL"},
-            "of a diffusers AsymmetricAutoencoderKL, expected an AutoencoderKL",
+            "describes a diffusers AsymmetricAutoencoderKL, expected an AutoencoderKL",
         ),
-        ({"_class_name": None}, "of a diffusers None"),
+        ({"_class_name": None}, "describes a diffusers None"),
         ({"layers_per_block": 2}, "missing decoder.up_blocks"),
         ({"block_out_channels": [4, 8]}, "expected (8, "),
         ({"block_out_channels": [4, 4, 4]}, "lists of different lengths"),
         ({"block_out_channels": [2**30, 4]}, "block_out_channels[0] is 1073741824"),
         ({"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
-        ({"norm_num_groups": 3}, "no AutoencoderKL can be built of it"),
-        ({"down_block_types": ["DownEncoderBlock2D", "Nothing"]}, "no AutoencoderKL can be built of it"),
+        ({"norm_num_groups": 3}, "no AutoencoderKL can be built from it"),
+        ({"down_block_types": ["DownEncoderBlock2D", "Nothing"]}, "no AutoencoderKL can be built from it"),
         ({"scaling_factor": 0}, "scaling_factor is 0"),
         ({"scaling_factor": float("nan")}, "scaling_factor is nan"),
-        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 4}, "statistics of other than 4 channels"),
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 4}, "statistics for other than 4 channels"),
         ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 1.0, 0.0]}, "latents_std[3] is 0.0"),
     ],
 )
@@ -123,12 +123,12 @@ def test_configurations_that_are_of_another_autoencoder(vae: Path, fields: dict,
 def test_folders_that_are_of_no_autoencoder(vae: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny"
     AutoencoderTiny().save_pretrained(tiny)
-    with pytest.raises(CheckpointError, match="of a diffusers AutoencoderTiny, expected an AutoencoderKL"):
+    with pytest.raises(CheckpointError, match="describes a diffusers AutoencoderTiny, expected an AutoencoderKL"):
         LatentDecoder(str(tiny), 4)
     (tmp_path / "pipeline").mkdir()
     shutil.copytree(vae, tmp_path / "pipeline" / "vae")
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"this is a whole pipeline's folder; give .*/pipeline/vae$"):
+    with pytest.raises(CheckpointError, match=r"this is the folder of a pipeline; give .*/pipeline/vae$"):
         LatentDecoder(str(tmp_path / "pipeline"), 4)
     assert LatentDecoder(str(tmp_path / "pipeline" / "vae"), 4).factor == 2
     (tmp_path / "empty").mkdir()
@@ -193,7 +193,7 @@ def test_other_ways_in_which_autoencoders_are_saved(vae: Path, tmp_path: Path) -
     images = LatentDecoder(str(grey), 4)(z)
     assert images.shape == (1, 3, 8, 8)
     assert torch.equal(images[:, 0], images[:, 2])
-    with pytest.raises(ConfigError, match="makes images of 2 channels; grey or RGB needed"):
+    with pytest.raises(ConfigError, match="produces images of 2 channels; grayscale or RGB needed"):
         LatentDecoder(str(write_vae(tmp_path / "two", out_channels=2)), 4)
 
 
@@ -201,7 +201,7 @@ def test_decoded_images_that_are_not_finite_are_refused(good: Path) -> None:
     decoder = LatentDecoder(str(good), 4)
     z = torch.randn(3, 4, 4, 4)
     z[1, 0, 0, 0] = float("inf")
-    with pytest.raises(NonFiniteError, match="1 of 3 decoded images hold NaN or infinity") as error:
+    with pytest.raises(NonFiniteError, match="1 of 3 decoded images contain NaN or infinity") as error:
         decoder(z, batch_size=1)
     assert str(good) in one_line(error)
     assert decoder(z[:1]).isfinite().all()
@@ -210,9 +210,9 @@ def test_decoded_images_that_are_not_finite_are_refused(good: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"latent_size": 4}, "it enlarges latents by 2, those of 4x4 are of images of 64x64"),
-        ({"scale": [0.13025] * 4}, "its scale is 0.18215, that of those latents 0.13025"),
-        ({"shift": [0.0, 0.0, 0.0, 0.1]}, "its shift is 0, that of those latents 0, 0, 0, 0.1"),
+        ({"latent_size": 4}, "its factor is 2, the latents are 4x4 for images of 64x64"),
+        ({"scale": [0.13025] * 4}, "its scale is 0.18215, that of the latents 0.13025"),
+        ({"shift": [0.0, 0.0, 0.0, 0.1]}, "its shift is 0, that of the latents 0, 0, 0, 0.1"),
         ({"shift": [0.0] * 16}, "its shift is 0"),
     ],
 )
@@ -233,7 +233,7 @@ def test_an_autoencoder_that_contradicts_a_run(good: Path, facts: dict, said: st
     # The statistics of a cache that another program wrote are its own.
     if "latent_size" not in facts:
         check_autoencoder("x", decoder, {**run, **facts, "vae": {"sha256": None}}, "run")
-    with pytest.raises(ConfigError, match="has 4 latent channels, the model makes 16"):
+    with pytest.raises(ConfigError, match="has 4 latent channels, the model has 16"):
         LatentDecoder(str(good), 16)
 
 
@@ -259,7 +259,7 @@ def test_weights_that_do_not_fit_a_text_encoder(tmp_path: Path, write: object) -
         "half": (lambda state: {k: v for k, v in state.items() if k != name}, f"missing {name}"),
         "misshaped": (lambda state: {**state, name: torch.zeros(3)}, f"misshaped {name}"),
         "more": (lambda state: {**state, "encoder.other": torch.zeros(3)}, "unexpected encoder.other"),
-        "nan": (lambda state: {**state, name: state[name] * float("nan")}, f"{name} holds NaN"),
+        "nan": (lambda state: {**state, name: state[name] * float("nan")}, f"{name} contains NaN"),
     }
     for kind, (change, said) in changes.items():
         bad = change_text(Path(shutil.copytree(good, tmp_path / kind)), change)
@@ -337,7 +337,7 @@ def test_folders_that_are_of_no_text_encoder(tmp_path: Path) -> None:
         assert one_line(error)
     (good / "model_index.json").write_text("{}")
     with pytest.raises(
-        CheckpointError, match=r"a whole pipeline's folder; give .*/text_encoder, with its tokenizer"
+        CheckpointError, match=r"the folder of a pipeline; give .*/text_encoder, with its tokenizer"
     ):
         TextEncoder(str(good))
 

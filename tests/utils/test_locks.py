@@ -71,7 +71,7 @@ def test_another_process_is_named_and_its_death_releases_the_lock(tmp_path):
 def test_a_holder_that_cannot_be_read_is_one_line_too(content, tmp_path):
     with FolderLock(tmp_path, "train"):
         (tmp_path / ".train.lock").write_text(content)
-        with pytest.raises(OutputError, match="is in use: another process writes to it"):
+        with pytest.raises(OutputError, match="is in use: another process is writing to it"):
             FolderLock(tmp_path, "train").acquire()
 
 
@@ -123,7 +123,7 @@ def test_a_child_that_outlives_its_parent_keeps_no_lock(tmp_path):
 def test_a_lock_whose_words_are_damaged_is_a_lock(content, tmp_path):
     with FolderLock(tmp_path, "train"):
         (tmp_path / ".train.lock").write_bytes(content)
-        with pytest.raises(OutputError, match="is in use: another process writes to it; wait for it"):
+        with pytest.raises(OutputError, match="is in use: another process is writing to it; wait for it"):
             FolderLock(tmp_path, "train").acquire()
 
 
@@ -158,7 +158,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
 
     monkeypatch.setattr(locks.fcntl, "flock", refuse)
     with FolderLock(tmp_path, "train"):
-        assert f"{tmp_path}: the file system takes no locks: keep other machines" in caplog.text
+        assert f"{tmp_path}: the file system does not support locks: do not write to it" in caplog.text
 
 
 MOUNTS = """22 27 0:21 / /proc rw - proc proc rw
@@ -177,10 +177,10 @@ damaged
     [
         ((8, 1), ""),
         ((0, 50), ""),
-        ((0, 51), "mounted by NFS with local_lock=all, nolock, its lock holds on this machine alone"),
+        ((0, 51), "mounted by NFS with local_lock=all, nolock, its lock works only within this machine"),
         ((0, 52), ""),
-        ((0, 53), "mounted by Lustre without flock, its lock holds on this machine alone"),
-        ((0, 54), "its lock may hold on this machine alone, the file system is fuse.sshfs"),
+        ((0, 53), "mounted by Lustre without flock, its lock works only within this machine"),
+        ((0, 54), "its lock may work only within this machine, the file system is fuse.sshfs"),
         ((9, 9), ""),
     ],
 )

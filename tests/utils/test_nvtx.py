@@ -23,7 +23,7 @@ from tests.tolerance import assert_close
 from tests.training.test_step import TINY, image_set, run, trainer
 
 # What the nvtx package knows without matplotlib.
-NVTX_COLOURS = {
+NVTX_COLORS = {
     "green", "blue", "yellow", "purple", "rapids", "cyan", "red", "white", "darkgreen", "orange",
 }  # fmt: skip
 
@@ -38,8 +38,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def annotate(name: str, domain: str, color: str) -> Iterator[None]:
         assert domain == "dit_fast"
         inner = "darkgreen" if name.startswith("block_") else "rapids"
-        assert color == ranges.COLOURS.get(name, inner)
-        assert color in NVTX_COLOURS
+        assert color == ranges.COLORS.get(name, inner)
+        assert color in NVTX_COLORS
         around.append(name)
         seen.append("/".join(around))
         try:
