@@ -154,6 +154,7 @@ def write_checkpoint(
     def begin() -> None:
         if world.is_first:
             folder.mkdir(parents=True, exist_ok=True)
+            # A leftover of a killed attempt at the same step.
             shutil.rmtree(temporary, ignore_errors=True)
             require_space(folder, needed)
             temporary.mkdir()
@@ -176,6 +177,7 @@ def write_checkpoint(
         if world.is_first:
             files = {name: digest for written in digests for name, digest in written.items()}
             write_manifest(temporary, {"format": FORMAT, **manifest, "files": dict(sorted(files.items()))})
+            # Files before the rename, so that a crash cannot leave a renamed folder without content.
             sync(temporary / MANIFEST)
             sync(temporary)
             _swap(temporary, final)
@@ -236,6 +238,7 @@ def remove_old(run: str | Path, retention: Retention) -> None:
     whole = [folder for folder in folders if is_complete(folder)]
     if len(whole) <= retention.keep:
         return
+    # Incomplete folders do not count, and those older than the oldest kept checkpoint are removed too.
     oldest = whole[-retention.keep]
     for folder in folders[: folders.index(oldest)]:
         if retention.stays(_step_of(folder)):
@@ -345,6 +348,7 @@ def _verify_together(folder: Path, world: World) -> str | None:
     problem = None
     try:
         manifest = read_manifest(folder)
+        # Largest first, so that every rank hashes about as many bytes.
         names = sorted(manifest["files"], key=lambda name: -manifest["files"][name]["bytes"])
         verify_files(folder, manifest, names[world.rank :: world.size])
     except CheckpointError as error:

@@ -26,6 +26,7 @@ from dit_fast.utils.schema import (
 
 FORMAT = "dit_fast checkpoint 1"
 MANIFEST = "manifest.json"
+# Without separators, and not starting with a dot: a manifest must not name files outside its folder.
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _DIGEST = fields({"bytes": integer(), "sha256": text(r"[0-9a-f]{64}")})
@@ -138,6 +139,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not the manifest of a dit-fast checkpoint")
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{file} has format {manifest['format']!r}; this version reads {FORMAT!r}")
+    # Verified before the schema: damage is reported as damage.
     if manifest.pop("manifest_sha256", None) != _seal(manifest):
         raise CheckpointError(f"{file} is damaged: its content does not match its own SHA-256")
     require(manifest, _SCHEMA, file, CheckpointError)
@@ -214,4 +216,5 @@ def digest(path: Path) -> dict[str, Any]:
 
 
 def _seal(manifest: dict[str, Any]) -> str:
+    # Of the values, not of the bytes: reformatting the file does not invalidate it.
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

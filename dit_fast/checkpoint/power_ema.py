@@ -96,6 +96,7 @@ def combination(present: Sequence[Profile], wanted: Profile) -> tuple[list[float
     Returns:
         The factors, and the distance to `wanted` relative to its norm.
     """
+    # Least squares: the Gram matrix of the profiles times the factors equals their products with the requested one.
     gram = np.array([[a.inner(b) for b in present] for a in present])
     target = np.array([a.inner(wanted) for a in present])
     # Profiles scaled to unit norm, for conditioning, and a Lagrange multiplier for the sum of the factors.
@@ -135,6 +136,7 @@ class PowerAverages:
             return
         weights = [shard(p) for p in self.parameters.values()]
         for part, sigma_rel in SIGMAS.items():
+            # Integral of the profile up to the last update, by which the old average is weighted.
             kept = (self.step / step) ** (Profile(sigma_rel, 1.0).gamma + 1)
             averages = [shard(average) for average in self._held[part].values()]
             torch._foreach_lerp_(averages, weights, 1 - kept)

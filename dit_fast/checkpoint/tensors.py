@@ -70,15 +70,18 @@ def own_pieces(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str,
     Returns:
         The pieces by name.
     """
+    # Whole tensors go to the rank with the least so far, largest first. Every rank computes the same assignment.
     loads = [0] * size
     pieces = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
         if (mesh := getattr(tensor, "device_mesh", None)) is not None:
             coordinate = mesh.get_coordinate()
             placements = zip(tensor.placements, coordinate, strict=True)  # type: ignore[attr-defined]
+            # Replicated over an axis of the mesh: only the first rank along it writes.
             if any(not placement.is_shard() and place for placement, place in placements):
                 continue
             piece = local_piece(tensor)
+            # A small tensor may leave a rank without rows.
             if piece.tensor.numel():
                 pieces[name] = piece
             continue
@@ -228,5 +231,6 @@ class StoredPart:
                 continue
             there = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, offset, strict=True))
             here = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, first, strict=True))
+            # A slice reads only its bytes; a scalar has no axis to slice.
             values = file.get_slice(name)[there] if there else file.get_tensor(name)
             tensor[here].copy_(values)

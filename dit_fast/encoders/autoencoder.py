@@ -122,6 +122,7 @@ class LatentDecoder:
                 f"--vae {self.name}: {bad} of {len(images)} decoded images contain NaN or infinity (latents from "
                 f"{latents.min():g} to {latents.max():g}); check that it is the autoencoder of these latents"
             )
+        # Grayscale images are repeated over three channels.
         return images.expand(-1, 3, -1, -1)
 
 
@@ -250,6 +251,7 @@ def _new_name(key: str) -> str:
 
 def _cross_check(config: dict[str, Any], path: Path) -> None:
     """Raise CheckpointError where the lists of a configuration have inconsistent lengths."""
+    # One entry per resolution level.
     levels = {name: len(config[name]) for name in _BY_LEVEL if name in config}
     channels = config.get("latent_channels", SD_CHANNELS)
     statistics = {name: len(config[name]) for name in _BY_CHANNEL if config.get(name) is not None}
@@ -260,6 +262,7 @@ def _cross_check(config: dict[str, Any], path: Path) -> None:
 
 
 def _factor(config: Any) -> int:
+    # Every level but the last halves the resolution.
     return 2 ** (len(config.block_out_channels) - 1)
 
 

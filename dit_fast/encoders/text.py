@@ -85,6 +85,7 @@ class TextEncoder:
             raise ConfigError(f"--caption-tokens {tokens}: {name} takes up to {most}")
         self.width = int(model.config.d_model if kind == "t5" else model.config.hidden_size)
         weights = weights_digest(model.state_dict())
+        # The output for one caption identifies vocabulary and settings of the tokenizer, whose files differ in layout.
         sample = self.tokenizer("A photo, 1 of 2.", truncation=True).input_ids
         self.sha256 = hashlib.sha256(f"{weights} {len(self.tokenizer)} {sample}".encode()).hexdigest()
         self.device = torch.device(device)

@@ -522,6 +522,7 @@ def restore(model: nn.Module) -> None:
     """Undo `accelerate` on a model, or on a copy of an accelerated one."""
     for module in model.modules():
         if _is_fused(module):
+            # The forward of the class is visible again.
             del vars(module)["forward"]
 
 
@@ -541,6 +542,7 @@ def _candidates(model: Any) -> tuple[str, dict[str, tuple[nn.Module, BlockKind]]
         raise ConfigError(f"accelerate takes a model, this is a {name}{hint}")
     if isinstance(model, DiT) or isinstance(getattr(model, "dit", None), DiT):
         raise ConfigError(f"{name} is dit_fast's own model and runs the fused operations already")
+    # Parameters of wrappers have other names, and a compiled model would not see the new forward.
     for inner, what in (("_orig_mod", "compiled, and accelerate comes before"), ("module", "a wrapper")):
         if isinstance(getattr(model, inner, None), nn.Module):
             raise ConfigError(f"{name} is {what}: give its .{inner}")

@@ -106,6 +106,7 @@ class ConvertedDiT(DiT):
         super().__init__(*args, **kwargs)
         self.conventions = conventions
         embedder = ShiftedTimestepEmbedder(self.pos_embed.shape[-1], conventions.timestep_freq_shift)
+        # The same parameters under the same names: only the frequencies change.
         embedder.mlp = self.t_embedder.mlp
         self.t_embedder = embedder
         for block in self.blocks:
@@ -179,10 +180,12 @@ _DEFAULTS: dict[str, tuple[tuple[type, ...], Any]] = {
 }  # fmt: skip
 # Fields that only FastDiT has; diffusers ignores them in its files.
 _ADAPTER_FIELDS = ("mlp_ratio", "class_dropout_prob", "timestep_freq_shift", "cfg_channels")
+# Fields that a DiT has with these values only.
 _FIXED = {
     "dropout": 0.0, "attention_bias": True, "activation_fn": "gelu-approximate", "upcast_attention": False,
     "norm_type": "ada_norm_zero", "norm_elementwise_affine": False,
 }  # fmt: skip
+# Fields of other Transformer2DModels, without effect on a DiT.
 _IGNORED = ("norm_num_groups", "attention_type", "interpolation_scale")
 
 
@@ -321,6 +324,7 @@ def state_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         CheckpointError: A tensor has no counterpart in diffusers.
     """
     converted: dict[str, Tensor] = {}
+    # diffusers has a copy of the embedders in every block.
     depth = 1 + max((int(match[1]) for key in state if (match := _REFERENCE_BLOCK.match(key))), default=-1)
     for key, value in state.items():
         stem, _, leaf = key.rpartition(".")
@@ -332,6 +336,7 @@ def state_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif match := _REFERENCE_BLOCK.match(stem):
             block = f"transformer_blocks.{match[1]}"
             if match[2] == "attn.qkv":
+                # qkv stacks the output rows of q, k and v.
                 for name, part in zip(_QKV, value.chunk(3), strict=True):
                     converted[f"{block}.{name}.{leaf}"] = part
             else:
@@ -400,7 +405,7 @@ def _positions(state: Mapping[str, Tensor], config: Mapping[str, Any], source: s
     if (bias is not None and bias.shape != (width,)) or not 0 < rows * columns * width <= _MOST_POSITIONS:
         found = None if bias is None else tuple(bias.shape)
         raise CheckpointError(
-            f"{source} says {rows}x{columns} tokens of width {width}, its pos_embed.proj.bias is {found}"
+            f"{source} describes {rows}x{columns} tokens of width {width}, its pos_embed.proj.bias is {found}"
         )
     try:
         table = get_2d_sincos_pos_embed(width, (rows, columns))
@@ -436,19 +441,19 @@ def read_folder(folder: Path, config: Mapping[str, Any]) -> tuple[WeightFile, di
         CheckpointError: Files are missing, unsafe, or do not describe a DiT.
     """
     source = str(folder / "config.json")
-    ours, conventions = config_from_diffusers(config, source)
+    dit_config, conventions = config_from_diffusers(config, source)
     path, state, notes = read_diffusers_weights(folder)
     if config["_class_name"] == ADAPTER:
         state = {key.removeprefix("dit."): value for key, value in state.items()}
     else:
-        state = state_from_diffusers(state, ours, str(path))
+        state = state_from_diffusers(state, dit_config, str(path))
     if not conventions.same_outputs_as_reference:
         notes = (
             *notes,
             f"{folder}: computed as diffusers does: timestep_freq_shift {conventions.timestep_freq_shift}, "
             f"norm2_eps {conventions.norm2_eps}",
         )
-    return WeightFile(path, state, notes=notes), ours, conventions
+    return WeightFile(path, state, notes=notes), dit_config, conventions
 
 
 def write_folder(model: DiT, folder: str | Path) -> None:

@@ -87,16 +87,16 @@ def fast_dit_class() -> Any:
             config = cls.load_config(pretrained_model_name_or_path, **where)
             if config.get("_class_name") != DiTTransformer2DModel.__name__:
                 return super().from_pretrained(pretrained_model_name_or_path, **options)
-            theirs = DiTTransformer2DModel.from_pretrained(pretrained_model_name_or_path, **options)
-            return cls.from_dit(from_diffusers(theirs))
+            model = DiTTransformer2DModel.from_pretrained(pretrained_model_name_or_path, **options)
+            return cls.from_dit(from_diffusers(model))
 
         @classmethod
         def from_config(cls, config: Any, **options: Any) -> Any:
             """As of any model in diffusers; also the configuration of a DiTTransformer2DModel."""
             if not isinstance(config, dict) or config.get("_class_name") != DiTTransformer2DModel.__name__:
                 return super().from_config(config, **options)
-            ours, conventions = config_from_diffusers(config, DiTTransformer2DModel.__name__)
-            return cls.from_dit(ConvertedDiT(**ours, conventions=conventions))
+            dit_config, conventions = config_from_diffusers(config, DiTTransformer2DModel.__name__)
+            return cls.from_dit(ConvertedDiT(**dit_config, conventions=conventions))
 
         @classmethod
         def from_dit(cls, model: DiT) -> Any:

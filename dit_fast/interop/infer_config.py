@@ -67,6 +67,7 @@ def infer_config(
     depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
 
     per_patch = shapes["final_layer.linear.weight"][0]
+    # The final layer predicts P * P * C values per patch, or twice as many with a learned variance.
     outputs, left = divmod(per_patch, patch * patch)
     if left or outputs not in (in_channels, 2 * in_channels):
         raise CheckpointError(
@@ -118,6 +119,7 @@ def _mlp_ratio(shapes: Mapping[str, tuple[int, ...]], hidden_size: int, known: f
     """The known ratio where it agrees with the shapes, else one that does."""
     hidden = int(hidden_size * known)
     if _SWIGLU in shapes:
+        # w12 stacks both halves of the SwiGLU, whose width is 2/3 of that of a plain MLP.
         rows = shapes[_SWIGLU][0] // 2
         return known if swiglu_width(hidden) == rows else 1.5 * rows / hidden_size
     rows = shapes[_FC1][0]

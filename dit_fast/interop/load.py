@@ -177,8 +177,8 @@ def _with_facts(model: DiT, info: ModelInfo, pipeline: Path) -> tuple[DiT, Model
 def _from_diffusers(
     folder: Path, config: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> tuple[DiT, ModelInfo]:
-    file, ours, conventions = read_folder(folder, config)
-    model = _build(file, ours, expected, conventions)
+    file, dit_config, conventions = read_folder(folder, config)
+    model = _build(file, dit_config, expected, conventions)
     return model, ModelInfo(file.path, "only", latent=_looks_latent(model), notes=file.notes)
 
 

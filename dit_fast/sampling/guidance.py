@@ -87,6 +87,7 @@ class Guidance:
         """Scale at each step, float64 (N,); exactly 1 where only the conditional branch is evaluated."""
         low, high = self.interval
         scales = 1 + (self.scale - 1) * SCHEDULES[self.schedule](1 - schedule.levels)
+        # The comparison with exactly 1 selects the steps that skip the null branch.
         return np.where((schedule.levels >= low) & (schedule.levels <= high), scales, 1.0)
 
 
@@ -124,6 +125,7 @@ def classifier_cond_fn(
     def cond_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
+            # Summed over the batch: samples do not interact, so that the gradient of each is its own.
             log_p = classifier(x, t).log_softmax(dim=-1).gather(1, y[:, None]).sum()
             return scale * torch.autograd.grad(log_p, x)[0]
 

@@ -155,6 +155,7 @@ class Sampler:
         batches = []
         with torch.no_grad():
             for first in range(0, len(labels), batch_size):
+                # The last batch is smaller: sample i keeps its number, and with it its noise.
                 batch = slice(first, first + batch_size)
 
                 def report(done: int, state: Tensor, first: int = first) -> None:
@@ -309,6 +310,7 @@ class Sampler:
         if draws_noise(config):
             bytes_per_step += 4 * batch * model.in_channels * height * width
         longest = max(1, min(steps, config.table_bytes // bytes_per_step))
+        # Segments end where `on_step` is called, and are no longer than the table allows.
         bounds = sorted({*range(0, steps, every), steps})
         segments = tuple(
             (start, min(start + longest, stop))

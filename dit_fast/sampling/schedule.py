@@ -127,6 +127,7 @@ def diffusion_schedule(diffusion: GaussianDiffusion) -> NoiseSchedule:
     times = kept[::-1].copy()
     return NoiseSchedule(
         times=times,
+        # The last timestep has level 1, and timestep 0 still has noise.
         levels=(times + 1) / steps,
         alphas=np.append(np.sqrt(diffusion.alphas_cumprod[::-1]), 1.0),
         sigmas=np.append(np.sqrt(1.0 - diffusion.alphas_cumprod[::-1]), 0.0),
@@ -176,12 +177,14 @@ def flow_schedule(
         left = np.append(np.linspace(1.0 - start, last_step, steps), 0.0)
     else:
         raise ConfigError(f"last step {last_step}: choose a length in t above 0 and below {1 - start:g}")
+    # `left` is the time that remains: 1 - t, the noise level on the linear path.
     left = shift * left / (1 + (shift - 1) * left)
     times = 1 - left
     point = [part.numpy() for part in PATHS[path](torch.from_numpy(times[:-1])) if part is not None]
     return NoiseSchedule(
         times[:-1],
         left[:-1],
+        # The end is clean data, where some paths have no finite derivatives.
         alphas=np.append(point[0], 1.0),
         sigmas=np.append(point[1], 0.0),
         prediction=prediction,
@@ -193,6 +196,7 @@ def default_solver(objective: Mapping[str, Any]) -> Literal["ddpm", "ddim", "eul
     """Default solver of a model trained with these arguments of `create_objective`."""
     if objective.get("objective") == "flow":
         return "euler"
+    # A variance learned by its logarithm is valid only for the steps of training, not for longer ones.
     return "ddpm" if objective.get("learned_range", True) else "ddim"
 
 

@@ -85,6 +85,7 @@ class SampleShards:
             # Unfinished files of a killed process.
             for partial in self.folder.glob(f"{TEMPORARY}*.npy"):
                 partial.unlink(missing_ok=True)
+            # Several ranks may do this at once: each writes the same bytes, atomically.
             if not path.exists() or not any(self.folder.glob("[0-9]*.npy")):
                 write_atomically(path, lambda temporary: temporary.write_text(self._text))
         except OSError as error:
@@ -142,6 +143,7 @@ class SampleShards:
 
     def finished(self) -> int:
         """Number of samples in existing shards, of all ranks; checksums are not verified."""
+        # One listing: other ranks write while this one counts.
         there = {path.name for path in self.folder.glob("*.npy")}
         return sum(len(self.numbers(shard)) for shard in range(self.count) if f"{shard:06d}.npy" in there)
 
@@ -165,6 +167,7 @@ class SampleShards:
                 file.write(self._checksum(buffer.getbuffer()))
 
         write_atomically(self.path(shard), save)
+        # A disk that loses data is found here, and not after hours of sampling.
         if not self.is_whole(shard):
             raise OutputError(
                 f"{self.path(shard)} does not read back as it was written; choose another --out"
@@ -193,6 +196,7 @@ class SampleShards:
         def save(temporary: Path) -> None:
             with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
                 member = zipfile.ZipInfo("arr_0.npy", _DATE)
+                # The size is not known to zipfile beforehand; 50,000 images of 256 x 256 exceed 4 GiB.
                 with archive.open(member, "w", force_zip64=True) as file:
                     header = {
                         "descr": self.dtype.str,

@@ -92,6 +92,7 @@ def ddpm(
             log_variance = learned
         if score is not None:
             mean = mean + log_variance.exp() * score(x, i)
+        # No noise after the last step.
         x = mean if i + 1 == len(schedule) else torch.addcmul(mean, (0.5 * log_variance).exp(), noise(i))
         yield x
 
@@ -99,11 +100,13 @@ def ddpm(
 def ddpm_table(schedule: NoiseSchedule) -> Array:
     """Coefficients (N, 4) of x and of x_0 in the posterior mean, and the log of the lower and upper variance bound."""
     (alpha, next_alpha), (sigma, next_sigma) = _pairs(schedule.alphas), _pairs(schedule.sigmas)
+    # Between neighboring steps of a respaced process: ratio = sqrt(1 - beta), with beta from the cumulated products.
     ratio = alpha / next_alpha
     beta = sigma**2 - ratio**2 * next_sigma**2
     posterior = beta * next_sigma**2 / sigma**2
     # The variance of the last posterior is 0; its logarithm is that of the step before, as in Ho et al.'s code.
     small = np.where(posterior > 0, posterior, posterior[-2] if len(schedule) > 1 else beta)
+    # With the large variance, the last step has the small one: a better likelihood of the data (as in Ho et al.).
     large = np.append(beta[:-1], small[-1:]) if schedule.variance == "large" else beta
     return _table(
         ratio * next_sigma**2 / sigma**2, next_alpha * beta / sigma**2, np.log(small), np.log(large)
@@ -172,6 +175,7 @@ def ddim_inversion(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> Sta
 def inversion_table(schedule: NoiseSchedule) -> Array:
     """Coefficients (N, 2) of x and x_0 at step i in the state at step i - 1; the first row is not used."""
     alpha, sigma = schedule.alphas[:-1], schedule.sigmas[:-1]
+    # np.roll moves the value at step i - 1 to row i.
     back = np.roll(sigma, 1) / sigma
     return _table(back, np.roll(alpha, 1) - back * alpha)
 
@@ -196,6 +200,7 @@ def dpm_solver_pp_2m(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> S
 def dpm_table(schedule: NoiseSchedule) -> Array:
     """Coefficients (N, 3) of x, x_0 and the previous x_0 in the next state."""
     of_x, total, step = _first_order(schedule)
+    # Second-order correction: total * h_i / (2 h_(i-1)) of the difference of two predictions.
     extra = np.zeros(len(schedule))
     for i in range(1, len(schedule)):
         if np.isfinite(step[i]) and np.isfinite(step[i - 1]):
@@ -225,6 +230,7 @@ def unipc(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
         x = torch.addcmul(of_x * x, of_data, data)
         if history:
             x = torch.addcmul(x, of_previous, history[0])
+        # The newest prediction first; UniC-2 needs two.
         history = [data, *history[:1]]
         yield x
 
@@ -249,6 +255,7 @@ def unipc_table(schedule: NoiseSchedule) -> Array:
             second = -1 / np.expm1(-h) - 2 / h * first
             place = -step[i - 2] / h
             here, older = np.linalg.solve([[1.0, place], [1.0, place**2]], [first, second])
+        # The weights sum to 1, so that a constant x_0 is integrated exactly.
         scaled = total[i - 1] * np.array([here, 1 - here - older, older])
         rows[i] = of_x[i - 1], *scaled
     return rows
@@ -281,6 +288,7 @@ def heun(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
 
 def heun_table(schedule: NoiseSchedule) -> Array:
     """Coefficients (N, 3) of x, the Euler guess and x_0 at the guess in the next state; the last row is not used."""
+    # As in `euler`: x / total moves in the time alpha / total, and its velocity at x is (x_0 - x / total) / (1 - time).
     total = schedule.alphas + schedule.sigmas
     time = schedule.alphas / total
     gain = np.diff(time)[:-1] / (1 - time[1:-1])
@@ -341,6 +349,7 @@ def sde_table(schedule: NoiseSchedule, form: str, last_step: str) -> Array:
     if schedule.rates is None:
         raise ConfigError("an SDE needs continuous time, and these timesteps are discrete: use ddpm")
     alpha, sigma, (alpha_rate, sigma_rate) = schedule.alphas[:-1], schedule.sigmas[:-1], schedule.rates
+    # The times end at t = 1, where no evaluation takes place.
     step = np.diff(schedule.times, append=1.0)
     with np.errstate(divide="ignore"):
         weight = DIFFUSION_FORMS[form](
@@ -351,6 +360,7 @@ def sde_table(schedule: NoiseSchedule, form: str, last_step: str) -> Array:
             f"diffusion form {form} is infinite at alpha 0: choose a later start or another form"
         )
     if last_step == "euler":
+        # w = 0 leaves the velocity of the ODE alone.
         weight[-1] = 0.0
     # velocity = alpha' x_0 + sigma' noise and score = -noise / sigma, with noise = (x - alpha x_0) / sigma.
     of_noise = sigma_rate - weight / sigma
@@ -370,6 +380,7 @@ def _first_order(schedule: NoiseSchedule) -> tuple[Array, Array, Array]:
     """sigma_t / sigma_s; alpha_t (1 - exp(-h)), the coefficient of a constant x_0; and h = lambda_t - lambda_s."""
     (alpha, next_alpha), (sigma, next_sigma) = _pairs(schedule.alphas), _pairs(schedule.sigmas)
     of_x = next_sigma / sigma
+    # lambda is infinite at sigma = 0 (the end) and at alpha = 0; callers treat such steps as first-order.
     with np.errstate(divide="ignore"):
         step = np.log(next_alpha / next_sigma) - np.log(alpha / sigma)
     return of_x, next_alpha - of_x * alpha, step

@@ -53,6 +53,7 @@ class KeyedNoise:
         block, place = divmod(i, _NOISE_STEPS)
         if block != self._block:
             key = keyed.key(self.seed, f"sampling steps {block}")
+            # The key contains the block, so that any step can be drawn without the steps before it.
             self._block, self._values = block, keyed.normal(key, self.numbers, (_NOISE_STEPS, *self.shape))
         return self._values[:, place]
 
@@ -137,6 +138,7 @@ class ModulationTable:
         y = self.model.embed_labels(labels)
         y = None if y is None else y.repeat(len(times), *[1] * (y.ndim - 1))
         c = self.model.condition(t.repeat_interleave(len(labels), 0), y)
+        # One layer at a time, so that only one needs to be on the device when offloaded.
         start = 0
         for layer in self.model.modulation_layers():
             if self.offload:
@@ -169,6 +171,7 @@ def evaluate(
     Returns:
         The predicted x_0 (n, C, H, W), and the variance where the model learns one.
     """
+    # Both branches have the same state; only their modulation vectors differ.
     inputs = x if scale is None else torch.cat([x, x])
     output = model.forward_modulated(inputs.to(rows.dtype), rows.index_select(0, slots)).to(x.dtype)
     if scale is not None:
@@ -262,6 +265,7 @@ class Trajectory:
             caption_tokens=key.caption[0] if key.caption else 1,
             offload=self.config.offload,
         )
+        # Fixed addresses: a captured graph reads these tensors, and `begin` overwrites their values.
         self.slots = torch.zeros(2 * key.batch, dtype=torch.int64, device=key.device)
         label_dtype = key.dtype if key.caption else torch.int64
         self.labels = torch.zeros(key.batch, *key.caption, dtype=label_dtype, device=key.device)

@@ -162,9 +162,11 @@ def read_object(
 def parse_json(text: str | bytes, source: str, raises: type[DitFastError]) -> Any:
     """Value of a UTF-8 JSON text of bounded depth; `source` names it in errors of class `raises`."""
     try:
+        # utf-8-sig: some editors write a byte order mark.
         content = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
         raise raises(f"{source}: damaged or not JSON ({one_line(error)})") from None
+    # Breadth first, without recursion.
     level = [content]
     for _ in range(_MAX_JSON_DEPTH):
         level = [inner for outer in level for inner in _members(outer) if isinstance(inner, dict | list)]
@@ -207,6 +209,7 @@ def npy_header(content: bytes | bytearray | memoryview) -> tuple[np.dtype, tuple
     head = bytes(content[:12])
     if head[:6] != b"\x93NUMPY":
         raise ValueError("not an .npy file")
+    # Version 1 has a header length of 2 bytes, later versions of 4.
     start = 10 if head[6:7] == b"\x01" else 12
     stop = start + int.from_bytes(head[8:start], "little")
     text = bytes(content[start:stop])
@@ -281,6 +284,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     if found is not None and (_stream_of(path, found) is not None or not stat.S_ISREG(found.st_mode)):
         _write_through(path, found, write)
         return
+    # In the folder of the target, since a rename is atomic only within a file system.
     final = Path(os.path.realpath(path))
     temporary = final.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{final.name}")
     try:
@@ -290,6 +294,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         os.chmod(temporary, stat.S_IMODE(mode))
         sync(temporary)
+        # The content before the name, and then the name: a crash leaves the old file or the new one.
         temporary.replace(final)
         sync(final.parent)
     except (OSError, SafetensorError) as error:
@@ -323,6 +328,7 @@ def _open_existing(path: Path, found: os.stat_result) -> int:
             return os.dup(stream)
         # Opened without blocking: a pipe without a reader is then an error (ENXIO) instead of a process that hangs.
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        # Blocking again, or a write would fail when the pipe is full.
         os.set_blocking(descriptor, True)
         return descriptor
     except OSError as error:

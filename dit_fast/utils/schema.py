@@ -40,6 +40,7 @@ def integer(least: int = 0, most: int = 2**53) -> Check:
     """A whole number, which true and false are not."""
 
     def check(value: Any, where: str) -> Iterator[str]:
+        # `type`, not isinstance: bool is a subclass of int.
         if type(value) is not int or not least <= value <= most:
             yield _wrong(where, value, f"a whole number from {least} to {most}")
 
@@ -50,6 +51,7 @@ def number(least: float = -math.inf, most: float = math.inf) -> Check:
     """A finite number."""
 
     def check(value: Any, where: str) -> Iterator[str]:
+        # JSON integers have any size; a comparison with 1e308 is safe for them, and is False for NaN.
         if type(value) not in (int, float) or not abs(value) <= 1e308 or not least <= value <= most:
             bounds = "" if math.isinf(least) and math.isinf(most) else f" from {least:g} to {most:g}"
             yield _wrong(where, value, f"a finite number{bounds}")

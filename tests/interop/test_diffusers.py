@@ -250,7 +250,7 @@ def test_exporting_the_references_weights_is_asked_for(tmp_path) -> None:
         ({"num_layers": 5}, "depth is 2 in the checkpoint, 5 expected"),
         ({"sample_size": "8"}, "sample_size='8'"),
         ({"sample_size": True}, "sample_size=True"),
-        ({"sample_size": 2**23}, r"says 4194304x4194304 tokens of width 32"),
+        ({"sample_size": 2**23}, r"describes 4194304x4194304 tokens of width 32"),
         ({"sample_size": 9}, "cannot be built: input_size 9x9 is not a positive multiple of patch_size 2"),
         ({"out_channels": 5}, "out_channels=5 for in_channels=4"),
         ({"norm_eps": float("nan")}, "norm2_eps=nan"),

@@ -123,7 +123,9 @@ def test_configurations_that_are_of_another_autoencoder(vae: Path, fields: dict,
 def test_folders_that_are_of_no_autoencoder(vae: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny"
     AutoencoderTiny().save_pretrained(tiny)
-    with pytest.raises(CheckpointError, match="describes a diffusers AutoencoderTiny, expected an AutoencoderKL"):
+    with pytest.raises(
+        CheckpointError, match="describes a diffusers AutoencoderTiny, expected an AutoencoderKL"
+    ):
         LatentDecoder(str(tiny), 4)
     (tmp_path / "pipeline").mkdir()
     shutil.copytree(vae, tmp_path / "pipeline" / "vae")
