@@ -149,7 +149,7 @@ def test_another_resolution_is_refused_with_both_sizes_and_what_to_do(tmp_path) 
     DiT(**SMALL).save_pretrained(tmp_path)
     line = (
         "input_size is 8 in the checkpoint, 16 expected; "
-        "load_model(..., input_size=SIZE) or model.regrid(SIZE) makes positions for another size"
+        "load_model(..., input_size=SIZE) or model.regrid(SIZE) computes positions for another size"
     )
     with pytest.raises(CheckpointError) as caught:
         load_model(tmp_path, expected={"input_size": 16})

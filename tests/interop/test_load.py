@@ -252,7 +252,7 @@ def test_a_single_absurd_block_index_builds_nothing(model, tmp_path):
     ("content", "line"),
     [
         ({"a.weight": torch.zeros(3)}, "is not a DiT: pos_embed"),
-        ({"transformer_blocks.0.attn1.to_q.weight": torch.zeros(3)}, "diffusers' names"),
+        ({"transformer_blocks.0.attn1.to_q.weight": torch.zeros(3)}, "names of diffusers"),
         ({"pos_embed": torch.zeros(3), "step": 7}, "entries that are not named tensors: step"),
         (
             {"pos_embed": torch.zeros(3, dtype=torch.int64)},

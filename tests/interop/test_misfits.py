@@ -381,7 +381,7 @@ def test_solvers_of_ddpm_are_read(tmp_path: Path, name: str) -> None:
         ("EDMEuler", "EDM"),
         ("EDMDPMSolverMultistep", "EDM"),
         ("LCM", "a consistency model"),
-        ("CMStochasticIterative", "something else"),
+        ("CMStochasticIterative", "another objective"),
     ],
 )
 def test_other_kinds_of_models_are_not_taken_for_ddpm(tmp_path: Path, name: str, kind: str) -> None:
