@@ -84,15 +84,15 @@ def fast_dit_class() -> Any:
                 "proxies",
             )
             where = {name: options[name] for name in names if name in options}
-            config = cls.load_config(pretrained_model_name_or_path, **where)
+            config: Any = cls.load_config(pretrained_model_name_or_path, **where)
             if config.get("_class_name") != DiTTransformer2DModel.__name__:
                 return super().from_pretrained(pretrained_model_name_or_path, **options)
             model = DiTTransformer2DModel.from_pretrained(pretrained_model_name_or_path, **options)
             return cls.from_dit(from_diffusers(model))
 
         @classmethod
-        def from_config(cls, config: Any, **options: Any) -> Any:
-            """As of any model in diffusers; also the configuration of a DiTTransformer2DModel."""
+        def from_config(cls, config: Any, **options: Any) -> Any:  # type: ignore[override]
+            """Build from a configuration of FastDiT or of a DiTTransformer2DModel."""
             if not isinstance(config, dict) or config.get("_class_name") != DiTTransformer2DModel.__name__:
                 return super().from_config(config, **options)
             dit_config, conventions = config_from_diffusers(config, DiTTransformer2DModel.__name__)
