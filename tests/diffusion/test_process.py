@@ -404,7 +404,9 @@ def test_bad_shapes_are_named():
         diffusion.q_sample(x, T_ALL, x[:1])
     with pytest.raises(ConfigError, match="one shape"):
         diffusion.q_posterior_mean_variance(x[:1], x, T_ALL)
-    with pytest.raises(ConfigError, match=r"noise \(5, 3, 4, 4\) must have the requested shape \(2, 3, 4, 4\)"):
+    with pytest.raises(
+        ConfigError, match=r"noise \(5, 3, 4, 4\) must have the requested shape \(2, 3, 4, 4\)"
+    ):
         diffusion.p_sample_loop(answering(x), (2, 3, 4, 4), noise=x)
     with pytest.raises(ConfigError, match="no parameters, so that its device is unknown"):
         diffusion.p_sample_loop(answering(x), SHAPE)

@@ -297,7 +297,7 @@ def test_sampling_refuses_what_the_checkpoint_contradicts(
     torch.save(LightningDiT(**PUBLISHED).state_dict(), tmp_path / "light.pt")
     bare = ("sample", "--num-heads", 4, "--out", tmp_path / "out", "--ckpt")
     for options, message in [
-        ((tmp_path / "light.pt", "--objective", "diffusion"), "objective is flow in the checkpoint, diffusion requested"),
+        ((tmp_path / "light.pt", "--objective", "diffusion"), "is flow in the checkpoint, diffusion requested"),
         ((tmp_path / "light.pt",), "--vae is missing: the model makes latents of 8 channels; give the folder of"),
         ((tmp_path / "SiT.pt", "--vae", "none", "--shift", 3), "shift 3 applies only to flow matching"),
         ((tmp_path / "SiT.pt", "--vae", "none", "--latent-stats", "f.pt"), "SiT.pt is not decoded, with --vae none"),
