@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from dit_fast.data import open_data, open_stream
     from dit_fast.diffusion import FlowMatching, GaussianDiffusion, create_diffusion
     from dit_fast.errors import DitFastError
-    from dit_fast.interop import accelerate, from_diffusers, load_model, save_diffusers, to_diffusers
+    from dit_fast.interop import from_diffusers, load_model, save_diffusers, to_diffusers
+    from dit_fast.interop.accelerate import accelerate
     from dit_fast.model.dit import DiT
     from dit_fast.model.presets import DiT_models
     from dit_fast.sampling import Guidance, Sampler, SamplerConfig
@@ -55,7 +56,7 @@ _MODULES = {
     "SamplerConfig": "dit_fast.sampling",
     "TrainConfig": "dit_fast.training",
     "TrainResult": "dit_fast.training",
-    "accelerate": "dit_fast.interop",
+    "accelerate": "dit_fast.interop.accelerate",
     "create_diffusion": "dit_fast.diffusion",
     "from_diffusers": "dit_fast.interop",
     "load_model": "dit_fast.interop",
