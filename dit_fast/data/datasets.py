@@ -175,11 +175,11 @@ def open_data(
 ) -> ImageSet | LatentSet:
     """Open a data set for training: images, or latents of images.
 
+    The other arguments are those of `open_images`; `image_size` and `channels` of latents are checked.
+
     Args:
         source: any `source` of `open_images`, a folder that `dit-fast encode` wrote, or a latent cache of fast-DiT,
             REPA or LightningDiT.
-        image_size, channels: as `open_images`; of latents, expected values.
-        num_classes, flip, holdout, num_workers, buckets, conversion, skip_unreadable: as `open_images`.
         encoder: encodes images to latents when they are read.
 
     Returns:

@@ -48,7 +48,8 @@ class Posterior:
     Args:
         kind: meaning of the moments: "logvar" or "std", K = 2: the mean, and log-variance or standard deviation;
             "sample", K = 1: a sample that was drawn once.
-        shift, scale: one value per channel; the latents are (z - shift) * scale.
+        shift: one value per channel; the latents are (z - shift) * scale.
+        scale: one value per channel.
     """
 
     kind: str

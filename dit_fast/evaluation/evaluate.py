@@ -70,7 +70,11 @@ class Quality:
         proxy: whether it is not the Inception-v3 of FID, so that no score is comparable with published ones.
         num_samples: number of samples.
         num_reference: number of reference images; None where unknown.
-        fid, sfid, inception_score, precision, recall: the scores.
+        fid: Frechet distance of pooled features.
+        sfid: Frechet distance of spatial features.
+        inception_score: Inception score, mean over its splits.
+        precision: share of samples within the reference's manifold.
+        recall: share of the reference within the samples' manifold.
         inception_score_std: standard deviation of the Inception score over its splits.
         notes: scores that are missing, and other remarks.
     """
@@ -123,8 +127,7 @@ def open_reference(
 ) -> Reference:
     """Open a reference: a source of `open_source`, or an .npz archive with `mu` and `sigma`, with or without images.
 
-    Args:
-        source, image_size, num_workers, buckets, conversion: as `open_source`.
+    The arguments are those of `open_source`.
 
     Raises:
         DataError: as `open_source` and `read_statistics`.

@@ -31,7 +31,7 @@ _MOST_FITTED = 10_000
 class Features(NamedTuple):
     """Features of B images.
 
-    Args:
+    Attributes:
         pooled: (B, D), for FID, precision and recall.
         spatial: (B, S), for sFID; None where the network has none.
         logits: (B, K), for the Inception score; None where the network has none.

@@ -446,7 +446,7 @@ def test_a_call_continues_from_the_archive(
 def test_a_suite_that_is_stopped_leaves_no_stage_behind(tmp_path: Path) -> None:
     code = f"""
 import sys
-from benchmarks import gpu_suite
+from benchmarks.gpu import gpu_suite
 from benchmarks.gpu.gpu_plan import Stage
 sleep = "import os, time; open(r'{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(600)"
 gpu_suite.stages = lambda part, dry, cores: [Stage("sleeps", (sys.executable, "-c", sleep), 600)]

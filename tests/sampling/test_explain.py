@@ -176,7 +176,7 @@ def test_the_command_writes_its_pictures(tmp_path, capsys):
     [
         (["--block", "7"], "block 7: the model has blocks 0 to 1"),
         (["--step-counts", "3", "9"], "9 steps: choose 1 to 6"),
-        (["--steps", "1"], "--steps 1: there is no way to show in one step"),
+        (["--steps", "1"], "--steps 1: one step has no trajectory to show"),
     ],
 )
 def test_bad_requests_are_one_line_and_draw_nothing(tmp_path, capsys, options, line):

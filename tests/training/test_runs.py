@@ -302,7 +302,7 @@ def test_a_finished_run_stays_as_it_is(data, tmp_path):
         ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0: give a number above 0"),
         ({"weight_decay": -1.0}, "--weight-decay -1.0: give a number from 0"),
         ({"lr_schedule": "linear"}, "--lr-schedule 'linear': give one of constant, cosine"),
-        ({"optimizer": "sgd"}, "--optimizer 'sgd': give one of ours, torch, apex"),
+        ({"optimizer": "sgd"}, "--optimizer 'sgd': give one of adamw_ema, torch, apex"),
         ({"keep_checkpoints": 1}, "--keep-checkpoints 1: give 0 or a whole number from 2"),
         ({"steps": 5, "epochs": 5}, "both set the length"),
         ({"noise_schedule": "cosine"}, "--noise-schedule 'cosine': give one of linear, squaredcos_cap_v2"),
