@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -15,6 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dit_fast.kernels import tuned
 from dit_fast.kernels.launch import recording
+
+T = TypeVar("T")
 
 KernelMode = Literal["auto", "triton", "reference"]
 KERNEL_MODES = get_args(KernelMode)
@@ -125,9 +127,9 @@ def define_op(
     launches are recorded (`record_launches`), meta tensors go to the kernels as well, forward and backward.
 
     The returned function calls the implementation itself where PyTorch's dispatcher would do nothing else: for plain
-    tensors, outside of compilation, function transforms, modes and profilers. What follows from shapes, strides,
-    dtypes and devices is kept for the next call with the same ones (`signature`). Together that saves most of the
-    host's time.
+    tensors, outside of compilation, function transforms, modes and profilers. What follows from shapes, dtypes and
+    devices is kept for the next call with the same ones (`signature`); strides are read at each launch. Together that
+    saves most of the host's time.
 
     Args:
         name: The operation's name.
@@ -164,7 +166,7 @@ def define_op(
         key = signature(args)
         run = runs.get(key)
         if run is None:
-            run = runs[key] = prepared(args)
+            run = _keep(runs, key, prepared(args))
         index = next((x.get_device() for x in args if isinstance(x, Tensor) and x.is_cuda), -1)
         if index < 0 or index == torch.cuda.current_device():
             return run(*args)
@@ -236,10 +238,7 @@ def define_op(
         else:
             index = next((x.get_device() for x in tensors if x.is_cuda), -1)
             found = Plan(implementation(args), {}), any(x.requires_grad for x in tensors), index
-        if len(calls) >= MOST_PLANS:
-            calls.clear()
-        calls[key] = found
-        return found
+        return _keep(calls, key, found)
 
     def call(*args: Any) -> Any:
         if is_observed():
@@ -289,6 +288,14 @@ def define_op(
     return operation
 
 
+def _keep(plans: dict[Any, T], key: Any, plan: T) -> T:
+    """`plan`, kept under `key` among at most MOST_PLANS."""
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
+
+
 def _reference_outputs(reference_impl: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Contiguous outputs of the shapes and dtypes that the reference gives, as the kernels' are."""
     with torch._C._DisableAutocast(), torch.no_grad():
@@ -308,8 +315,8 @@ def _refuse_shards(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _owning_outputs(reference_impl: Callable[..., Any]) -> Callable[..., Any]:
-    """`reference_impl` whose outputs are no views, as those of the kernels: autograd would refuse to change them
-    in place.
+    """`reference_impl` with outputs that own their memory, as those of the kernels do: autograd would refuse to change
+    a view in place.
     """
 
     @functools.wraps(reference_impl)

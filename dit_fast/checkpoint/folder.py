@@ -30,7 +30,6 @@ from dit_fast import __version__
 from dit_fast.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
-    digest,
     read_manifest,
     verify_files,
     write_manifest,
@@ -45,7 +44,7 @@ from dit_fast.checkpoint.tensors import (
 from dit_fast.distributed.world import World
 from dit_fast.errors import CheckpointError, OutputError
 from dit_fast.model.dit import DiT
-from dit_fast.utils.files import TEMPORARY, require_space, sync, write_atomically
+from dit_fast.utils.files import TEMPORARY, file_facts, require_space, sync, write_atomically
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _REPLACED = f"{TEMPORARY}replaced-"
@@ -171,7 +170,7 @@ def write_checkpoint(
             write_atomically(temporary / names[-1], lambda path: path.write_text(text))
         for name in names:
             sync(temporary / name)
-        return {name: digest(temporary / name) for name in names}
+        return {name: file_facts(temporary / name, CheckpointError) for name in names}
 
     def publish() -> None:
         if world.is_first:

@@ -1,6 +1,5 @@
 """Manifest of a checkpoint: manifest.json, with the SHA-256 of every other file and of its own content."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.errors import CheckpointError
-from dit_fast.utils.files import check_file, read_object
+from dit_fast.utils.files import digest_json, file_facts, read_object
 from dit_fast.utils.schema import (
     anything,
     array,
@@ -113,7 +112,7 @@ def working_directory() -> str | None:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write manifest.json to `folder`, with the digest of its own content."""
-    sealed = {**manifest, "manifest_sha256": _seal(manifest)}
+    sealed = {**manifest, "manifest_sha256": digest_json(manifest)}
     (folder / MANIFEST).write_text(json.dumps(sealed, indent=2) + "\n")
 
 
@@ -140,7 +139,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{file} has format {manifest['format']!r}; this version reads {FORMAT!r}")
     # Verified before the schema: damage is reported as damage.
-    if manifest.pop("manifest_sha256", None) != _seal(manifest):
+    if manifest.pop("manifest_sha256", None) != digest_json(manifest):
         raise CheckpointError(f"{file} is damaged: its content does not match its own SHA-256")
     require(manifest, _SCHEMA, file, CheckpointError)
     if foreign := [name for name in manifest["files"] if not _PLAIN_NAME.fullmatch(name)]:
@@ -197,7 +196,7 @@ def verify_files(path: str | Path, manifest: dict[str, Any], names: Sequence[str
             problems.append(f"{name} is missing")
         elif file.stat().st_size != expected["bytes"]:
             problems.append(f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}")
-        elif digest(file) != expected:
+        elif file_facts(file, CheckpointError) != expected:
             problems.append(f"{name} does not match its SHA-256")
     if names is None:
         present = (file.name for file in Path(path).glob("*.safetensors"))
@@ -206,15 +205,3 @@ def verify_files(path: str | Path, manifest: dict[str, Any], names: Sequence[str
         ]
     if problems:
         raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
-
-
-def digest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as stored in the manifest."""
-    size = check_file(path, CheckpointError)
-    with path.open("rb") as file:
-        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _seal(manifest: dict[str, Any]) -> str:
-    # Of the values, not of the bytes: reformatting the file does not invalidate it.
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,6 @@ the shards of a latent set.
 """
 
 import functools
-import hashlib
 import os
 import struct
 import zipfile
@@ -40,7 +39,7 @@ from dit_fast.encoders.text import TextEncoder
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.utils.files import (
     MOST_LIST_BYTES,
-    open_file,
+    file_facts,
     parse_json,
     parse_npy,
     read_bytes,
@@ -212,8 +211,7 @@ class EmbeddingFile:
         self._rows: dict[str, Rows] = {}
         encoder: Any = None
         try:
-            with open_file(path, DataError, what="a file of embeddings") as file:
-                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self.sha256 = file_facts(path, DataError, "a file of embeddings")["sha256"]
             if path.suffix == ".npz":
                 # Kept open, so that a file that is replaced during a run is read as it was.
                 self._archive = zipfile.ZipFile(path)

@@ -44,8 +44,6 @@ from dit_fast.data.shards import (
     HashingFile,
     StoredDtype,
     caption_name,
-    digest_json,
-    file_facts,
     npy_bytes,
     publish,
     read_sealed,
@@ -58,7 +56,7 @@ from dit_fast.data.shards import (
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.encoders.autoencoder import LatentEncoder
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.utils.files import check_output, prepare_folder, write_atomically
+from dit_fast.utils.files import check_output, digest_json, file_facts, prepare_folder, write_atomically
 from dit_fast.utils.locks import FolderLock
 from dit_fast.utils.options import REQUIRED, check_options, documented, option
 from dit_fast.utils.schema import brief
@@ -423,7 +421,7 @@ class _Run:
         if self.captions is not None:
             files.append((self.out / caption_name(shard), record["captions"]))
         return all(
-            file.is_file() and file.stat().st_size == facts["bytes"] and file_facts(file) == facts
+            file.is_file() and file.stat().st_size == facts["bytes"] and file_facts(file, DataError) == facts
             for file, facts in files
         )
 

@@ -28,7 +28,6 @@ from dit_fast.data.shards import (
     NAMES,
     TEXTS,
     caption_name,
-    file_facts,
     open_array,
     read_sealed,
     shard_name,
@@ -37,7 +36,7 @@ from dit_fast.data.stream import BatchStream
 from dit_fast.data.unreadable import Unreadable, UnreadableError
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.utils import keyed
-from dit_fast.utils.files import MOST_LIST_BYTES, read_json, read_npy
+from dit_fast.utils.files import MOST_LIST_BYTES, file_facts, read_json, read_npy
 from dit_fast.utils.schema import array, require, text
 
 
@@ -282,7 +281,7 @@ def open_latents(
         ]
         checked += [(folder / TEXTS, manifest["texts"])] if "texts" in manifest else []
     for path, expected in checked:
-        if file_facts(path)["sha256"] != expected["sha256"]:
+        if file_facts(path, DataError)["sha256"] != expected["sha256"]:
             raise DataError(
                 f"{path} was changed or damaged: it does not match its SHA-256; encode the set again"
             )

@@ -29,7 +29,7 @@ import numpy as np
 
 from dit_fast.data.rows import Rows, open_npy
 from dit_fast.errors import DataError
-from dit_fast.utils.files import TEMPORARY, open_file, read_object, write_atomically
+from dit_fast.utils.files import TEMPORARY, digest_json, read_object, write_atomically
 from dit_fast.utils.schema import (
     Check,
     anything,
@@ -172,18 +172,6 @@ def npy_bytes(shape: Sequence[int], dtype: str) -> int:
 def open_array(path: Path, shape: Sequence[int], dtype: str) -> Rows:
     """Open the array of `path` without reading it. Raises DataError if its size, shape or dtype differs."""
     return open_npy(path, shape, dtype, npy_bytes(shape, dtype))
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as `HashingFile.facts`."""
-    with open_file(path, DataError) as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": sha256}
-
-
-def digest_json(content: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:

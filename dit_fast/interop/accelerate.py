@@ -21,6 +21,7 @@ from dit_fast.kernels.attention.attention import attention_backend
 from dit_fast.model.backends import Backends
 from dit_fast.model.blocks import Stream, without_bias
 from dit_fast.model.dit import DiT
+from dit_fast.model.layers import hooks_of, is_untouched
 from dit_fast.utils.terminal import one_line
 
 # Names of the linear layers of an attention and of both MLPs.
@@ -48,17 +49,6 @@ class Fusion:
     attn_type: type[nn.Module] | None = None
     mlp_type: type[nn.Module] | None = None
     in_training: bool = True
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module runs only its class's forward: no hooks, no forward on the instance."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 def may_fuse_norm(norm: nn.Module) -> bool:
@@ -378,12 +368,7 @@ def _trial_copy(module: nn.Module) -> Any:
     """
     trial = copy.deepcopy(module)
     for part in trial.modules():
-        for hooks in (
-            part._forward_hooks,
-            part._forward_pre_hooks,
-            part._backward_hooks,
-            part._backward_pre_hooks,
-        ):
+        for hooks in hooks_of(part):
             hooks.clear()
     trial = trial.to("cpu", torch.float64).eval().requires_grad_(False)
     for number, parameter in enumerate(trial.parameters()):

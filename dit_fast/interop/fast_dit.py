@@ -74,17 +74,10 @@ def fast_dit_class() -> Any:
         @classmethod
         def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
             """As of any model in diffusers; also a folder or repository with a DiTTransformer2DModel, converted."""
-            names = (
-                "subfolder",
-                "revision",
-                "cache_dir",
-                "local_files_only",
-                "token",
-                "force_download",
-                "proxies",
-            )
-            where = {name: options[name] for name in names if name in options}
-            config: Any = cls.load_config(pretrained_model_name_or_path, **where)
+            # Returns what only the weights' loader reads as the second value, instead of warning of it.
+            config: Any = cls.load_config(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **options
+            )[0]
             if config.get("_class_name") != DiTTransformer2DModel.__name__:
                 return super().from_pretrained(pretrained_model_name_or_path, **options)
             model = DiTTransformer2DModel.from_pretrained(pretrained_model_name_or_path, **options)

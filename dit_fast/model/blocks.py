@@ -23,6 +23,7 @@ from dit_fast.model.layers import (
     Mlp,
     RMSNorm,
     SwiGLU,
+    hooks_of,
     is_plain,
     make_norm,
     matrix_size,
@@ -174,9 +175,14 @@ class TransformerBlock(nn.Module):
         modulation: Tensor | None = None,
         layout: Layout | None = None,
     ) -> Tensor | Stream:
+        """`modulation`: the output of `condition_layer` for c, computed earlier; c is then not read."""
         stream = x if isinstance(x, Stream) else Stream(x, layout=layout)
-        stream = self.feed_forward(self.self_attention(stream))
+        stream = self.advance(stream, c, modulation)
         return stream if isinstance(x, Stream) else stream.add(self.backends.kernels)
+
+    def advance(self, stream: Stream, c: Tensor | None, modulation: Tensor | None) -> Stream:
+        """The block's branches on a stream; the last addition stays pending."""
+        return self.feed_forward(self.self_attention(stream))
 
     def self_attention(
         self,
@@ -256,21 +262,13 @@ class AdaptiveBlock(TransformerBlock):
     def macs(self, tokens: int, condition_tokens: int) -> int:
         return super().macs(tokens, condition_tokens) + matrix_size(self.adaLN_modulation)
 
-    def forward(
-        self,
-        x: Tensor | Stream,
-        c: Tensor | None = None,
-        modulation: Tensor | None = None,
-        layout: Layout | None = None,
-    ) -> Tensor | Stream:
+    def advance(self, stream: Stream, c: Tensor | None, modulation: Tensor | None) -> Stream:
         """`modulation` (N, `vectors` * D): `adaLN_modulation(c)` computed earlier; c is then not read."""
-        stream = x if isinstance(x, Stream) else Stream(x, layout=layout)
         if modulation is None:
             modulation = self.adaLN_modulation(c)
         parts, half = modulation.chunk(self.vectors, dim=1), self.vectors // 2
         stream = self.self_attention(stream, *parts[:half])
-        stream = self.feed_forward(stream, *parts[half:])
-        return stream if isinstance(x, Stream) else stream.add(self.backends.kernels)
+        return self.feed_forward(stream, *parts[half:])
 
 
 class DiTBlock(AdaptiveBlock):
@@ -312,10 +310,9 @@ def run_final_layer(
 
 def has_hooks(block: nn.Module) -> bool:
     """Whether hooks of somebody else see what goes through the block; sharding and profiling ranges do not look."""
-    found = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
     return any(
         not (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "dit_fast."))
-        for hooks in found
+        for hooks in hooks_of(block)
         if hooks
         for hook in hooks.values()
     )
@@ -425,21 +422,13 @@ class CrossAttentionBlock(TransformerBlock):
         projections = tokens * (matrix_size(cross.q) + matrix_size(cross.proj)) + S * matrix_size(cross.kv)
         return super().macs(tokens, S) + projections + 2 * tokens * S * cross.proj.out_features
 
-    def forward(
-        self,
-        x: Tensor | Stream,
-        c: Tensor | None = None,
-        modulation: Tensor | None = None,
-        layout: Layout | None = None,
-    ) -> Tensor | Stream:
+    def advance(self, stream: Stream, c: Tensor | None, modulation: Tensor | None) -> Stream:
         """`modulation` (N, S * 2 D): `cross.kv(c)` computed earlier, flattened; c is then not read."""
-        stream = x if isinstance(x, Stream) else Stream(x, layout=layout)
         width = self.cross.kv.out_features
         kv = self.cross.kv(c) if modulation is None else modulation.unflatten(1, (-1, width))
         stream = self.self_attention(stream)
         stream = self.cross_attention(stream, kv)
-        stream = self.feed_forward(stream)
-        return stream if isinstance(x, Stream) else stream.add(self.backends.kernels)
+        return self.feed_forward(stream)
 
     def cross_attention(self, stream: Stream, kv: Tensor) -> Stream:
         """The stream with cross-attention's branch pending."""

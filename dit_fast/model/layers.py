@@ -1,6 +1,6 @@
 """Norms, self-attention and MLPs of a block, and linear layers that leave their bias to a later kernel."""
 
-from typing import NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,22 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
 
     False for a subclass or another module in its place (LoRA, float8), for hooks, and for a replaced forward.
     """
-    hooked = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
+    return type(module) is kind and is_untouched(module)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module runs only its class's forward: no hooks, no forward on the instance."""
+    return not (any(hooks_of(module)) or "forward" in vars(module))
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The module's forward hooks, forward pre-hooks, backward hooks and backward pre-hooks, by handle."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
-    return type(module) is kind and not hooked
 
 
 def without_bias(

@@ -6,6 +6,7 @@ leaves either a complete file or none. Devices, pipes and the targets of links a
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -157,6 +158,18 @@ def read_object(
     if not isinstance(content, dict):
         raise raises(f"{path}: holds a JSON {_json_kind(content)}, expected an object")
     return content
+
+
+def file_facts(path: str | Path, raises: type[DitFastError], what: str = "a regular file") -> dict[str, Any]:
+    """Size and SHA-256 of a file, {"bytes", "sha256"}; Raises as `check_file`."""
+    with open_file(path, raises, what=what) as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": sha256}
+
+
+def digest_json(content: Any) -> str:
+    """SHA-256 of a JSON value: of the values, not of the bytes, so that reformatting a file does not change it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def parse_json(text: str | bytes, source: str, raises: type[DitFastError]) -> Any:

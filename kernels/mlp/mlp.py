@@ -147,6 +147,8 @@ def _mlp(
         x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = x.reshape(-1, width).contiguous()
+        # A BLAS may add the terms of a product with a transposed matrix in another order.
+        fc1_weight, fc2_weight = fc1_weight.contiguous(), fc2_weight.contiguous()
         if epilogue != "separate":
             pre, act = fused(x, fc1_weight, fc1_bias, training)
         else:
@@ -211,6 +213,7 @@ def _mlp_backward(
         dout: Tensor, x: Tensor, pre: Tensor, act: Tensor | None, fc1_weight: Tensor, fc2_weight: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         x, dout = x.reshape(-1, shape[-1]), dout.reshape(-1, dout.shape[-1]).contiguous()
+        fc1_weight, fc2_weight = fc1_weight.contiguous(), fc2_weight.contiguous()
         if epilogue != "separate":
             dpre, made, dbias = fused(dout, fc2_weight, pre, again, weights)
         else:

@@ -157,7 +157,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path, caplog):
         latest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("moment", ["write_pieces", "digest", "write_manifest", "sync", "os.rename"])
+@pytest.mark.parametrize("moment", ["write_pieces", "file_facts", "write_manifest", "sync", "os.rename"])
 def test_a_kill_during_a_save_leaves_the_older_checkpoint(tmp_path, monkeypatch, moment):
     older = save(tmp_path, 1, fill=0.5)
 

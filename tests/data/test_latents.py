@@ -300,9 +300,9 @@ def test_labels_out_of_range(folder, value, message):
     np.save(folder / "labels.npy", labels)
     with pytest.raises(DataError, match=r"labels\.npy was changed or damaged"):
         open_latents(folder)
-    from dit_fast.data.shards import file_facts
+    from dit_fast.utils.files import file_facts
 
-    edit_manifest(folder, labels=file_facts(folder / "labels.npy"))
+    edit_manifest(folder, labels=file_facts(folder / "labels.npy", DataError))
     with pytest.raises(
         DataError, match=rf"{message} \(.*shard-00001\.npy, image 2\) is outside 0\.\.1 \(1 such"
     ):

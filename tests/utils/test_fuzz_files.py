@@ -18,10 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from dit_fast.checkpoint.manifest import _seal
 from dit_fast.data import open_latents
 from dit_fast.data.encode import encode
-from dit_fast.data.shards import digest_json
 from dit_fast.encoders.autoencoder import LatentDecoder
 from dit_fast.errors import DitFastError
 from dit_fast.interop import load_model
@@ -30,6 +28,7 @@ from dit_fast.interop.objective import pipeline_facts
 from dit_fast.models import DiT
 from dit_fast.sampling.shards import SampleShards
 from dit_fast.training.config import TrainConfig
+from dit_fast.utils.files import digest_json
 from tests import latent_sets
 from tests.checkpoints import save_checkpoint
 from tests.interop import test_misfits as test_misfits
@@ -110,7 +109,7 @@ class Kind:
 
 def sealed_manifest(content: dict[str, Any]) -> dict[str, Any]:
     body = {key: value for key, value in content.items() if key != "manifest_sha256"}
-    return {**body, "manifest_sha256": _seal(body)}
+    return {**body, "manifest_sha256": digest_json(body)}
 
 
 def sealed_json(content: dict[str, Any]) -> dict[str, Any]:
