@@ -55,8 +55,8 @@ def environment() -> dict[str, object]:
 def commit() -> str:
     """The checkout's commit, "-dirty" behind it where code differs from it; "" where it is not known.
 
-    What benchmarks write themselves, results and the README, is no code. In a tree that was copied without its
-    repository, the file COMMIT says it.
+    What benchmarks write themselves, results and the README, does not count as code. In a tree that was copied
+    without its repository, the file COMMIT says it.
     """
     # Not any repository that the tree may lie in.
     head = _said("git", "rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else ""

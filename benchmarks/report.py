@@ -197,7 +197,7 @@ def describe(shape: tuple[int, ...]) -> str:
 
 
 def headline(groups: Sequence[Group]) -> list[Group]:
-    """Of each benchmark the largest model of the paper that was measured; cases that are no such model all."""
+    """Of each benchmark the largest model of the paper that was measured; all cases that are not such a model."""
     order = {name: place for place, name in enumerate(DiT_models)}
     shown = []
     for group in groups:

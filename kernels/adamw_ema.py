@@ -7,12 +7,12 @@ Update    g' = clip * g, m <- m + (1 - b1) (g' - m), v <- b2 v + (1 - b2) g'^2,
 Tensors   any number, of any sizes (0 as well), by a table of their addresses: p, m, v float32 or float64, g also
           in half precision, ema in the dtype of p, copy in half precision. lr and t are read on the device.
 Launches  sum of squares (if clipped), one scalar kernel, the update: 2 or 3, whatever the number of tensors.
-Traffic   with float32 gradients 28 bytes a parameter, 36 with ema, 38 with the copy; the sum of squares reads the
+Traffic   with float32 gradients 28 bytes per parameter, 36 with ema, 38 with the copy; the sum of squares reads the
           gradients once more.
 Numerics  float32 (float64 for float64), correctly rounded root and quotient, bias corrections and norm in float64;
           an element's result does not depend on where it stands, so shards give the bits of the whole.
 
-Not registered with torch.library: nothing differentiates or traces an optimiser step, and the dispatcher would
+Not registered with torch.library: nothing differentiates or traces an optimizer step, and the dispatcher would
 handle every tensor of the model at each step, which costs the host more than the three launches.
 """
 

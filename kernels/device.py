@@ -1,6 +1,6 @@
 """Device code that several kernels share: rows of D columns, and how a program holds a tile of them.
 
-How a tile lies on warps. Each warp owns D / WARPS neighbouring columns of every row of the tile, as a main and a tail
+How a tile lies on warps. Each warp owns D / WARPS neighboring columns of every row of the tile, as a main and a tail
 part, two powers of two: 1152 columns on 4 warps are 4 x (256 + 32), no lane is idle and every access has 128 bits.
 A part is a tensor (A, WARPS, L, SIZE), row a * L + l. In memory it is the matrix (A * WARPS * L, SIZE), whose
 contiguous columns Triton gives to lanes first and then, from the lowest bit of the row on, lanes, warps and registers.
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
     @property
     def lane_rows(self) -> int:
-        """L, the neighbouring rows that lie on the lanes of one warp."""
+        """L, the neighboring rows that lie on the lanes of one warp."""
         return max(1, self.access // self.size)
 
     @property
@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
     @property
     def vector(self) -> int:
-        """Neighbouring columns of a thread: 128 bits of 16-bit elements."""
+        """Neighboring columns of a thread: 128 bits of 16-bit elements."""
         return 8
 
     @property
@@ -96,7 +96,7 @@ def tail_part(D, ROWS, WARPS, EVEN):
 
 @triton.constexpr_function
 def halves(P, ptr):
-    """2 for 32-bit elements, of which a thread's neighbouring columns take two accesses, else 1."""
+    """2 for 32-bit elements, of which a thread's neighboring columns take two accesses, else 1."""
     return 2 if P.vector * ptr.dtype.element_ty.primitive_bitwidth == 256 else 1
 
 
@@ -155,7 +155,7 @@ def load_columns(
 ):
     """Part P of STEPS * L rows that lie STRIDE apart, (STEPS, WARPS, L, SIZE).
 
-    A thread takes two accesses for its neighbouring columns of a float32 tensor, so that it lies on the threads as a
+    A thread takes two accesses for its neighboring columns of a float32 tensor, so that it lies on the threads as a
     bfloat16 tensor does.
     """
     HALVES: tl.constexpr = halves(P, ptr)
@@ -191,7 +191,7 @@ def load_part(ptr, left, P: tl.constexpr, ACC: tl.constexpr, MODIFIER: tl.conste
 def store_part(ptr, x, left, P: tl.constexpr):
     """Store part P of a tile of tokens.
 
-    Of 32-bit elements each of two accesses covers neighbouring columns, to which lanes pass on what they have. What the
+    Of 32-bit elements each of two accesses covers neighboring columns, to which lanes pass on what they have. What the
     second one stores, half of the columns or of the rows, comes before the warps: it stays in its warp.
     """
     TWO: tl.constexpr = halves(P, ptr)
@@ -252,7 +252,7 @@ def of_rows(value, P: tl.constexpr):
 
 @triton.jit
 def has_row(P: tl.constexpr):
-    """(1, L, 1, 32): which of L neighbouring rows each lane has."""
+    """(1, L, 1, 32): which of L neighboring rows each lane has."""
     o_l = tl.arange(0, P.lane_rows)[None, :, None, None]
     return tl.arange(0, 32)[None, None, None, :] // (32 // P.lane_rows) == o_l
 

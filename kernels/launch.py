@@ -34,7 +34,7 @@ def require_powers_of_two(**ranges: tuple[int, int, int]) -> None:
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """One tile of a row kernel: `rows` rows of `width` columns on `num_warps` warps, of `tokens` tokens a sample.
+    """One tile of a row kernel: `rows` rows of `width` columns on `num_warps` warps, of `tokens` tokens per sample.
 
     `splits` programs share the tokens of one sample in kernels that reduce over tokens. Raises ValueError for sizes
     that the kernels cannot run.
@@ -328,8 +328,8 @@ def prepare(
 ) -> Callable[..., None]:
     """A function of the pointers, by keyword, that launches `kernel` with these and with `constants`.
 
-    An empty grid is no launch. `num_stages` None: the compiler's own choice. `products`: work of a kernel with matrix
-    products, for profilers. The launch is on the current device; while launches are recorded it is recorded.
+    An empty grid launches nothing. `num_stages` None: the compiler's own choice. `products`: work of a kernel with
+    matrix products, for profilers. The launch is on the current device; while launches are recorded it is recorded.
     """
     if 0 in grid:
         return _no_launch

@@ -2,7 +2,7 @@
 
           x = qkv + bias,   q, k: n = x / sqrt(mean_K(x^2) + eps) * weight,   out = R n,   v: out = x
           (RMSNorm: Zhang & Sennrich 2019, equation 4; of queries and keys: Dehghani et al. 2023, section 2;
-          R turns neighbouring pairs by their token's angles: Su et al. 2021, equation 34)
+          R turns neighboring pairs by their token's angles: Su et al. 2021, equation 34)
 Shapes    qkv, out (B, T, 3 * H * K), rows [q; k; v] of (H, K) each; bias (3 * H * K,) or None; weight (2, K), of
           queries and of keys, or None: no norm; rotation (B or 1, T, K / 2, 2), cosine and sine of a pair, or None.
 Backward  with h = x * rstd and d = R^T d_out: d_weight = sum_BTH(d * h), g = d * weight,
@@ -54,7 +54,7 @@ def head_launch(batch: int, tokens: int, heads: int, head_dim: int, num_warps: i
     """
     main, tail = row_parts(head_dim)
     rows = min(32, 1 << ((1280 // (main + tail)).bit_length() - 1)) * num_warps
-    # Neighbouring heads make memory contiguous; their number divides H, so that no row of a tile is idle.
+    # Neighboring heads make memory contiguous; their number divides H, so that no row of a tile is idle.
     together = min(heads & -heads, 4)
     groups = 3 * heads // together
     tile = rows // together
@@ -79,7 +79,7 @@ def load_heads(
 
 @triton.jit
 def turned(x, rotation_ptr, o_t, m_t, START: tl.constexpr, K: tl.constexpr, BACK: tl.constexpr):
-    """Neighbouring pairs of one part of the columns turned by the angles of tokens `o_t`; BACK: turned back."""
+    """Neighboring pairs of one part of the columns turned by the angles of tokens `o_t`; BACK: turned back."""
     offsets, mask = part(o_t, m_t, START, x.shape[1], K)
     rotation = tl.load(rotation_ptr + offsets, mask=mask, other=0.0).to(x.dtype)
     cos, sin = tl.split(tl.reshape(rotation, [x.shape[0], x.shape[1] // 2, 2]))
@@ -437,11 +437,11 @@ def qk_norm_rope(
     *,
     kernels: str = "auto",
 ) -> Tensor:
-    """qkv + bias, its queries and keys normalised over each head's columns and turned by their token's angles.
+    """qkv + bias, its queries and keys normalized over each head's columns and turned by their token's angles.
 
     qkv (B, T, 3 * H * K) as a projection to [q; k; v], each (H, K), gives it, K up to 128; num_heads H; bias
     (3 * H * K,) or None; weight (2, K), of the RMSNorm (with `eps` > 0) of queries and of keys, or None: no norm;
-    rotation (B or 1, T, K / 2, 2), cosine and sine of each neighbouring pair's angle, or None; it gets no gradient.
+    rotation (B or 1, T, K / 2, 2), cosine and sine of each neighboring pair's angle, or None; it gets no gradient.
     Returns (B, T, 3 * H * K) in the dtype of `qkv`. `kernels`: "auto", "triton" or "reference". Raises ValueError
     for arguments that do not fit.
     """

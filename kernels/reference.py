@@ -86,7 +86,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Neighbouring pairs of x (B, T, H, K) turned (Su et al. 2021, equation 34), in the dtype of x.
+    """Neighboring pairs of x (B, T, H, K) turned (Su et al. 2021, equation 34), in the dtype of x.
 
     rotation (B or 1, T, K / 2, 2): cosine and sine of each pair's angle.
     """
@@ -104,7 +104,7 @@ def qk_norm_rope(
     rotation: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """qkv + bias, (B, T, 3 * H * K) read as (3, H, K), queries and keys normalised and turned where given."""
+    """qkv + bias, (B, T, 3 * H * K) read as (3, H, K), queries and keys normalized and turned where given."""
     if bias is not None:
         qkv = qkv + bias.to(qkv.dtype)
     qk, v = qkv.unflatten(2, (3 * num_heads, -1)).split((2 * num_heads, num_heads), dim=2)

@@ -164,7 +164,7 @@ def choice(
     kernels: tuple[Any, ...] = (),
     capability: int | None = None,
 ) -> str:
-    """Which way to carry out operation `name` for `key`: the table's word, or `default`.
+    """How to execute operation `name` for `key`: the table's word, or `default`.
 
     `options` are the words that are known here (empty: any), which the search compares; `kernels` those whose change
     makes the measurement stale. `capability` None is that of the current CUDA device, 0 without one.

@@ -3,7 +3,7 @@
 As Peebles & Xie 2023, figure 5: the demo's recipe with each block, all else alike, several seeds each. While they
 train, the averaged weights are scored by the Frechet distance of unguided samples, features those of the demo's
 classifier; at the end by their loss on held-out images. Writes FOLDER/conditioning.json and FOLDER/conditioning.png;
-the runs stay in FOLDER, and the same command goes on where it was interrupted.
+the runs stay in FOLDER, and the same command resumes where it was interrupted.
 """
 
 import argparse

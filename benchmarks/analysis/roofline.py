@@ -33,7 +33,7 @@ OPTIMIZER_BYTES = 38
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second of products and of attention, forward and backward, and bytes a second."""
+    """Operations a second of products and of attention, forward and backward, and bytes per second."""
 
     product: float
     attention_forward: float

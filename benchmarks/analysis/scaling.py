@@ -247,7 +247,7 @@ WEAK = {"DiT-S/2": 256, "DiT-B/2": 256, "DiT-L/2": 256, "DiT-XL/2": 256, "7B": 3
 
 
 def ideal_rate(model: Model, images: int) -> float:
-    """Images a second of one GPU with forward and backward alone: no optimizer, no waiting, no limit of memory."""
+    """Images per second of one GPU with forward and backward alone: no optimizer, no waiting, no limit of memory."""
     return images / estimate(model, 1, images, "none").products
 
 

@@ -1,6 +1,6 @@
 """Compile recorded launches ahead of time, for GPUs that this machine does not have, and read what came out.
 
-`ahead_of_time(run, capability)` carries out `run()` on meta tensors, so that each launcher chooses its own
+`ahead_of_time(run, capability)` executes `run()` on meta tensors, so that each launcher chooses its own
 configuration, and compiles what would have been launched with Triton's own ptxas. Of each kernel it tells
 registers, spilled bytes, shared memory, occupancy, the instructions of the machine code (SASS), those of its main loop
 (sass.py), and the width of the accesses to each tensor.

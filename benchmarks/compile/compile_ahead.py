@@ -1,6 +1,6 @@
 """Kernels compiled by many processes before anything is timed, into the cache that Triton's launches read.
 
-A launch is compiled by Triton's own launcher, told that the device is of some architecture: what the disk cache then
+A launch is compiled by Triton's own launcher, for the architecture that it is given: what the disk cache then
 holds is what a launch on such a device looks up. No device is needed, and none is touched.
 """
 

@@ -322,7 +322,7 @@ def binaries(items: Sequence[Recorded]) -> list[Recorded]:
 
 
 def fixed_gain(values: dict[str, tuple[Any, ...]], pairs: dict[Any, None]) -> int:
-    """How many of `pairs` the properties that are no choice cover."""
+    """How many of `pairs` the fixed properties cover."""
     cells = [(name, words[0]) for name, words in values.items() if len(words) == 1]
     return sum(pair in pairs for pair in itertools.combinations(cells, 2))
 

@@ -51,7 +51,7 @@ DTYPES = {
 class Case:
     """How an operation is called: `tokens`, its `width` given the model's, and keywords.
 
-    `whole` is False where PyTorch carries out a part, so that the kernels' bytes are not the operation's. `head_dim`
+    `whole` is False where PyTorch executes a part, so that the kernels' bytes are not the operation's. `head_dim`
     is that of attention, with as many heads as the width holds, in place of the model's; such a case is examined for
     one width, in bfloat16. `make_inputs` stands in place of the `OpSpec`'s.
     """
@@ -184,7 +184,7 @@ def token_tensors(launch: Launch) -> dict[str, Tensor]:
 
 
 def issued(kernel: Compiled, launch: Launch) -> dict[str, Any]:
-    """What bounds a kernel without products besides its bytes, as `Row` has it: empty where tiles are no rows.
+    """What bounds a kernel without products besides its bytes, as `Row` has it: empty where a tile is not made of rows.
 
     A row is one of the largest token tensor. On sm_90 the time that its instructions take to issue is compared with
     that of its bytes; above 0.7 a kernel is likely not bound by memory.

@@ -56,7 +56,7 @@ class Row:
     """One kernel in a setting. Sizes in bytes; `accesses` by `Compiled.machine_accesses`; `bytes`: each tensor once.
 
     `barriers` and 128-bit loads `in_flight` of a tile, `instructions` of all warps for a row, on sm_90 `issue`,
-    t_issue / t_memory. None where a kernel's tiles are no rows.
+    t_issue / t_memory. None where a tile is not made of rows.
     """
 
     op: str

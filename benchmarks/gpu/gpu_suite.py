@@ -346,7 +346,7 @@ def write_archive(work: Path, path: Path, most: int = ARCHIVE_BYTES) -> list[str
 
 
 def unpack(path: Path, work: Path) -> None:
-    """Lay the results of an archive into `work`. SystemExit for what is no archive of this suite."""
+    """Lay the results of an archive into `work`. SystemExit for anything but an archive of this suite."""
     try:
         with tarfile.open(path) as archive:
             members = archive.getmembers()

@@ -2,7 +2,7 @@
 
 Each worker is a pytest of its own (`benchmarks.gpu.tests_worker`) that takes one test after another of those that
 all have to run. A test that takes longer than `--limit` seconds, or that ends its process, is named, and a new worker
-goes on with the rest; so it does after a failure that leaves the CUDA context of a worker unusable. What each test
+continues with the rest; so it does after a failure that leaves the CUDA context of a worker unusable. What each test
 came to is a line of `--log` as soon as it is known: a call that finds the file runs only what has not passed yet.
 
 Without arguments it runs what needs a GPU: tests/kernels, and the tests marked gpu outside it, which come first.

@@ -47,7 +47,7 @@ class TakeOutRanges(ast.NodeTransformer):
 
 
 def without_ranges(name: str, **replaced: Any) -> types.ModuleType:
-    """Module `name` made again without its ranges, and with other objects under some of its names."""
+    """Module `name` rebuilt without its ranges, and with other objects under some of its names."""
     source = Path(str(importlib.import_module(name).__file__))
     transformer = TakeOutRanges()
     tree = ast.fix_missing_locations(transformer.visit(ast.parse(source.read_text())))

@@ -79,7 +79,7 @@ class PlainRMSNorm(nn.Module):
 
 
 class PlainRotaryAttention(nn.Module):
-    """Attention of normed queries and keys that are turned by neighbouring pairs."""
+    """Attention of normed queries and keys that are turned by neighboring pairs."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -97,7 +97,7 @@ class PlainRotaryAttention(nn.Module):
 
 
 def turned(x: Tensor, rotation: Tensor) -> Tensor:
-    """x (N, H, T, K) with neighbouring pairs turned; rotation (1, T, K / 2, 2)."""
+    """x (N, H, T, K) with neighboring pairs turned; rotation (1, T, K / 2, 2)."""
     (first, second), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation.unbind(-1)
     return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2).to(x.dtype)
 
@@ -228,7 +228,7 @@ class PlainDiT(nn.Module):
 
 
 def random_model(name: str, image_size: int = 256, **sizes: int) -> DiT:
-    """A model of `DiT_models` whose zero-initialised tensors hold small normals, so that every branch counts.
+    """A model of `DiT_models` whose zero-initialized tensors hold small normals, so that every branch counts.
 
     `sizes`: arguments of the constructor that differ, as depth=1.
     """

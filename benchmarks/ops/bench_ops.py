@@ -1,4 +1,4 @@
-"""Microbenchmarks of every registered operation and of the optimiser: `pytest benchmarks/ [-k gelu] [--results=DIR]`.
+"""Microbenchmarks of every registered operation and of the optimizer: `pytest benchmarks/ [-k gelu] [--results=DIR]`.
 
 A case is (operation, shape, dtypes, pass, provider). Before anything is timed, outputs and gradients are checked
 against float64: a case that is wrong fails and leaves no figure. All passes and providers of one operation, shape and
@@ -27,7 +27,7 @@ from benchmarks.ops.operations import (
     Wrong,
     row_of,
     time_operation,
-    time_optimisers,
+    time_optimizers,
     work,
 )
 from benchmarks.ops.peers import Missing, providers_of
@@ -86,12 +86,12 @@ class Measured:
             self.times = time_operation(name, shape, dtypes, [(p["provider"], p["direction"]) for p in mine])
         return self.times
 
-    def optimisers(self) -> Mapping[Any, Times]:
+    def optimizers(self) -> Mapping[Any, Times]:
         """By provider."""
         if self.group != ("adamw_ema",):
             wanted = [params["provider"] for test, params in self.selected if test == "test_adamw_ema"]
             self.group, self.times = ("adamw_ema",), {}
-            self.times = time_optimisers(wanted)
+            self.times = time_optimizers(wanted)
         return self.times
 
 
@@ -151,4 +151,4 @@ def test_adamw_ema(provider: str, benchmark: Any, measured: Measured, record: Ca
     """AdamW and averaging of a model's parameters; shape is their number."""
     count = OptimizerBench(MODEL, DEVICE).count
     case = (OPTIMIZER, (count,), "fp32", provider, "step")
-    report(case, measured.optimisers()[provider], OptimizerBench.BYTES * count, 0.0, benchmark, record)
+    report(case, measured.optimizers()[provider], OptimizerBench.BYTES * count, 0.0, benchmark, record)

@@ -1,4 +1,4 @@
-"""One operation at one shape, or an optimiser's step, ready to be checked against the reference and to be timed."""
+"""One operation at one shape, or an optimizer's step, ready to be checked against the reference and to be timed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar

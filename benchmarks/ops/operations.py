@@ -68,7 +68,7 @@ def time_operation(
     return found | in_turn(built, rounds)
 
 
-def time_optimisers(wanted: Sequence[str], rounds: int = 10) -> dict[Any, Times]:
+def time_optimizers(wanted: Sequence[str], rounds: int = 10) -> dict[Any, Times]:
     """Times of the wanted providers' steps, measured in turn, or why there are none."""
     bench = OptimizerBench(MODEL, DEVICE)
     found: dict[Any, Times] = {}
@@ -196,7 +196,7 @@ def time_all(args: argparse.Namespace, keep: Callable[[Row], None], known: Mappi
     if args.optimizer:
         providers = [name for name in OPTIMIZERS if args.providers is None or name in args.providers]
         count = OptimizerBench(MODEL, DEVICE).count
-        for provider, each in time_optimisers(providers, min(args.rounds, 10)).items():
+        for provider, each in time_optimizers(providers, min(args.rounds, 10)).items():
             case = (OPTIMIZER, (count,), "fp32", provider, "step")
             record(case, each, (OptimizerBench.BYTES * count, 0.0))
     return wrong

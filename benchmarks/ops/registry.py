@@ -113,7 +113,7 @@ def _swiglu_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Ma
 
 
 def _mlp_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
-    """Weights of the residual stream's dtype, as autocast leaves them, and of the size that initialisation gives."""
+    """Weights of the residual stream's dtype, as autocast leaves them, and of the size that initialization gives."""
     B, T, D = shape
     fc1, fc2 = make(4 * D, D, dtype=stream).mul_(D**-0.5), make(D, 4 * D, dtype=stream).mul_((4 * D) ** -0.5)
     return make(B, T, D, dtype=low), fc1, make(4 * D, dtype=stream), fc2

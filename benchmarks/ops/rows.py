@@ -5,7 +5,7 @@
     recorder.add(Row("train", "DiT-S/2", (8, 256), "fp8", "ours", "step", failed="needs a CUDA device"))
 
 A file's head says on what and with which versions; a row, what was measured and how it spread. A measurement that is
-made again with the same code replaces its row. `python -m benchmarks.report` makes the README's tables of such files.
+repeated with the same code replaces its row. `python -m benchmarks.report` makes the README's tables of such files.
 """
 
 import json

@@ -69,7 +69,7 @@ class Measured:
         )
 
     def entry(self, shape: Sequence[int]) -> dict[str, Any] | None:
-        """What the table keeps; None for a heuristic that stays and is no answer of its own, as "" for no choice."""
+        """What the table keeps; None for a heuristic that stays and is not a choice of its own, as "" for no choice."""
         best = self.best
         if best not in self.request.options:
             return None
@@ -86,7 +86,7 @@ class Measured:
 
 
 def replay(launches: Sequence[Launch]) -> None:
-    """Carry out recorded launches."""
+    """Execute recorded launches."""
     for launch in launches:
         launch.kernel[launch.grid](**launch.arguments, **launch.options)
 

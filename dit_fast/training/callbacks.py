@@ -70,7 +70,7 @@ from dit_fast.utils.images import on_paper
 class AverageSampler:
     """Draws with the averaged weights as they are at the time, by `sample_steps` levels of the run's objective.
 
-    `choices`: how many classes there are to draw, or captions of training samples; 1 where the model is told nothing.
+    `choices`: how many classes there are to draw, or captions of training samples; 1 without conditioning.
     `sizes`: of what it draws, the run's buckets or the model's own.
     """
 
@@ -152,8 +152,9 @@ MOST_ROWS, PER_ROW, GUIDANCE = 8, 8, 4.0
 
 
 class SampleGrids:
-    """Draws `PER_ROW` samples of up to `MOST_ROWS` classes or training captions, or of nothing, with the trainer's
-    averaged weights.
+    """Draws samples with the trainer's averaged weights.
+
+    `PER_ROW` samples of up to `MOST_ROWS` classes or training captions, or without conditioning.
 
     Of a run with buckets they are of all its shapes, at least one each, side by side.
     Latents are decoded by the autoencoder that made them, where it can be loaded; else their first three channels
@@ -173,7 +174,7 @@ class SampleGrids:
             logger.warning("--sample-every: latents are shown without decoding them: %s", error)
 
     def draw(self, path: Path) -> None:
-        """Write a labelled grid to the PNG `path`, and captions in full to captions.txt beside it.
+        """Write a labeled grid to the PNG `path`, and captions in full to captions.txt beside it.
 
         Each rank must call it, since it holds a part; the first draws.
         """

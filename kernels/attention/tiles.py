@@ -41,7 +41,7 @@ def head_parts(K: int) -> HeadParts:
 
 @triton.jit
 def sample_head_tile(H, TILES):
-    """Sample (int64), head and tile of this program; the TILES tiles of a head are neighbours and share its keys."""
+    """Sample (int64), head and tile of this program; the TILES tiles of a head are neighbors and share its keys."""
     pid = tl.program_id(0)
     head = pid // TILES
     return (head // H).to(tl.int64), head % H, pid % TILES

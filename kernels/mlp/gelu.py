@@ -7,7 +7,7 @@ Backward  with s = sigmoid(2 u): d_pre = d_act * (s + 2 v s (1 - s) u'), u' = sq
 Traffic   in U = one (B, T, D) token tensor, F = 4 D: forward reads pre and writes act, 8 U; backward reads pre and
           d_act and writes d_pre, 12 U, and act on demand, 16 U. In the epilogue of a GEMM (gemm.py) the same work
           writes pre, 4 U, and reads it again, 4 U (and 4 U to write act again).
-Numerics  float32 (float64 for float64), one rounding at each store; the sum over rows is of unrounded values, in a
+Numerics  float32 (float64 for float64), one rounding at each store; rows are summed before they are rounded, in a
           fixed order that depends on the shape alone, without atomics.
 """
 

@@ -5,7 +5,7 @@ Backward  with s = sigmoid(g): d_g = d_act * v * (s + g s (1 - s)), d_v = d_act 
           d_bias = sum of d_pre over all rows. Only pre is saved: act can be recomputed in the same pass.
 Traffic   in U = one (B, T, D) token tensor, F = 8/3 D: forward reads pre and writes act, 8 U; backward reads pre and
           d_act and writes d_pre, 13.3 U, and act on demand, 16 U.
-Numerics  float32 (float64 for float64), one rounding at each store; the sum over rows is of unrounded values, in a
+Numerics  float32 (float64 for float64), one rounding at each store; rows are summed before they are rounded, in a
           fixed order that depends on the shape alone, without atomics.
 """
 

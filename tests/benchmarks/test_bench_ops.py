@@ -15,7 +15,7 @@ from benchmarks.clock import Ceiling, Timed, in_turn
 from benchmarks.ops import bench_ops, op_bench, operations, peers
 from benchmarks.ops.bench_ops import Measured, report
 from benchmarks.ops.op_bench import Bench, OptimizerBench
-from benchmarks.ops.operations import Wrong, figures, time_operation, time_optimisers, work
+from benchmarks.ops.operations import Wrong, figures, time_operation, time_optimizers, work
 from benchmarks.ops.peers import Missing
 from benchmarks.ops.registry import REGISTRY
 from benchmarks.ops.rows import Recorder, Row, read_results
@@ -99,13 +99,13 @@ def item(test: str, **params: object) -> SimpleNamespace:
 def test_what_pytest_has_selected_is_measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(bench_ops, "time_operation", lambda *a: asked.append(a) or {"operation": a})
-    monkeypatch.setattr(bench_ops, "time_optimisers", lambda wanted: asked.append(wanted) or {})
+    monkeypatch.setattr(bench_ops, "time_optimizers", lambda wanted: asked.append(wanted) or {})
     case = {"shape": SHAPE, "dtypes": "fp32", "direction": "both"}
     items = [item("test_op", name=n, provider=p, **case) for n in ("gelu", "mlp") for p in ("ours", "eager")]
     measured = Measured([*items, item("test_adamw_ema", provider="ours"), SimpleNamespace()])
     for _ in range(2):
         measured.operation("mlp", SHAPE, "fp32")
-    measured.optimisers()
+    measured.optimizers()
     assert asked == [("mlp", SHAPE, "fp32", [("ours", "both"), ("eager", "both")]), ["ours"]]
 
 
@@ -165,11 +165,11 @@ def test_a_case_that_fails_leaves_its_reason_and_no_figure(error, outcome, reaso
 def test_a_missing_peer_has_its_reason() -> None:
     found = time_operation("adaln_modulate", SHAPE, "fp32", [("apex", "forward"), ("apex", "both")])
     assert {str(error) for error in found.values()} == {"apex needs a CUDA device"}
-    assert str(time_optimisers(["apex"])["apex"]).startswith("--optimizer apex")
+    assert str(time_optimizers(["apex"])["apex"]).startswith("--optimizer apex")
 
 
 @pytest.mark.parametrize("provider", ["ours", "torch"])
-def test_optimisers_agree(provider: str) -> None:
+def test_optimizers_agree(provider: str) -> None:
     assert OptimizerBench("DiT-S/8", "cpu").disagreement(provider) is None
 
 

@@ -20,7 +20,7 @@ class Chain:
 
     tokens, latents: float32 or bfloat16 token tensors (in U) and float32 latents (B, 4, H, W) that must move;
     vectors: bfloat16 (B, D) vectors; table: float32 label tables; launches: how many are needed. `eager`: count
-    PyTorch without a compiler as well, where nothing of it depends on autocast.
+    PyTorch without a compiler as well, where none depends on autocast.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A training step on every rung: the reference's with PyTorch's optimiser, and dit_fast's as its trainer makes it."""
+"""A training step on every rung: the reference's with PyTorch's optimizer, and dit_fast's as its trainer makes it."""
 
 import itertools
 from collections.abc import Callable, Iterator
