@@ -95,6 +95,9 @@ _SCHEMA = fields(
         "skipped": integer(),
         "loss_scale": maybe(fields({"scale": number(0), "growth": number(0)})),
         "log": maybe(_LOG),
+        "init_from": maybe(
+            fields({"path": text(), "weights": text(), "sha256": text()}, {"step": maybe(integer())})
+        ),
         "unreadable": fields({"files": table(text())}, {"fingerprint_without": text()}),
     },
 )

@@ -20,7 +20,7 @@ EPILOG = """The flags of the reference (--data-path, --results-dir, --global-bat
 Example: dit-fast train --data photos --image-size 64 --model DiT-S/4 --out runs/photos"""
 
 
-_GROUPS = ("run", "model", "data", "objective", "recipe", "machine", "checkpoints", "logging")
+_GROUPS = ("run", "model", "data", "objective", "recipe", "start", "machine", "checkpoints", "logging")
 
 
 @dataclass(frozen=True)

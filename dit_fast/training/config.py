@@ -38,12 +38,15 @@ from dit_fast.utils.options import (
     options_of,
     same_option,
 )
-from dit_fast.utils.values import SEED, SIDE, SOURCE, TEXT, Number, OneOf, Whole, check_memory
+from dit_fast.utils.values import SEED, SIDE, SOURCE, TEXT, Number, OneOf, Several, Whole, check_memory
 
 DEFAULT_STEPS = 400_000
 """Length of a run: that of the paper."""
 MAX_COMPILED_SHAPES = 8
 """Shapes for which torch.compile specializes a function before it gives up (its recompile limit)."""
+
+BY_NAME = "names"
+"""Value of --keep-classes without a file: classes with the same name are kept."""
 
 _FRACTION = Number(0, 1, below=True)
 _STEPS = Whole(1)
@@ -239,6 +242,39 @@ class TrainConfig(ObjectiveConfig):
     )
     seed: int = option(
         0, "Seed of initial weights and of all random draws", SEED, group="recipe", aliases=("--global-seed",)
+    )
+    init_from: str | None = option(
+        None,
+        "Start from the weights of a checkpoint: a run, a .pt or .safetensors file, a folder of diffusers, "
+        "organization/name on the hub, or a published name",
+        SOURCE,
+        group="start",
+        metavar="CKPT",
+        default_text="drawn with --seed",
+    )
+    init_weights: str = option(
+        "ema",
+        "Weights of --init-from: ema, model, or ema:WIDTH of a run with --ema-snapshot-every",
+        TEXT,
+        group="start",
+        metavar="SET",
+    )
+    keep_classes: str | None = option(
+        None,
+        "Keep rows of the label table of classes with the same name; names, or a JSON file of renamed classes",
+        SOURCE,
+        group="start",
+        metavar="FILE",
+        default_text="all rows for the same classes, else none",
+        bare=BY_NAME,
+    )
+    freeze: tuple[str, ...] = option(
+        (),
+        "Parameters that are not trained: patterns of their names or of modules, as in 'blocks.[0-5]'",
+        Several(TEXT),
+        group="start",
+        metavar="PATTERN",
+        default_text="none",
     )
     device: DeviceName = option("auto", "Device to train on", group="machine", changeable=True)
     precision: TrainPrecision = option(
@@ -444,6 +480,11 @@ class TrainConfig(ObjectiveConfig):
                 f"--class-dropout-prob {self.class_dropout_prob}: with --num-classes 0 there is no label to drop; "
                 "leave it out"
             )
+        for name in ("init_weights", "keep_classes"):
+            if self.init_from is None and getattr(self, name) != getattr(TrainConfig, name):
+                raise ConfigError(
+                    f"{flag_of(name)} {getattr(self, name)} applies only to --init-from; remove it"
+                )
         self.check_objective()
         if self.model not in DiT_models:
             near = difflib.get_close_matches(
@@ -489,7 +530,8 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
     saved = {"raw_pixels": True, **saved}
     # An option that is younger than the run was then what is now its default.
     younger = {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
-    saved = {**younger, **saved}
+    # JSON has lists where options are tuples.
+    saved = {**younger, **{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}}
     # Half a cosine ends with the run, so that its length is part of the recipe.
     length = ("steps", "epochs") if saved.get("lr_schedule") == "cosine" else ()
     changed = [

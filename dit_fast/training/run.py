@@ -37,11 +37,13 @@ from dit_fast.errors import (
 )
 from dit_fast.training.callbacks import PICTURES, Watch
 from dit_fast.training.config import TrainConfig, apply_to_process, open_set, relocated, resumed_config
+from dit_fast.training.initial import read_initial
 from dit_fast.training.log import plot_loss
 from dit_fast.training.trainer import Trainer
 from dit_fast.utils.files import TEMPORARY, prepare_folder, require_space
 from dit_fast.utils.locks import FolderLock
 from dit_fast.utils.nvtx import mark_launches
+from dit_fast.utils.terminal import say
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,9 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
 
     with lock.releasing():
         everyone.first(claim)
-        trainer = Trainer(config, open_set(config), world=world)
+        data = open_set(config)
+        trainer = Trainer(config, data, world=world, initial=read_initial(config, data))
+        everyone.first(lambda: say(*(trainer.origin or {}).get("lines", ()), *filter(None, [trainer.frozen])))
         watch = Watch(trainer, run)
         everyone.first(begin)
         return _run(trainer, run, watch)

@@ -30,6 +30,7 @@ from dit_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from dit_fast.model.dit import DiT
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.graphs import CudaGraphs, GraphedStep, can_compile, compile_step
+from dit_fast.training.initial import InitialWeights, freeze
 from dit_fast.training.optimizer import AdamWEma, learning_rate, make_optimizer
 from dit_fast.training.precision import (
     AUTOCAST,
@@ -57,8 +58,11 @@ class Trainer:
         data: Its data set.
         ranges: NVTX ranges; None: as `config.nvtx` selects.
         world: The ranks, each of which takes its rows of every batch; None: one process.
+        initial: Weights to start from, the same on all ranks; None: drawn with the seed.
 
     Attributes:
+        origin: Where the initial weights came from, as the manifest records it; None where they were drawn.
+        frozen: What is frozen, in words; None for nothing.
         step: Number of finished steps.
     """
 
@@ -68,6 +72,7 @@ class Trainer:
         data: ImageSet | LatentSet,
         ranges: Ranges | None = None,
         world: World | None = None,
+        initial: InitialWeights | None = None,
     ):
         self.world = world or World(device=choose_device(config.device))
         self.device = self.world.device
@@ -80,6 +85,11 @@ class Trainer:
             # The weights depend on the seed alone, and the caller's generator stays as it was.
             torch.manual_seed(config.seed)
             self.model = build_model(config, data).eval()
+        self.origin: dict[str, Any] | None = None
+        if initial is not None:
+            initial.fit(self.model)
+            self.origin = initial.record()
+        self.frozen = freeze(self.model, config.freeze)
         self.parallel = choose_parallel(config.parallel, self.world)
         if self.parallel in ("fsdp", "hsdp") and config.optimizer != "adamw_ema":
             raise ConfigError(
@@ -305,6 +315,7 @@ class Trainer:
             **self._unreadable(),
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
             "log": log,
+            "init_from": self.origin,
         }
 
     def _unreadable(self) -> dict[str, Any]:
@@ -396,6 +407,7 @@ class Trainer:
         self.state.step.fill_(self.step)
         self.state.skipped.fill_(manifest.get("skipped", 0))
         self.seconds = float(manifest["seconds"])
+        self.origin = manifest.get("init_from")
         if self.averages is not None:
             self.averages.step = int(manifest["power_averages"]["step"])
         if self.loss_scale is not None and manifest.get("loss_scale"):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from dit_fast.utils.values import FLAG, Flag, OneOf, Value
+from dit_fast.utils.values import FLAG, Flag, OneOf, Several, Value
 
 REQUIRED: Any = MISSING
 """Default of an option that has none."""
@@ -173,6 +173,9 @@ def add_options(
         keywords.update(type=item, metavar=about.metavar or choices or each.name.rpartition("_")[2].upper())
         if value.nargs is not None or about.bare is not None or (about.positional and each.default is None):
             keywords["nargs"] = value.nargs or "?"
+        if isinstance(value, Several):
+            # A flag that is given twice adds to its values, instead of replacing them.
+            keywords["action"] = "extend"
         if about.bare is not None:
             keywords["const"] = about.bare
         if about.positional:
