@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from dit_fast.checkpoint.weight_file import DIFFUSERS_WEIGHTS
 from dit_fast.errors import CheckpointError, MissingExtraError
 from dit_fast.utils.terminal import one_line
 
@@ -17,15 +18,23 @@ _CONFIGURATION = (
     "vae/config.json",
     "scheduler/*.json",
 )
-_NAME = "diffusion_pytorch_model"
 _SUFFIXES = (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors")
 _SAFETENSORS = (
     "model.safetensors",
-    *(f"{f}{_NAME}{s}" for f in ("", "transformer/", "vae/") for s in _SUFFIXES),
+    *(f"{f}{DIFFUSERS_WEIGHTS}{s}" for f in ("", "transformer/", "vae/") for s in _SUFFIXES),
 )
 
-# Downloaded only where there are no safetensors.
-_OLDER = (f"{_NAME}.bin", f"transformer/{_NAME}.bin")
+_PARTS = ("", "transformer/")
+
+# Downloaded in this order, each where the ones before are missing: `.bin`, and variants.
+_ELSE = tuple(
+    tuple(f"{folder}{DIFFUSERS_WEIGHTS}{suffix}" for folder in folders for suffix in suffixes)
+    for folders, suffixes in (
+        (_PARTS, (".bin", ".bin.index.json", "-*-of-*.bin")),
+        *(((*_PARTS, "vae/"), (f".{v}.*", f".{v}-*-of-*", f".*.index.{v}.json")) for v in ("fp16", "bf16")),
+        ((*_PARTS, "vae/"), (".*",)),
+    )
+)
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -39,7 +48,8 @@ def fetch_hub_model(name: str) -> Path:
     """Download a model of the hub, or find it in the local cache.
 
     Args:
-        name: Id, with "@" and a branch, tag or commit to pin a revision. Safetensors are preferred to `.bin`.
+        name: Id, with "@" and a branch, tag or commit to pin a revision. Safetensors are preferred to `.bin`, and
+            both to variants (fp16, bf16).
 
     Returns:
         The local folder.
@@ -65,8 +75,12 @@ def fetch_hub_model(name: str) -> Path:
 
     try:
         folder = fetch(*_CONFIGURATION, *_SAFETENSORS)
-        if not any([*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]):
-            folder = fetch(*_CONFIGURATION, *_OLDER)
+        for patterns in _ELSE:
+            if any(
+                path.suffix in (".safetensors", ".bin") for part in _PARTS for path in folder.glob(f"{part}*")
+            ):
+                break
+            folder = fetch(*_CONFIGURATION, *patterns)
     except Exception as error:  # the errors of its HTTP client differ between versions
         pinned = f" --revision {revision}" if revision else ""
         raise CheckpointError(

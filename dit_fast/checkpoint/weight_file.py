@@ -254,7 +254,10 @@ def unwrapped(key: str) -> str:
 
 
 def read_diffusers_weights(folder: Path) -> tuple[Path, dict[str, Tensor], tuple[str, ...]]:
-    """Read the weights in a model folder of diffusers: safetensors, whole or sharded, or else `.bin`.
+    """Read the weights in a model folder of diffusers.
+
+    They are one file or shards, safetensors or else `.bin`. A variant (`variant="fp16"`) is read where there are no
+    others, and named in a note.
 
     Args:
         folder: The folder.
@@ -265,29 +268,48 @@ def read_diffusers_weights(folder: Path) -> tuple[Path, dict[str, Tensor], tuple
     Raises:
         CheckpointError: There are no weights, or they are damaged or unsafe.
     """
-    for name in (f"{DIFFUSERS_WEIGHTS}.safetensors", f"{DIFFUSERS_WEIGHTS}.fp16.safetensors"):
-        if (folder / name).is_file():
-            file = read_weight_file(folder / name)
-            return file.path, file.state, file.notes
-    index = folder / f"{DIFFUSERS_WEIGHTS}.safetensors.index.json"
-    if index.is_file():
-        return index, *_read_shards(index)
-    if (folder / f"{DIFFUSERS_WEIGHTS}.bin").is_file():
-        file = read_weight_file(folder / f"{DIFFUSERS_WEIGHTS}.bin")
-        return file.path, file.state, file.notes
-    raise CheckpointError(f"{folder}: no {DIFFUSERS_WEIGHTS}.safetensors beside config.json")
+    found = [match for path in folder.iterdir() if (match := _DIFFUSERS_FILE.fullmatch(path.name))]
+    if not found:
+        raise CheckpointError(f"{folder}: no {DIFFUSERS_WEIGHTS}.safetensors beside config.json")
+    chosen = min(found, key=_preference)
+    path, variant = folder / chosen[0], chosen["file"] or chosen["index"]
+    if path.suffix == ".json":
+        state, notes = _read_shards(path, f".{chosen['kind']}")
+    else:
+        file = read_weight_file(path)
+        state, notes = file.state, file.notes
+    if variant:
+        notes = (f"{folder}: only variants of the weights, using {variant!r}", *notes)
+    return path, state, notes
 
 
-def _read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+_DIFFUSERS_FILE = re.compile(
+    rf"{DIFFUSERS_WEIGHTS}(?:\.(?P<file>\w+))?\.(?P<kind>safetensors|bin)(?:\.index(?:\.(?P<index>\w+))?\.json)?"
+)
+
+
+def _preference(match: re.Match[str]) -> tuple[Any, ...]:
+    """A key by which `min` chooses among the weights in a folder of diffusers."""
+    variant = match["file"] or match["index"] or ""
+    known = ("", "fp32", "fp16", "bf16")
+    return (
+        known.index(variant) if variant in known else len(known),
+        match["kind"] == "bin",
+        match[0].endswith(".json"),
+        variant,
+    )
+
+
+def _read_shards(index: Path, suffix: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     names = read_object(index, CheckpointError).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index}: no weight_map from tensors to files")
     shards = sorted(set(names.values()))
     # The names come from the file and must not lead out of its folder.
-    outside = [name for name in shards if Path(name).name != name or not name.endswith(".safetensors")]
+    outside = [name for name in shards if Path(name).name != name or not name.endswith(suffix)]
     if outside:
         raise CheckpointError(
-            f"{index}: refused: {outside[0][:80]!r} is not a safetensors file in this folder"
+            f"{index}: refused: {outside[0][:80]!r} is not a {suffix[1:]} file in this folder"
         )
     state: dict[str, Tensor] = {}
     notes: list[str] = []

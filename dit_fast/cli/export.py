@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -93,7 +94,10 @@ def _write_folder(model: DiT, folder: Path, kind: str) -> None:
         if kind == "safetensors":
             model.save_pretrained(temporary)
         else:
-            save_diffusers(model, temporary, conventions=DIFFUSERS)
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                save_diffusers(model, temporary, conventions=DIFFUSERS)
+            for warning in caught:
+                say(f"note: {warning.message}")
         try:
             temporary.rename(folder)
         except OSError as error:

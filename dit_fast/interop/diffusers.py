@@ -7,6 +7,7 @@ label embedders in every block, and recomputes the positions. Only `to_diffusers
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,11 @@ def conventions_of(model: DiT) -> Conventions:
 TRANSFORMER = "DiTTransformer2DModel"
 ADAPTER = "FastDiT"
 # The first releases wrote the DiT as a Transformer2DModel with norm_type "ada_norm_zero".
-CLASS_NAMES = (TRANSFORMER, ADAPTER, "Transformer2DModel")
+NATIVE_NAMES = (TRANSFORMER, "Transformer2DModel")
+CLASS_NAMES = (*NATIVE_NAMES, ADAPTER)
+
+PIPELINE_NULL_CLASS = 1000
+"""Label that diffusers' pipeline passes for the unconditional half, whatever the number of classes."""
 
 # Names of the reference -> names of diffusers: outside of the blocks, embedders, and within a block.
 _OUTER = {
@@ -211,6 +216,12 @@ def diffusers_config(config: Mapping[str, Any], conventions: Conventions) -> dic
         problems.append("no null class (class_dropout_prob above 0 wanted)")
     if problems:
         raise ConfigError(f"{TRANSFORMER} cannot be this model: {', '.join(problems)}")
+    if (classes := config["num_classes"]) != PIPELINE_NULL_CLASS:
+        warnings.warn(
+            f"diffusers' DiTPipeline takes label {PIPELINE_NULL_CLASS} for the null class, a {TRANSFORMER} of "
+            f"{classes} classes has label {classes}: call it with guidance_scale=1, or use FastDiT.from_dit(model)",
+            stacklevel=3,
+        )
     return {key: value for key, value in arguments.items() if key not in _ADAPTER_FIELDS}
 
 

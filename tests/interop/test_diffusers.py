@@ -1,19 +1,29 @@
 """Ours <-> diffusers: the same numbers both ways, on disk and live, and in diffusers' own pipeline."""
 
+import copy
 import json
+import pickle
 import shutil
+import warnings
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    TorchAoConfig,
 )
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import dit_fast
+from dit_fast.cli import main
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop import (
     DIFFUSERS,
@@ -377,16 +387,27 @@ def test_guidance_without_a_null_class_is_refused() -> None:
         ({"safe_serialization": False}, {}),
         ({"max_shard_size": "20KB"}, {}),
         ({"max_shard_size": "20KB", "safe_serialization": False}, {"use_safetensors": False}),
+        ({"max_shard_size": "20KB", "safe_serialization": False}, {}),
         ({"variant": "fp16"}, {"variant": "fp16"}),
+        ({"variant": "bf16", "max_shard_size": "20KB"}, {"variant": "bf16"}),
         ({}, {"torch_dtype": torch.bfloat16}),
+        ({}, {"device_map": "cpu"}),
+        ({}, {"device_map": {"": "disk"}, "offload_folder": "offloaded"}),
     ],
-    ids=["safetensors", "bin", "shards", "shards of bin", "variant", "bfloat16"],
-)
-def test_the_adapter_reads_what_diffusers_wrote(tmp_path, saved, loaded) -> None:
+    ids=[
+        "safetensors", "bin", "shards", "shards of bin", "shards of bin unasked", "variant", "shards of a variant",
+        "bfloat16", "device map", "disk",
+    ],
+)  # fmt: skip
+def test_the_adapter_reads_what_diffusers_wrote(tmp_path, monkeypatch, saved, loaded) -> None:
     """`FastDiT.from_pretrained` and `from_config` take a DiTTransformer2DModel's folder, with its conventions."""
+    monkeypatch.chdir(tmp_path)
     theirs().save_pretrained(tmp_path / "t", **saved)
     adapter = dit_fast.FastDiT.from_pretrained(tmp_path, subfolder="t", **loaded)
-    again = DiTTransformer2DModel.from_pretrained(tmp_path / "t", **loaded)
+    native = {name: value for name, value in loaded.items() if name in ("variant", "torch_dtype")}
+    if "bin" in str(list((tmp_path / "t").iterdir())):
+        native["use_safetensors"] = False
+    again = DiTTransformer2DModel.from_pretrained(tmp_path / "t", **native)
     x, t, y = inputs()
     x = x.to(loaded.get("torch_dtype", torch.float32))
     with torch.no_grad():
@@ -397,10 +418,163 @@ def test_the_adapter_reads_what_diffusers_wrote(tmp_path, saved, loaded) -> None
     fresh = dit_fast.FastDiT.from_config(DiTTransformer2DModel.load_config(tmp_path / "t"))
     assert fresh.dit.config == adapter.dit.config
     assert fresh.dit.conventions == adapter.dit.conventions
+    if "offload_folder" in loaded:
+        return
     adapter.save_pretrained(tmp_path / "ours")
     ours_again = dit_fast.FastDiT.from_pretrained(tmp_path / "ours", torch_dtype=loaded.get("torch_dtype"))
     with torch.no_grad():
         assert torch.equal(ours_again(x, t, y).sample, output)
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_eps": 1e-3, "out_channels": 4}])
+def test_the_adapter_has_the_arguments_of_diffusers(changes) -> None:
+    """`FastDiT(**model.config)` is what `from_dit(model)` is, but for the weights."""
+    model = theirs(**changes)
+    adapter = dit_fast.FastDiT(**model.config).eval()
+    converted = dit_fast.FastDiT.from_dit(model)
+    assert {k: v for k, v in adapter.config.items() if k in model.config and k[0] != "_"} == {
+        k: v for k, v in model.config.items() if k[0] != "_"
+    }
+    assert adapter.dit.conventions == converted.dit.conventions
+    adapter.load_state_dict(converted.state_dict())
+    assert_close(answer(adapter), answer(model))
+    assert_close(answer(converted), answer(model))
+    assert dit_fast.FastDiT.from_dit(model.train()).training
+    with pytest.raises(CheckpointError, match=r"dropout=0\.1 \(a DiT has 0\.0\)"):
+        dit_fast.FastDiT(dropout=0.1)
+
+
+def test_the_adapter_reads_the_first_releases_folder(tmp_path) -> None:
+    model = theirs()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    extra = {"_class_name": "Transformer2DModel", "cross_attention_dim": None, "only_cross_attention": False}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **extra}))
+    adapter, information = dit_fast.FastDiT.from_pretrained(tmp_path, output_loading_info=True)
+    assert_close(answer(adapter), answer(model))
+    assert not information["missing_keys"]
+    fresh = dit_fast.FastDiT.from_config(json.loads((tmp_path / "config.json").read_text()))
+    assert fresh.dit.config == adapter.dit.config
+
+
+@pytest.mark.parametrize("of", ["FastDiT", "DiTTransformer2DModel"])
+def test_the_adapter_refuses_other_weights(tmp_path, of) -> None:
+    """diffusers would leave out or initialize tensors, and warn."""
+    model = theirs() if of == "DiTTransformer2DModel" else dit_fast.FastDiT.from_dit(ours())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    first = next(iter(state))
+    save_file(
+        {"more" if key == first else key: value for key, value in state.items()}, file, {"format": "pt"}
+    )
+    with pytest.raises(
+        CheckpointError, match=f"does not fit its config.json: missing {first}, unexpected more"
+    ):
+        dit_fast.FastDiT.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "PixArtTransformer2DModel"}))
+    with pytest.raises(CheckpointError, match="has a 'PixArtTransformer2DModel', FastDiT reads"):
+        dit_fast.FastDiT.from_pretrained(tmp_path)
+
+
+def test_the_adapter_saves_only_what_it_can_read(tmp_path) -> None:
+    adapter = dit_fast.FastDiT.from_dit(ours(hidden_size=64))
+    plain = answer(adapter)
+    adapter.add_adapter(LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False))
+    adapted = answer(adapter)
+    with pytest.raises(ConfigError, match="has an adapter: save_lora_adapter"):
+        adapter.save_pretrained(tmp_path)
+    adapter.fuse_lora()
+    adapter.unload_lora()
+    adapter.save_pretrained(tmp_path)
+    assert_close(answer(dit_fast.FastDiT.from_pretrained(tmp_path)), adapted)
+    assert error(adapted, plain) > 1e-2
+    quantize_(adapter, Int8WeightOnlyConfig())
+    with pytest.raises(ConfigError, match="weights of class Int8Tensor: save it before"):
+        adapter.save_pretrained(tmp_path)
+    kept = dit_fast.FastDiT.from_pretrained(
+        tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), torch_dtype=torch.float32
+    )
+    assert_close(answer(kept), answer(adapter))
+
+
+@pytest.mark.parametrize("classes", [3, 999, 1000, 1001, 2000])
+def test_the_pipeline_guides_by_the_models_null_class(classes) -> None:
+    """Label 1000 of the pipeline is the null class, also where the model has a class 1000."""
+    adapter = dit_fast.FastDiT.from_dit(ours(num_classes=classes))
+    seen: list[list[int]] = []
+    adapter.dit.y_embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0].tolist()))
+    labels = [1, classes - 1]
+    pipeline = DiTPipeline(adapter, autoencoder(), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(labels, guidance_scale=3.0, num_inference_steps=2, output_type="pt")
+    assert seen == [[*labels, classes, classes]] * 2
+    # Not a batch with guidance.
+    del seen[:]
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        adapter(x, 5, torch.tensor([2, 1000]))
+    assert seen == [[2, 1000 if classes > 1000 else classes]]
+
+
+def test_an_export_of_other_than_1000_classes_warns(tmp_path, capsys) -> None:
+    model = ours(num_classes=3)
+    line = "label 1000 for the null class, a DiTTransformer2DModel of 3 classes has label 3.*FastDiT.from_dit"
+    with pytest.warns(UserWarning, match=line):
+        save_diffusers(model, tmp_path / "a", conventions=DIFFUSERS)
+    with pytest.warns(UserWarning, match=line):
+        to_diffusers(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_diffusers(ours(num_classes=1000), tmp_path / "b", conventions=DIFFUSERS)
+    model.save_pretrained(tmp_path / "c")
+    assert (
+        main(["export", "--ckpt", f"{tmp_path / 'c'}", "--out", f"{tmp_path / 'd'}", "--format", "diffusers"])
+        == 0
+    )
+    notes = [line for line in capsys.readouterr().out.splitlines() if "null class" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("note: diffusers' DiTPipeline takes label 1000")
+
+
+def test_settings_of_diffusers_are_settings_of_the_model() -> None:
+    adapter = dit_fast.FastDiT.from_dit(ours())
+    for name, own in (("native", "sdpa"), ("_native_cudnn", "cudnn"), ("triton", "triton"), ("auto", "auto")):
+        adapter.set_attention_backend(name)
+        assert adapter.dit.attention == own
+    adapter.set_attention_backend("native")
+    adapter.reset_attention_backend()
+    assert adapter.dit.attention == "auto"
+    with pytest.raises(ConfigError, match="no attention backend 'sage': choose one of native"):
+        adapter.set_attention_backend("sage")
+    adapter.dit.recompute = "cheap"
+    adapter.disable_gradient_checkpointing()
+    assert adapter.dit.recompute == "cheap"
+    adapter.enable_gradient_checkpointing()
+    assert adapter.dit.recompute == "blocks"
+    with pytest.raises(ConfigError, match="give no gradient_checkpointing_func"):
+        adapter.enable_gradient_checkpointing(torch.utils.checkpoint.checkpoint)
+
+
+def test_habits_of_users_of_diffusers(tmp_path) -> None:
+    adapter = dit_fast.FastDiT.from_dit(ours())
+    expected = answer(adapter)
+    for again in (pickle.loads(pickle.dumps(adapter)), copy.deepcopy(adapter)):
+        assert type(again) is dit_fast.FastDiT
+        assert torch.equal(answer(again), expected)
+        assert again.dit.blocks[0].backends is again.dit.backends
+    average = EMAModel(adapter.parameters(), model_cls=dit_fast.FastDiT, model_config=adapter.config)
+    average.save_pretrained(tmp_path)
+    read = EMAModel.from_pretrained(tmp_path, dit_fast.FastDiT)
+    assert all(map(torch.equal, average.shadow_params, read.shadow_params))
+    assert adapter.num_parameters() == sum(p.numel() for p in adapter.parameters())
+    prepared = Accelerator(cpu=True).prepare(adapter)
+    assert torch.equal(answer(prepared), expected)
+    pipeline = DiTPipeline(adapter, autoencoder(), DDIMScheduler())
+    assert torch.equal(
+        images(DiTPipeline.from_pipe(pipeline, transformer=pipeline.transformer)), images(pipeline)
+    )
 
 
 def test_the_adapter_is_a_model_of_diffusers(tmp_path) -> None:

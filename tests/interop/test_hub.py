@@ -122,6 +122,44 @@ def test_weights_in_bin_are_read_where_there_are_no_others(hub):
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"variant": "bf16"},
+        {"variant": "fp16", "max_shard_size": "10KB"},
+        {"variant": "fp16", "safe_serialization": False},
+        {"variant": "fp16", "safe_serialization": False, "max_shard_size": "10KB"},
+        {"safe_serialization": False, "max_shard_size": "10KB"},
+    ],
+    ids=["bf16", "shards of fp16", "bin of fp16", "shards of bin of fp16", "shards of bin"],
+)
+def test_a_repository_of_variants_only(hub, tmp_path, monkeypatch, saved):
+    """Fetched step by step, as the patterns of the files ask for them, into an empty folder."""
+    transformer().save_pretrained(tmp_path / "remote" / "transformer", **saved)
+    (tmp_path / "remote" / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    (tmp_path / "local").mkdir()
+
+    def download(name, revision, allow_patterns):
+        for path in (tmp_path / "remote").rglob("*.*"):
+            file = path.relative_to(tmp_path / "remote")
+            if any(fnmatch(str(file), pattern) for pattern in allow_patterns):
+                (tmp_path / "local" / file).parent.mkdir(exist_ok=True)
+                shutil.copy(path, tmp_path / "local" / file)
+        return str(tmp_path / "local")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    model, info = load_model("org/tiny")
+    variant = saved.get("variant")
+    assert any(f"only variants of the weights, using {variant!r}" in note for note in info.notes) == bool(
+        variant
+    )
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), torch.tensor([0, 2])
+    with torch.no_grad():
+        assert_close(model(x, t, y), transformer()(x, t, y).sample)
+    names = {path.name for path in (tmp_path / "local" / "transformer").iterdir()}
+    assert names == {path.name for path in (tmp_path / "remote" / "transformer").iterdir()}
+
+
 def test_what_is_fetched_is_what_is_read(hub, monkeypatch):
     """Of a pipeline's repository: no other precisions, no pickles where there are safetensors."""
     snapshot, asked = publish(hub, "org/tiny"), []
