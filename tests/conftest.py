@@ -14,6 +14,8 @@ import torch
 # Tensors here are small and pytest-xdist uses the cores; OMP_NUM_THREADS asks for another number.
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
+# OpenMP's threads do not survive a fork, and a child that needs them waits for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

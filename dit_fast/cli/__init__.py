@@ -21,6 +21,7 @@ from dit_fast.utils.terminal import lasting_streams, printable, say
 COMMANDS = {
     "doctor": "what this machine has, and which path each part takes on it",
     "info": "parameters, multiply-adds and memory of a model",
+    "data": "what is in a folder of images, and what deserves a look before training on it",
     "train": "train a Diffusion Transformer on images",
     "scaling": "train models of several sizes, and fit their losses to compute",
     "plot": "draw the loss curves of runs over each other",

@@ -3,7 +3,7 @@
 from dit_fast.data.buckets import Size, apportion, nearest_bucket, parse_buckets
 from dit_fast.data.caches import open_cache
 from dit_fast.data.captions import captions_of
-from dit_fast.data.datasets import BUILTIN, open_data, open_images, open_stream, relocate
+from dit_fast.data.datasets import BUILTIN, holds_latents, open_data, open_images, open_stream, relocate
 from dit_fast.data.decode import Conversion, center_crop, center_crop_array
 from dit_fast.data.images import ImageSet, Split, from_arrays, to_pixels
 from dit_fast.data.latents import LatentSet, LatentStream, Posterior, encode_in_loop, open_latents
@@ -26,6 +26,7 @@ __all__ = [
     "encode_in_loop",
     "from_arrays",
     "generator",
+    "holds_latents",
     "nearest_bucket",
     "open_cache",
     "open_data",

@@ -159,6 +159,19 @@ def open_images(
     return opened
 
 
+def holds_latents(source: str | Path) -> bool:
+    """Whether `source` is a folder of latents: written by `dit-fast encode`, or a cache of another project."""
+    folder = Path(source)
+    if str(source) in BUILTIN or not folder.is_dir():
+        return False
+    embedded = any((folder / name).is_file() for name in EMBEDDED)
+    return _is_encoded(folder) or bool(recognize(folder) and not embedded)
+
+
+def _is_encoded(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (MANIFEST, SETTINGS))
+
+
 def open_data(
     source: str | Path,
     image_size: int | None = None,
@@ -190,10 +203,7 @@ def open_data(
         ConfigError: options that contradict the data or each other.
     """
     folder = Path(SOURCE.check("--data", source))
-    encoded, embedded = (
-        any((folder / name).is_file() for name in names) for names in ((MANIFEST, SETTINGS), EMBEDDED)
-    )
-    if str(source) in BUILTIN or not folder.is_dir() or not (encoded or (recognize(folder) and not embedded)):
+    if not holds_latents(source):
         images = open_images(
             source,
             image_size,
@@ -211,7 +221,7 @@ def open_data(
         raise ConfigError(f"--vae {encoder.name}: {source} holds latents already; remove it")
     if buckets:
         raise ConfigError(f"--buckets: the latents of {source} have one size; give images, and --vae")
-    opener = open_latents if encoded else open_cache
+    opener = open_latents if _is_encoded(folder) else open_cache
     if conversion != Conversion():
         raise ConfigError(
             f"--background and --raw-pixels apply only to images, {source} holds latents; give them to dit-fast encode"

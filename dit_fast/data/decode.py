@@ -118,6 +118,32 @@ def read_header(path: Path, how: Conversion) -> Header:
         return Header(width, height, gray, GRID_KEY in file.info, _has_more(file))
 
 
+@dataclass(frozen=True)
+class ImageFacts(Header):
+    """What only decoding tells of an image.
+
+    Args:
+        transparent: whether a pixel is not opaque.
+    """
+
+    transparent: bool = False
+
+
+def read_facts(path: Path, how: Conversion) -> ImageFacts:
+    """Decode an image to describe it. Raises the exceptions that `read_each` catches."""
+    header = read_header(path, how)
+    with Image.open(path, formats=_FORMATS) as file:
+        file.load()
+        clear = file.has_transparency_data and _has_clear_pixel(file)
+    return ImageFacts(**vars(header), transparent=clear)
+
+
+def _has_clear_pixel(file: Image.Image) -> bool:
+    opaque = file if file.mode in ("RGBA", "LA", "PA") else file.convert("RGBA")
+    lowest: Any = opaque.getchannel("A").getextrema()[0]
+    return lowest < 255
+
+
 def _has_more(file: Image.Image) -> bool:
     # The other pictures in a JPEG (MPO) are other views, or the depth, of the first one.
     try:

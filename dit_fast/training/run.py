@@ -39,6 +39,7 @@ from dit_fast.training.callbacks import PICTURES, Watch
 from dit_fast.training.config import TrainConfig, apply_to_process, open_set, relocated, resumed_config
 from dit_fast.training.initial import read_initial
 from dit_fast.training.log import plot_loss
+from dit_fast.training.summary import announce
 from dit_fast.training.trainer import Trainer
 from dit_fast.utils.files import TEMPORARY, prepare_folder, require_space
 from dit_fast.utils.locks import FolderLock
@@ -274,6 +275,8 @@ def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
         trainer.agreement.stop_request,
         trainer.writer(run) as writer,
     ):
+        if world.is_first:
+            watch.best_effort("the summary of the run", lambda: announce(trainer, run))
         batches = Readable(trainer.stream.read(trainer.step, trainer.total_steps, trainer.rows))
         checkpoint, stopped_by = _steps(trainer, watch, writer, batches)
     log, curve = run / "log.jsonl", run / "loss.png"

@@ -34,6 +34,9 @@ def call(*arguments: str | Path) -> int:
     return main(["train", *map(str, arguments)])
 
 
+PREVIEW_LINE = "training images as the model receives them"
+
+
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dit_fast.cli", "train", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -66,7 +69,13 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
         out[-1]
         == f"checkpoint {run}/checkpoints/step-0000004, log {run}/log.jsonl, loss curve {run}/loss.png"
     )
-    assert re.fullmatch(r"step 2/4  loss [\d.]+  mse [\d.]+  vb [\d.]+  \d+ img/s  \d:\d\d:\d\d left", out[0])
+    # Before the first step: what is about to happen, and a picture of the training images.
+    names = [line.partition(":")[0] for line in out[:7]]
+    assert names == ["data", "samples", "model", "training", "machine", "run", PREVIEW_LINE]
+    assert out[0] == "data: digits: 1618 images, 10 classes: 157 (8) to 165 (3), 179 held out"
+    assert "4 steps of 8 images" in out[3]
+    assert Image.open(run / "preview.png").format == "PNG"
+    assert re.fullmatch(r"step 2/4  loss [\d.]+  mse [\d.]+  vb [\d.]+  \d+ img/s  \d:\d\d:\d\d left", out[7])
     assert [line["step"] for line in read_log(run / "log.jsonl")] == [2, 4]
     assert (run / "loss.png").stat().st_size > 10_000
     assert load_checkpoint(run / "checkpoints" / "step-0000004").step == 4
