@@ -1,5 +1,7 @@
 """Models of the Hugging Face hub by id: `facebook/DiT-XL-2-256`, or `organization/name@revision`."""
 
+import difflib
+import os
 import re
 from pathlib import Path
 
@@ -38,10 +40,20 @@ _ELSE = tuple(
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether `name` has the form of a hub id, and no file or folder has that name."""
+    """Whether `name` has the form of a hub id, and neither it nor its first part names a file or folder.
+
+    `runs/photo` beside a folder `runs` is a misspelled path, not a model of the organization `runs`.
+    """
     text = str(name)
     written = _ID.fullmatch(text) is not None and not text.endswith(_FILE_SUFFIXES)
-    return written and not Path(text).exists()
+    return written and not Path(text).exists() and not Path(text).parent.is_dir()
+
+
+def no_such_path(path: Path) -> str:
+    """The message for a path that does not exist: it names the nearest one beside it."""
+    beside = os.listdir(path.parent) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, 1)
+    return f"{path}: no such file or folder" + (f"; did you mean {path.parent / near[0]}?" if near else "")
 
 
 def fetch_hub_model(name: str) -> Path:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -31,6 +31,8 @@ COMMANDS = {
     "encode": "turn a folder of images into latents to train on",
     "explain": "pictures of how a model samples: film strip, sweeps, attention",
     "evaluate": "FID, sFID, Inception score, precision and recall of samples against real images",
+    "list": "models, presets, solvers, or the runs in a folder",
+    "completion": "a script that completes commands and options in a shell",
     "likelihood": "bits per dimension that a model needs for real images",
 }
 
@@ -57,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_OneLine())
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Not list(...): the command of that name is a module of this package once it is imported.
+    arguments = [*(sys.argv[1:] if argv is None else argv)]
     with lasting_streams() as stdout:
         with _Interrupts() as interrupts:
             status = _run(arguments, interrupts)
@@ -96,17 +99,16 @@ def _check_working_directory() -> None:
         raise ConfigError("the working directory was removed; change to one that is there") from None
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    """The options of a command, its module imported: `run` among them is its function."""
+def build_parser(loaded: Collection[str]) -> tuple["Parser", dict[str, "Parser"]]:
+    """The parser of `dit-fast` and those of its commands, which have options where the name is in `loaded`."""
     parser = Parser(
         prog="dit-fast", description="Train and sample Diffusion Transformers.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"dit-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    called = next((argument for argument in arguments if argument in COMMANDS), "")
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
-        if name == called:
+        if name in loaded:
             module = importlib.import_module(f"dit_fast.cli.{name}")
             module.add_arguments(command)
             command.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -114,9 +116,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             words = [str(action.metavar) for action in command._get_positional_actions()]
             command.usage = " ".join([command.prog, "[options]", *words])
             command.set_defaults(run=module.run)
+    return parser, commands.choices
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command, its module imported: `run` among them is its function."""
+    parser, commands = build_parser([name for name in arguments if name in COMMANDS][:1])
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        command = commands.choices[options.command]
+        command = commands[options.command]
         command.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown, command)}")
     return options
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dit_fast.checkpoint.folder import find_checkpoint, read_part, step_folders
-from dit_fast.checkpoint.hub import fetch_hub_model, is_hub_id
+from dit_fast.checkpoint.hub import fetch_hub_model, is_hub_id, no_such_path
 from dit_fast.checkpoint.manifest import MANIFEST, read_manifest, verify_files
 from dit_fast.checkpoint.power_ema import WIDEST, Profile, reconstruct
 from dit_fast.checkpoint.tensors import part_files
@@ -122,7 +122,7 @@ def load_model(
         _width(weights)
     path = fetch_hub_model(str(path)) if is_hub_id(path) else Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointError(no_such_path(path))
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path}: neither a file nor a folder (a device or a pipe)")
     try:

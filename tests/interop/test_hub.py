@@ -196,6 +196,7 @@ def test_what_is_written_like_an_id(tmp_path, monkeypatch):
         assert is_hub_id(name), name
     for name in (
         "runs/mine",
+        "runs/mime",
         "runs/mine.pt",
         "/a/b",
         "./a/b",
@@ -208,6 +209,14 @@ def test_what_is_written_like_an_id(tmp_path, monkeypatch):
         "~/a",
     ):
         assert not is_hub_id(name), name
+
+
+def test_a_misspelled_path_is_not_looked_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "photos").mkdir(parents=True)
+    assert command("--ckpt", "runs/photo", "--out", "o") == 1
+    line = "dit-fast: error: runs/photo: no such file or folder; did you mean runs/photos?\n"
+    assert capsys.readouterr().err == line
 
 
 def test_offline_is_one_line(hub, capsys, monkeypatch):
