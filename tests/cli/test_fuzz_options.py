@@ -100,6 +100,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], lis
     return {
         "doctor": lambda: [],
         "info": lambda: ["DiT-S/8", "--input-size", "8"],
+        "data": lambda: ["digits", "--preview", new(".png")],
+        "list": lambda: ["models"],
+        "completion": lambda: ["bash"],
         "train": lambda: [*TINY, "--steps", "1", "--out", new()],
         "scaling": lambda: [
             *("--data", "digits", "--patch-size", "4", "--batch-size", "4", "--threads", "1", "--device", "cpu"),

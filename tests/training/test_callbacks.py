@@ -340,6 +340,7 @@ def test_the_run_folder_is_all_that_is_written(tmp_path):
         "checkpoints",
         "log.jsonl",
         "loss.png",
+        "preview.png",
     }
 
 
