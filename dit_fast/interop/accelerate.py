@@ -21,7 +21,7 @@ from dit_fast.kernels.attention.attention import attention_backend
 from dit_fast.model.backends import Backends
 from dit_fast.model.blocks import Stream, without_bias
 from dit_fast.model.dit import DiT
-from dit_fast.model.layers import hooks_of, is_untouched
+from dit_fast.model.layers import hooks_of, is_plain, is_untouched
 from dit_fast.utils.terminal import one_line
 
 # Names of the linear layers of an attention and of both MLPs.
@@ -63,7 +63,7 @@ def may_fuse(part: Any, kind: type[nn.Module] | None, names: tuple[str, ...]) ->
     """
     if type(part) is not kind:
         return False
-    plain = all(type(part.get_submodule(name)) is nn.Linear for name in names)
+    plain = all(is_plain(part.get_submodule(name), nn.Linear) for name in names)
     return plain and all(is_untouched(inner) for inner in part.modules())
 
 

@@ -6,11 +6,14 @@ Importing diffusers takes three seconds, so the class is created at the first ac
 import contextlib
 import functools
 import inspect
+import re
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -41,6 +44,8 @@ _ATTENTION = {
 
 # Options of `from_pretrained` that place or quantize the parameters, which must already have our names.
 _PLACEMENT = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
+
+_PEFT_CONFIG = "adapter_config.json"
 
 _TABLE = "pos_embed.pos_embed"
 
@@ -201,6 +206,31 @@ def fast_dit_class() -> Any:
                 adapter = cls(**adapter_config(model.config, conventions_of(model)))
             adapter.dit = model
             return adapter.train(model.training)
+
+        def load_lora_adapter(
+            self,
+            pretrained_model_name_or_path_or_dict: Any,
+            prefix: str | None = "transformer",
+            **options: Any,
+        ) -> Any:
+            """As of any model in diffusers; also a folder that peft wrote for a `DiT` or a FastDiT."""
+            source = pretrained_model_name_or_path_or_dict
+            if isinstance(source, str | Path) and (Path(source) / _PEFT_CONFIG).is_file():
+                from peft import LoraConfig
+
+                config = LoraConfig.from_pretrained(str(source)).to_dict()
+                if whole := config.get("modules_to_save"):
+                    raise ConfigError(
+                        f"{source} has {', '.join(whole)} beside the adapter: merge it into the model, and give that "
+                        "to FastDiT.from_dit"
+                    )
+                # The names of a layer in peft's files, below the model that has the adapter.
+                state = load_file(Path(source) / "adapter_model.safetensors")
+                source = {
+                    "dit." + re.sub(r"^(base_model\.model\.)?(dit\.)?", "", n): t for n, t in state.items()
+                }
+                prefix, options = None, {"metadata": config, **options}
+            return super().load_lora_adapter(source, prefix, **options)
 
         @property
         def gradient_checkpointing(self) -> bool:

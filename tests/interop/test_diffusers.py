@@ -18,7 +18,7 @@ from diffusers import (
     TorchAoConfig,
 )
 from diffusers.training_utils import EMAModel
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -497,6 +497,25 @@ def test_the_adapter_saves_only_what_it_can_read(tmp_path) -> None:
         tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), torch_dtype=torch.float32
     )
     assert_close(answer(kept), answer(adapter))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_adapter_reads_what_peft_wrote(tmp_path, dora) -> None:
+    """Trained on a `DiT` or on a FastDiT, with a scale that is not 1."""
+    targets = ["x_embedder.proj", "qkv", "proj", "blocks.0.mlp.fc1"]
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=targets, use_dora=dora, init_lora_weights=False)
+    for number, model in enumerate((ours(), dit_fast.FastDiT.from_dit(ours()))):
+        plain = answer(model)
+        adapted = get_peft_model(model, config)
+        adapted.save_pretrained(tmp_path / str(number))
+        reader = dit_fast.FastDiT.from_dit(ours())
+        reader.load_lora_adapter(tmp_path / str(number), adapter_name="mine")
+        assert_close(answer(reader), answer(adapted))
+        assert error(answer(reader), plain) > 1e-2
+    config.modules_to_save = ["final_layer"]
+    get_peft_model(ours(), config).save_pretrained(tmp_path / "more")
+    with pytest.raises(ConfigError, match="has final_layer beside the adapter"):
+        reader.load_lora_adapter(tmp_path / "more")
 
 
 @pytest.mark.parametrize("classes", [3, 999, 1000, 1001, 2000])
