@@ -172,8 +172,9 @@ def fast_dit_class() -> Any:
                     adapter, _ = read(folder, torch_dtype=options.get("torch_dtype"), **placement)
             return (adapter, information) if with_information else adapter
 
-        def save_pretrained(self, save_directory: Any, **options: Any) -> None:
-            """As of any model in diffusers; ConfigError for weights that its files cannot hold."""
+        # The pipeline reads from the signature which of its own options it passes on.
+        @functools.wraps(ModelMixin.save_pretrained)
+        def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
             if self._hf_peft_config_loaded or any(".base_layer." in name for name in self.state_dict()):
                 raise ConfigError(
                     "this FastDiT has an adapter: save_lora_adapter(folder) saves that; fuse_lora() and then "
@@ -185,7 +186,9 @@ def fast_dit_class() -> Any:
                     f"this FastDiT has weights of class {', '.join(sorted(subclasses))}: save it before it is "
                     "quantized, and load it with quantization_config=TorchAoConfig(...)"
                 )
-            super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+            # The model may have been changed since, for example by `regrid`.
+            self.register_to_config(**adapter_config(self.dit.config, conventions_of(self.dit)))
+            super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
 
         @classmethod
         def from_config(cls, config: Any, **options: Any) -> Any:  # type: ignore[override]
@@ -210,7 +213,8 @@ def fast_dit_class() -> Any:
         def load_lora_adapter(
             self,
             pretrained_model_name_or_path_or_dict: Any,
-            prefix: str | None = "transformer",
+            prefix: Any = "transformer",
+            hotswap: bool = False,
             **options: Any,
         ) -> Any:
             """As of any model in diffusers; also a folder that peft wrote for a `DiT` or a FastDiT."""
@@ -230,7 +234,7 @@ def fast_dit_class() -> Any:
                     "dit." + re.sub(r"^(base_model\.model\.)?(dit\.)?", "", n): t for n, t in state.items()
                 }
                 prefix, options = None, {"metadata": config, **options}
-            return super().load_lora_adapter(source, prefix, **options)
+            return super().load_lora_adapter(source, prefix, hotswap, **options)
 
         @property
         def gradient_checkpointing(self) -> bool:

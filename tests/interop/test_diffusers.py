@@ -588,6 +588,11 @@ def test_habits_of_users_of_diffusers(tmp_path) -> None:
     read = EMAModel.from_pretrained(tmp_path, dit_fast.FastDiT)
     assert all(map(torch.equal, average.shadow_params, read.shadow_params))
     assert adapter.num_parameters() == sum(p.numel() for p in adapter.parameters())
+    adapter.dit.regrid(16)
+    adapter.save_pretrained(tmp_path / "larger")
+    larger = dit_fast.FastDiT.from_pretrained(tmp_path / "larger")
+    assert larger.config.sample_size == 16
+    assert torch.equal(answer(larger), expected)
     prepared = Accelerator(cpu=True).prepare(adapter)
     assert torch.equal(answer(prepared), expected)
     pipeline = DiTPipeline(adapter, autoencoder(), DDIMScheduler())
