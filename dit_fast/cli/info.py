@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dit_fast.checkpoint.folder import find_checkpoint
+from dit_fast.checkpoint.manifest import read_manifest
 from dit_fast.errors import ConfigError
 from dit_fast.interop import load_model
 from dit_fast.model.blocks import ADAPTIVE
@@ -15,8 +17,9 @@ from dit_fast.model.config import SIZES
 from dit_fast.model.cost import CostPrecision, Counts, count, kept_bytes, table
 from dit_fast.model.dit import DiT
 from dit_fast.model.presets import DiT_models
-from dit_fast.training.config import TrainConfig, build_model
+from dit_fast.training.config import TrainConfig, build_model, resumed_config
 from dit_fast.training.precision import ResidualDtype
+from dit_fast.utils.option_files import as_yaml
 from dit_fast.utils.options import Options, add_options, flag_of, given_options, option, read_options
 from dit_fast.utils.terminal import say
 from dit_fast.utils.values import SIDE, SOURCE, Whole
@@ -62,6 +65,9 @@ class InfoOptions(Options):
     precision: CostPrecision = option("bf16", "Arithmetic of the model", group="training step")
     residual: ResidualDtype = option("fp32", "Dtype of the residual stream", group="training step")
     json: bool = option(False, "Print JSON instead of text", group="output")
+    config: bool = option(
+        False, "Print the options of a run as YAML, which dit-fast train --config reads", group="output"
+    )
     table: bool = option(
         False, "Print the twelve sizes of the paper with each of its four blocks", group="output"
     )
@@ -85,6 +91,11 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--table prints the models of the paper: remove {names}")
         say(*(_table_json() if options.json else _table_text()).splitlines())
         return 0
+    if options.config:
+        if options.source is None or chosen or options.json:
+            raise ConfigError("--config prints the options of a run: give its folder, and no other option")
+        say(*_run_config(options.source).splitlines())
+        return 0
     name, model = _open(options, model_options, chosen)
     try:
         counts = count(model, options.caption_tokens)
@@ -102,6 +113,15 @@ def run(args: argparse.Namespace) -> int:
     text = (_as_json if options.json else _as_text)(name, model, counts, tokens, kept, step)
     say(*text.splitlines())
     return 0
+
+
+def _run_config(source: str) -> str:
+    """All options of the run in a folder, from its newest checkpoint, or of one checkpoint."""
+    path = find_checkpoint(source)
+    saved = read_manifest(path).get("train_config")
+    if saved is None:
+        raise ConfigError(f"{source}: its manifest has no options of a run")
+    return as_yaml(resumed_config(saved, {}, str(path)))
 
 
 def _open(options: InfoOptions, model_options: dict[str, Any], chosen: list[str]) -> tuple[str, DiT]:

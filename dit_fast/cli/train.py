@@ -12,9 +12,10 @@ from dit_fast.errors import ConfigError
 from dit_fast.training.config import TrainConfig
 from dit_fast.training.presets import PRESETS
 from dit_fast.training.run import TrainResult, device_of, resume, train_or_resume
+from dit_fast.utils.option_files import read_option_files
 from dit_fast.utils.options import Options, add_options, flag_of, given_options, option, read_options
 from dit_fast.utils.terminal import say
-from dit_fast.utils.values import SOURCE, OneOf
+from dit_fast.utils.values import PATH, SOURCE, OneOf, Several
 
 EPILOG = """The flags of the reference (--data-path, --results-dir, --global-batch-size, --global-seed) are accepted.
 Example: dit-fast train --data photos --image-size 64 --model DiT-S/4 --out runs/photos"""
@@ -53,8 +54,16 @@ class RunOptions(Options):
     preset: str | None = option(
         None,
         "Defaults for this run; options that are given replace them",
-        OneOf(tuple(sorted(PRESETS))),
+        OneOf(tuple(PRESETS)),
         group="run",
+    )
+    config: tuple[Path, ...] = option(
+        (),
+        "YAML files with options of this run by their names; they replace those of --preset, flags replace theirs",
+        Several(PATH),
+        group="run",
+        metavar="FILE",
+        default_text="none",
     )
 
 
@@ -65,8 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def preset_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of `TrainConfig` from --preset, replaced by those that were given. Raises ConfigError without data."""
-    options = {**PRESETS.get(getattr(args, "preset", ""), {}), **given_options(TrainConfig, args)}
+    """Options of `TrainConfig` from --preset, replaced by those of --config, and these by those that were given.
+
+    Raises ConfigError without data.
+    """
+    named = PRESETS.get(getattr(args, "preset", ""), {})
+    files = read_option_files(getattr(args, "config", ()), TrainConfig)
+    options = {**named, **files, **given_options(TrainConfig, args)}
     if "data" not in options:
         raise ConfigError("--data is missing: name a built-in set (mnist, digits) or a folder of images")
     return options

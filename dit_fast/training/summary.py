@@ -4,15 +4,19 @@ from pathlib import Path
 
 import torch
 
+from dit_fast import __version__
 from dit_fast.data.survey import describe_set, preview
 from dit_fast.model.cost import count
 from dit_fast.training.trainer import Trainer
 from dit_fast.utils.files import write_atomically
 from dit_fast.utils.images import save_grid
+from dit_fast.utils.option_files import as_yaml
 from dit_fast.utils.terminal import say
 
 PREVIEW = "preview.png"
 """Picture of training images in a run folder."""
+CONFIG = "config.yaml"
+"""All options of a run in its folder, as `--config` reads them."""
 
 
 def describe_run(trainer: Trainer, run: Path) -> list[str]:
@@ -39,9 +43,11 @@ def describe_run(trainer: Trainer, run: Path) -> list[str]:
 
 
 def announce(trainer: Trainer, run: Path) -> None:
-    """Print the description of a run, and draw training images to `preview.png` unless that exists."""
-    lines = describe_run(trainer, run)
-    say(*lines)
+    """Print the description of a run and write its configuration; draw training images, unless that was done."""
+    say(*describe_run(trainer, run))
+    text = f"# dit-fast {__version__}: dit-fast train --config {CONFIG} --out ANOTHER trains the same model again.\n"
+    text += as_yaml(trainer.config)
+    write_atomically(run / CONFIG, lambda temporary: temporary.write_text(text, "utf-8"))
     picture = run / PREVIEW
     if not picture.exists():
         drawn = preview(trainer.data)

@@ -101,13 +101,30 @@ def test_the_references_flags(tmp_path):
 
 
 def test_flags_override_a_preset(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        train_command.PRESETS, "demo", {"data": "digits", "depth": 1, "steps": 9, "patch_size": 4}
-    )
+    demo = {"data": "digits", "depth": 1, "steps": 9, "patch_size": 4}
+    monkeypatch.setattr(train_command, "PRESETS", {"demo": demo})
     options = ["--preset", "demo", "--hidden-size", "12", "--steps", "1", "--batch-size", "2"]
     assert call(*options, "--out", tmp_path / "run") == 0
     config = read_manifest(checkpoint.latest_checkpoint(tmp_path / "run"))["train_config"]
     assert (config["depth"], config["steps"], config["hidden_size"]) == (1, 1, 12)
+
+
+def test_a_run_from_the_configuration_of_another_is_the_same_to_the_bit(tmp_path, capsys):
+    """Flags replace the file's options, which replace the preset's; `info --config` prints what a run wrote."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert call(*TINY, "--steps", 20, "--lr", "3e-3", "--out", first) == 0
+    steps = ("--steps", 20, "--preset", "sit")
+    assert call("--config", first / "config.yaml", *steps, "--out", again) == 0
+    weights = [load_checkpoint(run / "checkpoints" / "step-0000020").model for run in (first, again)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert call("--config", first / "config.yaml", "--steps", 1, "--out", tmp_path / "short") == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "short"), "--config"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nsteps: 1\n" in printed
+    assert "\nlr: 0.003\n" in printed
+    assert (tmp_path / "short" / "config.yaml").read_text().partition("\n")[2] == printed
 
 
 @pytest.mark.parametrize(

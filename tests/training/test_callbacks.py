@@ -338,6 +338,7 @@ def test_the_run_folder_is_all_that_is_written(tmp_path):
     train(tiny(steps=2), tmp_path / "run")
     assert {path.name for path in Path(tmp_path / "run").iterdir()} == {
         "checkpoints",
+        "config.yaml",
         "log.jsonl",
         "loss.png",
         "preview.png",
