@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SUFFIXES = {".py", ".json", ".typed"}
+SUFFIXES = {".py", ".json", ".yaml", ".typed"}
 
 
 def source_files() -> set[str]:
