@@ -100,6 +100,14 @@ def local_piece(tensor: Tensor) -> Piece:
     return Piece(tensor.detach().to_local(), tuple(chunk.offsets))  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, as every rank has it, into a plain tensor or into the local shard of a DTensor."""
+    piece = local_piece(tensor)
+    ends = (start + size for start, size in zip(piece.offset, piece.tensor.shape, strict=True))
+    piece.tensor.copy_(whole[tuple(map(slice, piece.offset, ends))])
+
+
 def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
     """Write pieces, contiguous and on the CPU, to one safetensors file."""
     # A single key: safetensors writes several in random order, and equal states should give equal bytes.

@@ -82,6 +82,73 @@ def read_weight_file(path: str | Path, weights: str = "ema") -> WeightFile:
     return _select(path, content, weights, size)
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """What a train.py dictionary holds besides the weights of one set.
+
+    Attributes:
+        step: Finished optimizer steps.
+        ema: Averaged weights by name.
+        moments: exp_avg and exp_avg_sq of AdamW by name, of the parameters that were trained.
+        options: lr, betas, eps and weight_decay of AdamW.
+    """
+
+    step: int
+    ema: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    options: dict[str, Any]
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def read_training_state(path: str | Path) -> TrainingState:
+    """Read EMA and optimizer of a train.py dictionary {"model", "ema", "opt", ...} of DiT, SiT or REPA.
+
+    AdamW numbers its parameters in the order of `model.parameters()`, which is that of the state dict: these models
+    have no buffers. Parameters without a gradient, such as fixed positions, have no state.
+
+    Raises:
+        CheckpointError: As `read_weight_file`, or the optimizer is not an AdamW over the parameters of "model".
+    """
+    path = Path(path)
+    ema = read_weight_file(path, "ema").state
+    content = _read_torch(path, path.stat().st_size) if path.suffix != ".safetensors" else {}
+    optimizer, model = content.get("opt"), content.get("model")
+    where = f"{path}: --init-optimizer needs the dictionary of a train.py"
+    if not isinstance(optimizer, Mapping) or not isinstance(model, Mapping) or "ema" not in content:
+        raise CheckpointError(f"{where}, with model, ema and opt; this has {listed(list(content))}")
+    names = [unwrapped(name) for name in model]
+    groups, states = optimizer.get("param_groups"), optimizer.get("state")
+    group = groups[0] if isinstance(groups, list) and len(groups) == 1 else None
+    numbers = list(range(len(names)))
+    if not isinstance(group, Mapping) or not isinstance(states, Mapping) or group.get("params") != numbers:
+        raise CheckpointError(
+            f"{where}, whose AdamW has one group of the {len(names)} parameters of the model"
+        )
+    if any(group.get(option) for option in ("amsgrad", "maximize")):
+        raise CheckpointError(f"{path}: --init-optimizer: AdamW with amsgrad or maximize is not supported")
+    moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in _MOMENTS}
+    steps = set()
+    for number in states.keys() & {*numbers}:
+        name, state = names[number], states[number]
+        tensors = state if isinstance(state, Mapping) else {}
+        if not all(isinstance(tensors.get(key), Tensor) for key in _MOMENTS) or name not in ema:
+            raise CheckpointError(f"{where}, whose AdamW has exp_avg and exp_avg_sq of every parameter")
+        steps.add(int(tensors.get("step", 0)))
+        for moment in _MOMENTS:
+            if tensors[moment].shape != ema[name].shape:
+                raise CheckpointError(
+                    f"{path}: {moment} number {number} is {tuple(tensors[moment].shape)}, {name} is "
+                    f"{tuple(ema[name].shape)}: the order of the parameters is not that of the model"
+                )
+            moments[moment][name] = tensors[moment].float()
+    if len(steps) != 1:
+        raise CheckpointError(f"{path}: its AdamW has {len(steps)} numbers of steps, expected one")
+    options = {name: group.get(name) for name in ("lr", "betas", "eps", "weight_decay")}
+    return TrainingState(steps.pop(), ema, moments, options)
+
+
 def _read_safetensors(path: Path, size: int, head: bytes) -> dict[str, Tensor]:
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > size - 8:

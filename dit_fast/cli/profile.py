@@ -16,7 +16,8 @@ from dit_fast.cli import train
 from dit_fast.data import LatentSet
 from dit_fast.distributed.world import choose_device
 from dit_fast.errors import ConfigError, OutputError
-from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_schedule
+from dit_fast.interop.guidance import default_guidance
+from dit_fast.sampling import Sampler, SamplerConfig, default_solver, sampling_schedule
 from dit_fast.sampling.config import SamplePrecision
 from dit_fast.training import TrainConfig, Trainer
 from dit_fast.training.config import apply_to_process, build_model, open_set
@@ -98,7 +99,7 @@ def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
         sampling_schedule(objective, config.steps, solver, learn_sigma=bool(config.learn_sigma)),
         SamplerConfig(
             solver=solver,
-            guidance=Guidance(4.0 if model.has_null else 1.0),
+            guidance=default_guidance(model, trained_here=True),
             clip=not isinstance(data, LatentSet),
             precision=low.get(choose_precision(config.precision, device)),
             graph="auto" if config.cuda_graph else "never",

@@ -58,7 +58,7 @@ def sample(options: SampleOptions) -> None:
         ranks = f" and {request.world - 1} more" if request.world > 1 else ""
         say(
             f"{request.info.summary()}; {parts.num} images, {len(sampler.schedule)} {sampler.config.solver} steps, "
-            f"guidance {sampler.config.guidance.scale:g}, seed {options.seed}, on "
+            f"{sampler.config.guidance.summary(request.model.in_channels)}, seed {options.seed}, on "
             f"{request.model.pos_embed.device}{ranks}",
         )
     with FolderLock(options.out, "sample", request.rank):
@@ -241,6 +241,7 @@ def _score(request: SampleRequest, scorer: Scorer, images: np.ndarray) -> None:
         "weights": request.info.weights,
         "step": request.info.step,
         "cfg_scale": request.sampler.config.guidance.scale,
+        "cfg_channels": request.sampler.config.guidance.channels,
         "steps": len(request.sampler.schedule),
         "solver": request.sampler.config.solver,
         "seed": request.options.seed,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from dit_fast.diffusion.objective import ObjectiveName
 from dit_fast.diffusion.paths import PathName, Prediction
 from dit_fast.download import pretrained_models
+from dit_fast.interop.guidance import DEFAULT_SCALE
 from dit_fast.sampling import Guidance, SamplerConfig
 from dit_fast.sampling.config import BATCH_SIZE, SamplePrecision
 from dit_fast.sampling.guidance import GuidanceSchedule
@@ -20,8 +21,6 @@ ALL_CLASSES = 20
 SHOWN_CLASSES = 8
 PER_CLASS = 8
 OWN_DATA = "(the checkpoint's own data)"
-DEFAULT_SCALE = 4.0
-"""Guidance scale for a model that has a null class."""
 RESPACING = Pattern(
     r"(ddim)?\d{1,7}|\d{1,7}(,\d{1,7})*",
     "a number, of diffusion also numbers with commas, or ddim and a number",
@@ -217,7 +216,7 @@ class SampleOptions(CheckpointOptions):
         "Number of channels that are guided, or all",
         Pattern(r"all|[1-9]\d{0,5}", "a positive number, or all"),
         group="guidance",
-        default_text="3; all for models of diffusers",
+        default_text="3 for 4-channel weights of the reference, else all",
     )
     cfg_interval: tuple[float, float] = same_option(Guidance, "interval", group="guidance")
     cfg_schedule: GuidanceSchedule = same_option(Guidance, "schedule", group="guidance")

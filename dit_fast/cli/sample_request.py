@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.cli.labels import Labels, Prompts, choose_labels, open_prompts
-from dit_fast.cli.sample_options import DEFAULT_SCALE, OWN_DATA, SampleOptions
+from dit_fast.cli.sample_options import OWN_DATA, SampleOptions
 from dit_fast.data import Conversion, ImageSet, Size, open_images, relocate
 from dit_fast.data.caches import read_statistics
 from dit_fast.data.decode import read_each, read_header
@@ -29,6 +29,7 @@ from dit_fast.errors import CheckpointError, ConfigError, OutputError
 from dit_fast.evaluation import Scorer
 from dit_fast.interop import ModelInfo, load_model, registry_size
 from dit_fast.interop.diffusers import conventions_of
+from dit_fast.interop.guidance import default_guidance
 from dit_fast.model.dit import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, Step, default_solver, sampling_schedule
 from dit_fast.sampling.schedule import NoiseSchedule
@@ -155,10 +156,10 @@ def load_request(options: SampleOptions) -> SampleRequest:
     )
     for note in info.notes:
         say(note)
-    default_scale = DEFAULT_SCALE if model.has_null else 1.0
+    default = default_guidance(model, trained_here=info.step is not None)
     guidance = Guidance(
-        default_scale if options.cfg_scale is None else options.cfg_scale,
-        _guided_channels(options.cfg_channels, model),
+        default.scale if options.cfg_scale is None else options.cfg_scale,
+        default.channels if options.cfg_channels is None else _guided_channels(options.cfg_channels),
         options.cfg_interval,
         options.cfg_schedule,
     )
@@ -276,9 +277,7 @@ def _with_statistics(path: Path, model: DiT, info: ModelInfo, vae: str) -> Model
     return replace(info, data={**info.data, "shift": mean, "scale": [1 / value for value in deviation]})
 
 
-def _guided_channels(text: str | None, model: DiT) -> int | None:
-    if text is None:
-        return conventions_of(model).cfg_channels
+def _guided_channels(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 

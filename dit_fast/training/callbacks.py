@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from dit_fast.evaluation import (
     open_reference,
     score,
 )
+from dit_fast.interop.guidance import default_guidance
 from dit_fast.model.dit import DiT
 from dit_fast.model.folder import load_weights
 from dit_fast.sampling import (
@@ -65,6 +66,7 @@ from dit_fast.training.trainer import Trainer
 from dit_fast.utils import keyed
 from dit_fast.utils.files import write_atomically
 from dit_fast.utils.images import on_paper
+from dit_fast.utils.terminal import say
 
 
 class AverageSampler:
@@ -74,7 +76,7 @@ class AverageSampler:
     `sizes`: of what it draws, the run's buckets or the model's own.
     """
 
-    def __init__(self, trainer: Trainer, guidance: float):
+    def __init__(self, trainer: Trainer, guided: bool = True):
         config, data = trainer.config, trainer.data
         self.choices = len(data.train) if trainer.model.caption_dim else max(trainer.model.num_classes, 1)
         objective = config.objective_arguments()
@@ -85,7 +87,7 @@ class AverageSampler:
         self.schedule = sampling_schedule(objective, steps, solver, learn_sigma=bool(config.learn_sigma))
         self.config = SamplerConfig(
             solver=solver,
-            guidance=Guidance(guidance if trainer.model.has_null else 1.0, channels=None),
+            guidance=default_guidance(trainer.model, trained_here=True) if guided else Guidance(1.0),
             clip=not isinstance(data, LatentSet),
             graph="never",
         )
@@ -148,7 +150,7 @@ def open_decoder(trainer: Trainer) -> LatentDecoder | None:
 
 
 logger = logging.getLogger(__name__)
-MOST_ROWS, PER_ROW, GUIDANCE = 8, 8, 4.0
+MOST_ROWS, PER_ROW = 8, 8
 
 
 class SampleGrids:
@@ -163,7 +165,7 @@ class SampleGrids:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.sampler = AverageSampler(trainer, GUIDANCE)
+        self.sampler = AverageSampler(trainer)
         count = min(MOST_ROWS, self.sampler.choices)
         self.choices = [row * self.sampler.choices // count for row in range(count)]
         self.names = self.sampler.names(self.choices)
@@ -253,7 +255,7 @@ class Evaluation:
             image_size=size,
             conversion=self.conversion,
         )
-        self.sampler = AverageSampler(trainer, guidance=1.0)
+        self.sampler = AverageSampler(trainer, guided=False)
         self.reference: SavedStatistics = world.first(lambda: self._reference(against, size))
         shares = apportion(config.evaluate_samples, list(trainer.data.shapes.values()) or [1])
         # In the order of the buckets; samples of one are numbered from 0.
@@ -340,12 +342,20 @@ class Watch:
     cannot be drawn or scored is refused when it is built. Whatever fails later is a warning (`BestEffort`).
 
     A log line holds means over the steps since the one before. Those of an unfinished line, and what is known of
-    spikes, are part of a checkpoint: `state`, which a continuation gives as `saved`.
+    spikes, are part of a checkpoint: `state`, which a continuation gives as `saved`, with the `changes` of its recipe,
+    (old, new) by option, which are logged.
     """
 
-    def __init__(self, trainer: Trainer, run: Path, saved: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        run: Path,
+        saved: dict[str, Any] | None = None,
+        changes: Mapping[str, tuple[Any, Any]] | None = None,
+    ):
         self.trainer = trainer
         self.run = run
+        self.changes = dict(changes or {})
         self.writes = trainer.world.is_first
         self.best_effort = BestEffort()
         self.progress: Progress | None = None
@@ -377,6 +387,9 @@ class Watch:
         self.averages, self.spikes = averages, spikes
 
     def _stays(self, line: dict[str, Any]) -> bool:
+        if "changed" in line:
+            # A change at this step is not part of its checkpoint: a run that is resumed here again may have others.
+            return line["step"] < self._resumed
         return line["step"] <= (self.line_step if "loss" in line else self._resumed)
 
     def __enter__(self) -> "Watch":
@@ -385,9 +398,27 @@ class Watch:
             self.trackers = open_trackers(trainer.config, self.run, self.best_effort)
             for file in (self.log, self.spike_log):
                 self.best_effort(str(file.path), file.reduce)
+            self.best_effort("the first lines", self._announce)
+            if self.changes:
+                self._write({"step": trainer.step, "changed": self.changes})
             self.best_effort("the progress bar", self._open_progress)
         self.clock = time.perf_counter()
         return self
+
+    def _announce(self) -> None:
+        """Print how samples are drawn."""
+        config, channels = self.trainer.config, self.trainer.model.in_channels
+        drawn = {
+            f"grids every {config.sample_every} steps": self.grids,
+            f"FID every {config.evaluate_every} steps": self.evaluation,
+        }
+        say(
+            *(
+                f"{what}: {each.sampler.config.guidance.summary(channels)}"
+                for what, each in drawn.items()
+                if each is not None
+            )
+        )
 
     def _open_progress(self) -> None:
         self.progress = Progress(self.trainer.total_steps, self.trainer.step)

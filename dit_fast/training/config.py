@@ -259,6 +259,12 @@ class TrainConfig(ObjectiveConfig):
         group="start",
         metavar="SET",
     )
+    init_optimizer: bool = option(
+        False,
+        "Continue a dictionary of DiT's or SiT's train.py given to --init-from: also its raw and averaged weights, "
+        "optimizer state and step",
+        group="start",
+    )
     keep_classes: str | None = option(
         None,
         "Keep rows of the label table of classes with the same name; names, or a JSON file of renamed classes",
@@ -480,11 +486,13 @@ class TrainConfig(ObjectiveConfig):
                 f"--class-dropout-prob {self.class_dropout_prob}: with --num-classes 0 there is no label to drop; "
                 "leave it out"
             )
-        for name in ("init_weights", "keep_classes"):
+        for name in ("init_weights", "init_optimizer", "keep_classes"):
             if self.init_from is None and getattr(self, name) != getattr(TrainConfig, name):
-                raise ConfigError(
-                    f"{flag_of(name)} {getattr(self, name)} applies only to --init-from; remove it"
-                )
+                raise ConfigError(f"{flag_of(name)} applies only to --init-from; remove it")
+        if self.init_optimizer and self.ema_snapshot_every:
+            raise ConfigError(
+                "--ema-snapshot-every averages all steps, and --init-optimizer has none of those before; remove one"
+            )
         self.check_objective()
         if self.model not in DiT_models:
             near = difflib.get_close_matches(
@@ -510,15 +518,32 @@ class TrainConfig(ObjectiveConfig):
 
 CHANGEABLE = frozenset(field.name for field in options_of(TrainConfig) if described(field).changeable)
 """Options that a resumed run may change. Data may have moved: their fingerprint is compared instead of their path."""
+RECIPE = frozenset(
+    ("lr", "lr_schedule", "warmup_steps", "beta1", "beta2", "weight_decay", "max_grad_norm", "ema_decay")
+    + ("class_dropout_prob", "steps", "epochs")
+)
+"""Options of which later steps may have another value than earlier ones, which is logged."""
 
 _PATHS = ("data", "vae", "evaluate_against", "evaluate_weights")
 """Options that may be names of files, or built-in ones."""
 
 
-def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) -> TrainConfig:
-    """The configuration `saved` in a manifest with the options `asked` for anew.
+def resumed_config(
+    saved: dict[str, Any], asked: dict[str, Any], source: str, step: int | None = None
+) -> TrainConfig:
+    """The configuration of a run that is resumed.
 
-    Raises CheckpointError that lists every option that a continuation may not change, with both values.
+    Args:
+        saved: Configuration in the manifest.
+        asked: Options that were given again.
+        source: The checkpoint, for messages.
+        step: Finished steps, after which the recipe may change; None: it may not.
+
+    Returns:
+        `saved` with the options `asked`.
+
+    Raises:
+        CheckpointError: Lists every option that contradicts the steps so far, with both values.
     """
     fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     if "predict_xstart" in saved:  # what runs had before `prediction`
@@ -533,11 +558,12 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
     # JSON has lists where options are tuples.
     saved = {**younger, **{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}}
     # Half a cosine ends with the run, so that its length is part of the recipe.
-    length = ("steps", "epochs") if saved.get("lr_schedule") == "cosine" else ()
+    length = {"steps", "epochs"} if saved.get("lr_schedule") == "cosine" else set()
+    free = CHANGEABLE - length if step is None else CHANGEABLE | RECIPE
     changed = [
         f"{flag_of(name)} is {saved.get(name)} there and {value} here"
         for name, value in asked.items()
-        if (name not in CHANGEABLE or name in length) and saved.get(name) != value
+        if name not in free and saved.get(name) != value
     ]
     if changed:
         raise CheckpointError(
@@ -546,10 +572,37 @@ def resumed_config(saved: dict[str, Any], asked: dict[str, Any], source: str) ->
     if "steps" in asked or "epochs" in asked:
         saved = {**saved, "steps": None, "epochs": None}
     try:
-        TrainConfig(**saved)
+        before = TrainConfig(**saved)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{source} has options that cannot be: {error}") from None
-    return TrainConfig(**{**saved, **asked})
+    config = TrainConfig(**{**saved, **asked})
+    if step is not None:
+        _check_changes(before, config, source, step)
+    return config
+
+
+def _check_changes(before: TrainConfig, config: TrainConfig, source: str, step: int) -> None:
+    """Raise CheckpointError for a recipe that contradicts the first `step` steps."""
+    if config.warmup_steps != before.warmup_steps and config.warmup_steps <= step:
+        raise CheckpointError(
+            f"--warmup-steps {config.warmup_steps}: {source} has {step} steps, its warmup is over; leave it out"
+        )
+    if bool(config.class_dropout_prob) != bool(before.class_dropout_prob):
+        raise CheckpointError(
+            f"--class-dropout-prob is {before.class_dropout_prob} there and {config.class_dropout_prob} here: {source} "
+            f"has {'a' if before.class_dropout_prob else 'no'} null class; start another run with --init-from"
+        )
+
+
+def recipe_changes(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Options of the recipe that differ from the configuration `saved` in a manifest: (old, new) by name."""
+    # The length changes nothing but the end, except for a cosine.
+    recipe = RECIPE if config.lr_schedule == "cosine" else RECIPE - {"steps", "epochs"}
+    return {
+        name: (saved[name], value)
+        for name in sorted(recipe & saved.keys())
+        if (value := getattr(config, name)) != saved[name]
+    }
 
 
 def relocated(

@@ -8,13 +8,14 @@ built first, and the kept tensors replace its own.
 import difflib
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from dit_fast.checkpoint.weight_file import TrainingState, read_training_state
 from dit_fast.data import ImageSet, LatentSet
 from dit_fast.download import fetch_model, pretrained_models
 from dit_fast.encoders.autoencoder import weights_digest
@@ -47,6 +48,7 @@ class InitialWeights:
         info: Metadata of the checkpoint.
         config: Configuration of the run.
         class_names: Classes of the run.
+        past: EMA, optimizer state and step with --init-optimizer.
         lines: What was kept, regridded or drawn, for the user; filled by `fit`.
     """
 
@@ -54,6 +56,7 @@ class InitialWeights:
     info: ModelInfo
     config: TrainConfig
     class_names: tuple[str, ...]
+    past: TrainingState | None = None
     lines: list[str] = field(default_factory=list)
 
     @torch.no_grad()
@@ -65,7 +68,7 @@ class InitialWeights:
             ConfigError: Options that do not fit the checkpoint.
         """
         self._check_architecture(model)
-        own, old = model.state_dict(), self.source.state_dict()
+        own, old = model.state_dict(), self._cut(model, self.source.state_dict())
         drawn: list[str] = []
         kept = 0
         for name, tensor in own.items():
@@ -75,14 +78,22 @@ class InitialWeights:
                 continue
             elif name in _PATCH_LAYERS + _OUTPUT_LAYERS and not self._has_patches_of(model):
                 drawn.append(name)
-            elif name in _OUTPUT_LAYERS and self.source.learn_sigma != model.learn_sigma:
-                self._fit_output(model, tensor, old[name])
+            elif name in _OUTPUT_LAYERS and tensor.shape != old[name].shape:
+                # Rows of the variance stay as drawn.
+                new_rows, old_rows = (
+                    each.unflatten(0, (model.patch_size**2, -1)) for each in (tensor, old[name])
+                )
+                new_rows[:, : model.in_channels] = old_rows
                 kept += 1
             else:
                 tensor.copy_(old[name])
                 kept += 1
         kept += self._fit_conditioning(model)
         self._report(model, kept, drawn)
+        if self.past is not None:
+            moments = {name: self._cut(model, tensors) for name, tensors in self.past.moments.items()}
+            self.past = replace(self.past, ema=self._cut(model, self.past.ema), moments=moments)
+            self._check_past(model, self.past, old)
 
     def record(self) -> dict[str, Any]:
         """Origin of the weights, for the manifest."""
@@ -125,11 +136,19 @@ class InitialWeights:
             sizes = " to ".join("x".join(map(str, grid)) for grid in grids)
             self.lines.append(f"regridded: positions {how} for another grid of patches, {sizes}")
 
-    def _fit_output(self, model: DiT, tensor: Tensor, old: Tensor) -> None:
-        """Rows of the noise in an output layer of (P * P, 2 C or C, ...) rows; those of the variance stay as drawn."""
-        per_patch = model.patch_size**2
-        new_rows, old_rows = (part.unflatten(0, (per_patch, -1)) for part in (tensor, old))
-        new_rows[:, : model.in_channels] = old_rows[:, : model.in_channels]
+    def _cut(self, model: DiT, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the checkpoint by name, without the variance in the output layer where `model` has none.
+
+        The output layer has (P * P, 2 C) rows. SiT keeps those of a variance, and does not use them.
+        """
+        if model.learn_sigma or not self.source.learn_sigma or not self._has_patches_of(model):
+            return tensors
+        return {
+            name: tensor.unflatten(0, (model.patch_size**2, -1))[:, : model.in_channels].flatten(0, 1)
+            if name in _OUTPUT_LAYERS
+            else tensor
+            for name, tensor in tensors.items()
+        }
 
     def _fit_conditioning(self, model: DiT) -> int:
         """Fit `y_embedder`; returns the number of tensors that were kept whole or in part."""
@@ -233,6 +252,34 @@ class InitialWeights:
             )
         return rows
 
+    def _check_past(self, model: DiT, past: TrainingState, old: dict[str, Tensor]) -> None:
+        """Refuse to continue where a trained parameter is not exactly the checkpoint's."""
+        other = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+            and (
+                name not in past.moments["exp_avg"]
+                or parameter.shape != old[name].shape
+                or not torch.equal(parameter, old[name])
+            )
+        ]
+        if other:
+            raise ConfigError(
+                f"--init-optimizer continues the same model, and the run has other parameters in {listed(other)}; "
+                f"leave it out ({'; '.join(self.lines[1:])})"
+            )
+        here = {"lr": self.config.lr, "betas": (self.config.beta1, self.config.beta2), "eps": 1e-8}
+        here["weight_decay"] = self.config.weight_decay
+        changed = [
+            f"{name} {past.options[name]} to {value}"
+            for name, value in here.items()
+            if past.options[name] is not None and past.options[name] != value
+        ]
+        self.lines.append(f"continuing at step {past.step} with the optimizer state and the EMA")
+        if changed:
+            self.lines.append(f"changed: {', '.join(changed)}")
+
     def _report(self, model: DiT, kept: int, drawn: list[str]) -> None:
         lines = [f"starting from {self.info.summary()}: {kept} of {len(model.state_dict()) - 1} tensors kept"]
         if drawn:
@@ -279,10 +326,16 @@ def read_initial(config: TrainConfig, data: ImageSet | LatentSet) -> InitialWeig
         (each["hidden_size"], each["depth"]) == (size["hidden_size"], size["depth"])
         for each in SIZES.values()
     )
-    source, info = load_model(
-        path, weights=config.init_weights, num_heads=None if paper else size["num_heads"]
-    )
-    return InitialWeights(source, info, config, data.class_names)
+    weights = "model" if config.init_optimizer else config.init_weights
+    source, info = load_model(path, weights=weights, num_heads=None if paper else size["num_heads"])
+    past = None
+    if config.init_optimizer:
+        if not info.path.is_file():
+            raise ConfigError(
+                f"--init-optimizer: {path} is not a dictionary of train.py; --resume continues a run"
+            )
+        past = read_training_state(info.path)
+    return InitialWeights(source, info, config, data.class_names, past)
 
 
 def _flags(config: dict[str, Any]) -> list[str]:

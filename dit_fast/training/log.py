@@ -117,7 +117,7 @@ class LineFile:
             for line in read_lines(self.path):
                 if self._keeps(line):
                     # Logs of older versions may hold a step twice; the last line counts.
-                    kept[line["step"], "extractor" in line] = line
+                    kept[line["step"], "extractor" in line, "changed" in line] = line
             text = "".join(map(_text, kept.values()))
             write_atomically(self.path, lambda temporary: temporary.write_text(text))
         self._reduced = True

@@ -36,7 +36,14 @@ from dit_fast.errors import (
     OutputError,
 )
 from dit_fast.training.callbacks import PICTURES, Watch
-from dit_fast.training.config import TrainConfig, apply_to_process, open_set, relocated, resumed_config
+from dit_fast.training.config import (
+    TrainConfig,
+    apply_to_process,
+    open_set,
+    recipe_changes,
+    relocated,
+    resumed_config,
+)
 from dit_fast.training.initial import read_initial
 from dit_fast.training.log import plot_loss
 from dit_fast.training.summary import announce
@@ -44,6 +51,7 @@ from dit_fast.training.trainer import Trainer
 from dit_fast.utils.files import TEMPORARY, prepare_folder, require_space
 from dit_fast.utils.locks import FolderLock
 from dit_fast.utils.nvtx import mark_launches
+from dit_fast.utils.options import flag_of
 from dit_fast.utils.terminal import say
 
 logger = logging.getLogger(__name__)
@@ -150,7 +158,10 @@ def resume(run: str | Path, asked: dict[str, Any], world: World | None = None) -
 def _resume(run: Path, asked: dict[str, Any], world: World | None) -> TrainResult:
     path = latest_checkpoint(run, world)
     manifest = read_manifest(path)
-    config = relocated(resumed_config(manifest["train_config"], asked, str(path)), asked, manifest, run)
+    saved = manifest["train_config"]
+    config = resumed_config(saved, asked, str(path), int(manifest["step"]))
+    changes = recipe_changes(saved, config)
+    config = relocated(config, asked, manifest, run)
     try:
         data = open_set(config)
     except DataError as error:
@@ -162,7 +173,14 @@ def _resume(run: Path, asked: dict[str, Any], world: World | None) -> TrainResul
     trainer.restore(path, manifest)
     if trainer.step >= trainer.total_steps:
         return TrainResult(run, trainer.step, trainer.total_steps, path, None, was_finished=True)
-    watch = Watch(trainer, run, manifest.get("log"))
+    watch = Watch(trainer, run, manifest.get("log"), changes)
+    if trainer.world.is_first:
+        say(
+            *(
+                f"after step {trainer.step}: {flag_of(n)} {old} is now {new}"
+                for n, (old, new) in changes.items()
+            )
+        )
     trainer.world.first(lambda: prepare_folder(checkpoints_folder(run)))
     return _run(trainer, run, watch)
 

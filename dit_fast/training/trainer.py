@@ -12,6 +12,8 @@ from dit_fast import __version__
 from dit_fast.checkpoint.folder import Retention, load_into, model_config
 from dit_fast.checkpoint.manifest import working_directory
 from dit_fast.checkpoint.power_ema import SNAPSHOTS, PowerAverages
+from dit_fast.checkpoint.tensors import fill
+from dit_fast.checkpoint.weight_file import TrainingState
 from dit_fast.checkpoint.writer import CheckpointWriter
 from dit_fast.data import ImageSet, LatentSet, open_stream
 from dit_fast.diffusion import create_objective
@@ -171,6 +173,8 @@ class Trainer:
         self._patience = START_TIMEOUT
         self._rate: float | None = None
         self._read = 0
+        if initial is not None and initial.past is not None:
+            self._continue(initial.past)
 
     def _prepare(self, model: DiT) -> nn.Module:
         """Apply precision, ranges, compilation and sharding, in the required order; returns the module to call."""
@@ -412,7 +416,13 @@ class Trainer:
             self.averages.step = int(manifest["power_averages"]["step"])
         if self.loss_scale is not None and manifest.get("loss_scale"):
             self.loss_scale.restore(manifest["loss_scale"])
-        updates = float(manifest.get("updates", self.step))
+        self._begin_optimizer(float(manifest.get("updates", self.step)))
+        load_into(path, manifest, self.tensors())
+        if isinstance(self.optimizer, AdamWEma):
+            self.optimizer.refresh_copies()
+
+    def _begin_optimizer(self, updates: float) -> None:
+        """State of the optimizer after this many updates, with moments of zeros, to be filled."""
         for parameter in self.trained.values():
             moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {
@@ -420,6 +430,18 @@ class Trainer:
                 **moments,
                 "ema": parameter.detach().clone(),
             }
-        load_into(path, manifest, self.tensors())
-        if isinstance(self.optimizer, AdamWEma):
-            self.optimizer.refresh_copies()
+
+    def _continue(self, past: TrainingState) -> None:
+        """Take EMA, moments and step of another training of the same weights."""
+        if past.step >= self.total_steps:
+            raise ConfigError(
+                f"--steps {self.total_steps}: {self.config.init_from} has {past.step} steps already; give more"
+            )
+        self.step = self._read = past.step
+        self.state.step.fill_(past.step)
+        self._begin_optimizer(float(past.step))
+        for name, parameter in self.trained.items():
+            state = self.optimizer.state[parameter]
+            fill(state["ema"], past.ema[name])
+            for moment, tensors in past.moments.items():
+                fill(state[moment], tensors[name])

@@ -1,5 +1,6 @@
 """Runs that start from weights: what is kept, drawn, regridded and frozen."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dit_fast.training import run as training_run
 from dit_fast.training.config import build_model
 from dit_fast.training.initial import freeze, read_initial
 from tests.small_models import small_model
+from tests.tolerance import assert_trained_alike
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 2}
 TABLE = "y_embedder.embedding_table.weight"
@@ -197,7 +199,7 @@ def test_another_architecture_is_refused_with_options_that_fit(tmp_path):
 
 
 def test_options_without_init_from_are_refused():
-    with pytest.raises(ConfigError, match="--keep-classes names applies only to --init-from"):
+    with pytest.raises(ConfigError, match="--keep-classes applies only to --init-from"):
         config(None, keep_classes="names")
 
 
@@ -244,3 +246,118 @@ def test_a_repeated_flag_adds_patterns(tmp_path, capsys):
     assert main([*arguments, *sizes, *patterns]) != 0
     assert "--freeze nothing matches no parameter" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def reference_training(made: TrainConfig, data: ImageSet, steps: int) -> tuple[DiT, dict[str, Tensor], Any]:
+    """Steps with torch.optim.AdamW over all parameters, as DiT's train.py makes them, on the draws of `Trainer`."""
+    torch.manual_seed(1)
+    model = small_model(3, depth=2, in_channels=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=made.lr, weight_decay=0)
+    ema = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = Trainer(made, data)
+    for step in range(steps):
+        trainer.state.step.fill_(step)
+        x, t, noise, y, _ = trainer.work.draw(*trainer.stream.batch(step))
+        batch = trainer.objective.add_noise(x, t, noise)
+        loss = trainer.objective.loss(model(batch.x_t, batch.model_t, y), batch)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay = min(made.ema_decay, (1 + step + 1) / (10 + step + 1))
+        for name, tensor in model.state_dict().items():
+            ema[name].lerp_(tensor, 1 - decay)
+    return model, ema, optimizer
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_ema", "torch"])
+def test_a_dictionary_of_train_py_continues_as_if_never_interrupted(tmp_path, optimizer):
+    data = images()
+    made = config(None, steps=8, ema_decay=0.9)
+    model, ema, past = reference_training(made, data, 4)
+    content = {
+        "model": model.state_dict(),
+        "ema": ema,
+        "opt": past.state_dict(),
+        "args": argparse.Namespace(lr=1e-2),
+    }
+    torch.save(content, tmp_path / "0000004.pt")
+    trainer = start(
+        tmp_path / "0000004.pt", data, steps=8, ema_decay=0.9, init_optimizer=True, optimizer=optimizer
+    )
+    assert (trainer.step, trainer.total_steps) == (4, 8)
+    assert "continuing at step 4" in lines(trainer)
+    while trainer.step < trainer.total_steps:
+        trainer.train_step(*trainer.stream.batch(trainer.step))
+    model, ema, _ = reference_training(made, data, 8)
+    assert_trained_alike(trainer.model.state_dict(), model.state_dict(), 3e-2)
+    assert_trained_alike(trainer.ema_state(), ema, 3e-2)
+
+
+def test_a_dictionary_of_sit_continues_without_its_unused_channels(tmp_path):
+    data = images()
+    model, ema, past = reference_training(config(None, steps=8), data, 2)
+    arguments = argparse.Namespace(path_type="Linear", prediction="velocity")
+    content = {"model": model.state_dict(), "ema": ema, "opt": past.state_dict(), "args": arguments}
+    torch.save(content, tmp_path / "0000002.pt")
+    trainer = start(tmp_path / "0000002.pt", data, steps=8, init_optimizer=True, objective="flow")
+    name = "final_layer.linear.weight"
+    assert "changed" not in lines(trainer).replace("changed: lr", "")
+    rows = past.state_dict()["state"][list(model.state_dict()).index(name)]["exp_avg"].unflatten(0, (4, 6))
+    assert torch.equal(trainer.optimizer_state()[f"exp_avg.{name}"], rows[:, :3].flatten(0, 1))
+    assert torch.equal(trainer.ema_state()[name], ema[name].unflatten(0, (4, 6))[:, :3].flatten(0, 1))
+    trainer.train_step(*trainer.stream.batch(2))
+
+
+def test_what_cannot_be_continued_is_refused(tmp_path):
+    data = images()
+    model, ema, past = reference_training(config(None, steps=8), data, 1)
+    content = {"model": model.state_dict(), "ema": ema, "opt": past.state_dict()}
+    file = tmp_path / "file.pt"
+    torch.save(content, file)
+    for changes, message in (
+        ({"steps": 1}, r"--steps 1: .*file.pt has 1 steps already; give more"),
+        ({"patch_size": 4}, "has other parameters in x_embedder.proj.weight.*drawn: patch embedding"),
+        ({"ema_snapshot_every": 2}, "--ema-snapshot-every averages all steps"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            start(file, data, **{"steps": 8, "init_optimizer": True, **changes})
+    with pytest.raises(
+        ConfigError, match=r"has other parameters in y_embedder.*label table: 0 of 3 classes kept"
+    ):
+        start(file, images("xyz"), steps=8, init_optimizer=True)
+    content["opt"]["state"][1], content["opt"]["state"][2] = (content["opt"]["state"][n] for n in (2, 1))
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match="the order of the parameters is not that of the model"):
+        start(file, data, steps=8, init_optimizer=True)
+    torch.save(model.state_dict(), file)
+    with pytest.raises(CheckpointError, match=r"needs the dictionary of a train.py, with model, ema and opt"):
+        start(file, data, steps=8, init_optimizer=True)
+
+
+def test_the_recipe_changes_on_resume_and_the_log_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_run, "open_set", lambda config: images())
+    run = train(config(None, steps=3, log_every=1), tmp_path / "run").run
+    changes = {"steps": 6, "lr": 1e-3, "lr_schedule": "cosine", "weight_decay": 0.1}
+    resume(run, changes)
+    assert "after step 3: --lr 0.01 is now 0.001" in capsys.readouterr().out
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 3, 4, 5, 6]
+    assert log[3]["changed"] == {
+        "steps": [3, 6], "lr": [0.01, 0.001], "lr_schedule": ["constant", "cosine"], "weight_decay": [0.0, 0.1]
+    }  # fmt: skip
+    assert [line["lr"] for line in log if "lr" in line][3:] == pytest.approx(
+        [5e-4, 2.5e-4, 6.699e-5], rel=1e-3
+    )
+    # Written in the checkpoint: the next resumption has nothing new to report.
+    resume(run, {"steps": 7})
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["changed"] for line in log if "changed" in line][1:] == [{"steps": [6, 7]}]
+    for options, message in (
+        ({"warmup_steps": 2}, "--warmup-steps 2: .* has 7 steps, its warmup is over"),
+        ({"class_dropout_prob": 0.0}, "--class-dropout-prob is 0.1 there and 0.0 here: .* has a null class"),
+        ({"batch_size": 8}, "--batch-size is 4 there and 8 here"),
+        ({"freeze": ("blocks",)}, "--freeze is .. there and .'blocks',. here"),
+        ({"init_from": "other"}, "--init-from is None there and other here"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            resume(run, {"steps": 9, **options})
