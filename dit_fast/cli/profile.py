@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"dit-fast profile keeps no run: remove {', '.join(given)}")
     length = {"epochs": None, "steps": options.first + options.count}
     config = TrainConfig(**{**train.preset_options(args), **length})
+    if config.init_from is not None:
+        raise ConfigError("--init-from changes no time: leave it out")
     apply_to_process(config)
     device = choose_device(config.device)
     steps = (sampling_steps if options.sample else training_steps)(config, device)

@@ -241,7 +241,7 @@ def _score(request: SampleRequest, scorer: Scorer, images: np.ndarray) -> None:
         "weights": request.info.weights,
         "step": request.info.step,
         "cfg_scale": request.sampler.config.guidance.scale,
-        "cfg_channels": request.sampler.config.guidance.channels,
+        "cfg_channels": request.sampler.config.guidance.guided(request.model.in_channels),
         "steps": len(request.sampler.schedule),
         "solver": request.sampler.config.solver,
         "seed": request.options.seed,

@@ -219,7 +219,12 @@ def load_request(options: SampleOptions) -> SampleRequest:
         "noise_schedule": _noise_schedule_digest(schedule),
         "objective": info.diffusion,
         "solver": [solver, options.last_step if solver.startswith("sde") else options.eta],
-        "guidance": [guidance.scale, guidance.channels, *guidance.interval, guidance.schedule],
+        "guidance": [
+            guidance.scale,
+            guidance.guided(model.in_channels),
+            *guidance.interval,
+            guidance.schedule,
+        ],
         "clip_denoised": clip,
         "mode": mode,
         "precision": options.precision,

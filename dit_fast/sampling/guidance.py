@@ -83,12 +83,16 @@ class Guidance:
         """Whether any step may need the null class."""
         return self.scale != 1
 
+    def guided(self, channels: int) -> int:
+        """Number of guided channels of a model with this many."""
+        return channels if self.channels is None else min(self.channels, channels)
+
     def summary(self, channels: int) -> str:
-        """What is guided of a model with this many channels, for the user."""
+        """Scale and guided channels of a model with this many, for the user."""
         if not self.active:
             return "no guidance"
-        guided = channels if self.channels is None else min(self.channels, channels)
-        return f"guidance {self.scale:g} on {'all' if guided == channels else f'{guided} of'} {channels} channels"
+        guided = self.guided(channels)
+        return f"guidance {self.scale:g} on {'all' if guided == channels else f'{guided} of {channels}'} channels"
 
     def scales(self, schedule: NoiseSchedule) -> Array:
         """Scale at each step, float64 (N,); exactly 1 where only the conditional branch is evaluated."""

@@ -91,7 +91,7 @@ def test_the_checkpoint_s_own_diffusion_and_clipping_are_used(run, tmp_path, mon
     sampler = seen["sampler"]
     assert sampler.schedule.times.tolist() == [99, 74, 50, 25, 0]
     assert (sampler.config.clip, sampler.config.mode, seen["seed"]) == (True, "reference", 0)
-    assert sampler.config.guidance == Guidance(4.0, 3)
+    assert sampler.config.guidance == Guidance(4.0, None)
     assert command("--ckpt", run, "--num", 1, "--out", tmp_path) == 0
     assert len(seen["sampler"].schedule) == 100
     guided = ("--cfg-channels", "all", "--cfg-interval", 0.1, 0.7, "--cfg-schedule", "linear")
