@@ -4,11 +4,18 @@ import copy
 import pickle
 from collections import Counter
 
+import accelerate
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.models.activations import GELU
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 import dit_fast
 from benchmarks.models.plain_dit import modulate
@@ -264,6 +271,72 @@ def test_adapters_count(when) -> None:
         )
     assert_close(answer(model), answer(expected))
     assert operations(model)["attention"] == operations(model)["mlp"] == 1  # the other block's
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if type(module) is nn.Linear]
+
+
+def adapted(model: nn.Module, dora: bool = False) -> nn.Module:
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=names, use_dora=dora, init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def normed(model: nn.Module) -> None:
+    for layer in linears(model):
+        weight_norm(layer).parametrizations.weight.original0.data *= 1.2
+
+
+def hooked(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.register_forward_hook(lambda module, args, out: 1.1 * out)
+
+
+# What is done to a model; one that returns a module has wrapped the model.
+HABITS = {
+    "sequential offloading": lambda model: accelerate.cpu_offload(model, torch.device("cpu")) and None,
+    "group offloading": lambda model: apply_group_offloading(
+        model, torch.device("cpu"), offload_type="leaf_level"
+    ),
+    "float8 storage": lambda model: apply_layerwise_casting(
+        model, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=("embed", "norm")
+    ),
+    "LoRA": adapted,
+    "DoRA": lambda model: adapted(model, dora=True),
+    "pruning": lambda model: [prune.l1_unstructured(each, "weight", 0.3) for each in linears(model)] and None,
+    "weight norm": normed,
+    "hooks on layers": lambda model: hooked(model, (nn.Linear,)),
+    "hooks on activations": lambda model: hooked(model, (nn.GELU, GELU)),
+    "int8 weights": lambda model: quantize_(model, Int8WeightOnlyConfig()),
+    "float8 weights": lambda model: quantize_(model, Float8WeightOnlyConfig()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kernels", MODES)
+@pytest.mark.parametrize("name", ["reference", "diffusers"])
+@pytest.mark.parametrize("habit", HABITS)
+def test_a_habit_has_its_effect(habit, name, kernels) -> None:
+    """The output is that of the plain model with which the same was done, before `accelerate` or after it."""
+    plain = MODELS[name]()
+    with torch.no_grad():
+        unchanged = answer(plain)
+        expected = answer(HABITS[habit](plain) or plain)
+        if "offloading" not in habit:
+            assert error(expected, unchanged) > 1e-3 * largest(unchanged)
+        for after in (False, True):
+            model = MODELS[name]()
+            if after:
+                dit_fast.accelerate(model, kernels=kernels)
+                found = answer(HABITS[habit](model) or model)
+            else:
+                wrapped = HABITS[habit](model) or model
+                dit_fast.accelerate(model, kernels=kernels)
+                found = answer(wrapped)
+            assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["reference", "diffusers"])
