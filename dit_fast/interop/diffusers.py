@@ -559,7 +559,7 @@ def from_diffusers(model: Any, *, cfg_channels: int | None = None) -> ConvertedD
         A model with copies of the weights and the same outputs, on the same device, in the same dtype, in eval mode.
 
     Raises:
-        ConfigError: The model is of another class.
+        ConfigError: The model is of another class, or its weights are offloaded, quantized or stored in 8 bits.
         CheckpointError: Its blocks differ where a DiT has one value for all.
     """
     name = type(model).__name__
@@ -567,7 +567,14 @@ def from_diffusers(model: Any, *, cfg_channels: int | None = None) -> ConvertedD
         raise ConfigError(f"from_diffusers takes a DiTTransformer2DModel, this is a {name}")
     config, _ = config_from_diffusers(dict(model.config), name)
     conventions = _live_conventions(model, cfg_channels)
-    state = state_from_diffusers(model.state_dict(), config, name)
+    own = model.state_dict()
+    for key, value in own.items():
+        kind = "offloaded" if value.is_meta else type(value).__name__ if type(value) is not Tensor else None
+        if kind or value.itemsize == 1:
+            raise ConfigError(
+                f"{name}: {key} is {kind or value.dtype}: convert the model before it is offloaded, cast or quantized"
+            )
+    state = state_from_diffusers(own, config, name)
     weight = state["x_embedder.proj.weight"]
     state["pos_embed"] = state["pos_embed"].to(weight)
     with torch.device("meta"):

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -196,6 +196,28 @@ def test_live_models_that_are_no_dit() -> None:
         from_diffusers(model)
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda model: cpu_offload(model, torch.device("cpu")),
+            "weight is offloaded: convert the model before",
+        ),
+        (
+            lambda model: model.enable_layerwise_casting(torch.float8_e4m3fn),
+            "is torch.float8_e4m3fn: convert",
+        ),
+        (lambda model: quantize_(model, Int8WeightOnlyConfig()), "is Int8Tensor: convert the model before"),
+    ],
+    ids=["offloaded", "cast", "quantized"],
+)
+def test_live_models_whose_weights_are_elsewhere(change, line) -> None:
+    model = theirs()
+    change(model)
+    with pytest.raises(ConfigError, match=line):
+        from_diffusers(model)
+
+
 # Folders
 
 
@@ -378,6 +400,11 @@ def test_guidance_without_a_null_class_is_refused() -> None:
     with pytest.raises(ConfigError, match="guidance on a model without a null class"):
         images(pipeline)
     assert images(pipeline, guidance=1.0).isfinite().all()
+    compiled = torch.compile(adapter, fullgraph=True, backend="eager")
+    x, t, _ = inputs()
+    y = torch.tensor([1, 7, 9])
+    with torch.no_grad():
+        assert_close(compiled(x, t, y).sample, adapter(x, t, y).sample)
 
 
 @pytest.mark.parametrize(
