@@ -5,7 +5,6 @@ label embedders in every block, and recomputes the positions. Only `to_diffusers
 """
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -23,7 +22,6 @@ from dit_fast.checkpoint.weight_file import DIFFUSERS_WEIGHTS, WeightFile, read_
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.model.config import beyond_the_paper
 from dit_fast.model.dit import DiT
-from dit_fast.model.embedders import TimestepEmbedder
 from dit_fast.model.folder import load_weights
 from dit_fast.model.positions import get_2d_sincos_pos_embed
 from dit_fast.utils.files import read_object, write_atomically
@@ -66,30 +64,6 @@ REFERENCE = Conventions()
 DIFFUSERS = Conventions(timestep_freq_shift=1, norm2_eps=1e-5, cfg_channels=None)
 
 
-class ShiftedTimestepEmbedder(TimestepEmbedder):
-    """`TimestepEmbedder` with frequencies 10000^(-i / (half - shift)), i = 0, ..., half - 1.
-
-    With a shift of 1 the last frequency is exactly 1 / 10000, as in Ho et al. 2020 and diffusers; with 0 the embedder
-    is that of the reference.
-
-    Args:
-        hidden_size: Width D of the embedding (N, D).
-        freq_shift: The shift.
-    """
-
-    def __init__(self, hidden_size: int, freq_shift: float):
-        super().__init__(hidden_size)
-        self.freq_shift = freq_shift
-
-    def forward(self, t: Tensor) -> Tensor:
-        half = self.frequency_embedding_size // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t.device)
-        freqs = torch.exp(-math.log(10000) * exponents / (half - self.freq_shift))
-        args = t[:, None].float() * freqs[None]
-        embedding = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
-        return self.mlp(embedding.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
-
-
 class ConvertedDiT(DiT):
     """A `DiT` with the `conventions` of the implementation from which its weights come.
 
@@ -106,10 +80,7 @@ class ConvertedDiT(DiT):
     def __init__(self, *args: Any, conventions: Conventions = REFERENCE, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.conventions = conventions
-        embedder = ShiftedTimestepEmbedder(self.pos_embed.shape[-1], conventions.timestep_freq_shift)
-        # The same parameters under the same names: only the frequencies change.
-        embedder.mlp = self.t_embedder.mlp
-        self.t_embedder = embedder
+        self.t_embedder.freq_shift = conventions.timestep_freq_shift
         for block in self.blocks:
             cast(nn.LayerNorm, block.norm2).eps = conventions.norm2_eps
 
@@ -491,7 +462,7 @@ def write_folder(model: DiT, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # Cloned, since safetensors refuses shared memory: q, k and v are views, and the embedders appear in every block.
     tensors = {
-        key: value.detach().cpu().clone() for key, value in state_to_diffusers(model.state_dict()).items()
+        key: value.detach().cpu().clone() for key, value in state_to_diffusers(model.plain_state()).items()
     }
     write_atomically(
         folder / f"{DIFFUSERS_WEIGHTS}.safetensors",
@@ -540,7 +511,7 @@ def to_diffusers(model: DiT) -> Any:
     check_positions(model)
     parameter = model.x_embedder.proj.weight
     converted: Any = DiTTransformer2DModel(**diffusers_config(model.config, conventions))
-    converted.load_state_dict(state_to_diffusers(model.state_dict()))
+    converted.load_state_dict(state_to_diffusers(model.plain_state()))
     for block in converted.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = conventions.timestep_freq_shift
     # diffusers' `to` warns about every explicit dtype, even the present one.

@@ -23,8 +23,8 @@ from dit_fast.model.layers import (
     Mlp,
     RMSNorm,
     SwiGLU,
-    hooks_of,
     is_plain,
+    is_seen,
     make_norm,
     matrix_size,
     with_bias,
@@ -100,7 +100,7 @@ def normed(
 
 def is_built_here(norm: nn.Module) -> TypeGuard[nn.LayerNorm | RMSNorm]:
     """Whether the norm is as `make_norm` builds it, so that a fused operation computes the same."""
-    return is_plain(norm, nn.LayerNorm) or is_plain(norm, RMSNorm)
+    return (is_plain(norm, nn.LayerNorm) or is_plain(norm, RMSNorm)) and len(norm.normalized_shape) == 1
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -282,16 +282,16 @@ def run_block(
     stream: Stream,
     c: Tensor | None,
     modulation: Tensor | None = None,
+    *,
+    kernels: str,
     recompute: bool = False,
 ) -> Stream:
     """Apply a block to the stream.
 
-    A block with hooks gets and returns (N, T, D), which its hooks then see, as in the reference; its last addition is
-    not fused with the next norm. `recompute`: save the block's inputs only.
+    A block that does not take a stream gets and returns (N, T, D), which its hooks then see, as in the reference; its
+    last addition is not fused with the next norm. `recompute`: save the block's inputs only.
     """
-    arguments: tuple[Any, ...] = (stream, c, modulation)
-    if has_hooks(block):
-        arguments = (stream.add(cast(Any, block).backends.kernels), c, modulation, stream.layout)
+    arguments = arguments_of(block, stream, c, modulation, kernels)
     if recompute:
         # A block draws no random numbers, and generator states cannot be read during CUDA graph capture.
         output = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -301,21 +301,31 @@ def run_block(
 
 
 def run_final_layer(
-    layer: nn.Module, stream: Stream, c: Tensor | None, modulation: Tensor | None = None
+    layer: nn.Module, stream: Stream, c: Tensor | None, modulation: Tensor | None = None, *, kernels: str
 ) -> Tensor:
     """Apply a final layer to the stream: (N, T, P * P * C); its hooks see (N, T, D), as those of a block."""
-    x = stream.add(cast(Any, layer).backends.kernels) if has_hooks(layer) else stream
-    return cast(Tensor, layer(x, c, modulation))
+    x, *others = arguments_of(layer, stream, c, modulation, kernels)
+    return cast(Tensor, layer(x, *others[:2]))
 
 
-def has_hooks(block: nn.Module) -> bool:
-    """Whether hooks of somebody else see what goes through the block; sharding and profiling ranges do not look."""
-    return any(
-        not (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "dit_fast."))
-        for hooks in hooks_of(block)
-        if hooks
-        for hook in hooks.values()
-    )
+def arguments_of(
+    block: nn.Module, stream: Stream, c: Tensor | None, modulation: Tensor | None, kernels: str
+) -> tuple[Any, ...]:
+    """What a block or final layer is called with: (stream, c, modulation), or (tokens, c) as in the reference.
+
+    The latter is followed by `modulation` and the layout where there are any.
+    """
+    if takes_stream(block):
+        return stream, c, modulation
+    x = stream.add(kernels)
+    if stream.layout is not None:
+        return x, c, modulation, stream.layout
+    return (x, c) if modulation is None else (x, c, modulation)
+
+
+def takes_stream(block: nn.Module) -> bool:
+    """Whether only a block of this file, or a subclass with its forward, sees what it is called with."""
+    return type(block).forward in _FORWARDS and not is_seen(block)
 
 
 class Projection(nn.Module):
@@ -397,9 +407,14 @@ class CrossAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, mask)
         return out.transpose(1, 2).reshape(N, T, D)
 
-    def forward(self, x: Tensor, kv: Tensor, present: Tensor | None = None) -> Tensor:
-        """x (N, T, D) and keys and values of the condition, `self.kv(c)` (N, S, 2 D) -> (N, T, D); as `attend`."""
-        return self.proj(self.attend(self.q(x), kv, present))
+    def forward(
+        self, x: Tensor, c: Tensor | None, present: Tensor | None = None, kv: Tensor | None = None
+    ) -> Tensor:
+        """x (N, T, D) and the condition c (N, S, D) -> (N, T, D); present as in `attend`.
+
+        kv: keys and values of the condition, `self.kv(c)` (N, S, 2 D), computed earlier; c is then not read.
+        """
+        return self.proj(self.attend(self.q(x), self.kv(c) if kv is None else kv, present))
 
 
 class CrossAttentionBlock(TransformerBlock):
@@ -424,19 +439,19 @@ class CrossAttentionBlock(TransformerBlock):
 
     def advance(self, stream: Stream, c: Tensor | None, modulation: Tensor | None) -> Stream:
         """`modulation` (N, S * 2 D): `cross.kv(c)` computed earlier, flattened; c is then not read."""
-        width = self.cross.kv.out_features
-        kv = self.cross.kv(c) if modulation is None else modulation.unflatten(1, (-1, width))
         stream = self.self_attention(stream)
-        stream = self.cross_attention(stream, kv)
+        kv = None if modulation is None else modulation.unflatten(1, (-1, 2 * stream.x.shape[-1]))
+        stream = self.cross_attention(stream, c, kv)
         return self.feed_forward(stream)
 
-    def cross_attention(self, stream: Stream, kv: Tensor) -> Stream:
+    def cross_attention(self, stream: Stream, c: Tensor | None, kv: Tensor | None = None) -> Stream:
         """The stream with cross-attention's branch pending."""
         present = None if stream.layout is None else stream.layout.condition_present
         h = normed(stream, self.norm_cross, self.backends.kernels)
         if not uses_triton(self.backends.kernels, h.y) or not is_plain(self.cross, CrossAttention):
-            return Stream(h.x, self.cross(h.y, kv, present), None, unit_gate(h.x), stream.layout)
+            return Stream(h.x, self.cross(h.y, c, present, kv), None, unit_gate(h.x), stream.layout)
         recipe = None if self.backends.recompute == "none" else h.recipe
+        kv = self.cross.kv(c) if kv is None else kv
         attended = self.cross.attend(with_bias(self.cross.q, h.y, recipe), kv, present)
         return Stream(h.x, *without_bias(self.cross.proj, attended), unit_gate(h.x), stream.layout)
 
@@ -461,6 +476,8 @@ class PlainFinalLayer(Projection):
         stream = x if isinstance(x, Stream) else Stream(x)
         return self.linear(normed(stream, self.norm_final, self.backends.kernels).y)
 
+
+_FORWARDS = (TransformerBlock.forward, FinalLayer.forward, PlainFinalLayer.forward)
 
 Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 CONDITIONING = get_args(Conditioning)

@@ -15,11 +15,11 @@ from dit_fast import __version__
 from dit_fast.errors import ConfigError
 from dit_fast.kernels import unpatchify
 from dit_fast.model.backends import Backends, one_of
-from dit_fast.model.blocks import ADAPTIVE, BLOCKS, Stream, run_block, run_final_layer
+from dit_fast.model.blocks import ADAPTIVE, BLOCKS, Stream, run_block, run_final_layer, takes_stream
 from dit_fast.model.config import OPTIONS, PAPER, check_sizes
 from dit_fast.model.embedders import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, as_pair
-from dit_fast.model.folder import load_weights, read_model, write_model
-from dit_fast.model.layers import Layout, SwiGLU, matrix_size
+from dit_fast.model.folder import load_weights, plain_state, read_model, write_model
+from dit_fast.model.layers import Layout, SwiGLU, is_seen, matrix_size, why_called
 from dit_fast.model.positions import ROTARY, SINES, check_rotary, resized_table, rotary_angles, sincos_table
 from dit_fast.utils.values import Number
 
@@ -192,7 +192,7 @@ class DiT(nn.Module):
             ConfigError: Inputs that do not fit each other or the model.
         """
         t = self._check_inputs(x, t, y)
-        c = self.condition(self.t_embedder(t), self.embed_labels(y, self.training))
+        c = self.condition(self.embed_times(t), self.embed_labels(y, self.training))
         return self._to_images(self._run_blocks(self._tokens(x, c), c), self.x_embedder.grid_of(x.shape[-2:]))
 
     def forward_mixed(self, images: Sequence[Tensor], t: Tensor, y: Tensor | None = None) -> list[Tensor]:
@@ -201,7 +201,7 @@ class DiT(nn.Module):
         Tokens are padded to those of the largest image, and none attends to padding, so that a prediction depends on
         no other image (NaViT, Dehghani et al. 2023, with one image per row).
         """
-        c = self.condition(self.t_embedder(t), self.embed_labels(y, self.training))
+        c = self.condition(self.embed_times(t), self.embed_labels(y, self.training))
         if not images:
             return []
         embedded = [self._embed(image[None]) for image in images]
@@ -279,6 +279,12 @@ class DiT(nn.Module):
                 )
         return t
 
+    def embed_times(self, t: Tensor) -> Tensor:
+        """Embedded timesteps (N, D)."""
+        if isinstance(self.t_embedder, TimestepEmbedder):
+            return self.t_embedder(t, self.pos_embed.dtype)
+        return self.t_embedder(t)
+
     def embed_labels(self, y: Tensor | None, train: bool = False) -> Tensor | None:
         """Embedded labels (N, D) or captions (N, S, D), some dropped if `train`; None for an unconditional model."""
         if self.y_embedder is None:
@@ -314,7 +320,10 @@ class DiT(nn.Module):
         """Tokens of images (N, T, D), positions added, and rotary angles (T, K / 2); None for positions without."""
         grid = self.x_embedder.grid_of(x.shape[-2:])
         own = grid == self.x_embedder.grid_size
-        tokens = self.x_embedder(x, self.pos_embed if own else self._table(grid))
+        pos = self.pos_embed if own else self._table(grid)
+        # Hooks of the embedder see what those of the reference do: tokens without positions.
+        plain = type(self.x_embedder) is PatchEmbed and not is_seen(self.x_embedder)
+        tokens = self.x_embedder(x, pos) if plain else self.x_embedder(x.to(pos.dtype)) + pos
         if self.positions not in ROTARY:
             return tokens, None
         return tokens, rotary_angles(grid, self.head_dim, x.device)
@@ -351,8 +360,8 @@ class DiT(nn.Module):
         """Blocks and final layer: (N, T, P * P * C); T includes in-context condition tokens and padding."""
         recompute = self.backends.recompute == "blocks" and torch.is_grad_enabled()
         for block in self.blocks:
-            stream = run_block(block, stream, c, recompute=recompute)
-        return run_final_layer(self.final_layer, stream, c)
+            stream = run_block(block, stream, c, kernels=self.kernels, recompute=recompute)
+        return run_final_layer(self.final_layer, stream, c, kernels=self.kernels)
 
     def _to_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images from the final layer's tokens, without those that belong to no patch."""
@@ -376,22 +385,24 @@ class DiT(nn.Module):
         """Layers whose input is the condition alone, one per block or final layer.
 
         The adaLN layers, or cross-attention's projections to keys and values. In context, and for captions, the
-        identity: keys and values of all blocks would take (S + 1) * 2 D * depth elements per caption and step.
+        identity: keys and values of all blocks would take (S + 1) * 2 D * depth elements per caption and step. Also the
+        identity where hooks see a block: they may load its layers, and what they see is the condition.
         """
-        if self._keeps_tokens:
+        if self._keeps_condition:
             return [nn.Identity()]
         layers = (cast(Any, module).condition_layer for module in (*self.blocks, self.final_layer))
         return [layer for layer in layers if layer is not None]
 
     @property
-    def _keeps_tokens(self) -> bool:
-        return self.conditioning == "in_context" or self.caption_dim > 0
+    def _keeps_condition(self) -> bool:
+        tokens = self.conditioning == "in_context" or self.caption_dim > 0
+        return tokens or not all(map(takes_stream, (*self.blocks, self.final_layer)))
 
     def modulation_widths(self, caption_tokens: int = 1) -> list[int]:
         """Widths of `modulations` for each block, and then for the final layer (or the condition's tokens)."""
         width, tokens = self.pos_embed.shape[-1], self.condition_tokens(caption_tokens)
-        if self._keeps_tokens:
-            return [0] * len(self.blocks) + [tokens * width]
+        if self._keeps_condition:
+            return [0] * len(self.blocks) + [width if self.conditioning in ADAPTIVE else tokens * width]
         each, last = {
             "adaln_zero": (6 * width, 2 * width),
             "adaln": (4 * width, 2 * width),
@@ -405,20 +416,22 @@ class DiT(nn.Module):
         Sampling computes them once for all steps. t (N,) and y as in `forward`; y may contain the null class, and no
         label is dropped.
         """
-        c = self.condition(self.t_embedder(t), self.embed_labels(y))
+        c = self.condition(self.embed_times(t), self.embed_labels(y))
         return torch.cat([layer(c).flatten(1) for layer in self.modulation_layers()], dim=1)
 
     def forward_modulated(self, x: Tensor, modulations: Tensor) -> Tensor:
         """`forward` of x (N, C, H, W) with the `modulations` of its timesteps and labels."""
         grid = self.x_embedder.grid_of(x.shape[-2:])
-        if self._keeps_tokens:
+        if self._keeps_condition:
             c = modulations.unflatten(1, (-1, self.pos_embed.shape[-1]))
+            c = c[:, 0] if self.conditioning in ADAPTIVE else c
             return self._to_images(self._run_blocks(self._tokens(x, c), c), grid)
         *slices, last = modulations.split(self.modulation_widths(), dim=1)
         stream = self._tokens(x, None)
         for block, modulation in zip(self.blocks, slices, strict=True):
-            stream = run_block(block, stream, None, modulation)
-        return self._to_images(run_final_layer(self.final_layer, stream, None, last), grid)
+            stream = run_block(block, stream, None, modulation, kernels=self.kernels)
+        out = run_final_layer(self.final_layer, stream, None, last, kernels=self.kernels)
+        return self._to_images(out, grid)
 
     def regrid(self, input_size: int | tuple[int, int], mode: str | None = None) -> Self:
         """Change the model's own input size; returns the model.
@@ -466,7 +479,8 @@ class DiT(nn.Module):
     @property
     def num_classes(self) -> int:
         """Number of classes without the null class; 0 for a model of captions and an unconditional one."""
-        return self.y_embedder.num_classes if isinstance(self.y_embedder, LabelEmbedder) else 0
+        # Also through a wrapper that passes attributes on, as peft's of `modules_to_save` does.
+        return getattr(self.y_embedder, "num_classes", 0)
 
     @property
     def null_class(self) -> int | None:
@@ -514,14 +528,43 @@ class DiT(nn.Module):
         tokens = image + condition if self.conditioning == "in_context" else image
         modules = (*self.blocks, self.final_layer)
         trunk = sum(cast(Any, module).macs(tokens, condition) for module in modules)
-        embedder = self.y_embedder
-        captions = matrix_size(embedder.mlp) if isinstance(embedder, CaptionEmbedder) else 0
+        captions = matrix_size(cast(CaptionEmbedder, self.y_embedder).mlp) if self.caption_dim else 0
         return (
             trunk
             + image * matrix_size(self.x_embedder)
             + matrix_size(self.t_embedder)
             + caption_tokens * captions
         )
+
+    def called_layers(self) -> dict[str, str]:
+        """Layers of the blocks that are called, and not part of a fused operation, and why.
+
+        Name of the module -> reason: hooks (offloading, casting, pruning), another module in its place (adapters,
+        parametrizations), tensor subclasses (quantized weights). What they do takes effect, at the speed of PyTorch's
+        own operations. Empty for an unchanged model.
+        """
+        own, found = dict(self.named_modules()), {}
+        for name, module in self._plain().named_modules():
+            fused = (
+                name.startswith(("x_embedder", "blocks.", "final_layer")) and "adaLN_modulation" not in name
+            )
+            if fused and name in own and (why := why_called(own[name], type(module))):
+                found[name] = why
+        return found
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """The state dict, of a model whose layers are those of a new one.
+
+        Raises:
+            ConfigError: Adapters, parametrizations, pruning, or weights that are quantized, cast for storage or not in
+                memory, and what to call first.
+        """
+        return plain_state(self, self._plain().state_dict())
+
+    def _plain(self) -> "DiT":
+        """A new model of this configuration without memory."""
+        with torch.device("meta"):
+            return DiT(**self.config)
 
     # Kept as attributes of the model, though `backends` holds the values: they predate it, and are its public names.
 
@@ -566,10 +609,13 @@ class DiT(nn.Module):
         self.backends.recompute = what
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` to `folder`, which is created when missing."""
-        write_model(
-            self, {"_class_name": "DiT", "_dit_fast_version": __version__, **self.config}, Path(folder)
-        )
+        """Write `config.json` and `model.safetensors` to `folder`, which is created when missing.
+
+        Raises:
+            ConfigError: As `plain_state`; nothing is written.
+        """
+        config = {"_class_name": "DiT", "_dit_fast_version": __version__, **self.config}
+        write_model(self.plain_state(), config, Path(folder))
 
     @classmethod
     def from_pretrained(

@@ -65,19 +65,33 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         rows, columns = self.grid_of((x.shape[-2], x.shape[-1]))
-        if pos is None:
-            pos = x.new_zeros(1, rows * columns, self.proj.out_channels, dtype=self.proj.weight.dtype)
-        if not is_plain(self.proj, nn.Conv2d):
-            tokens = self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        if not self.is_fusible():
+            # The weight may be stored in another dtype than it is used in.
+            tokens = self.proj(x if pos is None else x.to(pos.dtype)).flatten(2).transpose(1, 2)
             # Without a copy, the residual stream would keep the convolution's channels-first memory order through all
             # blocks, see `reference.patch_embed`.
-            return tokens.contiguous() + pos
-        bias = cast(Tensor, self.proj.bias)
-        return kernels.patch_embed(x, self.proj.weight, bias, pos, kernels=self.backends.kernels)
+            tokens = tokens.contiguous()
+            return tokens if pos is None else tokens + pos
+        weight, bias = self.proj.weight, cast(Tensor, self.proj.bias)
+        if pos is None:
+            pos = weight.new_zeros(1, rows * columns, len(weight))
+        return kernels.patch_embed(x, weight, bias, pos, kernels=self.backends.kernels)
+
+    def is_fusible(self) -> bool:
+        """Whether `proj` is unchanged, so that `dit_fast.kernels.patch_embed` computes the same."""
+        conv = self.proj
+        if not is_plain(conv, nn.Conv2d) or conv.bias is None or conv.groups != 1:
+            return False
+        return conv.kernel_size == conv.stride == self.patch_size and conv.padding == (0, 0)
 
 
 class TimestepEmbedder(nn.Module):
-    """Scalar timesteps to vectors: sinusoids (cosine first), then Linear - SiLU - Linear."""
+    """Scalar timesteps to vectors: sinusoids (cosine first), then Linear - SiLU - Linear.
+
+    `freq_shift` is 0 in the reference; with 1 the last frequency is exactly 1 / 10000 (Ho et al. 2020, diffusers).
+    """
+
+    freq_shift: float = 0
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
         super().__init__()
@@ -89,19 +103,23 @@ class TimestepEmbedder(nn.Module):
         self.frequency_embedding_size = frequency_embedding_size
 
     @staticmethod
-    def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-        """(N,) timesteps, also fractional, to (N, dim) float32: [cos(t f), sin(t f)], f = max_period^(-i / half)."""
+    def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000, freq_shift: float = 0) -> Tensor:
+        """(N,) timesteps, also fractional, to (N, dim) float32: [cos(t f), sin(t f)].
+
+        f = max_period^(-i / (half - freq_shift)), i = 0, ..., half - 1.
+        """
         half = dim // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device)
-        freqs = torch.exp(-math.log(max_period) * exponents / half)
+        freqs = torch.exp(-math.log(max_period) * exponents / (half - freq_shift))
         args = t[:, None].float() * freqs[None]
         embedding = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
         return nn.functional.pad(embedding, (0, dim % 2))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Timesteps (N,) to (N, D); `dtype`: of the input of the layers, None: of the first one's weight."""
         # Sinusoids in float32 also for low-precision weights: bfloat16 rounds timesteps above 256.
-        t_freq = self.timestep_embedding(t, self.frequency_embedding_size)
-        return self.mlp(t_freq.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+        t_freq = self.timestep_embedding(t, self.frequency_embedding_size, freq_shift=self.freq_shift)
+        return self.mlp(t_freq.to(dtype or cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -2,14 +2,16 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dit_fast.errors import CheckpointError
+from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.model.config import MOST_MLP, OPTIONS
+from dit_fast.model.layers import is_untouched
 from dit_fast.utils.files import check_file, read_object, utf8_name, write_atomically
 
 
@@ -62,10 +64,64 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str, assign
     model.load_state_dict(state, assign=assign)
 
 
-def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+_ADAPTER = "an adapter's: merge it (peft's merge_and_unload()), or save it alone (PeftModel.save_pretrained)"
+# Part of a name that a plain model does not have -> where it comes from, and what makes the layer plain again.
+_CHANGES = {
+    "lora_": _ADAPTER,
+    "base_layer": _ADAPTER,
+    "original_module": _ADAPTER,
+    "parametrizations": "a parametrization: call torch.nn.utils.parametrize.remove_parametrizations",
+    "weight_g": "a weight norm: call torch.nn.utils.remove_weight_norm",
+    "weight_orig": "pruned, or a spectral norm: call torch.nn.utils.prune.remove or remove_spectral_norm",
+}
+
+
+def plain_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The state dict of a model, which must have the tensors `names` and no others, all of them plain and in memory.
+
+    Raises ConfigError for a model with adapters, parametrizations, pruning, quantized, sharded or offloaded weights,
+    which nothing could read back; its message says what to call first.
+    """
+    state = model.state_dict()
+    known = dict.fromkeys(names)
+    for name in (*(own for own in state if own not in known), *(own for own in known if own not in state)):
+        what = next((what for part, what in _CHANGES.items() if part in name), None)
+        found = (
+            f"is {what}"
+            if what
+            else "differs from a DiT: put the plain layer back, or torch.save the state dict"
+        )
+        raise ConfigError(f"{name} {found}; then save the model")
+    for name, tensor in state.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise ConfigError(
+                f"{name} is quantized or sharded ({type(tensor).__name__}): save the model before, and repeat it after "
+                "loading, or torch.save the state dict"
+            )
+        if tensor.itemsize == 1 or (tensor.dtype != state["pos_embed"].dtype and not is_untouched(owner)):
+            raise ConfigError(
+                f"{name} is stored as {tensor.dtype} (layerwise casting): save the model before, and repeat it after "
+                "loading"
+            )
+        if tensor.is_meta or _on_disk(owner):
+            raise ConfigError(
+                f"{name} is offloaded: save the model before, or call accelerate's remove_hook_from_submodules(model)"
+            )
+    return state
+
+
+def _on_disk(module: nn.Module) -> bool:
+    """Whether diffusers' group offloading keeps the weights in files, and leaves uninitialized ones in the module."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    hook = registry and registry.get_hook("group_offloading")
+    return bool(hook and hook.group.offload_to_disk_path)
+
+
+def write_model(state: dict[str, Tensor], config: dict[str, Any], folder: Path) -> None:
     """Write `config.json` and `model.safetensors` to `folder`, made when missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     write_atomically(
         folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
     )

@@ -4,6 +4,9 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as every_module
 
 from dit_fast.kernels import attention, qk_norm_rope, uses_triton
 from dit_fast.kernels.attention.attention import MAX_HEAD_DIM, attention_backend
@@ -19,17 +22,68 @@ def matrix_size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
 
 
+# Any other tensor, such as a quantized weight, may define a linear layer of its own. The last two are what torch.export
+# replaces a plain one by.
+_PLAIN_TENSORS = (Tensor, nn.Parameter, type(None), FakeTensor, FunctionalTensor)
+# Hooks on all modules.
+_GLOBAL_HOOKS = (
+    every_module._global_forward_hooks,
+    every_module._global_forward_pre_hooks,
+    every_module._global_backward_hooks,
+    every_module._global_backward_pre_hooks,
+)
+# Modules whose hooks only observe, or only gather parameters: operation counters, sharding, ranges for profilers.
+_OBSERVERS = ("torch.utils.", "torch.distributed.fsdp", "torch.distributed._composable", "dit_fast.")
+
+
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether the module is exactly a `kind`, so that a fused operation may read its weights instead of calling it.
 
-    False for a subclass or another module in its place (LoRA, float8), for hooks, and for a replaced forward.
+    False for a subclass or another module in its place (adapters, parametrizations), for hooks (offloading, casting,
+    pruning), for a replaced forward, and for tensor subclasses (quantized weights).
     """
-    return type(module) is kind and is_untouched(module)
+    return (
+        type(module) is kind
+        and is_untouched(module)
+        and all(type(parameter) in _PLAIN_TENSORS for parameter in module._parameters.values())
+    )
 
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling the module runs only its class's forward: no hooks, no forward on the instance."""
-    return not (any(hooks_of(module)) or "forward" in vars(module))
+    return not ("forward" in vars(module) or any(hooks_of(module)) or has_global_hooks())
+
+
+def is_seen(module: nn.Module) -> bool:
+    """Whether hooks, or a forward on the instance, see what the module is called with.
+
+    Not those that only observe: sharding, profiling ranges, operation counters, and a compiled forward.
+    """
+    return (
+        forward_of(module) is not type(module).forward
+        or has_global_hooks()
+        or any(map(sees_values, hooks_of(module)))
+    )
+
+
+def forward_of(module: nn.Module) -> Any:
+    """The function that computes the module: its class's, or another that is on the instance."""
+    forward = vars(module).get("forward", type(module).forward)
+    # `parallelize` compiles the method.
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return getattr(forward, "__func__", forward)
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook on all modules does more than observe."""
+    return any(map(sees_values, _GLOBAL_HOOKS))
+
+
+def sees_values(hooks: dict[int, Any]) -> bool:
+    """Whether one of the hooks may read or change what goes through a module: it is not one of `_OBSERVERS`."""
+    return any(
+        not (getattr(hook, "__module__", None) or "").startswith(_OBSERVERS) for hook in hooks.values()
+    )
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -40,6 +94,18 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
+
+
+def why_called(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why the module is called and not part of a fused operation on a `kind`; None where it may be part of one."""
+    if type(module) is not kind:
+        return f"a {type(module).__module__}.{type(module).__qualname__} in place of {kind.__name__}"
+    if forward_of(module) is not kind.forward:
+        return "its forward was replaced"
+    if is_seen(module):
+        return "it has hooks"
+    others = {type(each).__name__ for each in module._parameters.values() if type(each) not in _PLAIN_TENSORS}
+    return f"its parameters are {', '.join(sorted(others))}" if others else None
 
 
 def without_bias(
@@ -147,17 +213,20 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
+        # `attention` divides by sqrt(head_dim).
+        q = q if self.scale == self.head_dim**-0.5 else q * (self.scale * self.head_dim**0.5)
         return torch.stack([q, k, v], dim=2)
 
     def is_prepared(self, layout: Layout | None) -> bool:
-        """Whether queries and keys are normalized or rotated between projection and attention."""
+        """Whether queries and keys are normalized, rotated or rescaled between projection and attention."""
         rotated = layout is not None and layout.rotation is not None
-        return rotated or type(self.q_norm) is not nn.Identity or type(self.k_norm) is not nn.Identity
+        norms = not (is_plain(self.q_norm, nn.Identity) and is_plain(self.k_norm, nn.Identity))
+        return rotated or norms or self.scale != self.head_dim**-0.5
 
     def fused_norm(self) -> tuple[Tensor | None, float] | None:
         """Weights (2, K) of both norms (None without norms) and eps; None where `qk_norm_rope` does not fit."""
         q, k = self.q_norm, self.k_norm
-        if self.head_dim > MAX_HEAD_DIM:
+        if self.head_dim > MAX_HEAD_DIM or self.scale != self.head_dim**-0.5:
             return None
         if is_plain(q, nn.Identity) and is_plain(k, nn.Identity):
             return None, 1e-6

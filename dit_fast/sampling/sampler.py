@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_fast.diffusion import GaussianDiffusion
 from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.model.dit import DiT
+from dit_fast.model.layers import is_seen
 from dit_fast.sampling.config import BATCH_SIZE, PRECISIONS, SamplerConfig
 from dit_fast.sampling.float8 import require_float8, use_float8_linears
 from dit_fast.sampling.schedule import NoiseSchedule, diffusion_schedule
@@ -232,6 +233,11 @@ class Sampler:
                 "the process has a learned variance and the model predicts none: "
                 "learn_sigma must agree in model and create_diffusion"
             )
+        if self.model.pos_embed.is_meta:
+            raise ConfigError(
+                "the model's weights are not in memory (meta device): sample an offloaded model in diffusers' pipeline, "
+                "or load it back with accelerate's remove_hook_from_submodules(model)"
+            )
         if self.config.precision == "fp8":
             require_float8(self.model)
 
@@ -287,6 +293,8 @@ class Sampler:
             return "graph is 'never'"
         if self.cond_fn is not None:
             return "a classifier's gradient is not captured"
+        if seen := next((name for name, module in self.model.named_modules() if is_seen(module)), None):
+            return f"hooks and replaced forwards, as on {seen or 'the model'}, would run in the capture only"
         return self.graphs.unavailable(device)
 
     def _table_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:

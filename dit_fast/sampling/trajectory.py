@@ -134,7 +134,7 @@ class ModulationTable:
             times: Timesteps, at most `steps`.
             labels: Labels int64 (rows,), the null class included, or captions (rows, S, E).
         """
-        t = self.model.t_embedder(times)
+        t = self.model.embed_times(times)
         y = self.model.embed_labels(labels)
         y = None if y is None else y.repeat(len(times), *[1] * (y.ndim - 1))
         c = self.model.condition(t.repeat_interleave(len(labels), 0), y)
