@@ -235,8 +235,8 @@ class Sampler:
             )
         if self.model.pos_embed.is_meta:
             raise ConfigError(
-                "the model's weights are not in memory (meta device): sample an offloaded model in diffusers' pipeline, "
-                "or load it back with accelerate's remove_hook_from_submodules(model)"
+                "the model's weights are not in memory (meta device): sample an offloaded model in diffusers' pipeline "
+                "or load it back by accelerate's remove_hook_from_submodules(model)"
             )
         if self.config.precision == "fp8":
             require_float8(self.model)
