@@ -44,9 +44,18 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """
     return (
         type(module) is kind
+        and is_original(kind)
         and is_untouched(module)
         and all(type(parameter) in _PLAIN_TENSORS for parameter in module._parameters.values())
     )
+
+
+def is_original(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class was not replaced by another function."""
+    owner = next(each for each in kind.__mro__ if "forward" in vars(each))
+    forward = kind.forward
+    name = forward.__module__, forward.__qualname__
+    return name == (owner.__module__, f"{owner.__qualname__}.forward") and not hasattr(forward, "__wrapped__")
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -100,7 +109,7 @@ def why_called(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why the module is called and not part of a fused operation on a `kind`; None where it may be part of one."""
     if type(module) is not kind:
         return f"a {type(module).__module__}.{type(module).__qualname__} in place of {kind.__name__}"
-    if forward_of(module) is not kind.forward:
+    if forward_of(module) is not kind.forward or not is_original(kind):
         return "its forward was replaced"
     if is_seen(module):
         return "it has hooks"

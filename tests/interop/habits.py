@@ -348,6 +348,15 @@ def _(model: DiT) -> Applied:
     return Applied(model, plain)
 
 
+@habit("accelerate.cpu_offload of a model with peft LoRA")
+def _(model: DiT) -> Applied:
+    from accelerate import cpu_offload
+
+    applied = HABITS["peft LoRA: qkv, proj, fc1, fc2"](model)
+    cpu_offload(applied.module, torch.device("cpu"))
+    return applied
+
+
 @habit("accelerate.disk_offload")
 def _(model: DiT) -> Applied:
     from accelerate import disk_offload
@@ -456,7 +465,7 @@ def every_layer_called(model: DiT) -> DiT:
     """
     called = copy.deepcopy(model)
     for name, module in list(called.named_modules()):
-        if "Linear" in type(module).__name__:
+        if "Linear" in type(module).__name__ and ".lora_" not in name and "base_layer" not in name:
             called.set_submodule(name, Called(module))
     return called
 
@@ -469,6 +478,16 @@ HABITS["torchao float8 weights"] = quantized(lambda ao: ao.Float8WeightOnlyConfi
 HABITS["torchao int4 weights"] = quantized(
     lambda ao: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(8)),
 )
+
+
+@habit("peft LoRA on torchao int8 weights")
+def _(model: DiT) -> Applied:
+    import peft
+
+    HABITS["torchao int8 weights"](model)
+    config = peft.LoraConfig(r=4, target_modules=["qkv", "attn.proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    return Applied(adapted, every_layer_called(model))
 
 
 @habit("torch.ao.quantization.quantize_dynamic")

@@ -1,6 +1,7 @@
 """Hooks, adapters, offloading, casting, pruning and quantized weights take effect, also where the kernels run."""
 
 import copy
+import functools
 import re
 from pathlib import Path
 
@@ -91,6 +92,21 @@ def test_another_scale_of_attention_is_used(mode: str) -> None:
     for each in (plain, model):
         each.blocks[1].attn.scale *= 1.7
     assert relative(model(*inputs()), plain(*inputs())) <= 1e-5
+
+
+@pytest.mark.parametrize("path", ["attn", "attn.proj", "mlp", "mlp.act", "norm1", "adaLN_modulation"])
+def test_the_forward_of_a_class_may_be_replaced(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = pair("triton")
+    hooked = copy.deepcopy(model)
+    kind = type(model.blocks[0].get_submodule(path))
+    for module in hooked.modules():
+        if type(module) is kind:
+            hook(module, "forward")
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", functools.wraps(forward)(lambda *args: 1.3 * forward(*args)))
+    found = model(*inputs())
+    monkeypatch.undo()
+    assert relative(found, hooked(*inputs())) <= 1e-5
 
 
 def overlapping(conv: nn.Conv2d) -> nn.Conv2d:
