@@ -548,7 +548,9 @@ class DiT(nn.Module):
             fused = (
                 name.startswith(("x_embedder", "blocks.", "final_layer")) and "adaLN_modulation" not in name
             )
-            if fused and name in own and (why := why_called(own[name], type(module))):
+            if not fused or name not in own or takes_stream(own[name]):
+                continue
+            if why := why_called(own[name], type(module)):
                 found[name] = why
         return found
 

@@ -22,8 +22,8 @@ def matrix_size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
 
 
-# Any other tensor, such as a quantized weight, may define a linear layer of its own. The last two are what torch.export
-# replaces a plain one by.
+# Any other tensor, such as a quantized weight, may compute a linear layer in its own way. torch.export replaces plain
+# tensors by the last two.
 _PLAIN_TENSORS = (Tensor, nn.Parameter, type(None), FakeTensor, FunctionalTensor)
 # Hooks on all modules.
 _GLOBAL_HOOKS = (
@@ -111,7 +111,7 @@ def why_called(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return f"a {type(module).__module__}.{type(module).__qualname__} in place of {kind.__name__}"
     if forward_of(module) is not kind.forward or not is_original(kind):
         return "its forward was replaced"
-    if is_seen(module):
+    if not is_untouched(module):
         return "it has hooks"
     others = {type(each).__name__ for each in module._parameters.values() if type(each) not in _PLAIN_TENSORS}
     return f"its parameters are {', '.join(sorted(others))}" if others else None
