@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.interop.diffusers import (
@@ -180,12 +179,8 @@ def fast_dit_class() -> Any:
                     "this FastDiT has an adapter: save_lora_adapter(folder) saves that; fuse_lora() and then "
                     "unload_lora(), or unload_lora() alone, leave weights that save_pretrained(folder) saves"
                 )
-            subclasses = {type(p).__name__ for p in self.parameters() if is_traceable_wrapper_subclass(p)}
-            if subclasses and getattr(self, "hf_quantizer", None) is None:
-                raise ConfigError(
-                    f"this FastDiT has weights of class {', '.join(sorted(subclasses))}: save it before it is "
-                    "quantized, and load it with quantization_config=TorchAoConfig(...)"
-                )
+            if getattr(self, "hf_quantizer", None) is None:
+                self.dit.plain_state()
             # The model may have been changed since, for example by `regrid`.
             self.register_to_config(**adapter_config(self.dit.config, conventions_of(self.dit)))
             super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 import dit_fast
 from benchmarks.models.plain_dit import modulate
@@ -309,6 +310,8 @@ HABITS = {
     "weight norm": normed,
     "hooks on layers": lambda model: hooked(model, (nn.Linear,)),
     "hooks on activations": lambda model: hooked(model, (nn.GELU, GELU)),
+    "int8 weights": lambda model: quantize_(model, Int8WeightOnlyConfig()),
+    "float8 weights": lambda model: quantize_(model, Float8WeightOnlyConfig()),
 }
 
 
