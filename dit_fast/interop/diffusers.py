@@ -22,7 +22,7 @@ from dit_fast.checkpoint.weight_file import DIFFUSERS_WEIGHTS, WeightFile, read_
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
 from dit_fast.model.config import beyond_the_paper
 from dit_fast.model.dit import DiT
-from dit_fast.model.folder import load_weights
+from dit_fast.model.folder import load_weights, on_disk
 from dit_fast.model.positions import get_2d_sincos_pos_embed
 from dit_fast.utils.files import read_object, write_atomically
 
@@ -540,7 +540,9 @@ def from_diffusers(model: Any, *, cfg_channels: int | None = None) -> ConvertedD
     conventions = _live_conventions(model, cfg_channels)
     own = model.state_dict()
     for key, value in own.items():
-        kind = "offloaded" if value.is_meta else type(value).__name__ if type(value) is not Tensor else None
+        owner = model.get_submodule(key.rpartition(".")[0])
+        kind = "offloaded" if value.is_meta or on_disk(owner) else None
+        kind = type(value).__name__ if type(value) is not Tensor else kind
         if kind or value.itemsize == 1:
             raise ConfigError(
                 f"{name}: {key} is {kind or value.dtype}: convert the model before it is offloaded, cast or quantized"

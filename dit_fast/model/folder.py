@@ -104,14 +104,14 @@ def plain_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
                 f"{name} is stored as {tensor.dtype} (layerwise casting): save the model before, and repeat it after "
                 "loading"
             )
-        if tensor.is_meta or _on_disk(owner):
+        if tensor.is_meta or on_disk(owner):
             raise ConfigError(
                 f"{name} is offloaded: save the model before, or call accelerate's remove_hook_from_submodules(model)"
             )
     return state
 
 
-def _on_disk(module: nn.Module) -> bool:
+def on_disk(module: nn.Module) -> bool:
     """Whether diffusers' group offloading keeps the weights in files, and leaves uninitialized ones in the module."""
     registry: Any = getattr(module, "_diffusers_hook", None)
     hook = registry and registry.get_hook("group_offloading")

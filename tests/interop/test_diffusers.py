@@ -17,6 +17,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     TorchAoConfig,
 )
+from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -208,10 +209,17 @@ def test_live_models_that_are_no_dit() -> None:
             "is torch.float8_e4m3fn: convert",
         ),
         (lambda model: quantize_(model, Int8WeightOnlyConfig()), "is Int8Tensor: convert the model before"),
+        (
+            lambda model: apply_group_offloading(
+                model, torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path="offloaded"
+            ),
+            "weight is offloaded: convert the model before",
+        ),
     ],
-    ids=["offloaded", "cast", "quantized"],
+    ids=["offloaded", "cast", "quantized", "on disk"],
 )
-def test_live_models_whose_weights_are_elsewhere(change, line) -> None:
+def test_live_models_whose_weights_are_elsewhere(change, line, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     model = theirs()
     change(model)
     with pytest.raises(ConfigError, match=line):
