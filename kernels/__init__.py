@@ -10,6 +10,7 @@ if __name__ == "dit_fast.kernels":
     from dit_fast.kernels.adamw_tensors import AdamWSettings, AdamWTensors
     from dit_fast.kernels.attention.attention import attention
     from dit_fast.kernels.attention.backends import BACKENDS, AttentionBackend, Choice, choose_backend
+    from dit_fast.kernels.forward_mode import jvp
     from dit_fast.kernels.library import KERNEL_MODES, NORMS, KernelMode, Norm, uses_triton
     from dit_fast.kernels.mlp.gelu import gelu
     from dit_fast.kernels.mlp.mlp import ACTIVATIONS, EPILOGUES, Activation, MlpEpilogue, mlp
@@ -49,6 +50,7 @@ __all__ = [
     "gated_residual_adaln",
     "gelu",
     "grad_square_sum",
+    "jvp",
     "mlp",
     "patch_embed",
     "qk_norm_rope",

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels import reference
+from dit_fast.kernels import adaln_dual, reference
 from dit_fast.kernels.device import (
     PLAIN,
     column_sum,
@@ -38,6 +38,7 @@ from dit_fast.kernels.device import (
     load_rows,
     load_vector,
     main_part,
+    moments,
     no_sum,
     of_rows,
     row_lanes,
@@ -49,35 +50,7 @@ from dit_fast.kernels.device import (
     tail_part,
 )
 from dit_fast.kernels.launch import accumulator, as_bias, as_vectors, cast, cdiv, prepare, tuned_rows
-from dit_fast.kernels.library import Run, check_shapes, define_op, is_centred, uses_triton
-
-
-@triton.jit
-def moments(main, tail, MAIN: tl.constexpr, TAIL: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr):
-    """Mean and 1 / deviation (ROWS,) of the rows of a tile; not CENTRED: 0, and the deviation is that from 0.
-
-    The variance is a second pass over registers: no cancellation.
-    """
-    mean = tl.full([MAIN.rows], 0.0, main.dtype)
-    if CENTRED:
-        total = row_lanes(main, MAIN)
-        if TAIL.size > 0:
-            total += row_lanes(tail, TAIL)
-        mean = tl.sum(total, axis=1) / MAIN.width
-    square = row_lanes(squared_deviation(main, mean, MAIN), MAIN)
-    if TAIL.size > 0:
-        square += row_lanes(squared_deviation(tail, mean, TAIL), TAIL)
-    return mean, 1 / tl.sqrt(tl.sum(square, axis=1) / MAIN.width + EPS)
-
-
-@triton.jit
-def squared_deviation(x, mean, P: tl.constexpr):
-    """(x - mean)^2, 0 beyond the last column."""
-    deviation = x - of_rows(mean, P)
-    if not P.exact:
-        o_c = tl.arange(0, P.warps)[None, :, None, None] * P.own + P.start
-        deviation = tl.where(o_c + tl.arange(0, P.size)[None, None, None, :] < P.width, deviation, 0.0)
-    return deviation * deviation
+from dit_fast.kernels.library import Dual, Run, check_shapes, define_op, is_centred, uses_triton
 
 
 @triton.jit
@@ -337,6 +310,15 @@ def _adaln_autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | N
     return dx, cast(dshift, ctx.shift_dtype), dscale, None, None
 
 
+def _adaln_dual_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, centred: bool, x_t: Tensor, shift_t: Tensor | None,
+    scale_t: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    y, mean, rstd = _adaln_forward_reference(x, shift, scale, eps, centred)
+    y_t = reference.modulated_tangent(x, scale, mean, rstd, centred, x_t, shift_t, scale_t)
+    return y, mean, rstd, y_t.contiguous()
+
+
 adaln_with_moments = define_op(
     "adaln_modulate",
     plan=_adaln_forward,
@@ -344,6 +326,7 @@ adaln_with_moments = define_op(
     check=_adaln_check,
     backward=_adaln_autograd,
     setup_context=_adaln_setup_context,
+    dual=Dual(_adaln_dual_reference, adaln_dual.plan_norm),
 )
 """adaln_with_moments(x, shift, scale, eps, centred): the registered operation, which returns y and the moments of x.
 
@@ -569,6 +552,14 @@ def _residual_autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return dout, dbranch, dgate, None if bias is None else dbias
 
 
+def _residual_dual_reference(
+    x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None, x_t: Tensor, branch_t: Tensor,
+    gate_t: Tensor | None, bias_t: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out_t = reference.gated_residual_tangent(branch, gate, bias, x_t, branch_t, gate_t, bias_t)
+    return _residual_reference(x, branch, gate, bias), out_t.contiguous()
+
+
 _residual_op = define_op(
     "gated_residual",
     plan=_residual,
@@ -576,6 +567,7 @@ _residual_op = define_op(
     check=_residual_check,
     backward=_residual_autograd,
     setup_context=_residual_context,
+    dual=Dual(_residual_dual_reference, adaln_dual.plan_residual),
 )
 
 
@@ -908,6 +900,17 @@ def _residual_adaln_autograd(
     return dx, dbranch, dgate, dshift, dscale, None if bias is None else dbias, None, None
 
 
+def _residual_adaln_dual_reference(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None, eps: float,
+    centred: bool, x_t: Tensor, branch_t: Tensor, gate_t: Tensor | None, shift_t: Tensor | None,
+    scale_t: Tensor | None, bias_t: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out, y, mean, rstd = _residual_adaln_reference(x, branch, gate, shift, scale, bias, eps, centred)
+    out_t = reference.gated_residual_tangent(branch, gate, bias, x_t, branch_t, gate_t, bias_t)
+    y_t = reference.modulated_tangent(out, scale, mean, rstd, centred, out_t, shift_t, scale_t)
+    return out, y, mean, rstd, out_t.contiguous(), y_t.contiguous()
+
+
 gated_residual_adaln_with_moments = define_op(
     "gated_residual_adaln",
     plan=_residual_adaln_forward,
@@ -915,6 +918,7 @@ gated_residual_adaln_with_moments = define_op(
     check=_residual_adaln_check,
     backward=_residual_adaln_autograd,
     setup_context=_residual_adaln_context,
+    dual=Dual(_residual_adaln_dual_reference, adaln_dual.plan_residual_norm),
 )
 """(x, branch, gate, shift, scale, bias, eps, centred) -> out, y, and the moments of out as in `adaln_with_moments`."""
 

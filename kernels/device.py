@@ -269,6 +269,47 @@ def row_sums(x, y):
 
 
 @triton.jit
+def row_mean(main, tail, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """(ROWS,) means of the rows of a tile, which is 0 beyond the last column."""
+    total = row_lanes(main, MAIN)
+    if TAIL.size > 0:
+        total += row_lanes(tail, TAIL)
+    return tl.sum(total, axis=1) / MAIN.width
+
+
+@triton.jit
+def moments(main, tail, MAIN: tl.constexpr, TAIL: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr):
+    """Mean and 1 / deviation (ROWS,) of the rows of a tile; not CENTRED: 0, and the deviation is that from 0.
+
+    The variance is a second pass over registers: no cancellation.
+    """
+    mean = tl.full([MAIN.rows], 0.0, main.dtype)
+    if CENTRED:
+        mean = row_mean(main, tail, MAIN, TAIL)
+    square = row_lanes(squared_deviation(main, mean, MAIN), MAIN)
+    if TAIL.size > 0:
+        square += row_lanes(squared_deviation(tail, mean, TAIL), TAIL)
+    return mean, 1 / tl.sqrt(tl.sum(square, axis=1) / MAIN.width + EPS)
+
+
+@triton.jit
+def deviation(x, mean, P: tl.constexpr):
+    """x - mean, 0 beyond the last column."""
+    x -= of_rows(mean, P)
+    if not P.exact:
+        o_c = tl.arange(0, P.warps)[None, :, None, None] * P.own + P.start
+        x = tl.where(o_c + tl.arange(0, P.size)[None, None, None, :] < P.width, x, 0.0)
+    return x
+
+
+@triton.jit
+def squared_deviation(x, mean, P: tl.constexpr):
+    """(x - mean)^2, 0 beyond the last column."""
+    away = deviation(x, mean, P)
+    return away * away
+
+
+@triton.jit
 def no_sum(P: tl.constexpr, ACC: tl.constexpr):
     """A sum over tokens of part P before the first of them: (1, WARPS, L, SIZE), what each thread has added."""
     return tl.full([1, P.warps, P.lane_rows, P.size], 0.0, ACC)

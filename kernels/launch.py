@@ -137,10 +137,13 @@ def row_parts(width: int) -> tuple[int, int]:
     return (2 * main, 0) if tail == main else (main, tail)
 
 
-def row_launch(batch: int, tokens: int, width: int, itemsize: int = 2, sums: int = 0) -> RowLaunch:
+def row_launch(
+    batch: int, tokens: int, width: int, itemsize: int = 2, sums: int = 0, tensors: int = 1
+) -> RowLaunch:
     """The launch for (batch, tokens, width) token tensors whose narrowest dtype has `itemsize` bytes.
 
-    `sums`: how many sums over tokens the kernel makes. A function of shape and dtypes alone, so that the order of
+    `sums`: how many sums over tokens the kernel makes; `tensors`: how many a thread keeps its share of a row of, for
+    sums over columns. A function of shape and dtypes alone, so that the order of
     every sum, hence every bit, is the same on any device. sm_80, sm_90 and sm_100 agree in what it rests on: 64 Ki
     registers and 64 warps a multiprocessor, 128-bit accesses.
     """
@@ -149,13 +152,15 @@ def row_launch(batch: int, tokens: int, width: int, itemsize: int = 2, sums: int
         num_warps = min(power_of_two_below(width // 256), 16)
     else:
         # One warp: a sum over the columns of a row needs no barrier.
-        num_warps = 1 if width <= 1536 else min(power_of_two_below(width // 256), 16)
+        num_warps = 1 if width * tensors <= 1536 else min(power_of_two_below(width // 256), 16)
     # 72 values a thread of each tensor; half of them for whatever takes registers beside a sum: two more sums, masks,
     # tensors that are all wide.
     values = 72
     if sums:
         values >>= (sums > 2) + (tokens % 8 > 0) + (itemsize > 2)
-    rows = min(power_of_two_below(32 * values * num_warps // width), 8, next_power_of_2(max(tokens, 1)))
+    rows = min(
+        power_of_two_below(32 * values * num_warps // (width * tensors)), 8, next_power_of_2(max(tokens, 1))
+    )
     rows = max(rows, 2)
     # About 4 programs for each of 132 multiprocessors, 8 of a single warp; partial sums stay a few percent of the
     # tokens' bytes.
@@ -169,14 +174,14 @@ def power_of_two_below(value: int) -> int:
     return 1 << max(value.bit_length() - 1, 0)
 
 
-def tuned_rows(kernel: Any, x: Tensor, *others: torch.dtype, sums: int = 0) -> RowLaunch:
+def tuned_rows(kernel: Any, x: Tensor, *others: torch.dtype, sums: int = 0, tensors: int = 1) -> RowLaunch:
     """The launch of row kernel `kernel` over x (B, T, D) and tensors of its shape of the dtypes `others`.
 
     The tuned table's, else `row_launch`'s. It formats text: call it when a launch is prepared, not at each launch.
     """
     B, T, D = x.shape
     dtypes = (x.dtype, *others)
-    heuristic = row_launch(B, T, D, min(dtype.itemsize for dtype in dtypes), sums)
+    heuristic = row_launch(B, T, D, min(dtype.itemsize for dtype in dtypes), sums, tensors)
     names = ",".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return tuned.config(kernel, f"D={D} {names}", heuristic, capability(x))
 

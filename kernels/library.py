@@ -77,6 +77,20 @@ class Plan(NamedTuple):
     backward: dict[Any, Run] | None
 
 
+class Dual(NamedTuple):
+    """An operation on dual numbers: values and tangents in, values and tangents out, in one pass.
+
+    reference_impl(*arguments, *tangents) takes an operation's arguments and then, named `<argument>_t`, the tangent of
+    each one that may have one, None where it has none and the annotation allows it, else zeros. It returns the
+    operation's outputs and then the tangents of the first of them. The gradient goes through the values alone: it is
+    that of the operation, and tangents are constants for reverse mode. `plan` and `flops` as in `define_op`.
+    """
+
+    reference_impl: Callable[..., Any]
+    plan: Callable[..., Run]
+    flops: Callable[..., int] | None = None
+
+
 MOST_PLANS = 4096
 """Signatures that an operation keeps before it forgets them all: a bound for shapes without end."""
 
@@ -119,6 +133,7 @@ def define_op(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     flops: Callable[..., int] | None = None,
+    dual: Dual | None = None,
 ) -> Operation:
     """Register `torch.ops.dit_fast.<name>` for CUDA (Triton), CPU (reference), fake tensors and autograd.
 
@@ -144,6 +159,8 @@ def define_op(
         setup_context: setup_context(ctx, inputs, output) keeps what `backward` needs.
         flops: Multiplications and additions of the matrix products, of the arguments with shapes in the place of
             tensors, for PyTorch's `FlopCounterMode`; None for an operation without products.
+        dual: The operation on values and tangents, registered as `<name>_dual`, which forward-mode differentiation
+            calls; None for an operation that has no forward-mode derivative.
 
     Returns:
         The operation, a function of the arguments of `reference_impl` by position.
@@ -199,6 +216,13 @@ def define_op(
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
+    push_forward = None
+    if dual is not None:
+        outputs = len(overload._schema.returns)
+        push_forward = _push_forward(
+            name, tuple(parameters), dual, outputs, backward=backward, setup_context=setup_context
+        )
+
     # Without the wrapper of `apply`, which is for function transforms.
     differentiable = _differentiable(name, backward, setup_context)
     apply = super(Function, differentiable).apply  # type: ignore[misc]
@@ -207,13 +231,15 @@ def define_op(
         args += defaults[len(args) :]
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         _refuse_shards(name, tensors)
+        if any(tangent_of(x) is not None for x in tensors):
+            if push_forward is None:
+                raise RuntimeError(f"{name} has no forward-mode derivative; use kernels='reference'")
+            return push_forward(args)
         differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if differentiated and _C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"{name} has no derivative for torch.func's transforms; use kernels='reference'"
             )
-        if fwAD._current_level >= 0 and any(fwAD.unpack_dual(x).tangent is not None for x in tensors):
-            raise RuntimeError(f"{name} has no forward-mode derivative; use kernels='reference'")
         return (
             differentiable.apply(*args, Plan(below_autograd, None))
             if differentiated
@@ -286,6 +312,71 @@ def define_op(
     operation = cast(Operation, call)
     operation.in_backward = in_backward
     return operation
+
+
+def tangent_of(x: Tensor) -> Tensor | None:
+    """The forward-mode tangent of `x`, None without one.
+
+    Not `forward_ad.unpack_dual`, which asks Python whether there is a level: a compiled graph enters one in C++ alone.
+    """
+    return torch._VF._unpack_dual(x, level=0)[1]
+
+
+def _push_forward(
+    name: str,
+    parameters: tuple[inspect.Parameter, ...],
+    dual: Dual,
+    outputs: int,
+    *,
+    backward: Callable[..., Any] | None,
+    setup_context: Callable[..., None] | None,
+) -> Callable[[tuple[Any, ...]], Any]:
+    """Register `<name>_dual`; the function of an operation's arguments, some of them dual tensors, that calls it."""
+    count = len(parameters)
+    extra = tuple(inspect.signature(dual.reference_impl).parameters.values())[count:]
+    names = [parameter.name for parameter in parameters]
+    differentiated = [names.index(parameter.name.removesuffix("_t")) for parameter in extra]
+    required = [parameter.annotation is Tensor for parameter in extra]
+
+    def dual_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        if setup_context is not None:
+            setup_context(ctx, inputs[:count], output[0] if outputs == 1 else output[:outputs])
+
+    def dual_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(gradient is not None for gradient in gradients[outputs:]):
+            raise RuntimeError(
+                f"the tangent of {name} has no gradient; detach it, as dit_fast.kernels.jvp does, or use "
+                "kernels='reference'"
+            )
+        found = backward(ctx, *gradients[:outputs])  # type: ignore[misc]
+        return *(found if type(found) is tuple else (found,)), *[None] * len(extra)
+
+    operation = define_op(
+        f"{name}_dual", reference_impl=dual.reference_impl, plan=dual.plan, flops=dual.flops,
+        backward=dual_backward if backward is not None else None, setup_context=dual_context,
+    )  # fmt: skip
+
+    def push_forward(args: tuple[Any, ...]) -> Any:
+        values, tangents = list(args), []
+        for index, wanted in zip(differentiated, required, strict=True):
+            value, tangent = args[index], None
+            if value is not None:
+                value, tangent = torch._VF._unpack_dual(value, level=0)
+            if tangent is None and wanted:
+                tangent = torch.zeros_like(value)
+            values[index] = value
+            tangents.append(tangent)
+        if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+            # Else the gradient of the values would keep and walk through the graphs of the tangents, for nothing.
+            tangents = [None if tangent is None else tangent.detach() for tangent in tangents]
+        results = operation(*values, *tangents)
+        duals = [
+            torch._VF._make_dual(value, tangent, level=0)
+            for value, tangent in zip(results, results[outputs:], strict=False)
+        ]
+        return duals[0] if outputs == 1 else (*duals, *results[len(duals) : outputs])
+
+    return push_forward
 
 
 def _keep(plans: dict[Any, T], key: Any, plan: T) -> T:

@@ -5,6 +5,7 @@ Shapes    x (B, C, H, W), weight (D, C, P, P), bias (D,), pos (1, T, D) -> token
           unpatchify (B, T, P * P * C) -> (B, C, H, W).
 Backward  with X (B * T, C * P * P) the patches: d_weight = d_tokens^T X, d_bias = sum(d_tokens),
           d_x = d_tokens weight, put back at its pixels; unpatchify's is the inverse permutation.
+Tangents  tokens_t = X_t weight^T + X weight_t^T + bias_t + pos_t in one pass with tokens; of images, the permutation.
 Traffic   patch_embed writes B * T * D and reads little: the product has only C * P * P terms. Its backward reads
           d_tokens once for d_weight and d_bias, once more for d_x when the image needs a gradient.
 Numerics  products and sums in float32 (float64 for float64), never TF32, one rounding at the store; tokens have
@@ -24,12 +25,13 @@ from dit_fast.kernels.launch import (
     Products,
     TileLaunch,
     accumulator,
+    as_bias,
     capability,
     cdiv,
     next_power_of_2,
     prepare,
 )
-from dit_fast.kernels.library import check_tensors, define_op, uses_triton
+from dit_fast.kernels.library import Dual, check_tensors, define_op, uses_triton
 
 
 @triton.jit
@@ -82,6 +84,64 @@ def _patch_embed_fwd_kernel(
     mask = m_n[:, None] & m_d[None, :]
     total += tl.load(pos_ptr + (o_n % T)[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(ACC)
     tl.store(tokens_ptr + o_n[:, None] * D + o_d[None, :], total.to(tokens_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _patch_embed_dual_kernel(
+    # pointers
+    x_ptr,  # (B, C, height, W) image
+    x_t_ptr,  # (B, C, height, W) its tangent
+    weight_ptr,  # (D, K) projection
+    weight_t_ptr,  # (D, K), or None
+    bias_ptr,  # (D,)
+    bias_t_ptr,  # (D,), or None
+    pos_ptr,  # (T, D) positions
+    pos_t_ptr,  # (T, D), or None
+    tokens_ptr,  # (B, T, D) output
+    tokens_t_ptr,  # (B, T, D) its tangent
+    # sizes
+    N,  # tokens of all samples
+    T,  # tokens of a sample
+    C,  # channels
+    W,  # pixels of an image's row
+    # meta
+    D: tl.constexpr,  # columns of a row
+    K: tl.constexpr,  # elements of a patch, C * P * P
+    P: tl.constexpr,  # pixels of a patch's side
+    BLOCK_N: tl.constexpr,  # tokens of a tile
+    BLOCK_D: tl.constexpr,  # columns of a tile
+    BLOCK_K: tl.constexpr,  # elements of a patch in a tile
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_n, m_d = o_n < N, o_d < D
+    dtype = weight_ptr.dtype.element_ty
+    total = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    total_t = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    for start in tl.static_range(0, K, BLOCK_K):
+        o_k = start + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        o_x, m_x = pixel_offsets(o_n, o_k, T, C, W, P), m_n[:, None] & m_k[None, :]
+        o_weight, m_weight = o_d[None, :] * K + o_k[:, None], m_k[:, None] & m_d[None, :]
+        x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(dtype)
+        x_t = tl.load(x_t_ptr + o_x, mask=m_x, other=0.0).to(dtype)
+        weight = tl.load(weight_ptr + o_weight, mask=m_weight, other=0.0)
+        total = tl.dot(x, weight, total, input_precision="ieee", out_dtype=ACC)
+        total_t = tl.dot(x_t, weight, total_t, input_precision="ieee", out_dtype=ACC)
+        if weight_t_ptr is not None:
+            weight_t = tl.load(weight_t_ptr + o_weight, mask=m_weight, other=0.0)
+            total_t = tl.dot(x, weight_t, total_t, input_precision="ieee", out_dtype=ACC)
+    o_pos, o_token = (o_n % T)[:, None] * D + o_d[None, :], o_n[:, None] * D + o_d[None, :]
+    mask = m_n[:, None] & m_d[None, :]
+    total += tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(ACC)[None, :]
+    total += tl.load(pos_ptr + o_pos, mask=mask, other=0.0).to(ACC)
+    if bias_t_ptr is not None:
+        total_t += tl.load(bias_t_ptr + o_d, mask=m_d, other=0.0).to(ACC)[None, :]
+    if pos_t_ptr is not None:
+        total_t += tl.load(pos_t_ptr + o_pos, mask=mask, other=0.0).to(ACC)
+    tl.store(tokens_ptr + o_token, total.to(tokens_ptr.dtype.element_ty), mask=mask)
+    tl.store(tokens_t_ptr + o_token, total_t.to(tokens_t_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -237,6 +297,37 @@ def _embed(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     return tokens
 
 
+def _embed_dual(
+    x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, x_t: Tensor, weight_t: Tensor | None,
+    bias_t: Tensor | None, pos_t: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B, C, H, W = x.shape
+    D, _, P, _ = weight.shape
+    x, x_t, weight, bias, pos = (part.contiguous() for part in (x, x_t, weight, bias, pos))
+    T, K = (H // P) * (W // P), C * P * P
+    tokens = x.new_empty(B, T, D, dtype=torch.promote_types(weight.dtype, pos.dtype))
+    tokens_t = torch.empty_like(tokens)
+    cfg = tile_launch(_patch_embed_dual_kernel, x.dtype, capability(x), D, K, weight.itemsize)
+    prepare(
+        _patch_embed_dual_kernel,
+        (cdiv(B * T, cfg.block_n), cdiv(D, cfg.block_d)), on=x, num_warps=cfg.num_warps,
+        products=Products((4 if weight_t is None else 6) * B * T * D * K, weight.dtype),
+        x_ptr=x, x_t_ptr=x_t, weight_ptr=weight, weight_t_ptr=as_bias(weight_t), bias_ptr=bias,
+        bias_t_ptr=as_bias(bias_t), pos_ptr=pos, pos_t_ptr=as_bias(pos_t), tokens_ptr=tokens, tokens_t_ptr=tokens_t,
+        N=B * T, T=T, C=C, W=W,
+        D=D, K=K, P=P, **cfg.meta, ACC=accumulator(weight),
+    )()  # fmt: skip
+    return tokens, tokens_t
+
+
+def _embed_dual_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, x_t: Tensor, weight_t: Tensor | None,
+    bias_t: Tensor | None, pos_t: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tokens = reference.patch_embed(x, weight, bias, pos)
+    return tokens, reference.patch_embed_tangent(x, weight, x_t, weight_t, bias_t, pos_t).to(tokens.dtype)
+
+
 def _embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor, image: bool) -> tuple[Tensor, Tensor, Tensor]:
     """d_x (empty unless `image`), d_weight, d_bias."""
     B, C, _, W = x.shape
@@ -286,6 +377,11 @@ def _embed_flops(x: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **kw: 
     return 2 * math.prod(x) * weight[0]
 
 
+def _embed_dual_flops(x: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **kw: Any) -> int:
+    """Of values and of tangents, those of the weight aside."""
+    return 2 * _embed_flops(x, weight)
+
+
 def _embed_backward_flops(
     dtokens: Any, x: tuple[int, ...], weight: tuple[int, ...], image: bool, **kw: Any
 ) -> int:
@@ -308,7 +404,7 @@ def _embed_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _embed_autograd(ctx: Any, dtokens: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    image, _, _, position, _ = ctx.needs_input_grad
+    image, _, _, position, *_ = ctx.needs_input_grad
     dx, dweight, dbias = _embed_backward_op.in_backward(ctx, image, dtokens, x, weight, image)
     dpos = dtokens.sum(0, keepdim=True).to(ctx.pos_dtype) if position else None
     return dx if image else None, dweight, dbias.to(ctx.bias_dtype), dpos
@@ -321,6 +417,7 @@ _embed_op = define_op(
     backward=_embed_autograd,
     setup_context=_embed_context,
     flops=_embed_flops,
+    dual=Dual(_embed_dual_reference, lambda *_: _embed_dual, _embed_dual_flops),
 )
 
 
@@ -343,6 +440,21 @@ def _unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
 
 def _unpatchify_reference(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
     return reference.unpatchify(tokens, patch, height, width).clone()
+
+
+def _unpatchify_dual(
+    tokens: Tensor, patch: int, height: int, width: int, tokens_t: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _unpatchify(tokens, patch, height, width), _unpatchify(tokens_t, patch, height, width)
+
+
+def _unpatchify_dual_reference(
+    tokens: Tensor, patch: int, height: int, width: int, tokens_t: Tensor
+) -> tuple[Tensor, Tensor]:
+    return (
+        _unpatchify_reference(tokens, patch, height, width),
+        _unpatchify_reference(tokens_t, patch, height, width),
+    )
 
 
 def _patchify(images: Tensor, patch: int) -> Tensor:
@@ -376,6 +488,7 @@ _unpatchify_op = define_op(
     reference_impl=_unpatchify_reference,
     backward=_unpatchify_autograd,
     setup_context=_unpatchify_context,
+    dual=Dual(_unpatchify_dual_reference, lambda *_: _unpatchify_dual),
 )
 
 

@@ -8,6 +8,7 @@ Shapes    qkv, out (B, T, 3 * H * K), rows [q; k; v] of (H, K) each; bias (3 * H
 Backward  with h = x * rstd and d = R^T d_out: d_weight = sum_BTH(d * h), g = d * weight,
           d_x = rstd * (g - h * mean_K(g * h)), d_bias = sum_BT(d_x). rstd is recomputed from qkv; without a norm
           d_x = d, and qkv is not kept. rotation is a constant.
+Tangents  n_t = rstd * (x_t - h * mean_K(h * x_t)) * weight + h * weight_t, out_t = R n_t, in one pass with out.
 Traffic   U = B * T * H * K: forward 6 U (qkv, out); backward 8 U (d_out, q and k, d_qkv), 6 U without a norm.
 Numerics  float32 (float64 for float64), one rounding at the store, out in the dtype of qkv; sums over tokens are
           partial sums added in a fixed order, without atomics.
@@ -26,7 +27,7 @@ from dit_fast.kernels import reference
 from dit_fast.kernels.attention.attention import MAX_HEAD_DIM, check_packed
 from dit_fast.kernels.device import part, row_sum, split_tokens
 from dit_fast.kernels.launch import accumulator, as_bias, cast, cdiv, prepare, recording, row_parts
-from dit_fast.kernels.library import Run, check_tensors, define_op, uses_triton
+from dit_fast.kernels.library import Dual, Run, check_tensors, define_op, uses_triton
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,110 @@ def _qk_norm_rope_fwd_kernel(
         _forward_tile(
             qkv_ptr, bias_ptr, None, None, out_ptr, o_row, o_head, o_t, m_t, EPS, H, K, MAIN, TAIL, ACC
         )
+
+
+@triton.jit
+def _dual_tile(
+    qkv_ptr, qkv_t_ptr, bias_ptr, bias_t_ptr, weight_ptr, weight_t_ptr, rotation_ptr, out_ptr, out_t_ptr, o_row,
+    o_head, o_t, m_t, EPS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Store `out` and its tangent of a tile of rows: one head of one token each."""
+    x = load_heads(qkv_ptr, bias_ptr, o_row, o_head, m_t, 0, MAIN, K, ACC)
+    x_t = load_heads(qkv_t_ptr, bias_t_ptr, o_row, o_head, m_t, 0, MAIN, K, ACC)
+    if TAIL > 0:
+        tail = load_heads(qkv_ptr, bias_ptr, o_row, o_head, m_t, MAIN, TAIL, K, ACC)
+        tail_t = load_heads(qkv_t_ptr, bias_t_ptr, o_row, o_head, m_t, MAIN, TAIL, K, ACC)
+    if weight_ptr is not None:
+        squares, along = row_sum(x * x), row_sum(x * x_t)
+        if TAIL > 0:
+            squares += row_sum(tail * tail)
+            along += row_sum(tail * tail_t)
+        rstd = 1 / tl.sqrt(squares / K + EPS)
+        along = along * rstd / K
+        x, x_t = _normed(x, x_t, rstd, along, weight_ptr, weight_t_ptr, o_head // H, m_t, 0, MAIN, K)
+        if TAIL > 0:
+            tail, tail_t = _normed(
+                tail, tail_t, rstd, along, weight_ptr, weight_t_ptr, o_head // H, m_t, MAIN, TAIL, K
+            )
+    if rotation_ptr is not None:
+        x = turned(x, rotation_ptr, o_t, m_t, 0, K, False)
+        x_t = turned(x_t, rotation_ptr, o_t, m_t, 0, K, False)
+        if TAIL > 0:
+            tail = turned(tail, rotation_ptr, o_t, m_t, MAIN, K, False)
+            tail_t = turned(tail_t, rotation_ptr, o_t, m_t, MAIN, K, False)
+    store_heads(out_ptr, x, o_row, m_t, 0, K)
+    store_heads(out_t_ptr, x_t, o_row, m_t, 0, K)
+    if TAIL > 0:
+        store_heads(out_ptr, tail, o_row, m_t, MAIN, K)
+        store_heads(out_t_ptr, tail_t, o_row, m_t, MAIN, K)
+
+
+@triton.jit
+def _normed(
+    x, x_t, rstd, along, weight_ptr, weight_t_ptr, o_norm, m_t, START: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
+    """h * weight and its tangent on one part, h_t = rstd * (x_t - h * along) with along = mean_K(h * x_t)."""
+    weight = load_heads(weight_ptr, None, o_norm, o_norm, m_t, START, SIZE, K, x.dtype)
+    h = x * rstd
+    n_t = rstd * (x_t - h * along) * weight
+    if weight_t_ptr is not None:
+        n_t += h * load_heads(weight_t_ptr, None, o_norm, o_norm, m_t, START, SIZE, K, x.dtype)
+    return h * weight, n_t
+
+
+@triton.jit
+def _qk_norm_rope_dual_kernel(
+    # pointers
+    qkv_ptr,  # (B, T, 3 * H * K) packed projection
+    qkv_t_ptr,  # (B, T, 3 * H * K) its tangent
+    bias_ptr,  # (3 * H * K,) of the projection, or None
+    bias_t_ptr,  # (3 * H * K,), or None
+    weight_ptr,  # (2, K) of the norms of queries and keys, or None: no norm
+    weight_t_ptr,  # (2, K), or None
+    rotation_ptr,  # (B or 1, T, K / 2, 2) cosines and sines, or None
+    out_ptr,  # (B, T, 3 * H * K)
+    out_t_ptr,  # (B, T, 3 * H * K) its tangent
+    # sizes, strides
+    T,  # tokens of a sample
+    stride_rotation,  # elements between the rotations of two samples, 0 where all share one
+    # meta
+    EPS: tl.constexpr,  # added to the mean square
+    H: tl.constexpr,  # heads
+    K: tl.constexpr,  # columns of a head
+    TOKENS: tl.constexpr,  # tokens of a tile
+    HEADS: tl.constexpr,  # heads of a tile
+    MAIN: tl.constexpr,  # columns of the main part, a power of two
+    TAIL: tl.constexpr,  # columns of the rest, or 0
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
+    pid = tl.program_id(0)
+    # Groups of HEADS heads in the order of memory: queries', keys', values'.
+    group = pid % (3 * H // HEADS)
+    tile = pid // (3 * H // HEADS)
+    tiles = tl.cdiv(T, TOKENS)
+    b = (tile // tiles).to(tl.int64)
+    o_t = (tile % tiles) * TOKENS + tl.arange(0, TOKENS * HEADS) // HEADS
+    m_t = o_t < T
+    o_head = group * HEADS + tl.arange(0, TOKENS * HEADS) % HEADS
+    o_row = o_t * (3 * H) + o_head
+    sample = b * T * (3 * H * K)
+    qkv_ptr += sample
+    qkv_t_ptr += sample
+    out_ptr += sample
+    out_t_ptr += sample
+    if rotation_ptr is not None:
+        rotation_ptr += b * stride_rotation
+    if group < 2 * H // HEADS:
+        _dual_tile(
+            qkv_ptr, qkv_t_ptr, bias_ptr, bias_t_ptr, weight_ptr, weight_t_ptr, rotation_ptr, out_ptr, out_t_ptr, o_row,
+            o_head, o_t, m_t, EPS, H, K, MAIN, TAIL, ACC,
+        )  # fmt: skip
+    else:
+        _dual_tile(
+            qkv_ptr, qkv_t_ptr, bias_ptr, bias_t_ptr, None, None, None, out_ptr, out_t_ptr, o_row, o_head, o_t, m_t,
+            EPS, H, K, MAIN, TAIL, ACC,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -398,6 +503,44 @@ def _backward(
     return run
 
 
+def _dual(
+    qkv: Tensor, num_heads: int, bias: Tensor | None, weight: Tensor | None, rotation: Tensor | None, eps: float,
+    *_: Any,
+) -> Run:  # fmt: skip
+    B, T, packed = qkv.shape
+    K = packed // (3 * num_heads)
+    cfg = head_launch(B, T, num_heads, K, 4)
+    start = prepare(
+        _qk_norm_rope_dual_kernel, (B * cdiv(T, cfg.tokens) * (3 * num_heads // cfg.heads),), on=qkv,
+        num_warps=cfg.num_warps,
+        T=T,
+        EPS=eps, H=num_heads, K=K, **cfg.meta, ACC=accumulator(qkv),
+    )  # fmt: skip
+
+    def run(
+        qkv: Tensor, num_heads: int, bias: Tensor | None, weight: Tensor | None, rotation: Tensor | None, eps: float,
+        qkv_t: Tensor, bias_t: Tensor | None, weight_t: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        qkv, (rotation, stride) = qkv.contiguous(), _samples(rotation)
+        out, out_t = torch.empty_like(qkv), torch.empty_like(qkv)
+        start(
+            qkv_ptr=qkv, qkv_t_ptr=qkv_t.contiguous(), bias_ptr=as_bias(bias), bias_t_ptr=as_bias(bias_t),
+            weight_ptr=as_bias(weight), weight_t_ptr=as_bias(weight_t), rotation_ptr=rotation,
+            out_ptr=out, out_t_ptr=out_t, stride_rotation=stride,
+        )  # fmt: skip
+        return out, out_t
+
+    return run
+
+
+def _dual_reference(
+    qkv: Tensor, num_heads: int, bias: Tensor | None, weight: Tensor | None, rotation: Tensor | None, eps: float,
+    qkv_t: Tensor, bias_t: Tensor | None, weight_t: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    given = qkv, num_heads, bias, weight, rotation, eps
+    return reference.qk_norm_rope(*given), reference.qk_norm_rope_tangent(*given, qkv_t, bias_t, weight_t)
+
+
 _backward_op = define_op(
     "qk_norm_rope_backward", plan=_backward, reference_impl=reference.qk_norm_rope_backward
 )
@@ -424,6 +567,7 @@ _forward_op = define_op(
     check=_check,
     backward=_autograd,
     setup_context=_context,
+    dual=Dual(_dual_reference, _dual),
 )
 
 

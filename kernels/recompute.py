@@ -9,6 +9,7 @@ Numerics  the same expression on the same x and moments as in the forward pass.
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -128,6 +129,12 @@ def linear(y: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: NormRe
     y (B, T, D); weight (F, D) and bias (F,) are cast to the dtype of y; `recipe` must be that of y, whose gradient
     goes through y alone. Chen et al. 2016, Training deep nets with sublinear memory cost.
     """
+    value, tangent = fwAD.unpack_dual(y)
+    if tangent is not None and all(w is None or fwAD.unpack_dual(w).tangent is None for w in (weight, bias)):
+        # PyTorch multiplies y by the tangent of the weight as well, zeros, where it compiles.
+        return fwAD.make_dual(
+            linear(value, weight, bias, recipe), F.linear(tangent, weight.to(tangent.dtype))
+        )
     if recipe is None:
         return F.linear(y, weight, bias)
     weight, bias = weight.to(y.dtype), None if bias is None else bias.to(y.dtype)

@@ -334,6 +334,122 @@ def patch_embed_backward(dtokens: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
     return dx.to(x.dtype), dweight.to(weight.dtype), dtokens.sum((0, 1)).to(weight.dtype)
 
 
+def total(*terms: Tensor | None) -> Tensor:
+    """The sum of the terms that are not None."""
+    first, *rest = [term for term in terms if term is not None]
+    return sum(rest, first)
+
+
+def times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a * b, None for None."""
+    return None if a is None or b is None else a * b
+
+
+def norm_tangent(x: Tensor, x_t: Tensor, mean: Tensor, rstd: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """h = (x - mean) * rstd and its tangent rstd * (c - h * mean_D(h * c)), c = x_t - mean_D(x_t); see `moments`."""
+    x_t, mean, rstd = x_t.to(accumulator(x)), mean[..., None], rstd[..., None]
+    h = (x.to(accumulator(x)) - mean) * rstd
+    if centred:
+        x_t = x_t - x_t.mean(-1, keepdim=True)
+    return h, rstd * (x_t - h * (h * x_t).mean(-1, keepdim=True))
+
+
+def modulated_tangent(
+    x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool, x_t: Tensor, shift_t: Tensor | None,
+    scale_t: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The tangent of `adaln_modulate`: h_t * (1 + scale) + h * scale_t + shift_t, in the dtype of `scale`."""
+    acc = accumulator(x)
+    h, h_t = norm_tangent(x, x_t, mean, rstd, centred)
+    scale_t, shift_t = (None if v is None else v.to(acc)[:, None] for v in (scale_t, shift_t))
+    return total(h_t * (1 + scale.to(acc)[:, None]), times(h, scale_t), shift_t).to(scale.dtype)
+
+
+def gated_residual_tangent(
+    branch: Tensor, gate: Tensor, bias: Tensor | None, x_t: Tensor, branch_t: Tensor, gate_t: Tensor | None,
+    bias_t: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """x_t + gate * (branch_t + bias_t) + gate_t * (branch + bias), in the dtype of `x_t`."""
+    acc = accumulator(x_t)
+    biased, biased_t = total(branch.to(acc), bias), total(branch_t.to(acc), bias_t)
+    turned = times(None if gate_t is None else gate_t.to(acc)[:, None], biased)
+    return total(x_t.to(acc), gate.to(acc)[:, None] * biased_t, turned).to(x_t.dtype)
+
+
+def gelu_tangent(pre: Tensor, bias: Tensor | None, pre_t: Tensor, bias_t: Tensor | None) -> Tensor:
+    """The slope of `gelu` at pre + bias times pre_t + bias_t."""
+    acc = accumulator(pre)
+    return gelu_backward(total(pre_t.to(acc), bias_t), total(pre.to(acc), bias), None)[0].to(pre.dtype)
+
+
+def swiglu_tangent(pre: Tensor, bias: Tensor | None, pre_t: Tensor, bias_t: Tensor | None) -> Tensor:
+    """(s + g s (1 - s)) g_t v + g s v_t with [g; v] = pre + bias, [g_t; v_t] = pre_t + bias_t and s = sigmoid(g)."""
+    acc = accumulator(pre)
+    gate, value = total(pre.to(acc), bias).chunk(2, dim=-1)
+    gate_t, value_t = total(pre_t.to(acc), bias_t).chunk(2, dim=-1)
+    s = torch.sigmoid(gate)
+    return ((s + gate * s * (1 - s)) * gate_t * value + gate * s * value_t).to(pre.dtype)
+
+
+ACTIVATION_TANGENTS = {"gelu": gelu_tangent, "swiglu": swiglu_tangent}
+
+
+def linear_tangent(
+    x: Tensor, weight: Tensor, x_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None = None
+) -> Tensor:
+    """The tangent of x weight^T + bias."""
+    tangent = F.linear(x_t, weight, bias_t)
+    return tangent if weight_t is None else tangent + F.linear(x, weight_t)
+
+
+def attention_tangent(
+    qkv: Tensor, num_heads: int, bias: Tensor | None, qkv_t: Tensor, bias_t: Tensor | None
+) -> Tensor:
+    """The tangent of `attention`, P_t v + P v_t.
+
+    S_t = (q_t k^T + q k_t^T) / sqrt(K), P_t = P (S_t - sum(P S_t)).
+    """
+    q, k, v, p, _ = attention_probabilities(qkv, num_heads, bias)
+    B, H, T, K = q.shape
+    packed = total(qkv_t.to(q.dtype), bias_t).reshape(B, T, 3, H, K)
+    q_t, k_t, v_t = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    s_t = (q_t @ k.transpose(-1, -2) + q @ k_t.transpose(-1, -2)) * K**-0.5
+    p_t = p * (s_t - (p * s_t).sum(-1, keepdim=True))
+    return (p_t @ v + p @ v_t).transpose(1, 2).reshape(B, T, H * K).to(qkv.dtype)
+
+
+def qk_norm_rope_tangent(
+    qkv: Tensor, num_heads: int, bias: Tensor | None, weight: Tensor | None, rotation: Tensor | None, eps: float,
+    qkv_t: Tensor, bias_t: Tensor | None, weight_t: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The tangent of `qk_norm_rope`: as that of an RMSNorm, turned; the rotation is a constant."""
+    acc = accumulator(qkv)
+    heads, sizes = (3 * num_heads, -1), (2 * num_heads, num_heads)
+    qk_t, v_t = total(qkv_t.to(acc), bias_t).unflatten(2, heads).split(sizes, dim=2)
+    if weight is not None:
+        x = total(qkv.to(acc), bias).unflatten(2, heads)[:, :, : sizes[0]]
+        h, h_t = norm_tangent(x, qk_t, *moments(x, eps, False), centred=False)
+        weight, weight_t = (
+            None if w is None else w.to(acc).repeat_interleave(num_heads, 0) for w in (weight, weight_t)
+        )
+        qk_t = total(times(h_t, weight), times(h, weight_t))
+    if rotation is not None:
+        qk_t = rotate(qk_t, rotation.to(acc))
+    return torch.cat([qk_t, v_t], dim=2).flatten(2).to(qkv.dtype)
+
+
+def patch_embed_tangent(
+    x: Tensor, weight: Tensor, x_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None,
+    pos_t: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The tangent of `patch_embed`, in the dtype of the product of image and weight, or a wider one of `pos_t`."""
+    stride = weight.shape[-1]
+    tokens = F.conv2d(x_t.to(weight.dtype), weight, bias_t, stride=stride)
+    if weight_t is not None:
+        tokens = tokens + F.conv2d(x.to(weight.dtype), weight_t, stride=stride)
+    return total(tokens.flatten(2).transpose(1, 2).contiguous(), pos_t)
+
+
 def grad_square_sum(grads: Sequence[Tensor]) -> Tensor:
     """The sum of squares of all gradients, (1,), from their norms as `clip_grad_norm_` takes them."""
     norms = torch._foreach_norm(list(grads), 2, dtype=accumulator(grads[0]))

@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_fast.kernels import reference
 from dit_fast.kernels.adaln import adaln_modulate, gated_residual, gated_residual_adaln
 from dit_fast.kernels.attention.attention import attention
+from dit_fast.kernels.forward_mode import jvp
 from dit_fast.kernels.mlp.gelu import gelu
 from dit_fast.kernels.mlp.mlp import mlp
 from dit_fast.kernels.mlp.swiglu import swiglu
@@ -225,3 +226,69 @@ def _with_rmsnorm(spec: OpSpec) -> OpSpec:
 
 _NORMED = (REGISTRY["adaln_modulate"], REGISTRY["gated_residual_adaln"])
 REGISTRY |= {spec.key: spec for spec in map(_with_rmsnorm, _NORMED)}
+
+
+def dual(spec: OpSpec, along: Sequence[str] | None = None) -> OpSpec:
+    """The operation and its forward-mode derivative: outputs and their tangents, given tangents of the inputs `along`.
+
+    None: of all that are differentiable. The reference is PyTorch's own forward mode on the operation's.
+    """
+    example = spec.make_inputs(
+        (1, 4, 72), torch.float32, torch.float32, lambda *size, dtype: torch.ones(size)
+    )
+    parameters = list(inspect.signature(spec.reference).parameters.values())[: len(example)]
+    names = [
+        parameter.name
+        for parameter, differentiable in zip(parameters, spec.differentiable(example), strict=True)
+        if differentiable and (along is None or parameter.name in along)
+    ]
+
+    def make_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make: Make) -> tuple[Any, ...]:
+        values, others = (spec.make_inputs(shape, stream, low, make) for _ in range(2))
+        places = [parameter.name for parameter in parameters]
+        return *values, *(others[places.index(name)] for name in names)
+
+    def dual_of(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
+            values, given = (
+                inputs[: len(parameters)],
+                dict(zip(names, inputs[len(parameters) :], strict=True)),
+            )
+            tangents = [given.get(parameter.name) for parameter in parameters]
+            tangents = [None if x is None else x_t for x, x_t in zip(values, tangents, strict=True)]
+            outputs, along = jvp(partial(function, **keywords), values, tangents)
+            return *as_tuple(outputs), *as_tuple(along)
+
+        # A default, since the values may have one; not None, which is that of what may be left out.
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        added = [inspect.Parameter(f"{name}_t", kind, default=0) for name in names]
+        named = [parameter.replace(kind=kind) for parameter in parameters]
+        call.__signature__ = inspect.Signature([*named, *added])  # type: ignore[attr-defined]
+        return call
+
+    def twice(elements: Callable[[int, int, int], int]) -> Callable[[int, int, int], int]:
+        return lambda B, T, D: 2 * elements(B, T, D)
+
+    return replace(
+        spec, variant=f"{spec.variant}-dual".lstrip("-"), op=dual_of(spec.op), reference=dual_of(spec.reference),
+        make_inputs=make_inputs, forward_elements=twice(spec.forward_elements),
+        products=lambda B, T, D: (3 if spec.name == "attention" else 2) * spec.products(B, T, D),
+    )  # fmt: skip
+
+
+def as_tuple(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+ACTIVATIONS = ("x", "branch", "gate", "shift", "scale", "pre", "qkv", "tokens")
+"""What has a tangent where an image and a timestep have one: all but parameters."""
+
+DUALS: dict[str, OpSpec] = {
+    spec.key: spec
+    for spec in (
+        dual(spec, ACTIVATIONS)
+        for spec in REGISTRY.values()
+        if hasattr(torch.ops.dit_fast, f"{spec.name}_dual")
+    )
+}
+"""Each operation on values and tangents, as a pass of a model along a direction calls it."""

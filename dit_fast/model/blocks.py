@@ -5,15 +5,17 @@ so that the addition and the next norm are one pass over memory. Biases are dela
 that adds a bias also sums its gradient.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, TypeGuard, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit_fast.kernels import adaln_modulate, gated_residual, gated_residual_adaln, mlp, uses_triton
+from dit_fast.kernels import adaln_modulate, gated_residual, gated_residual_adaln, jvp, mlp, uses_triton
 from dit_fast.kernels.adaln import adaln_with_moments, gated_residual_adaln_with_moments
+from dit_fast.kernels.attention.backends import scaled_dot_product
 from dit_fast.kernels.library import is_centred
 from dit_fast.kernels.recompute import NormRecipe
 from dit_fast.model.backends import Backends
@@ -174,11 +176,20 @@ class TransformerBlock(nn.Module):
         c: Tensor | None = None,
         modulation: Tensor | None = None,
         layout: Layout | None = None,
-    ) -> Tensor | Stream:
-        """`modulation`: the output of `condition_layer` for c, computed earlier; c is then not read."""
-        stream = x if isinstance(x, Stream) else Stream(x, layout=layout)
-        stream = self.advance(stream, c, modulation)
-        return stream if isinstance(x, Stream) else stream.add(self.backends.kernels)
+        tangents: tuple[Any, Any] | None = None,
+    ) -> Any:
+        """`modulation`: the output of `condition_layer` for c, computed earlier; c is then not read.
+
+        With `tangents`, of x and c, the output and its tangent, see `dit_fast.kernels.jvp`: forward mode begins and
+        ends within the block, whose hooks and recomputation see plain tensors.
+        """
+
+        def run(x: Tensor | Stream, c: Tensor | None) -> Tensor | Stream:
+            stream = x if isinstance(x, Stream) else Stream(x, layout=layout)
+            stream = self.advance(stream, c, modulation)
+            return stream if isinstance(x, Stream) else stream.add(self.backends.kernels)
+
+        return run(x, c) if tangents is None else jvp(run, (x, c), tangents)
 
     def advance(self, stream: Stream, c: Tensor | None, modulation: Tensor | None) -> Stream:
         """The block's branches on a stream; the last addition stays pending."""
@@ -291,13 +302,34 @@ def run_block(
     A block that does not take a stream gets and returns (N, T, D), which its hooks then see, as in the reference; its
     last addition is not fused with the next norm. `recompute`: save the block's inputs only.
     """
-    arguments = arguments_of(block, stream, c, modulation, kernels)
-    if recompute:
-        # A block draws no random numbers, and generator states cannot be read during CUDA graph capture.
-        output = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-    else:
-        output = block(*arguments)
+    output = _call(block, arguments_of(block, stream, c, modulation, kernels), recompute)
     return output if isinstance(output, Stream) else Stream(output, layout=stream.layout)
+
+
+def run_block_along(
+    block: nn.Module,
+    stream: Stream,
+    c: Tensor,
+    tangents: tuple[Any, Any],
+    *,
+    kernels: str,
+    recompute: bool = False,
+) -> tuple[Stream, Any]:
+    """`run_block` and the tangent of its output, given those of stream and c.
+
+    A block that does not take a stream is given dual tensors, so that what it and its hooks compute has a tangent too.
+    """
+    if takes_stream(block):
+        return _call(block, (stream, c, None, None, tangents), recompute)
+    run = functools.partial(run_block, block, kernels=kernels)
+    return _call(jvp, (run, (stream, c), tangents), recompute)
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...], recompute: bool) -> Any:
+    if not recompute:
+        return function(*arguments)
+    # A block draws no random numbers, and generator states cannot be read during CUDA graph capture.
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def run_final_layer(
@@ -369,7 +401,7 @@ class FinalLayer(Projection):
         if modulation is None:
             modulation = self.adaLN_modulation(c)
         shift, scale = modulation.chunk(2, dim=1)
-        return self.linear(normed(stream, self.norm_final, self.backends.kernels, shift, scale).y)
+        return with_bias(self.linear, normed(stream, self.norm_final, self.backends.kernels, shift, scale).y)
 
 
 ADAPTIVE = ("adaln_zero", "adaln")
@@ -404,7 +436,7 @@ class CrossAttention(nn.Module):
         q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         mask = None if present is None else present[:, None, None]
-        out = F.scaled_dot_product_attention(q, k, v, mask)
+        out = scaled_dot_product(q, k, v, mask)
         return out.transpose(1, 2).reshape(N, T, D)
 
     def forward(
@@ -474,7 +506,7 @@ class PlainFinalLayer(Projection):
         self, x: Tensor | Stream, c: Tensor | None = None, modulation: Tensor | None = None
     ) -> Tensor:
         stream = x if isinstance(x, Stream) else Stream(x)
-        return self.linear(normed(stream, self.norm_final, self.backends.kernels).y)
+        return with_bias(self.linear, normed(stream, self.norm_final, self.backends.kernels).y)
 
 
 _FORWARDS = (TransformerBlock.forward, FinalLayer.forward, PlainFinalLayer.forward)

@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dit_fast import __version__
 from dit_fast.errors import ConfigError
-from dit_fast.kernels import unpatchify
+from dit_fast.kernels import jvp, unpatchify
 from dit_fast.model.backends import Backends, one_of
-from dit_fast.model.blocks import ADAPTIVE, BLOCKS, Stream, run_block, run_final_layer, takes_stream
+from dit_fast.model.blocks import (
+    ADAPTIVE,
+    BLOCKS,
+    Stream,
+    run_block,
+    run_block_along,
+    run_final_layer,
+    takes_stream,
+)
 from dit_fast.model.config import OPTIONS, PAPER, check_sizes
 from dit_fast.model.embedders import CaptionEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, as_pair
 from dit_fast.model.folder import load_weights, plain_state, read_model, write_model
@@ -174,7 +182,22 @@ class DiT(nn.Module):
         if self.positions == "learned":
             nn.init.normal_(self.pos_embed, std=0.02)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    @overload
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, tangents: tuple[Tensor | None, Tensor | None]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        *,
+        tangents: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict the noise (and variance) of noisy latents.
 
         In training mode, a fraction `class_dropout_prob` of the labels or captions is replaced by the null one.
@@ -184,16 +207,39 @@ class DiT(nn.Module):
                 the positions that `regrid` would give it.
             t: Timesteps (N,), integer or fractional.
             y: Class labels (N,), or captions (N, S, E) of any S; ignored by an unconditional model.
+            tangents: A direction, of x and of t, each in the shape and dtype of its value, or None for a constant; t
+                is then fractional. The derivative of the prediction along it comes out of the same pass.
 
         Returns:
-            The prediction (N, out_channels, H, W).
+            The prediction (N, out_channels, H, W); with `tangents` a pair, the prediction, which has its gradient as
+            ever, and its derivative, which is a constant: the Jacobian-vector product of MeanFlow (Geng et al. 2025,
+            equation 8) and of continuous-time consistency models (Lu & Song 2024, appendix F).
 
         Raises:
             ConfigError: Inputs that do not fit each other or the model.
         """
         t = self._check_inputs(x, t, y)
+        grid = self.x_embedder.grid_of(x.shape[-2:])
+        if tangents is None:
+            stream, c = self._start(x, t, y)
+            return self._to_images(self._run_blocks(stream, c), grid)
+        recompute = self._recomputes_blocks
+        (stream, c), along = jvp(self._start, (x, t, y), self._check_tangents(x, t, *tangents))
+        for block in self.blocks:
+            stream, stream_t = run_block_along(
+                block, stream, c, along, kernels=self.kernels, recompute=recompute
+            )
+            along = (stream_t, along[1])
+
+        def finish(stream: Stream, c: Tensor) -> Tensor:
+            return self._to_images(run_final_layer(self.final_layer, stream, c, kernels=self.kernels), grid)
+
+        return jvp(finish, (stream, c), along)
+
+    def _start(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Stream, Tensor]:
+        """The token sequence and the blocks' condition."""
         c = self.condition(self.embed_times(t), self.embed_labels(y, self.training))
-        return self._to_images(self._run_blocks(self._tokens(x, c), c), self.x_embedder.grid_of(x.shape[-2:]))
+        return self._tokens(x, c), c
 
     def forward_mixed(self, images: Sequence[Tensor], t: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """`forward` of N images of different sizes in one batch, each (C, H, W): N predictions (out_channels, H, W).
@@ -279,6 +325,27 @@ class DiT(nn.Module):
                 )
         return t
 
+    @staticmethod
+    def _check_tangents(
+        x: Tensor, t: Tensor, x_t: Tensor | None, t_t: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        """Tangents of x, t and y; ConfigError for one that does not fit its value."""
+        if t_t is not None and t_t.shape == (1,):
+            t_t = t_t.expand(t.shape)
+        for name, value, tangent in (("x", x, x_t), ("t", t, t_t)):
+            if tangent is None:
+                continue
+            if not value.is_floating_point():
+                raise ConfigError(f"{name} is {value.dtype}: give fractions where it has a tangent")
+            if (tangent.shape, tangent.dtype, tangent.device) != (value.shape, value.dtype, value.device):
+                found, wanted = (
+                    f"{tuple(part.shape)} {part.dtype} on {part.device}" for part in (tangent, value)
+                )
+                raise ConfigError(f"the tangent of {name} is {found}, {name} {wanted}: give it like {name}")
+        if x_t is None and t_t is None:
+            raise ConfigError("tangents=(None, None) is no direction: give that of x or of t, or no tangents")
+        return x_t, t_t, None
+
     def embed_times(self, t: Tensor) -> Tensor:
         """Embedded timesteps (N, D)."""
         if isinstance(self.t_embedder, TimestepEmbedder):
@@ -358,10 +425,13 @@ class DiT(nn.Module):
 
     def _run_blocks(self, stream: Stream, c: Tensor) -> Tensor:
         """Blocks and final layer: (N, T, P * P * C); T includes in-context condition tokens and padding."""
-        recompute = self.backends.recompute == "blocks" and torch.is_grad_enabled()
         for block in self.blocks:
-            stream = run_block(block, stream, c, kernels=self.kernels, recompute=recompute)
+            stream = run_block(block, stream, c, kernels=self.kernels, recompute=self._recomputes_blocks)
         return run_final_layer(self.final_layer, stream, c, kernels=self.kernels)
+
+    @property
+    def _recomputes_blocks(self) -> bool:
+        return self.backends.recompute == "blocks" and torch.is_grad_enabled()
 
     def _to_images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images from the final layer's tokens, without those that belong to no patch."""

@@ -103,23 +103,33 @@ class TimestepEmbedder(nn.Module):
         self.frequency_embedding_size = frequency_embedding_size
 
     @staticmethod
-    def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000, freq_shift: float = 0) -> Tensor:
-        """(N,) timesteps, also fractional, to (N, dim) float32: [cos(t f), sin(t f)].
+    def timestep_embedding(
+        t: Tensor,
+        dim: int,
+        max_period: float = 10000,
+        freq_shift: float = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """(N,) timesteps, also fractional, to (N, dim): [cos(t f), sin(t f)].
 
         f = max_period^(-i / (half - freq_shift)), i = 0, ..., half - 1.
         """
         half = dim // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t.device)
+        exponents = torch.arange(half, dtype=dtype, device=t.device)
         freqs = torch.exp(-math.log(max_period) * exponents / (half - freq_shift))
-        args = t[:, None].float() * freqs[None]
+        args = t[:, None].to(dtype) * freqs[None]
         embedding = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
         return nn.functional.pad(embedding, (0, dim % 2))
 
     def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Timesteps (N,) to (N, D); `dtype`: of the input of the layers, None: of the first one's weight."""
         # Sinusoids in float32 also for low-precision weights: bfloat16 rounds timesteps above 256.
-        t_freq = self.timestep_embedding(t, self.frequency_embedding_size, freq_shift=self.freq_shift)
-        return self.mlp(t_freq.to(dtype or cast(nn.Linear, self.mlp[0]).weight.dtype))
+        dtype = dtype or cast(nn.Linear, self.mlp[0]).weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        t_freq = self.timestep_embedding(
+            t, self.frequency_embedding_size, freq_shift=self.freq_shift, dtype=wide
+        )
+        return self.mlp(t_freq.to(dtype))
 
 
 class LabelEmbedder(nn.Module):

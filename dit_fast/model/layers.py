@@ -10,6 +10,7 @@ from torch.nn.modules import module as every_module
 
 from dit_fast.kernels import attention, qk_norm_rope, uses_triton
 from dit_fast.kernels.attention.attention import MAX_HEAD_DIM, attention_backend
+from dit_fast.kernels.attention.backends import scaled_dot_product
 from dit_fast.kernels.recompute import NormRecipe, linear
 from dit_fast.kernels.reference import rotate
 from dit_fast.model.backends import Backends
@@ -269,7 +270,7 @@ class Attention(nn.Module):
         packed = qkv.unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
         mask = layout.present[:, None, None]
-        return nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return scaled_dot_product(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):

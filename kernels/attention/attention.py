@@ -17,9 +17,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from dit_fast.kernels import reference, tuned
+from dit_fast.kernels.attention import dual as attention_dual
 from dit_fast.kernels.attention import long as attention_long
 from dit_fast.kernels.attention import short as attention_short
 from dit_fast.kernels.attention.backends import (
@@ -29,7 +31,7 @@ from dit_fast.kernels.attention.backends import (
     sdpa_attention,
 )
 from dit_fast.kernels.launch import capability
-from dit_fast.kernels.library import Run, check_tensors, define_op, uses_triton
+from dit_fast.kernels.library import Dual, Run, check_tensors, define_op, uses_triton
 
 MAX_HEAD_DIM = 128
 
@@ -105,6 +107,22 @@ def _attention_autograd(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tenso
     return dqkv, None, None if bias is None else dbias
 
 
+def _attention_dual(qkv: Tensor, num_heads: int, bias: Tensor | None, *_: Tensor | None) -> Run:
+    return attention_dual.plan(qkv, num_heads)
+
+
+def _attention_dual_reference(
+    qkv: Tensor, num_heads: int, bias: Tensor | None, qkv_t: Tensor, bias_t: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    out_t = reference.attention_tangent(qkv, num_heads, bias, qkv_t, bias_t)
+    return *_attention_reference(qkv, num_heads, bias), out_t.contiguous()
+
+
+def _attention_dual_flops(qkv: tuple[int, ...], *rest: Any, **kw: Any) -> int:
+    """Six products for two: q k^T, q_t k^T, q k_t^T; P v, P_t v, P v_t."""
+    return 3 * _attention_flops(qkv)
+
+
 _attention_op = define_op(
     "attention",
     plan=_attention,
@@ -113,6 +131,7 @@ _attention_op = define_op(
     backward=_attention_autograd,
     setup_context=_attention_context,
     flops=_attention_flops,
+    dual=Dual(_attention_dual_reference, _attention_dual, _attention_dual_flops),
 )
 
 
@@ -125,9 +144,14 @@ def attention(
     rows contiguous; num_heads H; bias (3 * H * K,), to be added to qkv first, or None. Returns (B, T, H * K) in the
     dtype of `qkv`. backend: "auto", "triton" (these kernels), "sdpa" (PyTorch), "cudnn" (PyTorch with cuDNN first) or
     "flash" (a flash-attn package); see `choose_backend`. kernels: "triton" makes "auto" these kernels, "reference" is
-    PyTorch whatever the backend.
+    PyTorch whatever the backend. A qkv with a tangent (forward mode) takes these kernels or PyTorch's products.
     Raises ValueError for arguments that do not fit or an unknown value, ImportError where a package is missing.
     """
+    if fwAD.unpack_dual(qkv).tangent is not None:
+        # Ours alone has a forward-mode derivative.
+        K = check_packed("attention", qkv, num_heads, bias)
+        fused = uses_triton(kernels, qkv) and takes_head_dim(K)
+        return _attention_op(qkv, num_heads, bias)[0] if fused else sdpa_attention(qkv, num_heads, bias)
     if type(qkv) is not Tensor or torch.compiler.is_compiling():
         chosen = _checked_backend(qkv, num_heads, bias, backend, kernels)
     else:

@@ -8,11 +8,13 @@ All of them read the packed projection through views and have a gradient for the
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -145,13 +147,23 @@ def _flash_function(version: int) -> Callable[..., Any] | str:
         return " ".join(str(error).split())
 
 
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's scaled_dot_product_attention; where one of its arguments has a tangent, which it has no rule for, the
+    same step by step.
+    """
+    if all(fwAD.unpack_dual(x).tangent is None for x in (q, k, v)):
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+
+
 def sdpa_attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:
     """`attention` by torch.nn.functional.scaled_dot_product_attention."""
     if bias is not None:
         qkv = qkv + bias.to(qkv.dtype)
     B, T, packed = qkv.shape
     q, k, v = qkv.reshape(B, T, 3, num_heads, packed // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, packed // 3)
+    return scaled_dot_product(q, k, v).transpose(1, 2).reshape(B, T, packed // 3)
 
 
 def cudnn_attention(qkv: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:

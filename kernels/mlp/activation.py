@@ -10,21 +10,24 @@ from typing import Any
 from torch import Tensor
 
 from dit_fast.kernels import reference
-from dit_fast.kernels.library import Run, check_tensors, define_op
+from dit_fast.kernels.library import Dual, Run, check_tensors, define_op
 
 
 def define_activation(
     name: str,
     forward: Callable[[Tensor, int, int], Run],
     backward: Callable[[Tensor, int, int, bool, bool], Run],
+    dual: Callable[[Tensor, int, int], Run],
     parts: int = 1,
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Register `name` and `name`_backward, whose maths `reference` has under these names; returns `name`(pre, bias).
 
-    forward(on, N, F) and backward(on, N, F, activation, bias_gradient) prepare launches for N rows of F features like
-    `on`: run(pre, bias) -> act, and run(d_act, pre, bias) -> (d_pre, act, d_bias), the last two empty unless asked for.
+    forward(on, N, F), backward(on, N, F, activation, bias_gradient) and dual(on, N, F) prepare launches for N rows of F
+    features like `on`: run(pre, bias) -> act; run(d_act, pre, bias) -> (d_pre, act, d_bias), the last two empty unless
+    asked for; run(pre, bias, pre_t, bias_t) -> (act, act_t).
     """
     value, gradient = reference.ACTIVATIONS[name], reference.ACTIVATION_BACKWARDS[name]
+    tangent = reference.ACTIVATION_TANGENTS[name]
 
     def sizes(pre: Tensor) -> tuple[int, int]:
         return pre.numel() // pre.shape[-1], pre.shape[-1] // parts
@@ -75,6 +78,14 @@ def define_activation(
         dpre, _, dbias = backward_op.in_backward(ctx, None, dact, pre, bias, False, bias is not None)
         return dpre, None if bias is None else dbias
 
+    def plan_dual(pre: Tensor, *_: Any) -> Run:
+        return dual(pre, *sizes(pre))
+
+    def reference_dual(
+        pre: Tensor, bias: Tensor | None, pre_t: Tensor, bias_t: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return reference_forward(pre, bias), tangent(pre, bias, pre_t, bias_t).contiguous()
+
     return define_op(
         name,
         plan=plan_forward,
@@ -82,4 +93,5 @@ def define_activation(
         check=check,
         backward=autograd,
         setup_context=setup_context,
+        dual=Dual(reference_dual, plan_dual),
     )

@@ -4,6 +4,7 @@
 Shapes    pre, act (..., F); bias (F,) or None.
 Backward  with s = sigmoid(2 u): d_pre = d_act * (s + 2 v s (1 - s) u'), u' = sqrt(2 / pi) * (1 + 0.134145 v^2);
           d_bias = sum of d_pre over all rows. Only pre is saved: act can be recomputed in the same pass.
+Tangents  act_t = (s + 2 v s (1 - s) u') (pre_t + bias_t), in one pass with act.
 Traffic   in U = one (B, T, D) token tensor, F = 4 D: forward reads pre and writes act, 8 U; backward reads pre and
           d_act and writes d_pre, 12 U, and act on demand, 16 U. In the epilogue of a GEMM (gemm.py) the same work
           writes pre, 4 U, and reads it again, 4 U (and 4 U to write act again).
@@ -128,6 +129,41 @@ def _gelu_bwd_kernel(
         tl.store(partial_ptr + split * F + o_f, tl.sum(total, axis=0)[None, :], mask=m_f)
 
 
+@triton.jit
+def _gelu_dual_kernel(
+    # pointers
+    pre_ptr,  # (N, F) pre-activation without its bias
+    pre_t_ptr,  # (N, F) its tangent
+    bias_ptr,  # (F,), or None
+    bias_t_ptr,  # (F,), or None
+    act_ptr,  # (N, F) activation
+    act_t_ptr,  # (N, F) its tangent
+    # sizes
+    N,  # rows
+    F,  # features
+    # meta
+    ROWS: tl.constexpr,  # rows of a tile
+    BLOCK_F: tl.constexpr,  # columns of a tile
+    ACC: tl.constexpr,  # dtype of sums: float32, float64 for float64 input
+):
+    blocks = tl.cdiv(F, BLOCK_F)
+    pid = tl.program_id(0)
+    o_f = (pid % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    row = (pid // blocks).to(tl.int64) * ROWS
+    o_row = tl.arange(0, ROWS)[:, None]
+    mask = (row + o_row < N) & (o_f < F)
+    offsets = o_row * F + o_f
+    v = tl.load(pre_ptr + row * F + offsets, mask=mask, other=0.0).to(ACC)
+    v_t = tl.load(pre_t_ptr + row * F + offsets, mask=mask, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        v += tl.load(bias_ptr + o_f, mask=o_f < F, other=0.0).to(ACC)
+    if bias_t_ptr is not None:
+        v_t += tl.load(bias_t_ptr + o_f, mask=o_f < F, other=0.0).to(ACC)
+    act, slope = gelu_value_and_slope(v)
+    tl.store(act_ptr + row * F + offsets, act.to(act_ptr.dtype.element_ty), mask=mask)
+    tl.store(act_t_ptr + row * F + offsets, (slope * v_t).to(act_t_ptr.dtype.element_ty), mask=mask)
+
+
 def plan_gelu(on: Tensor, N: int, F: int) -> Callable[..., Tensor]:
     """run(pre, bias, act=None) of GELU(pre + bias) for N rows of F columns like `on`.
 
@@ -181,7 +217,28 @@ def plan_gelu_backward(
     return run
 
 
-_gelu = define_activation("gelu", plan_gelu, plan_gelu_backward)
+def plan_gelu_dual(on: Tensor, N: int, F: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """run(pre, bias, pre_t, bias_t) -> (act, act_t) for N rows of F columns like `on`."""
+    cfg = elementwise_launch(N, F, 4)
+    start = prepare(
+        _gelu_dual_kernel, (cdiv(N, cfg.rows) * cdiv(F, cfg.columns),), on=on, num_warps=cfg.num_warps,
+        N=N, F=F, **cfg.meta, ACC=accumulator(on),
+    )  # fmt: skip
+
+    def run(pre: Tensor, bias: Tensor | None, pre_t: Tensor, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:
+        pre, pre_t = pre.contiguous(), pre_t.contiguous()
+        act = torch.empty_like(pre)
+        act_t = torch.empty_like(act)
+        start(
+            pre_ptr=pre, pre_t_ptr=pre_t, bias_ptr=as_bias(bias), bias_t_ptr=as_bias(bias_t), act_ptr=act,
+            act_t_ptr=act_t,
+        )  # fmt: skip
+        return act, act_t
+
+    return run
+
+
+_gelu = define_activation("gelu", plan_gelu, plan_gelu_backward, plan_gelu_dual)
 
 
 def gelu(pre: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:

@@ -7,6 +7,9 @@ Shapes    x (..., D), fc1_weight (F, D), fc1_bias (F,), fc2_weight (E, F); out (
 Backward  pre = x fc1_weight^T + fc1_bias is saved, and act = f(pre) if kept, else recomputed:
           d_act = d_out fc2_weight, d_pre = f'(pre) d_act, d_fc2_weight = d_out^T act,
           d_fc1_weight = d_pre^T x, d_fc1_bias = sum(d_pre), d_x = d_pre fc1_weight.
+Tangents  pre_t = x_t fc1_weight^T, act_t = f'(pre) pre_t in one pass with act, out_t = act_t fc2_weight^T; whatever the
+          epilogue, products are PyTorch's and values and tangents have one each, as stacking them would keep the
+          tangents with every value that the backward pass needs.
 Traffic   beside the products, in U = one (B, T, D) token tensor, F = 4 D: a GELU pass of its own moves 8 forward and
           16 backward (12 with act kept); epilogues 4 forward (writing pre) and 4 backward (reading it), and 4 for act
           again. Keeping act costs 4 U of memory. SwiGLU's pass: 8 and 16 (13.3), act 2.7 U.
@@ -28,10 +31,10 @@ from torch import Tensor
 from dit_fast.kernels import reference, tuned
 from dit_fast.kernels.attention.backends import Choice
 from dit_fast.kernels.launch import cast, device_capability
-from dit_fast.kernels.library import DTYPES, Run, check_tensors, define_op, uses_triton
+from dit_fast.kernels.library import DTYPES, Dual, Run, check_tensors, define_op, uses_triton
 from dit_fast.kernels.mlp import cublaslt, gemm
-from dit_fast.kernels.mlp.gelu import plan_gelu, plan_gelu_backward
-from dit_fast.kernels.mlp.swiglu import plan_swiglu, plan_swiglu_backward
+from dit_fast.kernels.mlp.gelu import plan_gelu, plan_gelu_backward, plan_gelu_dual
+from dit_fast.kernels.mlp.swiglu import plan_swiglu, plan_swiglu_backward, plan_swiglu_dual
 from dit_fast.kernels.recompute import NormRecipe, adaln_from_moments
 
 Activation = Literal["gelu", "swiglu"]
@@ -189,6 +192,69 @@ def _mlp_reference(
     return out.view(*x.shape[:-1], out.shape[-1]), pre if training else torch.empty_like(empty), kept
 
 
+def _mlp_dual(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    keep_activation: bool,
+    training: bool,
+    epilogue: str,
+    activation: str,
+    *_: Tensor | None,
+) -> Run:
+    """Products by PyTorch, of values and of tangents, and one pass for the activations of both."""
+    lead, width = x.shape[:-1], x.shape[-1]
+    rows, features, _, _ = _separate(activation, x, fc1_weight.shape[0])
+    activate = (plan_swiglu_dual if activation == "swiglu" else plan_gelu_dual)(x, rows, features)
+
+    def run(
+        x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, keep_activation: bool, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *_, x_t, fc1_weight_t, fc1_bias_t, fc2_weight_t = rest
+        x, x_t = x.reshape(rows, width).contiguous(), x_t.reshape(rows, width).contiguous()
+        fc1_weight, fc2_weight = fc1_weight.contiguous(), fc2_weight.contiguous()
+        pre = F.linear(x, fc1_weight, fc1_bias)
+        pre_t = reference.linear_tangent(x, fc1_weight, x_t, fc1_weight_t, fc1_bias_t)
+        act, act_t = activate(pre, None, pre_t, None)
+        act_t = reference.linear_tangent(act, fc2_weight, act_t, fc2_weight_t)
+        out = F.linear(act.view(*lead, features), fc2_weight)
+        return out, pre, act if keep_activation else x.new_empty(0), act_t.view(out.shape)
+
+    return run
+
+
+def _mlp_dual_reference(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    keep_activation: bool,
+    training: bool,
+    epilogue: str,
+    activation: str,
+    stream: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    x_t: Tensor,
+    fc1_weight_t: Tensor | None,
+    fc1_bias_t: Tensor | None,
+    fc2_weight_t: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_mlp_reference`, with pre always: a transform of torch.func hides whether there is a gradient to come."""
+    out, pre, kept = _mlp_reference(
+        x, fc1_weight, fc1_bias, fc2_weight, keep_activation, True, epilogue, activation
+    )
+    rows, rows_t = x.reshape(-1, x.shape[-1]), x_t.reshape(-1, x.shape[-1])
+    pre_t = reference.linear_tangent(rows, fc1_weight, rows_t, fc1_weight_t, fc1_bias_t)
+    act = reference.ACTIVATIONS[activation](pre)
+    act_t = reference.ACTIVATION_TANGENTS[activation](pre, None, pre_t, None)
+    out_t = reference.linear_tangent(act, fc2_weight, act_t, fc2_weight_t)
+    return out, pre, kept, out_t.view(out.shape)
+
+
 def _mlp_backward(
     dout: Tensor,
     x: Tensor,
@@ -288,6 +354,13 @@ def _mlp_autograd(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | N
     return dx, *(rest if weights else (None, None, None)), *[None] * 9
 
 
+def _mlp_dual_flops(
+    x: tuple[int, ...], fc1: tuple[int, ...], _: Any, fc2: tuple[int, ...], *rest: Any, **kw: Any
+) -> int:
+    """Of values and of tangents, those of weights aside."""
+    return 2 * _mlp_flops(x, fc1, None, fc2)
+
+
 _mlp_op = define_op(
     "mlp",
     plan=_mlp,
@@ -296,6 +369,7 @@ _mlp_op = define_op(
     backward=_mlp_autograd,
     setup_context=_mlp_context,
     flops=_mlp_flops,
+    dual=Dual(_mlp_dual_reference, _mlp_dual, _mlp_dual_flops),
 )
 
 

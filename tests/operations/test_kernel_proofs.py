@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import dit_fast.kernels
-from benchmarks.ops.registry import REGISTRY
+from benchmarks.ops.registry import DUALS, REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 # Exported functions that are no operations.
-CHOICES = {"uses_triton", "choose_backend"}
+CHOICES = {"uses_triton", "choose_backend", "jvp"}
 # Operations without an OpSpec: why, and the file that proves them instead.
 PROVEN_ELSEWHERE = {
     "adamw_ema": ("changes its tensors in place, has no gradient", "tests/kernels/test_adamw_ema.py"),
@@ -36,7 +36,7 @@ def registered() -> set[str]:
 
 def escaping(names: set[str]) -> list[str]:
     """Operations that no proof reaches; the backward of a proven operation is proven with it."""
-    known = REGISTRY.keys() | PROVEN_ELSEWHERE.keys()
+    known = REGISTRY.keys() | PROVEN_ELSEWHERE.keys() | {f"{spec.name}_dual" for spec in DUALS.values()}
     return sorted(name for name in names if name not in known and name.removesuffix("_backward") not in known)
 
 

@@ -1,7 +1,8 @@
 """How operations reach PyTorch: called directly where nothing listens, through the dispatcher where something does."""
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -18,6 +19,7 @@ from benchmarks.ops.registry import REGISTRY
 from dit_fast.kernels import attention, gated_residual_adaln, gelu, mlp, patch_embed, reference
 from dit_fast.kernels.launch import record_launches
 from dit_fast.kernels.library import IMPLEMENTATIONS, define_op
+from tests.tolerance import assert_close
 
 
 class Dispatched(TorchDispatchMode):
@@ -175,11 +177,45 @@ def test_derivatives_that_do_not_exist_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"gelu_backward has no gradient; .*kernels='reference'"):
         gradient.sum().backward()
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
-        with pytest.raises(RuntimeError, match=r"gelu has no forward-mode derivative; .*kernels='reference'"):
-            gelu(dual, bias, kernels="triton")
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(
+            RuntimeError, match=r"gelu_backward has no forward-mode derivative; .*'reference'"
+        ):
+            torch.ops.dit_fast.gelu_backward(dual, x, bias, True, True)
         # A tensor without a tangent is a constant.
         assert torch.equal(gelu(x, bias, kernels="triton"), out)
+        tangent = torch.autograd.forward_ad.unpack_dual(gelu(dual, bias, kernels="triton")).tangent
+    with pytest.raises(RuntimeError, match=r"the tangent of gelu has no gradient; .*kernels='reference'"):
+        tangent.sum().backward()
+
+
+def jvp_by_level(function: Callable[[Tensor], Tensor], x: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autograd.forward_ad.dual_level():
+        out = function(torch.autograd.forward_ad.make_dual(x, x_t))
+        value, tangent = torch.autograd.forward_ad.unpack_dual(out)
+        return value, tangent.detach()
+
+
+def jvp_by_transform(function: Callable[[Tensor], Tensor], x: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+    value, tangent = torch.func.jvp(function, (x,), (x_t,))
+    return value, tangent.detach()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("jvp", [jvp_by_level, jvp_by_transform])
+def test_forward_mode_of_pytorch(jvp: Callable[..., tuple[Tensor, Tensor]], compiled: bool) -> None:
+    """Both of PyTorch's ways, eager and in one graph, with the ordinary gradient of the value."""
+    x, bias = inputs()
+    x.requires_grad_()
+    run = functools.partial(jvp, functools.partial(gelu, bias=bias, kernels="triton"))
+    out, tangent = (torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run)(
+        x, x.detach()
+    )
+    exact, exact_t = torch.func.jvp(lambda x: reference.gelu(x, bias), (x,), (x.detach(),))
+    assert_close(out, exact)
+    assert_close(tangent, exact_t)
+    ours, theirs = (torch.autograd.grad(value.sum(), x)[0] for value in (out, exact))
+    assert_close(ours, theirs)
 
 
 def test_functions_of_torch_func_are_refused_in_one_line() -> None:

@@ -45,6 +45,7 @@ SETTINGS = {
         ["dit_fast, defaults"],
         ["least traffic", "attention=triton", "mlp_epilogue=triton"],
         ["least traffic, standalone GELU", "attention=triton", "mlp_epilogue=separate"],
+        ["with tangents", "attention=triton", "mlp_epilogue=separate", "tangents=True"],
         ["least memory", "attention=triton", "mlp_epilogue=triton", "recompute=cheap"],
         ["least memory, standalone GELU", "attention=triton", "mlp_epilogue=separate", "recompute=cheap"],
     ),
