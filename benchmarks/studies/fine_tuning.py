@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.environment import commit, environment
+from benchmarks.environment import environment
 from dit_fast.checkpoint.folder import step_folders
 from dit_fast.data import open_data, open_stream
 from dit_fast.data.datasets import BUILTIN
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/fine-tuning.png"))
     args = parser.parse_args()
-    begun, code = time.perf_counter(), commit()
+    begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dit-fast-") as name:
         folder = Path(name)
         write_mirrored(folder / "mirrored")
@@ -163,7 +163,6 @@ def main() -> None:
         "recipe": RECIPE,
         "curves": curves,
         "seconds": round(time.perf_counter() - begun),
-        "commit": code,
         "environment": environment(),
     }
     args.out.mkdir(parents=True, exist_ok=True)
