@@ -825,7 +825,9 @@ def _residual_adaln_backward(
     bias: Tensor | None, centred: bool,
 ) -> Run:  # fmt: skip
     B, T, D = out.shape
-    cfg = tuned_rows(_gated_residual_adaln_bwd_kernel, out, branch.dtype, dy.dtype, sums=4)
+    # An RMSNorm over a wider dtype than the branch's takes a few registers more, which spill at full height.
+    sums = 4 if centred or out.dtype == branch.dtype else 5
+    cfg = tuned_rows(_gated_residual_adaln_bwd_kernel, out, branch.dtype, dy.dtype, sums=sums)
     dtype, acc, partials = scale.dtype, mean.dtype, (3, B, cfg.splits, D)
     start = prepare(
         _gated_residual_adaln_bwd_kernel, (B * cfg.splits,), on=out, num_warps=cfg.num_warps,

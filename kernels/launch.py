@@ -157,7 +157,7 @@ def row_launch(
     # tensors that are all wide.
     values = 72
     if sums:
-        values >>= (sums > 2) + (tokens % 8 > 0) + (itemsize > 2)
+        values >>= (sums > 2) + (sums > 4) + (tokens % 8 > 0) + (itemsize > 2)
     rows = min(
         power_of_two_below(32 * values * num_warps // (width * tensors)), 8, next_power_of_2(max(tokens, 1))
     )
