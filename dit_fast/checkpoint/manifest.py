@@ -98,6 +98,7 @@ _SCHEMA = fields(
         "init_from": maybe(
             fields({"path": text(), "weights": text(), "sha256": text()}, {"step": maybe(integer())})
         ),
+        "adapter": maybe(fields({"config": fields({}), "base_sha256": text()})),
         "unreadable": fields({"files": table(text())}, {"fingerprint_without": text()}),
     },
 )

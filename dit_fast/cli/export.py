@@ -41,6 +41,7 @@ class ExportOptions(Options):
         "safetensors", "Format to write"
     )
     weights: str = same_option(CheckpointOptions, "weights")
+    lora: str | None = same_option(CheckpointOptions, "lora")
     num_heads: int | None = same_option(CheckpointOptions, "num_heads")
 
 
@@ -56,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
     one_file = options.format in ("pt", "lightningdit")
     if one_file and options.out.suffix != ".pt":
         raise ConfigError(f"--out {options.out}: a file of --format {options.format} is named *.pt")
-    model, info = load_model(options.ckpt, weights=options.weights, num_heads=options.num_heads)
+    model, info = load_model(
+        options.ckpt, weights=options.weights, num_heads=options.num_heads, adapter=options.lora
+    )
     for note in info.notes:
         say(f"note: {note}")
     if options.format == "pt" and (others := beyond_the_paper(model.config)):

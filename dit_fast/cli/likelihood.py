@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         device=device,
         num_heads=options.num_heads,
         objective=options.given_objective(),
+        adapter=options.lora,
     )
     data = _images(options, model, info)
     if options.out is not None:

@@ -55,6 +55,13 @@ class CheckpointOptions(Options):
         group="checkpoint",
         metavar="SET",
     )
+    lora: str | None = option(
+        None,
+        "Folder with a LoRA adapter of these weights, from dit-fast train --lora or peft, merged into them",
+        SOURCE,
+        group="checkpoint",
+        metavar="ADAPTER",
+    )
     num_heads: int | None = option(
         None,
         "Attention heads of a checkpoint that does not record them",

@@ -153,6 +153,7 @@ def load_request(options: SampleOptions) -> SampleRequest:
         num_heads=options.num_heads,
         expected=_expected(options),
         objective=options.given_objective(),
+        adapter=options.lora,
     )
     for note in info.notes:
         say(note)

@@ -15,6 +15,7 @@ from dit_fast.checkpoint.power_ema import WIDEST, Profile, reconstruct
 from dit_fast.checkpoint.tensors import part_files
 from dit_fast.checkpoint.weight_file import WeightFile, read_weight_file
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.interop.adapter import Adapter, apply, read_adapter, read_run_adapter
 from dit_fast.interop.diffusers import (
     Conventions,
     ConvertedDiT,
@@ -56,6 +57,7 @@ class ModelInfo:
         vae: Autoencoder of the latents, "ema", "mse" or a folder, where the checkpoint or pipeline names it.
         notes: Lines for the user.
         working_directory: The folder to which relative paths in `data` and `vae` refer.
+        adapter: Folder of the adapter that was merged into the weights, of `load_model(..., adapter=...)`.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class ModelInfo:
     vae: str | None = None
     notes: tuple[str, ...] = ()
     working_directory: str | None = None
+    adapter: str | None = None
 
     def summary(self) -> str:
         """The weights and their file on one line."""
@@ -75,7 +78,8 @@ class ModelInfo:
         width = self.weights.removeprefix(WIDTH)
         which = named.get(self.weights, f"EMA weights of relative width {width}")
         step = f" at step {self.step}" if self.step is not None else ""
-        return f"{which}{step} of {self.path}"
+        merged = f" with the adapter {self.adapter}" if self.adapter is not None else ""
+        return f"{which}{step} of {self.path}{merged}"
 
 
 def load_model(
@@ -87,6 +91,7 @@ def load_model(
     expected: Mapping[str, Any] | None = None,
     input_size: int | tuple[int, int] | None = None,
     objective: str | Mapping[str, Any] | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[DiT, ModelInfo]:
     """Load a model from any kind of checkpoint.
 
@@ -108,6 +113,7 @@ def load_model(
             (`DiT.regrid`), with a note.
         objective: Training objective, where the checkpoint does not store it: "flow", or a mapping with "objective",
             "prediction" and "path" as in `create_objective`.
+        adapter: Folder with a LoRA adapter of these weights, which is merged into them.
 
     Returns:
         The model in eval mode, and the metadata of its checkpoint.
@@ -120,6 +126,7 @@ def load_model(
     path = SOURCE.check("path", path)
     if TEXT.check("weights", weights) not in WEIGHTS:
         _width(weights)
+    read = None if adapter is None else read_adapter(adapter)
     path = fetch_hub_model(str(path)) if is_hub_id(path) else Path(path)
     if not path.exists():
         raise CheckpointError(no_such_path(path))
@@ -129,6 +136,8 @@ def load_model(
         model, info = _from_path(path, weights, num_heads, expected or {}, pipeline=objective is None)
     except RecursionError:
         raise CheckpointError(f"{path}: refused: its JSON is nested deeper than in any checkpoint") from None
+    if read is not None:
+        model, info = apply(model, read, str(path)), _with_adapter(info, read)
     info = replace(info, diffusion=merged_objective(objective, info.diffusion, str(path)))
     if input_size is not None and as_pair(input_size) != model.x_embedder.img_size:
         sizes = " to ".join(
@@ -169,6 +178,13 @@ def _from_path(
     )
 
 
+def _with_adapter(info: ModelInfo, adapter: Adapter) -> ModelInfo:
+    known = {name: value for name in ("class_names", "diffusion") if (value := adapter.facts.get(name))}
+    if "class_names" in known:
+        known["class_names"] = tuple(map(str, known["class_names"]))
+    return replace(info, **known, adapter=adapter.source)
+
+
 def _with_facts(model: DiT, info: ModelInfo, pipeline: Path) -> tuple[DiT, ModelInfo]:
     facts = pipeline_facts(pipeline, model.config["num_classes"])
     return model, replace(info, class_names=facts.class_names, diffusion=facts.diffusion, vae=facts.vae)
@@ -186,6 +202,9 @@ def _from_training(folder: Path, weights: str, expected: Mapping[str, Any]) -> t
     manifest = read_manifest(folder)
     verify_files(folder, manifest, ["config.json"])
     file = _training_weights(folder, manifest, weights)
+    found = read_run_adapter(folder, file.state)
+    if found is not None:
+        file = replace(file, state=found[0])
     model = _build(file, read_config(folder / "config.json"), expected)
     data = dict(manifest.get("data") or {})
     if data.get("posterior") == "sample" and {*data["shift"]} == {0.0} and {*data["scale"]} == {1.0}:

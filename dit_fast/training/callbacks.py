@@ -134,6 +134,8 @@ class AverageSampler:
         """Made on no device: the averages themselves become its parameters, but for the positions of another size."""
         with torch.device("meta"):
             model = build_model(self.trainer.config, self.trainer.data)
+        adapters = self.trainer.adapters
+        averages = averages if adapters is None else adapters.merged(averages)
         load_weights(model, averages, "the averaged weights", assign=True)
         return model if size == model.x_embedder.img_size else model.regrid(size)
 
@@ -362,6 +364,10 @@ class Watch:
         self.trackers: list[Tracker] = []
         self.averages, self.spikes = Averages(), SpikeDetector()
         self.flops = training_flops(trainer.model, trainer.data.caption_tokens, trainer.data.shapes)
+        if trainer.adapters is not None:
+            # Frozen weights have no gradient: two of the three passes. Attention's own two products are then counted
+            # with one gradient instead of two.
+            self.flops = self.flops * 2 // 3
         self.peak = peak_flops(trainer.device)
         self.grids = SampleGrids(trainer) if trainer.config.sample_every else None
         self.evaluation = Evaluation(trainer) if trainer.config.evaluate_every else None

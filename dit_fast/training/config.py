@@ -282,6 +282,41 @@ class TrainConfig(ObjectiveConfig):
         metavar="PATTERN",
         default_text="none",
     )
+    lora: int | None = option(
+        None,
+        "Train adapters (LoRA) of this rank on the frozen weights of --init-from; needs peft",
+        Whole(1, 1 << 12),
+        group="start",
+        metavar="RANK",
+        default_text="train the weights themselves",
+    )
+    lora_alpha: float | None = option(
+        None,
+        "Factor of the adapters times the rank",
+        Number(0, 1e6, above=True),
+        group="start",
+        metavar="A",
+        default_text="the rank: a factor of 1",
+    )
+    lora_targets: tuple[str, ...] = option(
+        (),
+        "Layers that --lora adapts: patterns of their names or of modules, as in 'blocks.*.attn'",
+        Several(TEXT),
+        group="start",
+        metavar="PATTERN",
+        default_text="attention and MLP of all blocks",
+    )
+    lora_train: tuple[str, ...] = option(
+        (),
+        "Modules that --lora trains whole beside the adapters (modules_to_save of peft), as in final_layer.linear",
+        Several(TEXT),
+        group="start",
+        metavar="MODULE",
+        default_text="those that the checkpoint of --init-from does not have, such as new classes",
+    )
+    lora_dora: bool = option(
+        False, "Also train the norm of each row of the adapted layers (DoRA)", group="start"
+    )
     device: DeviceName = option("auto", "Device to train on", group="machine", changeable=True)
     precision: TrainPrecision = option(
         "auto",
@@ -493,6 +528,7 @@ class TrainConfig(ObjectiveConfig):
             raise ConfigError(
                 "--ema-snapshot-every averages all steps, and --init-optimizer has none of those before; remove one"
             )
+        self._check_lora()
         self.check_objective()
         if self.model not in DiT_models:
             near = difflib.get_close_matches(
@@ -500,6 +536,24 @@ class TrainConfig(ObjectiveConfig):
             )
             names = [name for name in DiT_models if name.upper() in near] or list(DiT_models)
             raise ConfigError(f"--model {self.model} is unknown; nearest: {', '.join(names)}")
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            for name in ("lora_alpha", "lora_targets", "lora_train", "lora_dora"):
+                if getattr(self, name) != getattr(TrainConfig, name):
+                    raise ConfigError(f"{flag_of(name)} applies only to --lora RANK; remove it")
+            return
+        if self.init_from is None:
+            raise ConfigError(f"--lora {self.lora} adapts the weights of a checkpoint: give --init-from CKPT")
+        if self.init_optimizer:
+            raise ConfigError("--init-optimizer continues with all weights, and --lora freezes them; remove one")
+        if self.freeze:
+            raise ConfigError(
+                f"--freeze {' '.join(self.freeze)}: --lora freezes all weights already; choose layers with "
+                "--lora-targets"
+            )
+        if self.precision == "fp8":
+            raise ConfigError("--precision fp8 does not go with --lora; give bf16")
 
     def bucket_sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of `buckets`; none where images are squares of one size."""

@@ -380,7 +380,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str | None:
         return None
     parameters = dict(model.named_parameters())
     for pattern in patterns:
-        found = [name for name in parameters if _matches(name, pattern)]
+        found = [name for name in parameters if matches(name, pattern)]
         if not found:
             known = [name for name, _ in model.named_modules() if name] + list(parameters)
             near = difflib.get_close_matches(pattern, known, 3, 0.3) or known[:3]
@@ -394,6 +394,12 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str | None:
     return f"frozen: {every - trained} of {every} parameters ({' '.join(patterns)})"
 
 
-def _matches(name: str, pattern: str) -> bool:
+def nearest(pattern: str, known: list[str]) -> str:
+    """The names most like a pattern that matches none."""
+    return ", ".join(difflib.get_close_matches(pattern, known, 3, 0.3) or known[:3])
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a name, or that of a module around it."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))

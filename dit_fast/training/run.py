@@ -35,6 +35,7 @@ from dit_fast.errors import (
     DitFastError,
     OutputError,
 )
+from dit_fast.interop.adapter import ADAPTER, write_run_adapter
 from dit_fast.training.callbacks import PICTURES, Watch
 from dit_fast.training.config import (
     TrainConfig,
@@ -46,6 +47,7 @@ from dit_fast.training.config import (
 )
 from dit_fast.training.initial import read_initial
 from dit_fast.training.log import plot_loss
+from dit_fast.training.lora import Base
 from dit_fast.training.summary import announce
 from dit_fast.training.trainer import Trainer
 from dit_fast.utils.files import TEMPORARY, prepare_folder, require_space
@@ -125,9 +127,10 @@ def train(config: TrainConfig, run: str | Path, world: World | None = None) -> T
         everyone.first(claim)
         data = open_set(config)
         trainer = Trainer(config, data, world=world, initial=read_initial(config, data))
-        everyone.first(lambda: say(*(trainer.origin or {}).get("lines", ()), *filter(None, [trainer.frozen])))
+        everyone.first(lambda: say(*(trainer.origin or {}).get("lines", ()), *trainer.partly))
         watch = Watch(trainer, run)
         everyone.first(begin)
+        everyone.first(lambda: trainer.save_base(run))
         return _run(trainer, run, watch)
 
 
@@ -169,7 +172,8 @@ def _resume(run: Path, asked: dict[str, Any], world: World | None) -> TrainResul
             raise
         begun = manifest.get("working_directory") or "another folder"
         raise DataError(f"{error}; the run was trained in {begun}: give --data") from error
-    trainer = Trainer(config, data, world=world)
+    base = Base(run, manifest["adapter"]) if config.lora is not None else None
+    trainer = Trainer(config, data, world=world, initial=base)
     trainer.restore(path, manifest)
     if trainer.step >= trainer.total_steps:
         return TrainResult(run, trainer.step, trainer.total_steps, path, None, was_finished=True)
@@ -297,6 +301,8 @@ def _run(trainer: Trainer, run: Path, watch: Watch) -> TrainResult:
             watch.best_effort("the summary of the run", lambda: announce(trainer, run))
         batches = Readable(trainer.stream.read(trainer.step, trainer.total_steps, trainer.rows))
         checkpoint, stopped_by = _steps(trainer, watch, writer, batches)
+    if trainer.adapters is not None:
+        world.first(lambda: write_run_adapter(checkpoint, run / ADAPTER))
     log, curve = run / "log.jsonl", run / "loss.png"
     drawn = world.is_first and watch.best_effort("the loss curve", lambda: plot_loss(log, curve))
     left_out = trainer.data.unreadable.known

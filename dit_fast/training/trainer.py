@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast import __version__
-from dit_fast.checkpoint.folder import Retention, load_into, model_config
+from dit_fast.checkpoint.folder import Retention, checkpoint_bytes, load_into, model_config
 from dit_fast.checkpoint.manifest import working_directory
 from dit_fast.checkpoint.power_ema import SNAPSHOTS, PowerAverages
 from dit_fast.checkpoint.tensors import fill
@@ -29,10 +29,13 @@ from dit_fast.distributed.sharding import (
 from dit_fast.distributed.signals import StopRequest
 from dit_fast.distributed.world import START_TIMEOUT, World, choose_device
 from dit_fast.errors import CheckpointError, ConfigError, NonFiniteError
+from dit_fast.interop.adapter import BASE
 from dit_fast.model.dit import DiT
+from dit_fast.model.folder import write_model
 from dit_fast.training.config import TrainConfig, build_model
 from dit_fast.training.graphs import CudaGraphs, GraphedStep, can_compile, compile_step
 from dit_fast.training.initial import InitialWeights, freeze
+from dit_fast.training.lora import Adapters, Base, attach
 from dit_fast.training.optimizer import AdamWEma, learning_rate, make_optimizer
 from dit_fast.training.precision import (
     AUTOCAST,
@@ -43,6 +46,7 @@ from dit_fast.training.precision import (
     use_float8,
 )
 from dit_fast.training.step import BUCKETS, LEVELS, StepOptions, StepState, StepValues, TrainStep
+from dit_fast.utils.files import require_space
 from dit_fast.utils.nvtx import OFF, Ranges, mark_blocks, nvtx_ranges
 
 MOST_REMEMBERED = 1000
@@ -64,7 +68,8 @@ class Trainer:
 
     Attributes:
         origin: Where the initial weights came from, as the manifest records it; None where they were drawn.
-        frozen: What is frozen, in words; None for nothing.
+        partly: What is trained where that is not everything, in words, for the user.
+        adapters: Of a run with --lora, else None.
         step: Number of finished steps.
     """
 
@@ -74,7 +79,7 @@ class Trainer:
         data: ImageSet | LatentSet,
         ranges: Ranges | None = None,
         world: World | None = None,
-        initial: InitialWeights | None = None,
+        initial: InitialWeights | Base | None = None,
     ):
         self.world = world or World(device=choose_device(config.device))
         self.device = self.world.device
@@ -91,7 +96,15 @@ class Trainer:
         if initial is not None:
             initial.fit(self.model)
             self.origin = initial.record()
-        self.frozen = freeze(self.model, config.freeze)
+        frozen = freeze(self.model, config.freeze)
+        self.partly = [] if frozen is None else [frozen]
+        self.adapters: Adapters | None = None
+        if config.lora is not None:
+            assert initial is not None
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self.adapters = attach(self.model, config, initial, keep=self.world.is_first)
+            self.partly.append(self.adapters.line)
         self.parallel = choose_parallel(config.parallel, self.world)
         if self.parallel in ("fsdp", "hsdp") and config.optimizer != "adamw_ema":
             raise ConfigError(
@@ -320,6 +333,7 @@ class Trainer:
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
             "log": log,
             "init_from": self.origin,
+            "adapter": None if self.adapters is None else self.adapters.about(),
         }
 
     def _unreadable(self) -> dict[str, Any]:
@@ -338,11 +352,16 @@ class Trainer:
         held = [self.optimizer.state.get(p, {}).get("step") for p in self.trained.values()]
         return max((int(step) for step in held if step is not None), default=0)
 
-    def ema_state(self) -> dict[str, Tensor]:
-        """The averaged state dict, with the model's names; the tensors are live, not copies."""
+    def stored_state(self) -> dict[str, Tensor]:
+        """The state dict as checkpoints hold it: of a run with --lora only what is trained, the rest is in RUN/base."""
+        state = self.model.state_dict()
+        return state if self.adapters is None else {name: state[name] for name in self.trained}
+
+    def ema_state(self, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The averaged tensors of `state`, with the model's names; None: of its whole state dict. Live, not copies."""
         return {
             name: self.optimizer.average(self.trained[name]) if name in self.trained else tensor.detach()
-            for name, tensor in self.model.state_dict().items()
+            for name, tensor in (self.model.state_dict() if state is None else state).items()
         }
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -356,22 +375,31 @@ class Trainer:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of a checkpoint by file, then name; live, and sharded as the model is."""
+        state = self.stored_state()
         return {
-            "model": self.model.state_dict(),
-            "ema": self.ema_state(),
+            "model": state,
+            "ema": self.ema_state(state),
             "optimizer": {**self.optimizer_state(), **self.timestep_sampling.state},
             **self.snapshot(),
         }
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Power-function averages, if any, by file, then name; live."""
-        return {} if self.averages is None else self.averages.state(self.model.state_dict())
+        return {} if self.averages is None else self.averages.state(self.stored_state())
 
     def save(self, writer: CheckpointWriter, log: dict[str, Any] | None = None) -> None:
         """Start writing a checkpoint of the current state; raises instead if a step has failed."""
         self.check_finite()
         with self.ranges("checkpoint"):
             writer.save(model_config(self.model), self.tensors(), self.manifest(log))
+
+    def save_base(self, run: Path) -> None:
+        """With --lora, write the weights that the run began with to RUN/base; a saved model as any other."""
+        if self.adapters is None or self.adapters.base is None:
+            return
+        base, self.adapters.base = self.adapters.base, None
+        require_space(run, checkpoint_bytes(base))
+        write_model(base, model_config(self.model), run / BASE)
 
     def save_snapshot(self, writer: CheckpointWriter) -> None:
         """The same for a snapshot of the power-function averages, which retention never deletes."""
