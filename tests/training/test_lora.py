@@ -99,7 +99,8 @@ def test_the_run_its_adapter_peft_and_the_export_are_one_model(run_of, base, tmp
     assert relative(outputs(DiT.from_pretrained(base)), expected) > 1e-3
     found, about = load_model(base, adapter=run / "adapter")
     assert torch.equal(outputs(found), expected)
-    assert about.class_names == info.class_names and about.adapter == str(run / "adapter")
+    assert about.class_names == info.class_names
+    assert about.adapter == str(run / "adapter")
     with_peft = PeftModel.from_pretrained(DiT.from_pretrained(base), str(run / "adapter")).eval()
     assert relative(outputs(with_peft), expected) < rounding()
     assert relative(outputs(with_peft.merge_and_unload()), expected) < rounding()
@@ -118,7 +119,8 @@ def test_new_classes_belong_to_the_adapter(run_of, base):
     model, info = load_model(run)
     assert (model.num_classes, info.class_names) == (3, ("x", "y", "z"))
     found, about = load_model(base, adapter=run / "adapter")
-    assert found.config == model.config and about.class_names == info.class_names
+    assert found.config == model.config
+    assert about.class_names == info.class_names
     assert torch.equal(outputs(found, 3), outputs(model, 3))
     # peft has no way to change the number of classes: RUN/base has the new one.
     with_peft = PeftModel.from_pretrained(DiT.from_pretrained(run / "base"), str(run / "adapter")).eval()
@@ -212,7 +214,7 @@ def test_an_adapter_of_other_weights_or_layers_is_refused(base, run_of, tmp_path
         load_model(base, adapter=run)
     # An adapter of peft has no facts of ours: its layers are compared.
     (adapter / "dit_fast.json").unlink()
-    with pytest.raises(CheckpointError, match="does not fit the model: .*blocks.1.attn.qkv: no such layer"):
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .*blocks.1.attn.qkv: no such layer"):
         load_model(tmp_path / "shallow", adapter=adapter)
     content = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**content, "peft_type": "LOHA"}))
