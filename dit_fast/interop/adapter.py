@@ -202,12 +202,8 @@ def merged(
     return result
 
 
-def apply(model: DiT, adapter: Adapter, checkpoint: str) -> DiT:
-    """Merge an adapter into a model in place; classes and input size become those that it was trained with.
-
-    Raises:
-        CheckpointError: It was trained on other weights, or has other layers; the model is unchanged.
-    """
+def check_base(model: DiT, adapter: Adapter, checkpoint: str) -> None:
+    """Raise CheckpointError where an adapter was trained on other weights than those of `model`, named `checkpoint`."""
     config, facts = model.config, adapter.facts
     there = facts.get("model") or {}
     others = [
@@ -225,6 +221,16 @@ def apply(model: DiT, adapter: Adapter, checkpoint: str) -> DiT:
             f"adapter {adapter.source} was trained on other weights than {checkpoint}: those of "
             f"{adapter.config.get('base_model_name_or_path')} (their SHA-256 differ)"
         )
+
+
+def apply(model: DiT, adapter: Adapter, checkpoint: str) -> DiT:
+    """Merge an adapter into a model in place; classes and input size become those that it was trained with.
+
+    Raises:
+        CheckpointError: It was trained on other weights, or has other layers; the model is unchanged.
+    """
+    check_base(model, adapter, checkpoint)
+    there = adapter.facts.get("model") or {}
     state = dict(model.state_dict())
     embedder = _embedder_for(model, adapter)
     if embedder is not None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
+from dit_fast.interop.adapter import CONFIG, check_base, merged, read_adapter
 from dit_fast.interop.diffusers import (
     ADAPTER,
     CLASS_NAMES,
@@ -184,6 +185,42 @@ def fast_dit_class() -> Any:
             # The model may have been changed since, for example by `regrid`.
             self.register_to_config(**adapter_config(self.dit.config, conventions_of(self.dit)))
             super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
+
+        def load_lora_adapter(  # type: ignore[override]
+            self,
+            pretrained_model_name_or_path_or_dict: Any,
+            prefix: str | None = "transformer",
+            **options: Any,
+        ) -> None:
+            """As of any model in diffusers; also a folder that `dit-fast train --lora`, or peft for a DiT, wrote.
+
+            Raises:
+                CheckpointError: Such an adapter was trained on other weights, or has other layers.
+                ConfigError: It brings modules that were trained whole, which diffusers cannot load.
+            """
+            source = pretrained_model_name_or_path_or_dict
+            if isinstance(source, str | Path) and (Path(source) / CONFIG).is_file():
+                found = read_adapter(source)
+                check_base(self.dit, found, "this model")
+                whole = [name for name in found.state if ".lora_" not in name]
+                if whole:
+                    raise ConfigError(
+                        f"adapter {source} also holds {listed(whole)}, which diffusers' adapters cannot: "
+                        "peft.PeftModel.from_pretrained(model.dit, folder) loads all of it"
+                    )
+                merged(self.dit.state_dict(), found.state, found.config, str(source))
+                kept = (
+                    "r",
+                    "lora_alpha",
+                    "target_modules",
+                    "use_dora",
+                    "use_rslora",
+                    "rank_pattern",
+                    "alpha_pattern",
+                )
+                options["metadata"] = {name: found.config[name] for name in kept if name in found.config}
+                source, prefix = {f"dit.{name}": tensor for name, tensor in found.state.items()}, None
+            super().load_lora_adapter(source, prefix=prefix, **options)
 
         @classmethod
         def from_config(cls, config: Any, **options: Any) -> Any:  # type: ignore[override]

@@ -546,7 +546,9 @@ class TrainConfig(ObjectiveConfig):
         if self.init_from is None:
             raise ConfigError(f"--lora {self.lora} adapts the weights of a checkpoint: give --init-from CKPT")
         if self.init_optimizer:
-            raise ConfigError("--init-optimizer continues with all weights, and --lora freezes them; remove one")
+            raise ConfigError(
+                "--init-optimizer continues with all weights, and --lora freezes them; remove one"
+            )
         if self.freeze:
             raise ConfigError(
                 f"--freeze {' '.join(self.freeze)}: --lora freezes all weights already; choose layers with "

@@ -97,7 +97,7 @@ def attach(model: DiT, config: TrainConfig, initial: InitialWeights | Base, keep
 
     assert config.lora is not None
     saved = initial.saved if isinstance(initial, Base) else _saved(model, initial, config.lora_train)
-    targets = _targets(model, config.lora_targets, saved)
+    targets = layers_of(model, config.lora_targets, saved)
     base = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     digest = files.base_digest(base, saved)
     # Modules that are trained whole change in place.
@@ -157,7 +157,7 @@ def _saved(model: DiT, initial: InitialWeights, given: Sequence[str]) -> tuple[s
     )
 
 
-def _targets(model: DiT, given: Sequence[str], saved: Sequence[str]) -> list[str]:
+def layers_of(model: DiT, given: Sequence[str], saved: Sequence[str]) -> list[str]:
     """Names of the layers that are adapted."""
     layers = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dit_fast.cli import main
@@ -14,10 +15,12 @@ from dit_fast.data import ImageSet, from_arrays
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop import load_model
 from dit_fast.interop.adapter import merged
-from dit_fast.models import DiT
+from dit_fast.model.cost import count
+from dit_fast.models import DiT, DiT_models
 from dit_fast.training import TrainConfig, Trainer, resume, train
 from dit_fast.training import run as training_run
 from dit_fast.training.initial import read_initial
+from dit_fast.training.lora import layers_of
 from tests.small_models import small_model
 from tests.tolerance import relative, rounding
 
@@ -263,3 +266,72 @@ def test_a_part_of_an_adapter_is_refused():
     ):
         with pytest.raises(CheckpointError, match=message):
             merged(state, adapter, {"lora_alpha": 1}, "x")
+
+
+def test_diffusers_loads_the_adapter_into_fast_dit(run_of, base):
+    pytest.importorskip("diffusers")
+    from dit_fast import FastDiT
+
+    run = run_of()
+    expected = outputs(load_model(run)[0])
+    adapter = FastDiT.from_dit(DiT.from_pretrained(base))
+    adapter.load_lora_adapter(run / "adapter")
+
+    def sample(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return adapter(x, t, y).sample
+
+    assert relative(outputs(sample), expected) < rounding()
+    adapter.fuse_lora()
+    adapter.unload_lora()
+    assert relative(outputs(adapter.dit), expected) < rounding()
+    with pytest.raises(CheckpointError, match="was trained on other weights than this model"):
+        adapter.load_lora_adapter(run / "adapter")
+    whole = run_of("whole", images("xyz"))
+    with pytest.raises(
+        ConfigError, match=r"also holds y_embedder.*PeftModel.from_pretrained\(model.dit, folder\)"
+    ):
+        FastDiT.from_dit(DiT.from_pretrained(whole / "base")).load_lora_adapter(whole / "adapter")
+
+
+def test_the_example_of_the_page(base, tmp_path, capsys):
+    """The command lines of docs/fine-tuning.md, on a small model and images in folders."""
+    rng = np.random.default_rng(0)
+    for name in ("cup", "spoon"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    run, sizes = str(tmp_path / "lora"), "--hidden-size 32 --depth 2 --num-heads 2 --patch-size 2"
+    command = f"train --init-from {base} --data {tmp_path / 'photos'} --lora 4 --steps 3 --batch-size 4 --device cpu"
+    assert main([*command.split(), *sizes.split(), "--out", run]) == 0
+    said = capsys.readouterr().out
+    assert "training LoRA of rank 4 on 8 layers and y_embedder whole" in said
+    drawn = []
+    for number, source in enumerate(([run], [str(base), "--lora", f"{run}/adapter"])):
+        out = tmp_path / f"samples-{number}"
+        options = ["--num", "2", "--steps", "2", "--npz", "--device", "cpu", "--classes", "all"]
+        assert main(["sample", "--ckpt", *source, "--out", str(out), *options]) == 0
+        drawn.append(np.load(out / "samples.npz")["arr_0"])
+    assert np.array_equal(*drawn)
+    assert main(["sample", "--ckpt", str(base), "--lora", run, "--out", str(tmp_path / "none")]) != 0
+    assert "is not an adapter" in capsys.readouterr().err
+
+
+def test_the_page_counts_what_is_trained():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with torch.device("meta"):
+        model = DiT_models["DiT-XL/2"](input_size=32)
+    whole = count(model)
+    targets = layers_of(model, (), ())
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=targets), model, low_cpu_mem_usage=True)
+    counts = count(model)
+    page = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text()
+    state = [sum(each.state_bytes.values()) for each in (whole, counts)]
+    for text in (
+        f"{counts.trained:,} parameters on {len(targets)} layers, {counts.trained / whole.trained:.2%} of "
+        f"{whole.trained:,}",
+        f"{4 * whole.trained / 1e9:.1f} GB of frozen weights and {state[1] / 1e6:.0f} MB",
+        f"instead of {state[0] / 1e9:.1f} GB",
+    ):
+        assert text in page
