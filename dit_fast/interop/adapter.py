@@ -202,9 +202,17 @@ def merged(
     return result
 
 
-def check_base(model: DiT, adapter: Adapter, checkpoint: str) -> None:
-    """Raise CheckpointError where an adapter was trained on other weights than those of `model`, named `checkpoint`."""
-    config, facts = model.config, adapter.facts
+def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the state dict of a model with adapters of peft: that of the plain model, and the adapters'."""
+    own = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+    return {name.replace(".base_layer.", "."): state[name] for name in state if name not in own}, own
+
+
+def check_base(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], adapter: Adapter, checkpoint: str
+) -> None:
+    """Raise CheckpointError for an adapter of other weights than `state` of a model of `config`, named `checkpoint`."""
+    facts = adapter.facts
     there = facts.get("model") or {}
     others = [
         f"{name} is {there[name]} there and {config[name]} here"
@@ -216,7 +224,7 @@ def check_base(model: DiT, adapter: Adapter, checkpoint: str) -> None:
             f"adapter {adapter.source} was trained on another model than {checkpoint}: {', '.join(others)}"
         )
     saved = adapter.config.get("modules_to_save") or ()
-    if facts and base_digest(model.state_dict(), saved) != facts.get("base_sha256"):
+    if facts and base_digest(state, saved) != facts.get("base_sha256"):
         raise CheckpointError(
             f"adapter {adapter.source} was trained on other weights than {checkpoint}: those of "
             f"{adapter.config.get('base_model_name_or_path')} (their SHA-256 differ)"
@@ -229,7 +237,7 @@ def apply(model: DiT, adapter: Adapter, checkpoint: str) -> DiT:
     Raises:
         CheckpointError: It was trained on other weights, or has other layers; the model is unchanged.
     """
-    check_base(model, adapter, checkpoint)
+    check_base(model.state_dict(), model.config, adapter, checkpoint)
     there = adapter.facts.get("model") or {}
     state = dict(model.state_dict())
     embedder = _embedder_for(model, adapter)

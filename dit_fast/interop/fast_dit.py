@@ -6,18 +6,16 @@ Importing diffusers takes three seconds, so the class is created at the first ac
 import contextlib
 import functools
 import inspect
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_fast.errors import CheckpointError, ConfigError, MissingExtraError
-from dit_fast.interop.adapter import CONFIG, check_base, merged, read_adapter
+from dit_fast.interop.adapter import CONFIG, check_base, merged, read_adapter, split
 from dit_fast.interop.diffusers import (
     ADAPTER,
     CLASS_NAMES,
@@ -45,7 +43,6 @@ _ATTENTION = {
 # Options of `from_pretrained` that place or quantize the parameters, which must already have our names.
 _PLACEMENT = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
 
-_PEFT_CONFIG = "adapter_config.json"
 
 _TABLE = "pos_embed.pos_embed"
 
@@ -186,42 +183,6 @@ def fast_dit_class() -> Any:
             self.register_to_config(**adapter_config(self.dit.config, conventions_of(self.dit)))
             super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
 
-        def load_lora_adapter(  # type: ignore[override]
-            self,
-            pretrained_model_name_or_path_or_dict: Any,
-            prefix: str | None = "transformer",
-            **options: Any,
-        ) -> None:
-            """As of any model in diffusers; also a folder that `dit-fast train --lora`, or peft for a DiT, wrote.
-
-            Raises:
-                CheckpointError: Such an adapter was trained on other weights, or has other layers.
-                ConfigError: It brings modules that were trained whole, which diffusers cannot load.
-            """
-            source = pretrained_model_name_or_path_or_dict
-            if isinstance(source, str | Path) and (Path(source) / CONFIG).is_file():
-                found = read_adapter(source)
-                check_base(self.dit, found, "this model")
-                whole = [name for name in found.state if ".lora_" not in name]
-                if whole:
-                    raise ConfigError(
-                        f"adapter {source} also holds {listed(whole)}, which diffusers' adapters cannot: "
-                        "peft.PeftModel.from_pretrained(model.dit, folder) loads all of it"
-                    )
-                merged(self.dit.state_dict(), found.state, found.config, str(source))
-                kept = (
-                    "r",
-                    "lora_alpha",
-                    "target_modules",
-                    "use_dora",
-                    "use_rslora",
-                    "rank_pattern",
-                    "alpha_pattern",
-                )
-                options["metadata"] = {name: found.config[name] for name in kept if name in found.config}
-                source, prefix = {f"dit.{name}": tensor for name, tensor in found.state.items()}, None
-            super().load_lora_adapter(source, prefix=prefix, **options)
-
         @classmethod
         def from_config(cls, config: Any, **options: Any) -> Any:  # type: ignore[override]
             """Build from a configuration of FastDiT or of a DiTTransformer2DModel."""
@@ -249,23 +210,27 @@ def fast_dit_class() -> Any:
             hotswap: bool = False,
             **options: Any,
         ) -> Any:
-            """As of any model in diffusers; also a folder that peft wrote for a `DiT` or a FastDiT."""
+            """As of any model in diffusers; also a folder of `train --lora`, or of peft for a `DiT` or FastDiT.
+
+            Raises:
+                CheckpointError: Such an adapter was trained on other weights, or is for other layers.
+                ConfigError: It has modules that were trained whole, which diffusers' adapters cannot hold.
+            """
             source = pretrained_model_name_or_path_or_dict
-            if isinstance(source, str | Path) and (Path(source) / _PEFT_CONFIG).is_file():
+            if isinstance(source, str | Path) and (Path(source) / CONFIG).is_file():
                 from peft import LoraConfig
 
-                config = LoraConfig.from_pretrained(str(source)).to_dict()
-                if whole := config.get("modules_to_save"):
+                found = read_adapter(source)
+                if whole := found.config.get("modules_to_save"):
                     raise ConfigError(
-                        f"{source} has {', '.join(whole)} beside the adapter: merge it into the model, and give that "
-                        "to FastDiT.from_dit"
+                        f"{source} has {', '.join(whole)} beside the adapter: load_model(path, adapter=folder) merges "
+                        "it into the model; give that to FastDiT.from_dit"
                     )
-                # The names of a layer in peft's files, below the model that has the adapter.
-                state = load_file(Path(source) / "adapter_model.safetensors")
-                source = {
-                    "dit." + re.sub(r"^(base_model\.model\.)?(dit\.)?", "", n): t for n, t in state.items()
-                }
-                prefix, options = None, {"metadata": config, **options}
+                plain, _ = split(self.dit.state_dict())
+                check_base(plain, self.dit.config, found, "this model")
+                merged(plain, found.state, found.config, str(source))
+                options = {"metadata": LoraConfig.from_pretrained(str(source)).to_dict(), **options}
+                source, prefix = {f"dit.{name}": tensor for name, tensor in found.state.items()}, None
             return super().load_lora_adapter(source, prefix, hotswap, **options)
 
         @property

@@ -70,10 +70,7 @@ class Adapters:
 
     def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of the plain model for one of the model with adapters."""
-        own = {name: tensor for name, tensor in state.items() if "lora_" in name}
-        plain = {
-            name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if name not in own
-        }
+        plain, own = files.split(state)
         return files.merged(plain, files.adapter_names(own), self.config, "of the run")
 
 
