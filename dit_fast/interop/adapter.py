@@ -1,6 +1,6 @@
 """Adapters (LoRA, DoRA) in the files of peft: read, checked against a model, merged into its weights, written.
 
-A folder holds adapter_config.json and adapter_model.safetensors, which peft reads, and dit_fast.json with what a DiT
+A folder holds adapter_config.json and adapter_model.safetensors, which peft reads, and base.json with what a DiT
 needs besides: the digest of the weights that it was trained on, and the configuration of the model. Merging is plain
 arithmetic, so that a merged model is a `DiT` as any other, and sampling with an adapter needs no peft.
 """
@@ -33,7 +33,7 @@ from dit_fast.utils.terminal import listed
 
 BASE, ADAPTER = "base", "adapter"
 """Folders of a run with --lora: the model whose layers the adapters change, and the adapter of its last step."""
-CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "dit_fast.json"
+CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "base.json"
 
 _CONFIG = fields(
     {"peft_type": text(), "lora_alpha": number()},
@@ -63,7 +63,7 @@ class Adapter:
         config: Content of adapter_config.json.
         state: Tensors by name, without peft's prefix: `blocks.0.attn.qkv.lora_A.weight`, and those of modules that were
             trained whole.
-        facts: Content of dit_fast.json; {} for an adapter of another program.
+        facts: Content of base.json; {} for an adapter of another program.
     """
 
     source: str

@@ -14,15 +14,16 @@ from dit_fast.cli import main
 from dit_fast.data import ImageSet, from_arrays
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.interop import load_model
-from dit_fast.interop.adapter import merged
+from dit_fast.interop.adapter import merged, read_adapter
 from dit_fast.model.cost import count
 from dit_fast.models import DiT, DiT_models
 from dit_fast.training import TrainConfig, Trainer, resume, train
 from dit_fast.training import run as training_run
 from dit_fast.training.initial import read_initial
 from dit_fast.training.lora import layers_of
+from tests.distributed import ranks
 from tests.small_models import small_model
-from tests.tolerance import relative, rounding
+from tests.tolerance import assert_trained_alike, relative, rounding
 
 pytest.importorskip("peft")
 TABLE = "y_embedder.embedding_table.weight"
@@ -216,7 +217,7 @@ def test_an_adapter_of_other_weights_or_layers_is_refused(base, run_of, tmp_path
     ):
         load_model(base, adapter=run)
     # An adapter of peft has no facts of ours: its layers are compared.
-    (adapter / "dit_fast.json").unlink()
+    (adapter / "base.json").unlink()
     with pytest.raises(CheckpointError, match=r"does not fit the model: .*blocks.1.attn.qkv: no such layer"):
         load_model(tmp_path / "shallow", adapter=adapter)
     content = json.loads((adapter / "adapter_config.json").read_text())
@@ -333,3 +334,34 @@ def test_the_page_counts_what_is_trained():
         f"instead of {state[0] / 1e9:.1f} GB",
     ):
         assert text in page
+
+
+def test_two_ranks_train_the_adapter_of_one(tmp_path):
+    base = tmp_path / "digits"
+    small_model(3, depth=2, in_channels=1, num_classes=10).save_pretrained(base)
+    command = f"--init-from {base} --data digits --lora 4 --lora-train y_embedder --steps 3 --batch-size 8 --lr 1e-3"
+    sizes = "--hidden-size 32 --depth 2 --num-heads 2 --patch-size 2 --device cpu"
+    arguments = ["train", *command.split(), *sizes.split()]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    expected = read_adapter(tmp_path / "one" / "adapter").state
+    for parallel in ("ddp", "fsdp"):
+        run = tmp_path / parallel
+        ended = ranks.train(
+            tmp_path / f"said-{parallel}", 2, [*arguments[1:], "--parallel", parallel, "--out", run]
+        )
+        assert ended.codes == [0, 0], ended.text
+        found = read_adapter(run / "adapter").state
+        assert found.keys() == expected.keys()
+        assert_trained_alike(found, expected, 1e-3)
+        model, _ = load_model(run)
+        assert torch.equal(
+            model.blocks[0].attn.qkv.weight,
+            load_model(base, adapter=run / "adapter")[0].blocks[0].attn.qkv.weight,
+        )
+
+
+def test_an_average_of_any_width_is_merged(run_of, base):
+    run = run_of(ema_snapshot_every=8, steps=24)
+    model, _ = load_model(run, weights="ema:0.12")
+    assert relative(model.blocks[1].mlp.fc1.weight, load_model(run)[0].blocks[1].mlp.fc1.weight) < 1
+    assert not model.blocks[1].mlp.fc1.weight.equal(load_model(run)[0].blocks[1].mlp.fc1.weight)
