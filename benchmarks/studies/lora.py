@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import commit, environment
-from dit_fast.data import open_data
+from dit_fast.data import ImageSet, open_data
 from dit_fast.evaluation import Scorer
 from dit_fast.interop import load_model
 from dit_fast.interop.adapter import read_adapter
@@ -123,6 +123,7 @@ def main() -> None:
         adapter = read_adapter(folder / "lora" / "adapter")
         adapted = sum(tensor.numel() for tensor in adapter.state.values())
         data = open_data("digits", SIZE)
+        assert isinstance(data, ImageSet)
         scorer = Scorer(data)
         result: dict[str, Any] = {
             "command": "python -m benchmarks.studies.lora",
