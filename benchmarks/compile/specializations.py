@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.compile.aot import compile_launch, lower
-from benchmarks.ops.registry import REGISTRY, Make, OpSpec, Shape
+from benchmarks.ops.registry import DUALS, REGISTRY, Make, OpSpec, Shape, dual
 from dit_fast.kernels import AdamWSettings, AdamWTensors, adamw_ema, grad_square_sum, mlp
 from dit_fast.kernels.launch import Launch, record_launches
 from dit_fast.kernels.recompute import adaln_from_moments
@@ -55,6 +55,8 @@ def swiglu_mlp_inputs(shape: Shape, stream: torch.dtype, low: torch.dtype, make:
 
 SPECS: tuple[OpSpec, ...] = (
     *REGISTRY.values(),
+    *DUALS.values(),
+    *(dual(spec) for spec in REGISTRY.values() if f"{spec.key}-dual" in DUALS),
     dataclasses.replace(
         REGISTRY["mlp"], op=partial(mlp, activation="swiglu"), variant="swiglu", make_inputs=swiglu_mlp_inputs
     ),
@@ -247,6 +249,9 @@ def choices(item: Recorded) -> dict[str, tuple[str, ...]]:
         elif value is not None:
             wide = name.startswith("stride") or name in ("total", "BLOCKS")
             taken[name] = (*INTEGERS, "wide") if wide else tuple(INTEGERS)
+    if item.launch.arguments.get("P", 1) > 1:
+        # An image is as wide as a patch: of 1 the compiler divides 0 by 0, and fails.
+        taken["W"] = ("16n", "odd")
     if item.launch.arguments.get("DESCRIPTORS"):
         # The launcher makes descriptors of aligned tensors whose rows are multiples of 16 bytes, nothing else.
         taken |= {name: ("16n",) for name in ("N", "K")}

@@ -33,7 +33,7 @@ from benchmarks.compile.specializations import (
     swiglu_mlp_inputs,
 )
 from benchmarks.compile.static_table import Row, Traffic, markdown
-from benchmarks.ops.registry import REGISTRY, OpSpec
+from benchmarks.ops.registry import DUALS, EVERY, OpSpec
 from dit_fast.kernels.launch import Launch, record_launches, tensor_arguments
 from dit_fast.model.layers import swiglu_width
 
@@ -84,6 +84,12 @@ CASES = {
         Case("swiglu", keywords={"activation": "swiglu"}, whole=False, make_inputs=swiglu_mlp_inputs),
     ),
 }
+CASES |= {
+    "attention-dual": CASES["attention"][:2],
+    "gelu-dual": CASES["gelu"],
+    "swiglu-dual": CASES["swiglu"],
+    "mlp-dual": CASES["mlp"][:1],
+}
 """Operations that are called otherwise than once with 256 tokens."""
 
 TABLED = "finds tensors by a table of addresses; tails and unaligned ones go by single elements"
@@ -91,6 +97,7 @@ HEAD_TAIL = "a head of 72 columns is 64 + 8: in 16 bits the last 16 bytes of a r
 NARROW = {
     "_qk_norm_rope_fwd_kernel": HEAD_TAIL,
     "_qk_norm_rope_bwd_kernel": HEAD_TAIL,
+    "_qk_norm_rope_dual_kernel": HEAD_TAIL,
     "_permute_kernel": "gathers single pixels: the neighbours of one are P * P * C values apart",
     "_square_sum_kernel": TABLED,
     "_adamw_ema_kernel": TABLED,
@@ -134,7 +141,7 @@ def record(case: Case, setting: Setting) -> dict[str, list[Launch]]:
         with record_launches(setting.capability) as launches:
             STEPS[setting.op](setting)
         return {"step": launches}
-    spec = REGISTRY[setting.op]
+    spec = EVERY[setting.op]
     shape = (BATCH, case.tokens, case.width(setting.width))
     inputs = (
         attention_inputs(case, setting)
@@ -148,6 +155,9 @@ def record(case: Case, setting: Setting) -> dict[str, list[Launch]]:
     with record_launches(setting.capability) as launches:
         result = spec.op(*inputs, **case.keywords, kernels="triton")
         forward = list(launches)
+        if setting.op in DUALS:
+            # The backward pass is that of the operation itself.
+            return {"forward": forward}
         outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if out.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
     return {"forward": forward, "backward": launches[len(forward) :]}
@@ -265,8 +275,8 @@ def examine(setting: Setting) -> tuple[list[Row], list[Traffic]]:
             )
             if row not in rows:
                 rows.append(row)
-        if launches and case.whole and setting.op in REGISTRY:
-            traffic.append(measure_traffic(REGISTRY[setting.op], case, setting, direction, launches))
+        if launches and case.whole and setting.op in EVERY:
+            traffic.append(measure_traffic(EVERY[setting.op], case, setting, direction, launches))
     return rows, traffic
 
 
@@ -355,7 +365,7 @@ def as_json(rows: Sequence[Row], traffic: Sequence[Traffic]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What the compiler made of every kernel, without a GPU.")
-    ops = (*REGISTRY, *STEPS)
+    ops = (*EVERY, *STEPS)
     parser.add_argument("--op", nargs="+", choices=ops, default=ops)
     parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))

@@ -292,3 +292,5 @@ DUALS: dict[str, OpSpec] = {
     )
 }
 """Each operation on values and tangents, as a pass of a model along a direction calls it."""
+
+EVERY = REGISTRY | DUALS

@@ -446,7 +446,8 @@ class CrossAttention(nn.Module):
 
         kv: keys and values of the condition, `self.kv(c)` (N, S, 2 D), computed earlier; c is then not read.
         """
-        return self.proj(self.attend(self.q(x), self.kv(c) if kv is None else kv, present))
+        kv = self.kv(c) if kv is None else kv
+        return with_bias(self.proj, self.attend(with_bias(self.q, x), kv, present))
 
 
 class CrossAttentionBlock(TransformerBlock):

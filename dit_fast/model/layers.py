@@ -51,6 +51,7 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     )
 
 
+@torch.compiler.assume_constant_result
 def is_original(kind: type[nn.Module]) -> bool:
     """Whether the forward of a class was not replaced by another function."""
     owner = next(each for each in kind.__mro__ if "forward" in vars(each))
@@ -261,7 +262,7 @@ class Attention(nn.Module):
         return self._mix(self.project(x, layout, recipe, kernels).flatten(2), None, layout, kernels)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        return self.proj(self._mix(self.project(x, layout).flatten(2), None, layout))
+        return with_bias(self.proj, self._mix(self.project(x, layout).flatten(2), None, layout))
 
     def _mix(self, qkv: Tensor, bias: Tensor | None, layout: Layout | None, kernels: str = "auto") -> Tensor:
         """Attention of qkv + bias, (N, T, 3 * H * K), among the tokens that are present: (N, T, D)."""
@@ -285,7 +286,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return with_bias(self.fc2, self.act(with_bias(self.fc1, x)))
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
@@ -320,8 +321,8 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(nn.functional.silu(gate) * value)
+        gate, value = with_bias(self.w12, x).chunk(2, dim=-1)
+        return with_bias(self.w3, nn.functional.silu(gate) * value)
 
     @torch.no_grad()
     def zero_padding(self) -> None:

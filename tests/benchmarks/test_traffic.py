@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dit_fast.kernels  # noqa: F401  (registers the operations)
 from benchmarks.analysis.traffic import (
+    MODES,
     SUPPORTED_TORCH,
     Pass,
     Program,
@@ -249,6 +250,19 @@ def test_committed_figures_are_within_the_targets(block: str, moved: float, kept
     assert counted[block].kept <= kept * results["unit"]
     sums = [round(counted[f"{mode}: Inductor"].moved() / results["unit"], 1) for mode in ("bf16", "autocast")]
     assert sums == [61.1, 79.4]
+
+
+def test_committed_figures_of_tangents_are_within_the_target() -> None:
+    """Twice the forward pass, and what the backward pass of the values alone moves and keeps."""
+    results = committed("traffic")
+    counted = {name: Traffic.from_json(value) for name, value in results["blocks"].items()}
+    for mode in MODES:
+        plain, along = (
+            counted[f"{mode}: {name}"] for name in ("least traffic, standalone GELU", "with tangents")
+        )
+        assert along.moved("forward") <= 2.1 * plain.moved("forward")
+        assert along.moved("backward") == plain.moved("backward")
+        assert along.kept == plain.kept
 
 
 def test_committed_figures_of_lightningdit_s_block() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
+from dit_fast.model.layers import is_plain
 from dit_fast.models import DiT
 from tests.golden import GOLDEN, golden_model, seeded
 from tests.model.test_dit import assert_same_gradients
@@ -49,6 +50,16 @@ def assert_equal_to_eager(compiled: nn.Module, eager: DiT, size: int = 4) -> Non
 def test_one_graph_equals_eager(mode: str) -> None:
     model = golden_model(kernels=mode)
     assert_equal_to_eager(torch.compile(model, backend="aot_eager", fullgraph=True), model)
+
+
+def test_layers_are_plain_to_the_compiler_too() -> None:
+    """Else a compiled model would call its layers one by one, without any fused operation."""
+    layers = nn.Linear(2, 2), nn.LayerNorm(2)
+
+    def plain(x: Tensor) -> tuple[Tensor, list[bool]]:
+        return x + 1, [is_plain(layer, type(layer)) for layer in layers]
+
+    assert torch.compile(plain, backend="eager", fullgraph=True)(torch.ones(2))[1] == [True, True]
 
 
 @pytest.mark.parametrize("mode", MODES)
