@@ -13,7 +13,8 @@ autocast a float32 residual stream with bfloat16 branches. Values for {names} ar
 differ. Spilled and shared memory in bytes, registers a thread; occupancy is what registers, shared memory and warps
 allow.
 
-The hard lines: no spills; no float64 (the AdamW scalars, in one thread, may); shared memory that a block has, 163 KiB
+The hard lines: no spills, but for 64 bytes a thread in the backward pass of two row kernels on sm_80 and sm_100, whose
+tiles are those of sm_90; no float64 (the AdamW scalars, in one thread, may); shared memory that a block has, 163 KiB
 on sm_80, 227 KiB on sm_90 and sm_100; a block that fits a multiprocessor; memory-bound kernels move token tensors 128
 bits at a time (unpatchify's permutation gathers single pixels, AdamW's tails go by single elements); 16-bit products
 on tensor cores: HMMA on sm_80, HGMMA (wgmma) on sm_90, UTCHMMA (tcgen05) or HMMA on sm_100.
