@@ -16,6 +16,7 @@ import torch
 from dit_fast.interop import load_model
 from dit_fast.model.blocks import CONDITIONING
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, default_solver, sampling_schedule
+from dit_fast.sampling.schedule import VELOCITY_SOLVERS
 from dit_fast.training.config import TrainConfig, open_set
 from dit_fast.training.log import read_log
 from dit_fast.training.run import train
@@ -106,7 +107,8 @@ def largest_sample(run: Path) -> float:
     model, info = load_model(run)
     solver = default_solver(info.diffusion)
     schedule = sampling_schedule(info.diffusion, 20, solver, learn_sigma=model.learn_sigma)
-    sampler = Sampler(model, schedule, SamplerConfig(solver=solver, guidance=Guidance(2.0, None), clip=True))
+    clip = solver not in VELOCITY_SOLVERS
+    sampler = Sampler(model, schedule, SamplerConfig(solver=solver, guidance=Guidance(2.0, None), clip=clip))
     return float(sampler(range(10)).abs().max())
 
 

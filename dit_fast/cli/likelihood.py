@@ -14,12 +14,13 @@ from dit_fast.cli.sample_options import CheckpointOptions
 from dit_fast.cli.sample_request import images_as_trained
 from dit_fast.data import ImageSet, Split
 from dit_fast.diffusion import FlowMatching, GaussianDiffusion, create_objective
-from dit_fast.diffusion.likelihood import GREY_LEVEL, bits_per_dim, log_likelihood
+from dit_fast.diffusion.adaptive import ATOL, RTOL
+from dit_fast.diffusion.likelihood import GREY_LEVEL, Method, bits_per_dim, log_likelihood
 from dit_fast.distributed.world import DeviceName, choose_device
 from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.interop import ModelInfo, load_model
 from dit_fast.model.dit import DiT
-from dit_fast.sampling.config import BATCH_SIZE
+from dit_fast.sampling.config import BATCH_SIZE, SamplerConfig
 from dit_fast.utils import keyed
 from dit_fast.utils.files import check_output, write_atomically
 from dit_fast.utils.options import REQUIRED, add_options, option, read_options, same_option
@@ -40,7 +41,10 @@ class LikelihoodOptions(CheckpointOptions):
     )
     num: int = option(64, "Number of images, held-out ones first", Whole(1))
     batch_size: int = option(16, "Images per batch", BATCH_SIZE)
-    steps: int = option(100, "Steps of the ODE solver", Whole(1, 1 << 20))
+    solver: Method = option("heun", "Solver of the ODE: heun with --steps, or dopri5 with tolerances, SiT's")
+    steps: int = option(100, "Steps of --solver heun", Whole(1, 1 << 20))
+    atol: float | None = same_option(SamplerConfig, "atol")
+    rtol: float | None = same_option(SamplerConfig, "rtol")
     probes: int = option(1, "Random probes per estimate of the divergence", Whole(1, 1 << 20))
     seed: int = option(0, "Seed of dequantization, noise and probes", SEED)
     device: DeviceName = option("auto", "Device to compute on")
@@ -53,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options = read_options(LikelihoodOptions, args)
+    for name, value in (("--atol", options.atol), ("--rtol", options.rtol)):
+        if value is not None and options.solver != "dopri5":
+            raise ConfigError(f"{name} {value:g} applies only to --solver dopri5; remove it")
     device = choose_device(options.device)
     model, info = load_model(
         str(options.ckpt),
@@ -157,6 +164,9 @@ def _bits(
         model,
         spread,
         steps=options.steps,
+        method=options.solver,
+        atol=options.atol or ATOL,
+        rtol=options.rtol or RTOL,
         probes=options.probes,
         seed=options.seed,
         numbers=numbers,

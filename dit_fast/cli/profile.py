@@ -19,6 +19,7 @@ from dit_fast.errors import ConfigError, OutputError
 from dit_fast.interop.guidance import default_guidance
 from dit_fast.sampling import Sampler, SamplerConfig, default_solver, sampling_schedule
 from dit_fast.sampling.config import SamplePrecision
+from dit_fast.sampling.schedule import VELOCITY_SOLVERS
 from dit_fast.training import TrainConfig, Trainer
 from dit_fast.training.config import apply_to_process, build_model, open_set
 from dit_fast.training.precision import choose_precision
@@ -102,7 +103,7 @@ def sampling_steps(config: TrainConfig, device: torch.device) -> Steps:
         SamplerConfig(
             solver=solver,
             guidance=default_guidance(model, trained_here=True),
-            clip=not isinstance(data, LatentSet),
+            clip=not isinstance(data, LatentSet) and solver not in VELOCITY_SOLVERS,
             precision=low.get(choose_precision(config.precision, device)),
             graph="auto" if config.cuda_graph else "never",
             compile=config.compile,

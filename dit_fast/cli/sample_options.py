@@ -12,9 +12,9 @@ from dit_fast.sampling import Guidance, SamplerConfig
 from dit_fast.sampling.config import BATCH_SIZE, SamplePrecision
 from dit_fast.sampling.guidance import GuidanceSchedule
 from dit_fast.sampling.schedule import SHIFT
-from dit_fast.sampling.solvers import LastStep, Solver
+from dit_fast.sampling.solvers import LastStep, SdeMethod, Solver
 from dit_fast.utils.options import Options, documented, option, same_option
-from dit_fast.utils.values import PATH, SEED, SIDE, SOURCE, TEXT, Pair, Pattern, Several, Whole
+from dit_fast.utils.values import PATH, SEED, SIDE, SOURCE, TEXT, Number, Pair, Pattern, Several, Whole
 
 ALL_CLASSES = 20
 """All classes of a small set are drawn by default; of more than these, SHOWN_CLASSES evenly spaced ones."""
@@ -195,7 +195,33 @@ class SampleOptions(CheckpointOptions):
         SHIFT,
         group="solver",
     )
+    atol: float | None = same_option(SamplerConfig, "atol", group="solver")
+    rtol: float | None = same_option(SamplerConfig, "rtol", group="solver")
     last_step: LastStep = same_option(SamplerConfig, "last_step", group="solver")
+    last_step_size: float | None = option(
+        None,
+        "Length in t of the last step of the sde solvers",
+        Number(0, 1, above=True, below=True),
+        group="solver",
+        default_text="0.04",
+    )
+    sde_method: SdeMethod = same_option(SamplerConfig, "sde_method", group="solver")
+    diffusion_norm: float = same_option(SamplerConfig, "diffusion_norm", group="solver")
+    sample_eps: float | None = option(
+        None,
+        "Distance in t from the ends where SiT's equations are singular, for the sde solvers and those in t",
+        Number(0, 0.5, below=True),
+        group="solver",
+        default_text="0.001 where needed",
+    )
+    reverse: Path | None = option(
+        None,
+        "Encode images to noise, with a solver in t: the .npy file of M images or latents (M, C, H, W) that the model "
+        "makes; writes their noise to OUT/latents.npy",
+        PATH,
+        group="solver",
+        metavar="NPY",
+    )
     eta: float = same_option(SamplerConfig, "eta", group="solver")
     mode: Literal["fast", "reference"] | None = same_option(
         SamplerConfig,
@@ -209,7 +235,7 @@ class SampleOptions(CheckpointOptions):
         "clip",
         group="solver",
         default=None,
-        default_text="on for images, off for latents",
+        default_text="on for images with solvers that predict them, off for latents",
     )
     cfg_scale: float | None = same_option(
         Guidance,

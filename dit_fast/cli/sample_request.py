@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,17 +26,17 @@ from dit_fast.encoders.autoencoder import (
     check_autoencoder,
     weights_digest,
 )
-from dit_fast.errors import CheckpointError, ConfigError, OutputError
+from dit_fast.errors import CheckpointError, ConfigError, DataError, OutputError
 from dit_fast.evaluation import Scorer
 from dit_fast.interop import ModelInfo, load_model, registry_size
 from dit_fast.interop.diffusers import conventions_of
 from dit_fast.interop.guidance import default_guidance
 from dit_fast.model.dit import DiT
 from dit_fast.sampling import Guidance, Sampler, SamplerConfig, Step, default_solver, sampling_schedule
-from dit_fast.sampling.schedule import NoiseSchedule
+from dit_fast.sampling.schedule import VELOCITY_SOLVERS, NoiseSchedule
 from dit_fast.sampling.shards import ARCHIVE, IMAGES, OUTPUTS, SCORES, SHARDS, SampleShards
 from dit_fast.utils.files import prepare_folder
-from dit_fast.utils.terminal import say
+from dit_fast.utils.terminal import one_line, say
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class SampleRequest:
         decoder: decodes latents; None for images, and for latents that are kept.
         scorer: scores samples for --compare-to.
         parts: shards on disk.
+        start: images to encode, of --reverse.
         rank, world: rank of this process, and number of ranks.
     """
 
@@ -66,6 +68,7 @@ class SampleRequest:
     decoder: LatentDecoder | None
     scorer: Scorer | None
     parts: SampleShards
+    start: Tensor | None
     rank: int
     world: int
 
@@ -84,6 +87,7 @@ class SampleRequest:
             batch_size=batch_size,
             on_step=on_step,
             every=every,
+            start=None if self.start is None else self.start[numbers],
         )
 
     def conditions(self, labels: Tensor) -> Tensor:
@@ -145,6 +149,10 @@ def load_request(options: SampleOptions) -> SampleRequest:
     mode = options.mode or ("fast" if options.npz or world > 1 else "reference")
     device = _device(options.device, world)
     _refuse_other_results(options)
+    start = None
+    if options.reverse is not None:
+        start = _encoded_images(options.reverse, options)
+        options = replace(options, num=len(start), vae="none")
 
     model, info = load_model(
         _checkpoint(options),
@@ -170,13 +178,27 @@ def load_request(options: SampleOptions) -> SampleRequest:
         info = _with_statistics(options.latent_stats, model, info, vae)
     solver = options.solver or default_solver(info.diffusion)
     schedule = sampling_schedule(
-        info.diffusion, options.steps, solver, learn_sigma=model.learn_sigma, shift=options.shift
+        info.diffusion,
+        options.steps,
+        solver,
+        learn_sigma=model.learn_sigma,
+        shift=options.shift,
+        last_step=options.last_step,
+        last_step_size=options.last_step_size,
+        sample_eps=options.sample_eps,
+        reverse=options.reverse is not None,
     )
-    clip = options.clip_denoised if options.clip_denoised is not None else vae == "none" and not info.latent
+    clip = options.clip_denoised
+    if clip is None:
+        clip = vae == "none" and not info.latent and solver not in VELOCITY_SOLVERS
     config = SamplerConfig(
         solver=solver,
         eta=options.eta,
+        atol=options.atol,
+        rtol=options.rtol,
         last_step=options.last_step,
+        sde_method=options.sde_method,
+        diffusion_norm=options.diffusion_norm,
         guidance=guidance,
         clip=clip,
         mode=mode,
@@ -212,14 +234,28 @@ def load_request(options: SampleOptions) -> SampleRequest:
     copies = 2 + options.npz + options.save_images
     prepare_folder(options.out, needed_bytes=3 * (num * height * width * copies + min(num, 4096) * 56 * 56))
 
-    pixels = shape[0] in (1, 3)
+    pixels = shape[0] in (1, 3) and start is None
+    if start is not None and start.shape[1:] != shape:
+        raise ConfigError(
+            f"--reverse {options.reverse} holds {tuple(start.shape[1:])} per image, the model makes {shape}"
+        )
     # Everything that determines a pixel: shards of another identity are not continued.
     identity = {
         "weights": weights_digest(model.state_dict()),
         "model": {**model.config, **asdict(conventions_of(model))},
         "noise_schedule": _noise_schedule_digest(schedule),
         "objective": info.diffusion,
-        "solver": [solver, options.last_step if solver.startswith("sde") else options.eta],
+        "solver": [
+            solver,
+            *(
+                [config.last_step, config.sde_method, config.diffusion_norm]
+                if solver.startswith("sde")
+                else ()
+            ),
+            *([options.eta] if solver == "ddim" else ()),
+            *(config.tolerances() if solver == "dopri5" else ()),
+        ],
+        "start": start is not None and hashlib.sha256(start.numpy().tobytes()).hexdigest(),
         "guidance": [
             guidance.scale,
             guidance.guided(model.in_channels),
@@ -246,19 +282,43 @@ def load_request(options: SampleOptions) -> SampleRequest:
     )
     parts.open()
     return SampleRequest(
-        options, model, info, sampler, labels, prompts, names, decoder, scorer, parts, rank, world
+        options, model, info, sampler, labels, prompts, names, decoder, scorer, parts, start, rank, world
     )
+
+
+def _encoded_images(path: Path, options: SampleOptions) -> Tensor:
+    """Images or latents float32 (M, C, H, W) of --reverse."""
+    for flag, given in (
+        ("--npz", options.npz),
+        ("--save-images", options.save_images),
+        ("--compare-to", options.compare_to is not None),
+        (f"--vae {options.vae}", options.vae not in (None, "none")),
+    ):
+        if given:
+            raise ConfigError(f"{flag} is for images, and --reverse encodes them to noise: remove it")
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"--reverse {path}: cannot read it as a .npy file ({one_line(error)})") from error
+    if not isinstance(values, np.ndarray) or values.ndim != 4 or values.dtype.kind != "f" or not values.size:
+        found = getattr(values, "dtype", "an archive"), getattr(values, "shape", ())
+        raise DataError(f"--reverse {path} holds {found[0]} {found[1]}, expected floats (M, C, H, W)")
+    if not np.isfinite(values).all():
+        raise DataError(f"--reverse {path} has NaN or infinite values")
+    if options.num not in (None, len(values)):
+        raise ConfigError(f"--num {options.num}: --reverse {path} holds {len(values)} images; remove --num")
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def _noise_schedule_digest(schedule: NoiseSchedule) -> str:
     """SHA-256 of all values of the noise schedule that a solver reads."""
-    digest = hashlib.sha256(f"{schedule.prediction} {schedule.variance}".encode())
+    facts = f"{schedule.prediction} {schedule.variance} {schedule.path} {schedule.end}"
+    digest = hashlib.sha256(facts.encode())
     for values in (
         schedule.times,
         schedule.levels,
         schedule.alphas,
         schedule.sigmas,
-        *(schedule.rates or ()),
     ):
         digest.update(values.tobytes())
     return digest.hexdigest()

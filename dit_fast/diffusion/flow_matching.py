@@ -5,8 +5,9 @@ from torch import Tensor
 
 from dit_fast.diffusion.diffusion_utils import at_least_float32, mean_flat, noise_like
 from dit_fast.diffusion.objective import Model, ModelKwargs, NoisyBatch, Objective
-from dit_fast.diffusion.paths import PATHS, Point, convert, determinant, target
+from dit_fast.diffusion.paths import PATHS, Point, determinant, target, velocity_coefficients
 from dit_fast.errors import ConfigError
+from dit_fast.utils.values import Number
 
 FLOW_PREDICTIONS = ("velocity", "score", "epsilon", "x0")
 FLOW_WEIGHTINGS = ("none", "velocity", "likelihood")
@@ -16,6 +17,8 @@ _EPS = 1e-3
 _VP_EPS = 1e-5
 # Lower bound of sigma in the weight of a model of x_0, 1 / sigma^2 (Li & He 2025, arXiv:2511.13720).
 _LEAST_SIGMA = 0.05
+
+TRAIN_EPS = Number(0, 0.5, below=True)
 
 
 class FlowMatching(Objective):
@@ -32,6 +35,7 @@ class FlowMatching(Objective):
             sigma, which makes it the error of the noise.
         direction_loss: For a model of the velocity, add the mean of 1 - cos of the angle between prediction and
             velocity (Yao et al. 2024, arXiv:2410.10356; LightningDiT).
+        train_eps: Distance of the training times from the ends at which the equations are singular; None: SiT's.
 
     Raises:
         ConfigError: An unknown value, or values that do not fit together.
@@ -46,6 +50,7 @@ class FlowMatching(Objective):
         prediction: str = "velocity",
         loss_weighting: str = "none",
         direction_loss: bool = False,
+        train_eps: float | None = None,
     ) -> None:
         for name, value, known in (
             ("path", path, tuple(PATHS)),
@@ -65,13 +70,32 @@ class FlowMatching(Objective):
             )
         self.path, self.prediction, self.loss_weighting = path, prediction, loss_weighting
         self.direction_loss = direction_loss
+        self.train_eps = None if train_eps is None else TRAIN_EPS.check("train_eps", train_eps)
 
     @property
     def interval(self) -> tuple[float, float]:
         """Training times, (first, last): [0, 1] without the ends at which the equations are singular."""
         if self.path == "vp":
-            return 0.0, 1 - _VP_EPS
-        return (0.0, 1.0) if self.prediction == "velocity" else (_EPS, 1 - _EPS)
+            return 0.0, 1 - (_VP_EPS if self.train_eps is None else self.train_eps)
+        eps = _EPS if self.train_eps is None else self.train_eps
+        return (0.0, 1.0) if self.prediction == "velocity" else (eps, 1 - eps)
+
+    def sampling_interval(self, sample_eps: float | None = None) -> tuple[float, float]:
+        """SiT's (first, last) time of its ODE; `sample_eps` replaces its distance from singular ends, 0.001."""
+        eps = _EPS if sample_eps is None else sample_eps
+        if self.path == "vp":
+            return 0.0, 1 - eps
+        return (0.0, 1.0) if self.prediction == "velocity" else (eps, 1 - eps)
+
+    def encoding_interval(self, sample_eps: float | None = None) -> tuple[float, float]:
+        """SiT's (first, last) time of its ODE from data to noise: 1 - t of both ends of `sampling_interval`.
+
+        On the path "vp" it starts at t = 1, except where the prediction does not determine the velocity there.
+        """
+        first, last = self.sampling_interval(sample_eps)
+        if self.path == "vp" and self.prediction in ("epsilon", "x0"):
+            return last, 1 - last
+        return 1 - first, 1 - last
 
     def times_at(self, places: Tensor) -> Tensor:
         """Times (N,) at `places`, from 0 to 1, of the interval."""
@@ -118,7 +142,8 @@ class FlowMatching(Objective):
     def velocity(self, model: Model, x: Tensor, t: Tensor, model_kwargs: ModelKwargs = None) -> Tensor:
         """dx/dt of the probability flow, shaped like x (N, C, ...), at times t (N,) (SiT, section 2)."""
         prediction = self._prediction(model(x, t, **(model_kwargs or {})), x)
-        return convert(prediction, x, self.at(t, x.dim()), self.prediction, "velocity")
+        a, b = velocity_coefficients(self.prediction, self.at(t, x.dim()))
+        return a * x + b * prediction
 
     def _prediction(self, output: Tensor, x: Tensor) -> Tensor:
         if output.shape[1] == 2 * x.shape[1]:

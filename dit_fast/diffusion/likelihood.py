@@ -6,10 +6,12 @@ arXiv:2401.08740, appendix; Song et al. 2021, appendix D.2). Diffusion models in
 """
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from dit_fast.diffusion.adaptive import ATOL, RTOL, dopri5
 from dit_fast.diffusion.flow_matching import FlowMatching
 from dit_fast.diffusion.objective import Model, ModelKwargs
 from dit_fast.errors import ConfigError
@@ -18,6 +20,9 @@ from dit_fast.utils import keyed
 # Distance of neighboring gray levels when 0..255 is mapped to [-1, 1].
 GREY_LEVEL = 2 / 255
 
+Method = Literal["heun", "dopri5"]
+METHODS = get_args(Method)
+
 
 def log_likelihood(
     flow: FlowMatching,
@@ -25,24 +30,30 @@ def log_likelihood(
     x: Tensor,
     *,
     steps: int = 100,
+    method: str = "heun",
+    atol: float = ATOL,
+    rtol: float = RTOL,
     probes: int | None = 1,
     seed: int = 0,
     numbers: Tensor | None = None,
     model_kwargs: ModelKwargs = None,
+    sample_eps: float | None = None,
 ) -> Tensor:
-    """log p(x) in nats, float64 (N,), of data x (N, C, ...), by Heun's method in `steps` equal steps.
+    """log p(x) in nats, float64 (N,), of data x (N, C, ...), by Heun's method in `steps` equal steps, or by dopri5.
 
     Args:
         flow: The objective of the model.
         model: `model(x, t, **model_kwargs)`, differentiable by x.
         x: Data (N, C, ...).
-        steps: Number of steps.
+        steps: Number of steps of Heun's method.
+        method: "heun", or "dopri5" with its tolerances, which needs torchdiffeq.
         probes: Rademacher vectors that estimate the divergence without bias (Hutchinson 1990), each of which costs a
             backward pass per evaluation; they are the same in every step, and keyed by (seed, sample number). None:
             the exact trace, by a backward pass per dimension.
         seed: Seed of the probes.
         numbers: Numbers of the samples, int64 (N,); None: 0, 1, ...
         model_kwargs: Further arguments of the model.
+        sample_eps: As in `FlowMatching.encoding_interval`, along which the ODE is solved.
 
     Raises:
         ConfigError: No step or probe, or an objective in discrete time.
@@ -51,24 +62,28 @@ def log_likelihood(
         raise ConfigError(
             f"steps {steps}, probes {probes}: at least one of each (or None for the exact trace)"
         )
+    if method not in METHODS:
+        raise ConfigError(f"method {method!r}: choose {' or '.join(METHODS)}")
     if not isinstance(flow, FlowMatching):
         raise ConfigError(
             "a likelihood by the ODE needs continuous time; for diffusion call calc_bpd_loop, the bound"
         )
-    first, last = flow.interval
-    step = (first - last) / steps
+    start, end = flow.encoding_interval(sample_eps)
+    step = (end - start) / steps
     if numbers is None:
         numbers = torch.arange(len(x))
     directions = _directions(x, probes, seed, numbers.to(x.device))
     x, change = x.detach(), torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
-    def slope(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        t = torch.full((len(x),), last + i * step, dtype=x.dtype, device=x.device)
+    def slope(time: float, x: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
         return _velocity_and_divergence(flow, model, x, t, directions, model_kwargs)
 
-    for i in range(steps):
-        here, spread = slope(x, i)
-        ahead, ahead_spread = slope(x + step * here, i + 1)
+    if method == "dopri5":
+        x, change = dopri5(lambda t, state: slope(t, state[0].to(x)), (x, change), start, end, atol, rtol)
+    for i in range(steps if method == "heun" else 0):
+        here, spread = slope(start + i * step, x)
+        ahead, ahead_spread = slope(start + (i + 1) * step, x + step * here)
         x = x + step / 2 * (here + ahead)
         change += step / 2 * (spread + ahead_spread)
     prior = -0.5 * (x.double().flatten(1) ** 2 + math.log(2 * math.pi)).sum(dim=1)

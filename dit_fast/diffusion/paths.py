@@ -25,6 +25,7 @@ PREDICTIONS = get_args(Prediction)
 
 # The least and greatest beta of the variance-preserving path (Song et al. 2021, appendix C; SiT has 20, too).
 _LEAST_BETA, _GREATEST_BETA = 0.1, 20.0
+_VP_END = 1e-12
 
 
 class Point(NamedTuple):
@@ -57,9 +58,10 @@ def gvp_path(t: Tensor) -> Point:
 def vp_path(t: Tensor) -> Point:
     """The variance-preserving diffusion with beta from 0.1 at data to 20 at noise (Song et al. 2021, equation 33).
 
-    At t = 0, alpha is 0.0066 rather than 0; at t = 1, the derivative of sigma is infinite.
+    At t = 0, alpha is 0.0066 rather than 0; at t = 1 the derivative of sigma would be infinite, and the point just
+    before is returned.
     """
-    way = 1 - t
+    way = (1 - t).clamp(min=_VP_END)
     beta = _LEAST_BETA + way * (_GREATEST_BETA - _LEAST_BETA)
     log_alpha = -0.25 * way**2 * (_GREATEST_BETA - _LEAST_BETA) - 0.5 * way * _LEAST_BETA
     alpha = log_alpha.exp()
@@ -107,6 +109,14 @@ def data_and_noise(prediction: str, output: Tensor, x: Tensor, point: Point) -> 
     return (of_noise * x - point.sigma * output) / scale, (point.alpha * output - of_data * x) / scale
 
 
-def convert(output: Tensor, x: Tensor, point: Point, source: str, to: str) -> Tensor:
-    """The `output` of a model that predicts `source`, converted to the prediction `to`, for the state x."""
-    return output if source == to else target(to, *data_and_noise(source, output, x, point), point)
+def velocity_coefficients(prediction: str, point: Point) -> tuple[Tensor, Tensor]:
+    """(a, b) of velocity = a x + b output; not finite where the prediction does not determine the velocity."""
+    alpha_rate, sigma_rate = point.rates()
+    if prediction == "velocity":
+        return torch.zeros_like(point.alpha), torch.ones_like(point.alpha)
+    of_data, of_noise = coefficients(prediction, point)
+    scale = point.alpha * of_noise - point.sigma * of_data
+    return (
+        (alpha_rate * of_noise - sigma_rate * of_data) / scale,
+        (sigma_rate * point.alpha - alpha_rate * point.sigma) / scale,
+    )

@@ -123,7 +123,6 @@ def thinned(schedule: NoiseSchedule, steps: int) -> NoiseSchedule:
         levels=schedule.levels[kept],
         alphas=schedule.alphas[ends],
         sigmas=schedule.sigmas[ends],
-        rates=None if schedule.rates is None else (schedule.rates[0][kept], schedule.rates[1][kept]),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.sampling.schedule import Array, NoiseSchedule
+from dit_fast.sampling.schedule import Array
 from dit_fast.utils.options import check_options, documented, option
 from dit_fast.utils.values import Number, Value, Whole
 
@@ -94,12 +94,12 @@ class Guidance:
         guided = self.guided(channels)
         return f"guidance {self.scale:g} on {'all' if guided == channels else f'{guided} of {channels}'} channels"
 
-    def scales(self, schedule: NoiseSchedule) -> Array:
-        """Scale at each step, float64 (N,); exactly 1 where only the conditional branch is evaluated."""
+    def scales(self, levels: Array) -> Array:
+        """Scale at each noise level of `NoiseSchedule.levels`, float64; exactly 1 without the null branch."""
         low, high = self.interval
-        scales = 1 + (self.scale - 1) * SCHEDULES[self.schedule](1 - schedule.levels)
+        scales = 1 + (self.scale - 1) * SCHEDULES[self.schedule](1 - levels)
         # The comparison with exactly 1 selects the steps that skip the null branch.
-        return np.where((schedule.levels >= low) & (schedule.levels <= high), scales, 1.0)
+        return np.where((levels >= low) & (levels <= high), scales, 1.0)
 
 
 def guide(output: Tensor, scale: Tensor | float, channels: int) -> Tensor:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion import GaussianDiffusion
+from dit_fast.diffusion.adaptive import require_torchdiffeq
 from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.model.dit import DiT
 from dit_fast.model.layers import is_seen
 from dit_fast.sampling.config import BATCH_SIZE, PRECISIONS, SamplerConfig
 from dit_fast.sampling.float8 import require_float8, use_float8_linears
-from dit_fast.sampling.schedule import NoiseSchedule, diffusion_schedule
+from dit_fast.sampling.schedule import VELOCITY_SOLVERS, NoiseSchedule, diffusion_schedule
 from dit_fast.sampling.trajectory import (
     CondFn,
     Evaluate,
@@ -32,6 +33,8 @@ from dit_fast.sampling.trajectory import (
     TrajectoryKey,
     draws_noise,
     evaluate,
+    evaluations,
+    evaluations_per_step,
     loop_parameters,
     modulation_width,
 )
@@ -119,6 +122,7 @@ class Sampler:
         batch_size: int = 64,
         on_step: Callable[[Step], None] | None = None,
         every: int = 1,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Draw one sample for each label or caption. The global random generators are not used.
 
@@ -130,6 +134,8 @@ class Sampler:
             on_step: Called after every `every` steps and after the last one. With a CUDA graph, the trajectory is
                 captured in pieces of `every` steps.
             every: Steps between two calls of `on_step`.
+            start: State from which each trajectory starts, (M, C, H, W); None: noise. With a schedule from data to
+                noise, the images to encode.
 
         Returns:
             Samples, float32 (M, C, H, W) on the device of the model. Later calls do not overwrite them.
@@ -148,9 +154,16 @@ class Sampler:
             )
         if len(numbers) and int(numbers.min()) < 0:
             raise ConfigError(f"numbers contain {int(numbers.min())}: samples are numbered from 0")
+        if start is None and self.schedule.reverse and len(labels):
+            raise ConfigError(
+                "the noise schedule leads from data to noise: give the images to encode as start"
+            )
+        if start is not None:
+            start, wanted = _as_tensor("start", start), (len(labels), *self._shape())
+            if tuple(start.shape) != wanted:
+                raise ConfigError(f"start is {tuple(start.shape)}, expected {wanted}")
         if not len(labels):
-            shape = (0, self.model.in_channels, *self.model.x_embedder.img_size)
-            return torch.empty(shape, device=self.model.pos_embed.device)
+            return torch.empty((0, *self._shape()), device=self.model.pos_embed.device)
         # Embedding layers accept only int32 and int64.
         labels = labels if labels.is_floating_point() else labels.long()
         batches = []
@@ -164,7 +177,8 @@ class Sampler:
                     on_step(Step(first, len(state), done, len(self.schedule), state))
 
                 notify = None if on_step is None else report
-                batches.append(self._batch(labels[batch], numbers[batch], seed, notify, every))
+                given = None if start is None else start[batch]
+                batches.append(self._batch(labels[batch], numbers[batch], seed, notify, every, given))
         result = torch.cat(batches).float()
         broken = int((~result.isfinite()).flatten(1).any(dim=1).sum())
         if broken:
@@ -223,6 +237,15 @@ class Sampler:
             raise ConfigError(
                 "solver ddpm applies only to diffusion models: for flow matching use euler, heun or sde-sigma"
             )
+        if solver == "dopri5":
+            require_torchdiffeq()
+        if self.schedule.reverse and solver not in VELOCITY_SOLVERS:
+            raise ConfigError(
+                f"solver {solver} does not lead from data to noise: choose {', '.join(VELOCITY_SOLVERS)}"
+            )
+        if self.cond_fn is not None and solver in VELOCITY_SOLVERS:
+            raise ConfigError(f"solver {solver} takes no classifier guidance: use ddim")
+        evaluations(self.config, self.schedule)
         if solver.startswith("sde") and not continuous:
             raise ConfigError(
                 f"solver {solver} applies only to flow matching: for a diffusion model use ddpm, or ddim with eta"
@@ -248,10 +271,11 @@ class Sampler:
         seed: int,
         notify: Callable[[int, Tensor], None] | None,
         every: int,
+        start: Tensor | None,
     ) -> Tensor:
         model = self._cast_model()
         device = model.pos_embed.device
-        shape, guided = (model.in_channels, *model.x_embedder.img_size), self.config.guidance.active
+        shape, guided = self._shape(), self.config.guidance.active
         noise: KeyedNoise | ReferenceNoise
         if self.config.mode == "reference":
             noise = ReferenceNoise(seed, numbers.to(device), shape, doubled=guided)
@@ -261,14 +285,19 @@ class Sampler:
         key = self._key(model, labels, len(rows), len(self.schedule) if notify is None else every)
         trajectory, rows = self._trajectory(model, key), rows.to(device)
 
-        trajectory.begin(labels.to(device), slots.to(device), noise.start())
+        first = noise.start() if start is None else start.to(device)
+        trajectory.begin(labels.to(device), slots.to(device), first)
         states = trajectory.states()
-        for segment, (start, stop) in enumerate(key.segments):
-            trajectory.load(start, stop, rows, noise)
+        for segment, (begin, stop) in enumerate(key.segments):
+            trajectory.load(begin, stop, rows, noise)
             state = trajectory.advance(segment, states)
             if notify is not None:
                 notify(stop, state.clone())
         return state.clone()
+
+    def _shape(self) -> tuple[int, ...]:
+        """(C, H, W) of a sample."""
+        return (self.model.in_channels, *self.model.x_embedder.img_size)
 
     def _trajectory(self, model: DiT, key: TrajectoryKey) -> Trajectory:
         """A captured trajectory, or an eager one where that is not possible; sets `eager_reason`."""
@@ -291,6 +320,8 @@ class Sampler:
     def _no_graph(self, device: torch.device) -> str | None:
         if self.config.graph == "never":
             return "graph is 'never'"
+        if self.config.solver == "dopri5":
+            return "dopri5 chooses its steps while it runs"
         if self.cond_fn is not None:
             return "a classifier's gradient is not captured"
         if seen := next((name for name, module in self.model.named_modules() if is_seen(module)), None):
@@ -315,6 +346,7 @@ class Sampler:
         batch, caption = len(labels), tuple(labels.shape[1:])
         height, width = model.x_embedder.img_size
         bytes_per_step = rows * modulation_width(model, *caption[:1]) * model.pos_embed.itemsize
+        bytes_per_step *= evaluations_per_step(config)
         if draws_noise(config):
             bytes_per_step += 4 * batch * model.in_channels * height * width
         longest = max(1, min(steps, config.table_bytes // bytes_per_step))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_fast.diffusion.paths import PATHS
 from dit_fast.errors import ConfigError
 from dit_fast.sampling.schedule import Array, NoiseSchedule
 
@@ -43,18 +44,20 @@ Score = Callable[[Tensor, int], Tensor]
 States = Iterator[Tensor]
 """The state (N, C, H, W) after each step."""
 
-DIFFUSION_FORMS: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "constant": lambda t, sigma, sbdm: np.ones_like(t),
-    "sbdm": lambda t, sigma, sbdm: sbdm,
-    "sigma": lambda t, sigma, sbdm: sigma.copy(),
-    "linear": lambda t, sigma, sbdm: 1 - t,
-    "decreasing": lambda t, sigma, sbdm: (np.cos(np.pi * t) + 1) ** 2 / 4,
-    "increasing-decreasing": lambda t, sigma, sbdm: np.sin(np.pi * t) ** 2,
+DIFFUSION_FORMS: dict[str, Callable[[Array, Array, Array, float], Array]] = {
+    "constant": lambda t, sigma, sbdm, norm: norm * np.ones_like(t),
+    "sbdm": lambda t, sigma, sbdm, norm: norm * sbdm,
+    "sigma": lambda t, sigma, sbdm, norm: norm * sigma,
+    "linear": lambda t, sigma, sbdm, norm: norm * (1 - t),
+    "decreasing": lambda t, sigma, sbdm, norm: (norm * np.cos(np.pi * t) + 1) ** 2 / 4,
+    "increasing-decreasing": lambda t, sigma, sbdm, norm: norm * np.sin(np.pi * t) ** 2,
 }
-"""Diffusion coefficient w of an SDE, from t, sigma and the w of score-based diffusion; the choices of SiT."""
+"""Diffusion coefficient w of an SDE, from t, sigma, the w of score-based diffusion and a norm; the choices of SiT."""
 LastStep = Literal["mean", "euler", "tweedie", "none"]
 LAST_STEPS = get_args(LastStep)
-"""Last step: without noise ("mean"), along the ODE ("euler"), to the predicted x_0 ("tweedie"), or omitted."""
+"""Last step: without noise ("mean"), along the ODE ("euler"), to the predicted x_0 ("tweedie"), or omitted ("none"), in
+which case the schedule ends before data."""
+SdeMethod = Literal["euler", "heun"]
 
 
 def ddpm(
@@ -77,7 +80,7 @@ def ddpm(
     Raises:
         ConfigError: The schedule has a learned variance and the model does not predict one.
     """
-    table = _on_device(ddpm_table, schedule, x)
+    table = on_device(ddpm_table, schedule, x)
     for i in range(len(schedule)):
         of_x, of_data, log_small, log_large = table[i]
         data, learned = denoise(x, i)
@@ -135,7 +138,7 @@ def ddim(
         raise ConfigError(f"eta {eta}: choose a number from 0 (deterministic) to 1")
     if eta and noise is None:
         raise ConfigError(f"eta {eta} draws noise at every step: give noise")
-    table = _on_device(ddim_table, schedule, x, eta)
+    table = on_device(ddim_table, schedule, x, eta)
     for i in range(len(schedule)):
         of_x, of_data, of_noise = table[i]
         x = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
@@ -165,7 +168,7 @@ def ddim_inversion(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> Sta
     Yields:
         The state after each of n - 1 steps; the last one is the state at the first, noisiest step.
     """
-    table = _on_device(inversion_table, schedule, x)
+    table = on_device(inversion_table, schedule, x)
     for i in range(len(schedule) - 1, 0, -1):
         of_x, of_data = table[i]
         x = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
@@ -185,7 +188,7 @@ def dpm_solver_pp_2m(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> S
 
     The first step is first-order, and so is a last step to sigma = 0, where lambda is infinite.
     """
-    table = _on_device(dpm_table, schedule, x)
+    table = on_device(dpm_table, schedule, x)
     previous: Tensor | None = None
     for i in range(len(schedule)):
         of_x, of_data, of_previous = table[i]
@@ -214,7 +217,7 @@ def unipc(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
     Each step evaluates the model once, corrects the state at which it did (UniC-2), and predicts the next one (UniP-2,
     which for this B is DPM-Solver++(2M)).
     """
-    predictor, corrector = _on_device(dpm_table, schedule, x), _on_device(unipc_table, schedule, x)
+    predictor, corrector = on_device(dpm_table, schedule, x), on_device(unipc_table, schedule, x)
     before: Tensor | None = None  # the corrected state at step i - 1
     history: list[Tensor] = []  # x_0 at steps i - 1 and i - 2
     for i in range(len(schedule)):
@@ -261,21 +264,14 @@ def unipc_table(schedule: NoiseSchedule) -> Array:
     return rows
 
 
-def euler(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
-    """Euler's method for flow matching (Liu et al. 2022, Rectified Flow, section 2.1).
+def straight_heun(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
+    """Heun's second-order method (Karras et al. 2022, EDM, algorithm 1, without noise) on the straight path.
 
     With s = alpha + sigma, x / s follows the straight path with velocity x_0 - noise in the time alpha / s for every
-    schedule. A step of constant velocity is therefore a step of DDIM, and is computed as one.
+    schedule (Liu et al. 2022, Rectified Flow, section 2.1). Euler's method on it is `ddim`. Two evaluations per step,
+    except for the last step, which ends at sigma = 0, where no model was trained.
     """
-    return ddim(denoise, x, schedule)
-
-
-def heun(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
-    """Heun's second-order method (Karras et al. 2022, EDM, algorithm 1, without noise) on the path of `euler`.
-
-    Two evaluations per step, except for the last step, which ends at sigma = 0, where no model was trained.
-    """
-    predictor, corrector = _on_device(ddim_table, schedule, x, 0.0), _on_device(heun_table, schedule, x)
+    predictor, corrector = on_device(ddim_table, schedule, x, 0.0), on_device(heun_table, schedule, x)
     for i in range(len(schedule)):
         of_x, of_data, _ = predictor[i]
         guess = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
@@ -288,7 +284,7 @@ def heun(denoise: Denoiser, x: Tensor, schedule: NoiseSchedule) -> States:
 
 def heun_table(schedule: NoiseSchedule) -> Array:
     """Coefficients (N, 3) of x, the Euler guess and x_0 at the guess in the next state; the last row is not used."""
-    # As in `euler`: x / total moves in the time alpha / total, and its velocity at x is (x_0 - x / total) / (1 - time).
+    # x / total moves in the time alpha / total, and its velocity at x is (x_0 - x / total) / (1 - time).
     total = schedule.alphas + schedule.sigmas
     time = schedule.alphas / total
     gain = np.diff(time)[:-1] / (1 - time[1:-1])
@@ -307,8 +303,10 @@ def sde(
     *,
     form: str = "sigma",
     last_step: str = "mean",
+    norm: float = 1.0,
+    method: str = "euler",
 ) -> States:
-    """Euler-Maruyama method for dx = (velocity + w score) dt + sqrt(2 w) dW, from noise to data.
+    """Euler-Maruyama or Heun's method for dx = (velocity + w score) dt + sqrt(2 w) dW, from noise to data.
 
     For every w(t) >= 0 the states have the same distributions as those of the ODE (Ma et al. 2024, SiT,
     arXiv:2401.08740, section 2).
@@ -320,6 +318,8 @@ def sde(
         noise: Noise of each step.
         form: Diffusion coefficient w, one of `DIFFUSION_FORMS`.
         last_step: One of `LAST_STEPS`.
+        norm: Factor of w; for "decreasing" of its cosine, as in SiT.
+        method: "euler"; or "heun", SiT's: the noise of a step is added before it, both evaluations follow.
 
     Yields:
         The state after each step (N, C, H, W).
@@ -327,48 +327,67 @@ def sde(
     Raises:
         ConfigError: A name is unknown, the timesteps are discrete, or w is infinite.
     """
-    table = _on_device(sde_table, schedule, x, form, last_step)
-    steps = len(schedule)
-    for i in range(steps - (last_step == "none")):
-        of_x, of_data, of_noise = table[i]
-        x = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
-        if i + 1 < steps:
+    table = on_device(sde_table, schedule, x, form, last_step, norm, method)
+    steps = len(schedule) - (last_step != "none")
+    for i in range(len(schedule)):
+        of_x, of_data, of_noise, next_of_x, next_of_data = table[i]
+        if i == steps:
+            x = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
+        elif method == "euler":
+            x = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
             x = torch.addcmul(x, of_noise, noise(i))
-        yield x
-    if last_step == "none":
+        else:
+            x = torch.addcmul(x, of_noise, noise(i))
+            guess = torch.addcmul(of_x * x, of_data, denoise(x, i).data)
+            ahead = torch.addcmul(next_of_x * guess, next_of_data, denoise(guess, i + 1).data)
+            # x + step / 2 (first slope + second slope), where guess = x + step * first slope.
+            x = (x + guess + ahead) / 2
         yield x
 
 
-def sde_table(schedule: NoiseSchedule, form: str, last_step: str) -> Array:
-    """Coefficients (N, 3) of x, x_0 and new noise in the next state."""
+def sde_table(schedule: NoiseSchedule, form: str, last_step: str, norm: float, method: str) -> Array:
+    """Coefficients (N, 5) of x, x_0 and new noise in the next state, and of x and x_0 in step * drift at its end."""
     if form not in DIFFUSION_FORMS or last_step not in LAST_STEPS:
         raise ConfigError(
             f"diffusion form {form!r}, last step {last_step!r}: choose {', '.join(DIFFUSION_FORMS)}; "
             f"{', '.join(LAST_STEPS)}"
         )
-    if schedule.rates is None:
+    if schedule.path is None:
         raise ConfigError("an SDE needs continuous time, and these timesteps are discrete: use ddpm")
-    alpha, sigma, (alpha_rate, sigma_rate) = schedule.alphas[:-1], schedule.sigmas[:-1], schedule.rates
-    # The times end at t = 1, where no evaluation takes place.
-    step = np.diff(schedule.times, append=1.0)
-    with np.errstate(divide="ignore"):
-        weight = DIFFUSION_FORMS[form](
-            schedule.times, sigma, sigma * (alpha_rate * sigma / alpha - sigma_rate)
+    if schedule.reverse:
+        raise ConfigError(
+            "an SDE leads from noise to data; encode images with a solver in t, for example heun"
         )
-    if not np.isfinite(weight).all():
+    # Heun's method evaluates the model at the end too where the last step is left out.
+    ends = np.append(schedule.times, schedule.end)
+    step = np.diff(ends)
+    point = PATHS[schedule.path](torch.from_numpy(ends))
+    alpha, sigma, alpha_rate, sigma_rate = (
+        part.numpy() for part in (point.alpha, point.sigma, *point.rates())
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weight = DIFFUSION_FORMS[form](ends, sigma, sigma * (alpha_rate * sigma / alpha - sigma_rate), norm)
+        # velocity = alpha' x_0 + sigma' noise and score = -noise / sigma, with noise = (x - alpha x_0) / sigma.
+        of_noise = sigma_rate - weight / sigma
+        of_x, of_data = of_noise / sigma, alpha_rate - of_noise * alpha / sigma
+    if not np.isfinite(weight[:-1]).all():
         raise ConfigError(
             f"diffusion form {form} is infinite at alpha 0: choose a later start or another form"
         )
-    if last_step == "euler":
-        # w = 0 leaves the velocity of the ODE alone.
-        weight[-1] = 0.0
-    # velocity = alpha' x_0 + sigma' noise and score = -noise / sigma, with noise = (x - alpha x_0) / sigma.
-    of_noise = sigma_rate - weight / sigma
-    of_x = 1 + step * of_noise / sigma
-    of_data = step * (alpha_rate - of_noise * alpha / sigma)
+    rows = _table(
+        1 + step * of_x[:-1],
+        step * of_data[:-1],
+        np.sqrt(2 * weight[:-1] * step),
+        step * of_x[1:],
+        step * of_data[1:],
+    )
     if last_step == "tweedie":
-        of_x[-1], of_data[-1] = 0.0, 1.0
-    return _table(of_x, of_data, np.sqrt(2 * weight * step))
+        rows[-1, :2] = 0.0, 1.0
+    elif last_step == "euler":
+        # Along the velocity alone, without w * score.
+        slope = sigma_rate[-2] / sigma[-2]
+        rows[-1, :2] = 1 + step[-1] * slope, step[-1] * (alpha_rate[-2] - slope * alpha[-2])
+    return rows
 
 
 def _pairs(values: Array) -> tuple[Array, Array]:
@@ -390,7 +409,7 @@ def _table(*columns: Array) -> Array:
     return np.stack(columns, axis=1)
 
 
-def _on_device(table: Callable[..., Array], schedule: NoiseSchedule, x: Tensor, *options: Any) -> Tensor:
+def on_device(table: Callable[..., Array], schedule: NoiseSchedule, x: Tensor, *options: Any) -> Tensor:
     """`table(schedule, *options)` on the device of x, each entry rounded once to its dtype.
 
     Copied once and kept by the schedule: while a CUDA graph is captured, nothing may be copied from the host, and its
@@ -405,8 +424,7 @@ def _on_device(table: Callable[..., Array], schedule: NoiseSchedule, x: Tensor, 
 DETERMINISTIC: dict[str, Callable[[Denoiser, Tensor, NoiseSchedule], States]] = {
     "dpm++2m": dpm_solver_pp_2m,
     "unipc": unipc,
-    "euler": euler,
-    "heun": heun,
+    "straight-heun": straight_heun,
 }
 SDE = "sde-"
 """Prefix of the solver name of an SDE; the diffusion form follows it."""
@@ -415,8 +433,13 @@ Solver = Literal[
     "ddim",
     "dpm++2m",
     "unipc",
+    "straight-heun",
     "euler",
+    "midpoint",
     "heun",
+    "heun3",
+    "rk4",
+    "dopri5",
     "sde-constant",
     "sde-sbdm",
     "sde-sigma",

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_fast.diffusion.adaptive import dopri5
 from dit_fast.model.dit import DiT
-from dit_fast.sampling import solvers
+from dit_fast.sampling import runge_kutta, solvers
 from dit_fast.sampling.config import SamplerConfig
 from dit_fast.sampling.guidance import guide
-from dit_fast.sampling.schedule import NoiseSchedule
+from dit_fast.sampling.schedule import VELOCITY_SOLVERS, Array, NoiseSchedule
 from dit_fast.sampling.solvers import Denoised
 from dit_fast.utils import keyed
 
@@ -234,6 +235,37 @@ def draws_noise(config: SamplerConfig) -> bool:
     return config.solver.startswith(("ddpm", solvers.SDE)) or (config.solver == "ddim" and config.eta > 0)
 
 
+def evaluations_per_step(config: SamplerConfig) -> int:
+    """Evaluations of the model at different times in a step."""
+    tableau = runge_kutta.TABLEAUS.get(config.solver)
+    return 1 if tableau is None else len(tableau.fractions)
+
+
+def evaluations(config: SamplerConfig, schedule: NoiseSchedule) -> tuple[Array, Array, Array, Array]:
+    """Times at which a solver may evaluate the model, float64 (E,), and what it takes from each evaluation.
+
+    Returns:
+        The times, the noise levels, and the coefficients (a, b) of a x + b output: the velocity for solvers in t, and
+        x_0 for all others.
+
+    Raises:
+        ConfigError: The solver and the noise schedule do not fit each other.
+    """
+    if config.solver in runge_kutta.TABLEAUS:
+        times = runge_kutta.evaluation_times(schedule, config.solver)
+        # The end is evaluated only by methods whose last stage is there.
+        if not runge_kutta.evaluates_end(config.solver):
+            times = times[:-1]
+        return times, 1 - times, *schedule.velocity_coefficients(times)
+    if config.solver in VELOCITY_SOLVERS:
+        return schedule.times, schedule.levels, *schedule.velocity_coefficients(schedule.times)
+    if config.solver.startswith(solvers.SDE) and config.sde_method == "heun" and config.last_step == "none":
+        # Heun's last step evaluates the model at its end, where sigma is still above 0.
+        whole = schedule.extended()
+        return whole.times, whole.levels, *whole.data_coefficients
+    return schedule.times, schedule.levels, *schedule.data_coefficients
+
+
 class Trajectory:
     """Memory and steps of one trajectory.
 
@@ -257,10 +289,12 @@ class Trajectory:
         longest = max(stop - start for start, stop in key.segments)
         self.start = torch.zeros(shape, dtype=state_dtype, device=key.device)
         self.noise = self.start.new_zeros((longest if draws_noise(self.config) else 0, *shape))
-        # One step more than a segment has: Heun's method evaluates the model at the next timestep too.
+        times, levels, a, b = evaluations(self.config, self.schedule)
+        self.per_step = evaluations_per_step(self.config)
+        # One more than a segment's steps have: Heun's method evaluates the model at the next timestep too.
         self.table = ModulationTable(
             model,
-            min(longest + 1, len(self.schedule)),
+            min(longest * self.per_step + 1, len(times)),
             key.rows,
             caption_tokens=key.caption[0] if key.caption else 1,
             offload=self.config.offload,
@@ -270,19 +304,19 @@ class Trajectory:
         label_dtype = key.dtype if key.caption else torch.int64
         self.labels = torch.zeros(key.batch, *key.caption, dtype=label_dtype, device=key.device)
 
-        a, b = self.schedule.data_coefficients
+        # Solvers in t take the velocity where the others take x_0: the output itself if the model predicts it.
         self.predicts_data = not a.any()
-        scales = self.config.guidance.scales(self.schedule)
+        scales = self.config.guidance.scales(levels)
         self.guided = [bool(scale != 1) for scale in scales]
         self.coefficients = torch.from_numpy(np.stack([a, b, scales], axis=1)).to(self.start)
-        times = torch.as_tensor(self.schedule.times)
         # Discrete timesteps are integers for the model, as in the reference; times of flow matching are not.
         integers = bool((times == times.round()).all())
-        self.times = (times.long() if integers else times.float()).to(key.device)
+        self.times = torch.from_numpy(times).to(torch.int64 if integers else torch.float32).to(key.device)
         # Dhariwal & Nichol 2021, algorithm 2: noise' = noise - sigma * score shifts x_0 by sigma^2 / alpha * score.
         self.shift = self.schedule.sigmas[:-1] ** 2 / self.schedule.alphas[:-1].clip(1e-12)
         # The step that row 0 of `table` and `noise` belongs to.
         self.first = 0
+        self.rows = torch.empty(0)
         self.replays: list[tuple[Callable[[], None], Tensor]] = []
 
     def begin(self, labels: Tensor, slots: Tensor, start: Tensor) -> None:
@@ -306,8 +340,8 @@ class Trajectory:
             rows: Labels (rows,) or captions (rows, S, E) of the modulation table.
             noise: Source of the noise.
         """
-        self.first = start
-        self.table.fill(self.times[start : min(stop + 1, len(self.schedule))], rows)
+        self.first, self.rows = start, rows
+        self.table.fill(self.times[start * self.per_step : stop * self.per_step + 1], rows)
         for i in range(start, stop) if draws_noise(self.config) else ():
             self.noise[i - start] = noise.step(i)
 
@@ -343,30 +377,58 @@ class Trajectory:
         if solver == "ddim":
             return solvers.ddim(self.denoise, self.start, schedule, noise, eta=self.config.eta)
         if solver.startswith(solvers.SDE):
-            form, last_step = solver.removeprefix(solvers.SDE), self.config.last_step
-            return solvers.sde(self.denoise, self.start, schedule, noise, form=form, last_step=last_step)
+            return solvers.sde(
+                self.denoise,
+                self.start,
+                schedule,
+                noise,
+                form=solver.removeprefix(solvers.SDE),
+                last_step=self.config.last_step,
+                norm=self.config.diffusion_norm,
+                method=self.config.sde_method,
+            )
+        if solver == "dopri5":
+            return self._adaptive()
+        if solver in VELOCITY_SOLVERS:
+            return runge_kutta.runge_kutta(lambda x, i: self.denoise(x, i).data, self.start, schedule, solver)
         return solvers.DETERMINISTIC[solver](self.denoise, self.start, schedule)
 
     def denoise(self, x: Tensor, i: int) -> Denoised:
-        """The guided prediction of x_0 for the state x (n, C, H, W) at step i."""
-        a, b, scale = self.coefficients[i]
-        guided, channels = self.guided[i], self.config.guidance.channels or self.model.in_channels
-        data, variance = self.run(
-            self.model,
-            x,
-            self.table.values[i - self.first],
-            self.slots if guided else self.slots[: len(x)],
-            a,
-            b,
-            scale if guided else None,
-            min(channels, self.model.in_channels),
-            self.predicts_data,
-            self.config.clip,
-        )
+        """The guided prediction of x_0, or the velocity, for the state x (n, C, H, W) at evaluation i."""
+        row = self.table.values[i - self.first * self.per_step]
+        data, variance = self._evaluate(x, row, self.coefficients[i], self.guided[i])
         # The DDPM solver applies the score itself, to the mean of its step.
         if self.cond_fn is not None and self.config.solver != "ddpm":
             data = data + float(self.shift[i]) * self._score(x, i)
         return Denoised(data, variance)
+
+    def _evaluate(self, x: Tensor, row: Tensor, coefficients: Tensor, guided: bool) -> Denoised:
+        a, b, scale = coefficients
+        return self.run(
+            self.model,
+            x,
+            row,
+            self.slots if guided else self.slots[: len(x)],
+            a,
+            b,
+            scale if guided else None,
+            min(self.config.guidance.channels or self.model.in_channels, self.model.in_channels),
+            self.predicts_data,
+            self.config.clip,
+        )
+
+    def _adaptive(self) -> Iterator[Tensor]:
+        start, end = float(self.schedule.times[0]), self.schedule.end
+        yield dopri5(self._velocity_at, self.start, start, end, *self.config.tolerances())
+
+    def _velocity_at(self, t: float, x: Tensor) -> Tensor:
+        """The guided velocity at any time, which replaces the first row of the table."""
+        self.table.fill(torch.tensor([t], dtype=torch.float32, device=x.device), self.rows)
+        time = np.array([t])
+        a, b = self.schedule.velocity_coefficients(time)
+        scale = self.config.guidance.scales(1 - time)
+        coefficients = torch.from_numpy(np.stack([a, b, scale], axis=1)).to(x)[0]
+        return self._evaluate(x, self.table.values[0], coefficients, bool(scale[0] != 1)).data
 
     def _score(self, x: Tensor, i: int) -> Tensor:
         assert self.cond_fn is not None
@@ -394,8 +456,9 @@ class Trajectory:
         """Run each kind of step once, so that kernels are compiled and coefficients are on the device."""
         for guided in (True, False):
             if guided in self.guided:
-                self.first = self.guided.index(guided)
-                self.denoise(self.start, self.first)
+                evaluation = self.guided.index(guided)
+                self.first = evaluation // self.per_step
+                self.denoise(self.start, evaluation)
         self.first = 0
         states = self.states()
         for _ in range(min(_WARM_UP_STEPS, self.key.segments[0][1])):

@@ -45,6 +45,7 @@ from dit_fast.sampling import (
     short_label,
     to_uint8,
 )
+from dit_fast.sampling.schedule import VELOCITY_SOLVERS
 from dit_fast.training.config import build_model
 from dit_fast.training.log import (
     Averages,
@@ -88,7 +89,7 @@ class AverageSampler:
         self.config = SamplerConfig(
             solver=solver,
             guidance=default_guidance(trainer.model, trained_here=True) if guided else Guidance(1.0),
-            clip=not isinstance(data, LatentSet),
+            clip=not isinstance(data, LatentSet) and solver not in VELOCITY_SOLVERS,
             graph="never",
         )
         self._samplers: list[Sampler] = []

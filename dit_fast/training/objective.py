@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dit_fast.diffusion import GaussianDiffusion, create_objective
 from dit_fast.diffusion.beta_schedules import DIFFUSION_STEPS, NoiseSchedule
-from dit_fast.diffusion.flow_matching import FLOW_WEIGHTINGS
+from dit_fast.diffusion.flow_matching import FLOW_WEIGHTINGS, TRAIN_EPS
 from dit_fast.diffusion.objective import ObjectiveName
 from dit_fast.diffusion.paths import PathName, Prediction
 from dit_fast.diffusion.timestep_sampler import TimestepDistribution, TimestepSampling
@@ -53,6 +53,13 @@ class ObjectiveConfig:
         "Add the cosine distance to the velocity to the loss; applies only to --objective flow",
         group="objective",
     )
+    train_eps: float | None = option(
+        None,
+        "Distance in t of training from the ends where the equations of flow matching are singular",
+        TRAIN_EPS,
+        default_text="SiT's: 0.001, on the path vp 0.00001",
+        group="objective",
+    )
     timestep_sampling: TimestepDistribution = option(
         "uniform",
         "Distribution of training timesteps; importance follows recent losses, for diffusion only",
@@ -92,7 +99,7 @@ class ObjectiveConfig:
         of_diffusion = (
             "noise_schedule", "learn_sigma", "learned_range", "sigma_small", "use_kl", "min_snr_gamma",
         )  # fmt: skip
-        fixed = of_diffusion if flow else ("path", "direction_loss")
+        fixed = of_diffusion if flow else ("path", "direction_loss", "train_eps")
         usual = {field.name: field.default for field in dataclasses.fields(self)} | {"learn_sigma": False}
         for field in fixed:
             if getattr(self, field) != usual[field]:
@@ -134,6 +141,8 @@ class ObjectiveConfig:
                 "path": self.path,
                 "loss_weighting": self.loss_weighting,
                 "direction_loss": self.direction_loss,
+                # Left out by default, as in checkpoints from before the option existed.
+                **({} if self.train_eps is None else {"train_eps": self.train_eps}),
             }
         return {
             **common,

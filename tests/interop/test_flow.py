@@ -284,6 +284,52 @@ def test_sit_is_sampled_as_by_its_own_program(scale: float, shift: float, tmp_pa
     assert_close(latents, expected, terms=4096)
 
 
+def test_images_are_encoded_to_noise_and_drawn_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sit(tmp_path / "SiT.pt")
+    noise = torch.randn(2, 4, 8, 8)
+    np.save(tmp_path / "x.npy", noise.numpy())
+    base = (
+        "sample",
+        "--ckpt",
+        tmp_path / "SiT.pt",
+        "--num-heads",
+        4,
+        "--objective",
+        "flow",
+        "--device",
+        "cpu",
+    )
+    base = (*base, "--classes", "2,7", "--cfg-scale", 1)
+    encoded = ("--reverse", tmp_path / "x.npy", "--out", tmp_path / "noise")
+    assert command(*base, *encoded, "--solver", "dopri5", "--rtol", "1e-4") == 0
+    found = np.load(tmp_path / "noise" / "latents.npy")
+    assert found.shape == noise.shape
+    assert np.abs(found - noise.numpy()).max() > 0.1
+    np.savez(tmp_path / "x.npz", noise.numpy())
+    np.save(tmp_path / "flat.npy", noise.numpy()[0])
+    capsys.readouterr()
+    for options, message in [
+        (("--reverse", tmp_path / "x.npz"), "x.npz holds an archive"),
+        (
+            ("--reverse", tmp_path / "flat.npy"),
+            "flat.npy holds float32 (4, 8, 8), expected floats (M, C, H, W)",
+        ),
+        (("--reverse", tmp_path / "none.npy"), "none.npy: cannot read it as a .npy file"),
+        ((*encoded, "--num", 3), "--num 3: --reverse"),
+        ((*encoded, "--npz"), "--npz is for images, and --reverse encodes them to noise: remove it"),
+        ((*encoded, "--solver", "sde-sigma"), "reverse True applies only to the solvers in t"),
+        (("--solver", "heun", "--atol", 1e-3), "atol 0.001 applies only to dopri5"),
+        (("--solver", "dopri5", "--steps", 4), "steps 4 applies only to solvers with fixed steps"),
+        (("--last-step-size", 1), "--last-step-size"),
+    ]:
+        assert command(*base, "--vae", "none", "--out", tmp_path / "bad", *options) != 0
+        error = capsys.readouterr().err
+        assert message in error
+        assert not (tmp_path / "bad").exists()
+
+
 def test_times_of_lightningdit_s_sampler() -> None:
     """Its num_sampling_steps are the points of the path, of which 249 are evaluated."""
     t = np.linspace(0, 1, 250)

@@ -71,11 +71,11 @@ def test_the_null_branch_is_run_only_where_it_counts(monkeypatch, guidance, bran
 def test_scales_follow_interval_and_schedule():
     schedule = flow_schedule(4)
     assert schedule.levels.tolist() == [1.0, 0.75, 0.5, 0.25]
-    assert Guidance(3.0, interval=(0.3, 0.8)).scales(schedule).tolist() == [1.0, 3.0, 3.0, 1.0]
-    assert Guidance(3.0, schedule="linear").scales(schedule).tolist() == [1.0, 1.5, 2.0, 2.5]
+    assert Guidance(3.0, interval=(0.3, 0.8)).scales(schedule.levels).tolist() == [1.0, 3.0, 3.0, 1.0]
+    assert Guidance(3.0, schedule="linear").scales(schedule.levels).tolist() == [1.0, 1.5, 2.0, 2.5]
     cosine = 1 + 2 * (1 - np.cos(np.pi * np.array([0, 0.25, 0.5, 0.75]))) / 2
-    np.testing.assert_allclose(Guidance(3.0, schedule="cosine").scales(schedule), cosine)
-    rising = Guidance(3.0, schedule="power-cosine").scales(schedule)
+    np.testing.assert_allclose(Guidance(3.0, schedule="cosine").scales(schedule.levels), cosine)
+    rising = Guidance(3.0, schedule="power-cosine").scales(schedule.levels)
     assert rising[0] == 1.0
     assert (np.diff(rising) > 0).all()
 

@@ -9,7 +9,7 @@ import torch
 
 from dit_fast.diffusion import FlowMatching, create_diffusion
 from dit_fast.diffusion.likelihood import bits_per_dim, log_likelihood
-from dit_fast.diffusion.paths import PATHS, PREDICTIONS, Point, convert, target
+from dit_fast.diffusion.paths import PATHS, PREDICTIONS, Point, data_and_noise, target
 from dit_fast.errors import ConfigError
 from dit_fast.sampling import flow_schedule, sampling_schedule, solvers
 from dit_fast.sampling.solvers import Denoised
@@ -68,6 +68,10 @@ def test_predictions_turn_into_each_other_to_rounding(path):
         assert_close(convert(answer, x, point, source, "epsilon"), noise, what=source)
         back = convert(convert(answer, x, point, source, other), x, point, other, source)
         assert_close(back, answer, what=(source, other))
+
+
+def convert(output, x, point, source, to):
+    return target(to, *data_and_noise(source, output, x, point), point)
 
 
 def test_predictions_by_their_papers_formulas():
@@ -302,7 +306,7 @@ def denoiser(schedule):
 
 
 @pytest.mark.parametrize(("path", "prediction"), FLOWS)
-@pytest.mark.parametrize(("solver", "order"), [(solvers.euler, 1), (solvers.heun, 2)])
+@pytest.mark.parametrize(("solver", "order"), [(solvers.ddim, 1), (solvers.straight_heun, 2)])
 def test_the_ode_s_error_falls_at_the_solver_s_order(solver, order, path, prediction):
     """From noise to data on the whole path, on which each sample keeps its place in units of the spread."""
     start = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -337,7 +341,8 @@ def test_the_sde_has_the_mean_and_covariance_of_the_data(path, form, last_step):
     generator = torch.Generator().manual_seed(6)
     # An SDE that is still noisy at the end loses what a last step without noise would have added.
     length = {"none": 0.004, "mean": 0.01 if path == "vp" else 0.04}.get(last_step, 0.04)
-    schedule = flow_schedule(250, path=path, last_step=length)
+    options = {"end": 1 - length} if last_step == "none" else {"last_step": length}
+    schedule = flow_schedule(250, path=path, **options)
     x = torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64)
 
     def noise(i):
@@ -354,11 +359,14 @@ def test_the_sde_has_the_mean_and_covariance_of_the_data(path, form, last_step):
 @pytest.mark.parametrize("form", solvers.DIFFUSION_FORMS)
 def test_steps_of_the_sde_are_by_its_equation(path, form):
     """With SiT's w and last steps, which moments do not tell: they are the same for every w."""
-    schedule = flow_schedule(4, path=path, start=0.1, last_step=0.04)
     start, *draws = torch.randn(5, 2, *SHAPE, generator=torch.Generator().manual_seed(7)).double()
-    denoise, ends = denoiser(schedule), [*schedule.times, 1.0]
-    assert ends[-2:] == pytest.approx([0.96, 1.0])
     for last_step in solvers.LAST_STEPS:
+        schedule = flow_schedule(4, path=path, start=0.1, last_step=0.04)
+        ends = [*schedule.times, 1.0]
+        assert ends[-2:] == pytest.approx([0.96, 1.0])
+        if last_step == "none":
+            schedule = flow_schedule(3, path=path, start=0.1, end=0.96)
+        denoise = denoiser(flow_schedule(4, path=path, start=0.1, last_step=0.04))
         x = start
         for i, (t, end) in enumerate(itertools.pairwise(ends)):
             alpha, sigma, alpha_rate, sigma_rate = PATHS[path](torch.tensor(t, dtype=torch.float64))
@@ -393,11 +401,11 @@ def test_sampling_begins_and_ends_as_sit_s():
         times = sampling_schedule(objective, 10, solver, learn_sigma=False).times
         return [times[0], times[-1]]
 
-    assert ends("euler") == pytest.approx([0.0, 0.9])
+    assert ends("ddim") == ends("euler") == pytest.approx([0.0, 0.9])
     assert ends("sde-sigma") == pytest.approx([0.0, 0.96])
     assert ends("sde-sbdm") == pytest.approx([0.001, 0.96])
     for prediction in ("epsilon", "score"):
-        assert ends("heun", "gvp", prediction)[0] == pytest.approx(0.001)
+        assert ends("heun", "gvp", prediction) == pytest.approx([0.001, 0.001 + 0.9 * 0.998])
         assert ends("heun", "vp", prediction)[0] == 0
     # Esser et al. 2024, equation 23, of noise levels 1, 3/4, 1/2 and 1/4.
     assert flow_schedule(4, shift=3.0).levels.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5])
