@@ -62,7 +62,7 @@ def require_torchdiffeq() -> Callable[..., Any]:
         from torchdiffeq import odeint
     except ImportError as error:
         raise MissingExtraError(
-            "dopri5 needs torchdiffeq: pip install 'dit-fast[ode]', or choose heun"
+            "torchdiffeq is not installed; pip install 'dit-fast[ode]', or choose heun instead of dopri5"
         ) from error
     solve: Callable[..., Any] = odeint
     return solve

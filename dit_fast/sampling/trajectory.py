@@ -4,6 +4,7 @@ A captured trajectory reads and writes fixed memory. Its inputs are copied there
 cloned afterwards, so that a later replay never overwrites a tensor of the caller.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -412,14 +413,17 @@ class Trajectory:
             a,
             b,
             scale if guided else None,
-            min(self.config.guidance.channels or self.model.in_channels, self.model.in_channels),
+            self.config.guidance.guided(self.model.in_channels),
             self.predicts_data,
             self.config.clip,
         )
 
     def _adaptive(self) -> Iterator[Tensor]:
-        start, end = float(self.schedule.times[0]), self.schedule.end
-        yield dopri5(self._velocity_at, self.start, start, end, *self.config.tolerances())
+        """dopri5 from each time of the schedule to the next; `sampling_schedule` has only the ends."""
+        x = self.start
+        for start, end in itertools.pairwise([*self.schedule.times.tolist(), self.schedule.end]):
+            x = dopri5(self._velocity_at, x, start, end, *self.config.tolerances())
+            yield x
 
     def _velocity_at(self, t: float, x: Tensor) -> Tensor:
         """The guided velocity at any time, which replaces the first row of the table."""

@@ -322,7 +322,6 @@ def test_images_are_encoded_to_noise_and_drawn_again(
         ((*encoded, "--solver", "sde-sigma"), "reverse True applies only to the solvers in t"),
         (("--solver", "heun", "--atol", 1e-3), "atol 0.001 applies only to dopri5"),
         (("--solver", "dopri5", "--steps", 4), "steps 4 applies only to solvers with fixed steps"),
-        (("--last-step-size", 1), "--last-step-size"),
     ]:
         assert command(*base, "--vae", "none", "--out", tmp_path / "bad", *options) != 0
         error = capsys.readouterr().err

@@ -61,7 +61,8 @@ def test_same_seed_same_images_other_seed_others(model, diffusion):
     assert (first - other).abs().min() > 0
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+# The steps of dopri5 are those of the batch.
+@pytest.mark.parametrize("solver", [solver for solver in SOLVERS if solver != "dopri5"])
 def test_a_sample_depends_on_its_number_not_on_its_batch(model, diffusion, solver):
     """Sample i is the same in batches of 1, 4 and 8, and wherever in a batch it stands."""
     labels = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
