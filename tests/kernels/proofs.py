@@ -290,8 +290,8 @@ def passes_opcheck(spec: OpSpec, namespace: str = "dit_fast") -> None:
     calls = registered_calls(spec, namespace)
     assert calls
     for name, (op, args) in calls.items():
-        # A backward operation has no gradient of its own.
-        with_gradient = not name.endswith("_backward")
+        # A backward operation has no gradient of its own, and the tangent of a dual one has none.
+        with_gradient = not name.endswith(("_backward", "_dual"))
         results = torch.library.opcheck(op, [
             value.detach().requires_grad_(with_gradient and value.is_floating_point())
             if isinstance(value, Tensor)
