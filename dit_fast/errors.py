@@ -4,6 +4,12 @@ Every message is one line: what was found, where, and what to do. The command li
 program catches `DitFastError`, or the built-in class that each error also derives from.
 """
 
+import importlib.metadata
+import json
+import re
+import shlex
+from pathlib import Path
+
 
 class DitFastError(Exception):
     """Base class of all errors of dit_fast."""
@@ -34,4 +40,34 @@ class RankError(DitFastError, RuntimeError):
 
 
 class MissingExtraError(DitFastError, ImportError):
-    """An optional package that is not installed; the message names the extra that installs it."""
+    """An optional package that is not installed; the message names the extra that installs it.
+
+    Args:
+        message: ends with "pip install 'dit-fast[NAME]'"; replaced by a command that installs the extra from where this
+            package came from: a checkout, a wheel, a repository or an index.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(_INSTALL.sub(lambda found: _install_command(found[1]), message))
+
+
+_INSTALL = re.compile(r"pip install 'dit-fast\[([\w-]+)\]'")
+
+
+def _install_command(extra: str) -> str:
+    """The command that installs an extra; see PEP 610 for the record of a package's origin."""
+    checkout = Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").exists():
+        return f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
+    try:
+        text = importlib.metadata.distribution("dit-fast").read_text("direct_url.json")
+        origin = json.loads(text) if text else None
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        origin = None
+    if not isinstance(origin, dict) or "url" not in origin:
+        return f"pip install 'dit-fast[{extra}]'"
+    source = str(origin["url"])
+    if isinstance(origin.get("vcs_info"), dict):
+        revision = origin["vcs_info"].get("requested_revision")
+        source = f"{origin['vcs_info'].get('vcs', 'git')}+{source}" + (f"@{revision}" if revision else "")
+    return f"pip install {shlex.quote(f'dit-fast[{extra}] @ {source}')}"

