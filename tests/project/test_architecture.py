@@ -37,6 +37,7 @@ FILE_CALLS = re.compile(
 WRITERS = ("write_atomically", "publish")
 MAY_OPEN = {
     "dit_fast.utils.files": "the reader and the writer",
+    "dit_fast.errors": "the record of the package's origin, by importlib.metadata",
     "dit_fast.utils.terminal": "/dev/null, in the place of a stream that is closed",
     "dit_fast.utils.locks": "the lock's own file, without following links; /proc/self/mountinfo",
     "dit_fast.distributed.world": "/proc/PID/cmdline of the parent",
