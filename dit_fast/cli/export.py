@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from dit_fast.cli.sample_options import CheckpointOptions
 from dit_fast.errors import ConfigError, OutputError
 from dit_fast.interop import DIFFUSERS, load_model, save_diffusers
+from dit_fast.interop.graphs import BATCHES, FILES, METADATA, Quantization, check_graph_export, save_graph
 from dit_fast.interop.lightningdit import state_to_lightningdit
+from dit_fast.interop.load import ModelInfo
 from dit_fast.interop.objective import OBJECTIVE_FIELDS
 from dit_fast.model.config import beyond_the_paper
 from dit_fast.model.dit import DiT
@@ -26,7 +28,12 @@ from dit_fast.utils.values import PATH, SOURCE
 EPILOG = """safetensors  a folder with config.json and model.safetensors, for DiT.from_pretrained
 pt           one file as the reference publishes them: torch.load gives the state dict that its DiT loads, or SiT's
 lightningdit one such file for LightningDiT's class, built with the model's options
-diffusers    a folder for diffusers' DiTTransformer2DModel.from_pretrained"""
+diffusers    a folder for diffusers' DiTTransformer2DModel.from_pretrained
+onnx         a folder with model.onnx (and model.onnx.data above 1 GiB) and export.json, for onnxruntime
+torch-export a folder with model.pt2 and export.json: torch.export.load(...).module()
+aot-inductor the same, compiled for this machine's CPU: torch._inductor.aoti_load_package
+
+The last three compute in float32 without dit_fast, for any batch; they are read back and compared with the model."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,11 @@ class ExportOptions(Options):
         SOURCE,
     )
     out: Path = option(REQUIRED, "Folder or file to write, which must not exist", PATH)
-    format: Literal["safetensors", "pt", "lightningdit", "diffusers"] = option(
-        "safetensors", "Format to write"
+    format: Literal[
+        "safetensors", "pt", "lightningdit", "diffusers", "onnx", "torch-export", "aot-inductor"
+    ] = option("safetensors", "Format to write")
+    quantize: Quantization = option(
+        "none", "Quantize the weights of linear layers by torchao, in a graph (int8-dynamic: activations too)"
     )
     weights: str = same_option(CheckpointOptions, "weights")
     lora: str | None = same_option(CheckpointOptions, "lora")
@@ -57,6 +67,13 @@ def run(args: argparse.Namespace) -> int:
     one_file = options.format in ("pt", "lightningdit")
     if one_file and options.out.suffix != ".pt":
         raise ConfigError(f"--out {options.out}: a file of --format {options.format} is named *.pt")
+    if options.format in FILES:
+        check_graph_export(options.format, options.quantize)
+    elif options.quantize != "none":
+        raise ConfigError(
+            f"--quantize {options.quantize} is for --format {', '.join(FILES)}: --format {options.format} writes the "
+            "weights as they are"
+        )
     model, info = load_model(
         options.ckpt, weights=options.weights, num_heads=options.num_heads, adapter=options.lora
     )
@@ -72,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         if one_file:
             write_atomically(options.out, lambda path: torch.save(dict(state), path))
         else:
-            _write_folder(model, options.out, options.format)
+            _write_folder(model, info, options)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError):
             raise
@@ -83,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             "which this one was trained: its outputs differ by more than rounding. "
             "dit_fast.FastDiT is exact in DiTPipeline"
         )
-    if info.diffusion.get("objective") == "flow":
+    if options.format not in FILES and info.diffusion.get("objective") == "flow":
         recorded = {name: info.diffusion[name] for name in OBJECTIVE_FIELDS if name in info.diffusion}
         flags = " ".join(f"--{name} {value}" for name, value in recorded.items())
         say(f"note: the weights do not record what they predict: sample them with {flags}")
@@ -91,16 +108,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_folder(model: DiT, folder: Path, kind: str) -> None:
+def _write_folder(model: DiT, info: ModelInfo, options: ExportOptions) -> None:
+    folder, kind = options.out, options.format
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     try:
         if kind == "safetensors":
             model.save_pretrained(temporary)
-        else:
+        elif kind == "diffusers":
             with warnings.catch_warnings(record=True, action="always") as caught:
                 save_diffusers(model, temporary, conventions=DIFFUSERS)
             for warning in caught:
                 say(f"note: {warning.message}")
+        else:
+            temporary.mkdir()
+            _write_graph(model, info, temporary, options)
         try:
             temporary.rename(folder)
         except OSError as error:
@@ -111,3 +132,21 @@ def _write_folder(model: DiT, folder: Path, kind: str) -> None:
             ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_graph(model: DiT, info: ModelInfo, folder: Path, options: ExportOptions) -> None:
+    assert options.format in ("onnx", "torch-export", "aot-inductor")
+    compared = save_graph(model, info, folder, options.format, options.quantize)
+    if not info.diffusion:
+        say(
+            f"note: the weights do not record what they predict: {METADATA} says DDPM with linear betas and epsilon"
+        )
+    against = [("the model", compared.graph)]
+    if compared.quantized:
+        against = [("the quantized model", compared.graph), ("float32", compared.quantized)]
+    for name, differences in against:
+        told = ", ".join(
+            f"{each:.1e} at batch {batch}" for batch, each in zip(BATCHES, differences, strict=True)
+        )
+        say(f"largest relative difference from {name}: {told}")
+    say(f"{compared.size / 1e6:.1f} MB in {FILES[options.format]}, inputs and conventions in {METADATA}")
