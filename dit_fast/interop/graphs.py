@@ -68,13 +68,14 @@ def check_graph_export(kind: str, quantize: Quantization) -> None:
                 "--quantize int8-dynamic: torch.onnx has no operator for its integer products; give --quantize int8, "
                 "or --format torch-export"
             )
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            try:
-                __import__(package)
-            except ImportError:
-                raise MissingExtraError(
-                    f"--format onnx: {package} is not installed; pip install 'dit-fast[onnx]'"
-                ) from None
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError:
+            raise MissingExtraError(
+                "--format onnx: onnx, with onnxscript and onnxruntime, is not installed; pip install 'dit-fast[onnx]'"
+            ) from None
     if quantize != "none":
         with _quiet():
             try:
