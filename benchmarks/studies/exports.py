@@ -79,7 +79,7 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
                 }
             )
             gc.collect()
-        calls = [
+        calls: list[Call] = [
             model,
             *(reader(Path(temporary) / f"{kind}-{quantize}", kind) for kind, quantize in VARIANTS),
         ]
