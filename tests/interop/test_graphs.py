@@ -158,7 +158,7 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch) -> None:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             assert export(tmp_path, kind, *more) == 1
-            assert f"is not installed; pip install 'dit-fast[{extra}]'" in capsys.readouterr().err
+            assert re.search(rf"is not installed; pip install .*\[{extra}\]", capsys.readouterr().err)
     with monkeypatch.context() as patch:
         patch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", no_compiler)
         assert export(tmp_path, "aot-inductor") == 1
