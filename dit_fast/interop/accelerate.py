@@ -21,7 +21,7 @@ from dit_fast.kernels.attention.attention import attention_backend
 from dit_fast.model.backends import Backends
 from dit_fast.model.blocks import Stream, without_bias
 from dit_fast.model.dit import DiT
-from dit_fast.model.layers import hooks_of, is_plain, is_untouched
+from dit_fast.model.layers import hooks_of, is_original, is_plain, is_untouched
 from dit_fast.utils.terminal import one_line
 
 # Names of the linear layers of an attention and of both MLPs.
@@ -34,21 +34,37 @@ _TOLERANCE = 1e-9
 _TOKENS = 4
 
 
+Computation = tuple[Any, ...]
+"""Equal for modules that differ only in their weights, hooks and mode; see `computation_of`."""
+
+
 @dataclass(frozen=True)
 class Fusion:
     """How one block runs.
 
     Attributes:
         backends: Kernels, attention backend and MLP epilogue.
-        attn_type: Class of the attention that was checked; None calls the attention module.
-        mlp_type: Class of the MLP that was checked; None calls the MLP module.
+        trunk: What the block computed when it was checked, beside attention and MLP.
+        attn: What the attention computed; None calls the attention module.
+        mlp: What the MLP computed; None calls the MLP module.
         in_training: Whether the block is fused in training mode, where its own forward may draw random numbers.
     """
 
     backends: Backends
-    attn_type: type[nn.Module] | None = None
-    mlp_type: type[nn.Module] | None = None
+    trunk: Computation
+    attn: Computation | None = None
+    mlp: Computation | None = None
     in_training: bool = True
+
+    def applies(self, block: nn.Module, kind: "BlockKind") -> bool:
+        """Whether the block is still what was checked, except for its attention and MLP."""
+        unchanged = trunk_of(block, kind) == self.trunk and _is_original(type(block))
+        return unchanged and (self.in_training or not block.training)
+
+
+def _is_original(kind: type[nn.Module]) -> bool:
+    # torch.compile cannot trace a look into the classes of diffusers.
+    return torch.compiler.is_compiling() or is_original(kind)
 
 
 def may_fuse_norm(norm: nn.Module) -> bool:
@@ -56,21 +72,24 @@ def may_fuse_norm(norm: nn.Module) -> bool:
     return type(norm) is nn.LayerNorm and norm.weight is None and is_untouched(norm)
 
 
-def may_fuse(part: Any, kind: type[nn.Module] | None, names: tuple[str, ...]) -> bool:
+def may_fuse(part: Any, checked: Computation | None, names: tuple[str, ...]) -> bool:
     """Whether the layers `names` of an attention or MLP may be used instead of calling the module.
 
-    Checked at every call: adapters, hooks and other classes may be put in after `accelerate`.
+    Compared with what was checked at every call: adapters, hooks, other classes, activations, dropout and scales may
+    be put in after `accelerate`.
     """
-    if type(part) is not kind:
+    if computation_of(part) != checked or not _is_original(type(part)):
         return False
     plain = all(is_plain(part.get_submodule(name), nn.Linear) for name in names)
+    # The fused MLP adds the bias of the first layer; attention's may be missing.
+    plain = plain and (names == _ATTENTION or part.get_submodule(names[0]).bias is not None)
     return plain and all(is_untouched(inner) for inner in part.modules())
 
 
 def reference_block(block: Any, fusion: Fusion, x: Tensor, c: Tensor) -> Tensor:
     """Fused block of facebookresearch/DiT and SiT: x (N, T, D), c (N, D) -> (N, T, D)."""
     norms = may_fuse_norm(block.norm1) and may_fuse_norm(block.norm2)
-    if not norms or (block.training and not fusion.in_training):
+    if not norms or not fusion.applies(block, REFERENCE_BLOCK):
         return type(block).forward(block, x, c)
     kernels = fusion.backends.kernels
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.adaLN_modulation(c).chunk(6, dim=1)
@@ -82,7 +101,7 @@ def reference_block(block: Any, fusion: Fusion, x: Tensor, c: Tensor) -> Tensor:
 
 def reference_final(final: Any, fusion: Fusion, x: Tensor, c: Tensor) -> Tensor:
     """Fused final layer of facebookresearch/DiT and SiT: x (N, T, D), c (N, D) -> (N, T, P * P * C)."""
-    if not may_fuse_norm(final.norm_final) or (final.training and not fusion.in_training):
+    if not may_fuse_norm(final.norm_final) or not fusion.applies(final, REFERENCE_FINAL):
         return type(final).forward(final, x, c)
     shift, scale = final.adaLN_modulation(c).chunk(2, dim=1)
     normed = Stream(x.contiguous()).norm_modulate(shift, scale, final.norm_final.eps, fusion.backends.kernels)
@@ -106,8 +125,9 @@ def diffusers_block(
     The attention of diffusers and its processors are called, since they project to q, k and v separately.
     """
     norm = block.norm1
-    untouched = is_untouched(norm) and may_fuse_norm(norm.norm) and may_fuse_norm(block.norm3)
-    if not untouched or block._chunk_size is not None or (block.training and not fusion.in_training):
+    applies = fusion.applies(block, DIFFUSERS_BLOCK) and is_untouched(norm) and _is_original(type(norm))
+    norms = applies and may_fuse_norm(norm.norm) and may_fuse_norm(block.norm3)
+    if not norms or block._chunk_size is not None:
         return type(block).forward(
             block, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
             timestep, cross_attention_kwargs, class_labels, added_cond_kwargs,
@@ -124,13 +144,13 @@ def diffusers_block(
 
 
 def _attention_branch(attn: Any, fusion: Fusion, y: Tensor) -> tuple[Tensor, Tensor | None]:
-    if uses_triton(fusion.backends.kernels, y) and may_fuse(attn, fusion.attn_type, _ATTENTION):
+    if uses_triton(fusion.backends.kernels, y) and may_fuse(attn, fusion.attn, _ATTENTION):
         return fused_attention(attn, fusion, y)
     return attn(y), None
 
 
 def _mlp_branch(part: Any, fusion: Fusion, names: tuple[str, str], y: Tensor) -> tuple[Tensor, Tensor | None]:
-    if uses_triton(fusion.backends.kernels, y) and may_fuse(part, fusion.mlp_type, names):
+    if uses_triton(fusion.backends.kernels, y) and may_fuse(part, fusion.mlp, names):
         return fused_mlp(part, fusion, names, y)
     return part(y), None
 
@@ -217,15 +237,17 @@ class Verdict:
 
     Attributes:
         reason: Why the block is left alone; None where it is fused.
-        attn_type: As in `Fusion`.
-        mlp_type: As in `Fusion`.
+        trunk: As in `Fusion`.
+        attn: As in `Fusion`.
+        mlp: As in `Fusion`.
         in_training: As in `Fusion`.
         notes: What is not fused, or not always.
     """
 
     reason: str | None
-    attn_type: type[nn.Module] | None = None
-    mlp_type: type[nn.Module] | None = None
+    trunk: Computation = ()
+    attn: Computation | None = None
+    mlp: Computation | None = None
     in_training: bool = True
     notes: tuple[str, ...] = ()
 
@@ -273,11 +295,24 @@ def touched_parts(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, part in module.named_modules() if name and not is_untouched(part))
 
 
-def computation_of(module: nn.Module, kind: BlockKind) -> tuple[Any, ...]:
-    """A key that is equal for blocks that differ only in their weights, so that one trial serves all of them."""
-    return kind, tuple(
-        (name, type(part), tuple((key, _plain(value)) for key, value in vars(part).items() if key[0] != "_"))
-        for name, part in module.named_modules()
+def computation_of(module: nn.Module) -> Computation:
+    """A key that is equal for modules that differ only in their weights, so that one trial serves all of them."""
+    return tuple((name, type(part), _settings(part)) for name, part in module.named_modules())
+
+
+def trunk_of(block: nn.Module, kind: BlockKind) -> Computation:
+    """A key of a block's own class and settings, and of the modules that the fused forward does not call."""
+    skipped = [child for child in block.named_children() if child[0] not in kind.children]
+    norms = [type(getattr(block, path.partition(".")[0], None)) for path in kind.norms]
+    others = [(name, computation_of(child)) for name, child in skipped]
+    return type(block), _settings(block), *norms, *others
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    return tuple(
+        (key, _plain(value))
+        for key, value in vars(module).items()
+        if key[0] != "_" and key not in ("training", "forward")
     )
 
 
@@ -319,29 +354,30 @@ def check_block(module: nn.Module, kind: BlockKind) -> Verdict:
 
 
 def _fusion(verdict: Verdict, backends: Backends) -> Fusion:
-    return Fusion(backends, verdict.attn_type, verdict.mlp_type, verdict.in_training)
+    return Fusion(backends, verdict.trunk, verdict.attn, verdict.mlp, verdict.in_training)
 
 
 def _fusible_layers(trial: Any, kind: BlockKind) -> Verdict:
     """Whether attention and MLP compute on random tokens what the fused operations compute."""
+    trunk = trunk_of(trial, kind)
     if kind is REFERENCE_FINAL:
-        return Verdict(None)
-    attn_type = mlp_type = None
+        return Verdict(None, trunk)
+    attn_checked = mlp_checked = None
     notes: tuple[str, ...] = ()
-    fusion = Fusion(Backends("triton"))
+    fusion = Fusion(Backends("triton"), trunk)
     y = _random(2, _TOKENS, _width(trial, kind))
     part, names = (trial.mlp, _REFERENCE_MLP) if kind is REFERENCE_BLOCK else (trial.ff, _DIFFUSERS_MLP)
     if _computes(part, names, lambda: fused_mlp(part, fusion, names, y), y):
-        mlp_type = type(part)
+        mlp_checked = computation_of(part)
     else:
         notes += (f"{type(part).__name__} is not Linear - tanh GELU - Linear, and is called unchanged",)
     if kind is REFERENCE_BLOCK:
         attn = trial.attn
         if _computes(attn, _ATTENTION, lambda: fused_attention(attn, fusion, y), y):
-            attn_type = type(attn)
+            attn_checked = computation_of(attn)
         else:
             notes += (f"{type(attn).__name__} is not plain attention on one qkv, and is called unchanged",)
-    return Verdict(None, attn_type, mlp_type, notes=notes)
+    return Verdict(None, trunk, attn_checked, mlp_checked, notes=notes)
 
 
 def _computes(
@@ -352,7 +388,7 @@ def _computes(
 ) -> bool:
     """Whether `fused` returns the (branch, bias) that the module computes from y (N, T, D)."""
     try:
-        if not may_fuse(part, type(part), names):
+        if not may_fuse(part, computation_of(part), names):
             return False
         branch, bias = fused()
     # Layers or attributes are missing, or do not fit.
@@ -485,7 +521,7 @@ def accelerate(
         if reason := earlier_change(module, kind):
             left[name] = reason
             continue
-        computation = computation_of(module, kind)
+        computation = kind, computation_of(module)
         if computation not in verdicts:
             verdicts[computation] = check_block(module, kind)
         verdict = verdicts[computation]

@@ -302,7 +302,7 @@ def run_block(
     A block that does not take a stream gets and returns (N, T, D), which its hooks then see, as in the reference; its
     last addition is not fused with the next norm. `recompute`: save the block's inputs only.
     """
-    output = _call(block, arguments_of(block, stream, c, modulation, kernels), recompute)
+    output = _call(block, block, arguments_of(block, stream, c, modulation, kernels), recompute)
     return output if isinstance(output, Stream) else Stream(output, layout=stream.layout)
 
 
@@ -320,16 +320,24 @@ def run_block_along(
     A block that does not take a stream is given dual tensors, so that what it and its hooks compute has a tangent too.
     """
     if takes_stream(block):
-        return _call(block, (stream, c, None, None, tangents), recompute)
+        return _call(block, block, (stream, c, None, None, tangents), recompute)
     run = functools.partial(run_block, block, kernels=kernels)
-    return _call(jvp, (run, (stream, c), tangents), recompute)
+    return _call(block, jvp, (run, (stream, c), tangents), recompute)
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...], recompute: bool) -> Any:
+def _call(block: nn.Module, function: Callable[..., Any], arguments: tuple[Any, ...], recompute: bool) -> Any:
+    """`function(*arguments)`, which computes the block; `recompute`: again in the backward pass."""
     if not recompute:
         return function(*arguments)
-    # A block draws no random numbers, and generator states cannot be read during CUDA graph capture.
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    # Not always: generator states cannot be read during the capture of a CUDA graph.
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=may_draw(block))
+
+
+def may_draw(block: nn.Module) -> bool:
+    """Whether the block may draw random numbers, as an adapter with dropout or a hook may, and a new block does not."""
+    return not takes_stream(block) or any(
+        type(part) not in _DRAW_NOTHING or is_seen(part) for part in block.modules() if part is not block
+    )
 
 
 def run_final_layer(
@@ -511,6 +519,11 @@ class PlainFinalLayer(Projection):
 
 
 _FORWARDS = (TransformerBlock.forward, FinalLayer.forward, PlainFinalLayer.forward)
+_DRAW_NOTHING = (
+    Attention, CrossAttention, Mlp, SwiGLU, RMSNorm,
+    nn.LayerNorm, nn.Linear, nn.GELU, nn.SiLU, nn.Identity, nn.Sequential,
+)  # fmt: skip
+"""Types of the modules within a block."""
 
 Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 CONDITIONING = get_args(Conditioning)

@@ -82,7 +82,8 @@ class PatchEmbed(nn.Module):
         conv = self.proj
         if not is_plain(conv, nn.Conv2d) or conv.bias is None or conv.groups != 1:
             return False
-        return conv.kernel_size == conv.stride == self.patch_size and conv.padding == (0, 0)
+        patches = conv.kernel_size == conv.stride == self.patch_size
+        return patches and conv.padding == (0, 0) and conv.dilation == (1, 1)
 
 
 class TimestepEmbedder(nn.Module):

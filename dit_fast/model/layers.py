@@ -274,6 +274,11 @@ class Attention(nn.Module):
         return scaled_dot_product(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
+def are_fusible(linears: tuple[nn.Module, nn.Module]) -> bool:
+    """Whether `dit_fast.kernels.mlp` may read the weights of an MLP's layers; it needs the bias of the first."""
+    return all(is_plain(linear, nn.Linear) for linear in linears) and linears[0].bias is not None
+
+
 class Mlp(nn.Module):
     """Linear - GELU (tanh approximation) - Linear; `forward` is plain PyTorch."""
 
@@ -294,7 +299,7 @@ class Mlp(nn.Module):
 
     def is_fusible(self) -> bool:
         """Whether this module and its layers are unchanged, so that `dit_fast.kernels.mlp` computes the same."""
-        linears = all(is_plain(linear, nn.Linear) for linear in self.linears)
+        linears = are_fusible(self.linears)
         tanh = is_plain(self.act, nn.GELU) and self.act.approximate == "tanh"
         return is_plain(self, Mlp) and linears and tanh
 
@@ -341,4 +346,4 @@ class SwiGLU(nn.Module):
 
     def is_fusible(self) -> bool:
         """As in `Mlp`."""
-        return is_plain(self, SwiGLU) and all(is_plain(linear, nn.Linear) for linear in self.linears)
+        return is_plain(self, SwiGLU) and are_fusible(self.linears)

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.models.activations import GELU
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -28,6 +29,7 @@ from tests.reference_layout import (
     ReferenceDiT,
     SiT,
     TimmAttention,
+    TimmMlp,
     inputs,
     randomise,
 )
@@ -337,6 +339,68 @@ def test_a_habit_has_its_effect(habit, name, kernels) -> None:
                 dit_fast.accelerate(model, kernels=kernels)
                 found = answer(wrapped)
             assert_close(found, expected)
+
+
+def parts(model: nn.Module, *kinds: type[nn.Module]) -> list:
+    return [part for part in model.modules() if isinstance(part, kinds)]
+
+
+def set_all(modules: list, name: str, value) -> None:
+    for module in modules:
+        setattr(module, name, value)
+
+
+def doubled(model: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Other classes, with twice the output."""
+    for part in parts(model, *kinds):
+        kind = type(part)
+        part.__class__ = type(
+            "Doubled",
+            (kind,),
+            {"forward": lambda self, *args, kind=kind, **kw: 2 * kind.forward(self, *args, **kw)},
+        )
+
+
+# Changes of a model's settings, of each family.
+SETTINGS = {
+    "another activation": (
+        lambda model: set_all(parts(model, TimmMlp), "act", nn.ReLU()),
+        lambda model: [feed.net.insert(1, nn.Tanh()) for feed in parts(model, FeedForward)],
+    ),
+    "another GELU": (
+        lambda model: set_all(parts(model, nn.GELU), "approximate", "none"),
+        lambda model: set_all(parts(model, GELU), "approximate", "none"),
+    ),
+    "dropout": (
+        lambda model: set_all(parts(model.train(), nn.Dropout), "p", 0.5),
+        lambda model: set_all(parts(model.train(), nn.Dropout), "p", 0.5),
+    ),
+    "scale": (lambda model: set_all(parts(model, TimmAttention), "scale", 1.0), None),
+    "QK-norm": (lambda model: set_all(parts(model, TimmAttention), "q_norm", nn.LayerNorm(8)), None),
+    "no bias": (lambda model: set_all([each.mlp.fc1 for each in model.blocks], "bias", None), None),
+    "class of the MLPs": (lambda model: doubled(model, TimmMlp), lambda model: doubled(model, FeedForward)),
+    "class of the blocks": (
+        lambda model: doubled(model, DiTBlock),
+        lambda model: doubled(model, BasicTransformerBlock),
+    ),
+}
+
+
+@pytest.mark.parametrize("kernels", MODES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_may_change_later(setting, kernels) -> None:
+    for make, change in zip((ReferenceDiT, diffusers_model), SETTINGS[setting], strict=True):
+        if change is None:
+            continue
+        plain, model = make(), make()
+        dit_fast.accelerate(model, kernels=kernels)
+        unchanged, found = answer(plain), []
+        for each in (plain, model):
+            change(each)
+            torch.manual_seed(0)
+            found.append(answer(each))
+        assert error(found[0], unchanged) > 1e-5 * largest(unchanged)
+        assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("name", ["reference", "diffusers"])

@@ -5,6 +5,7 @@ import functools
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -147,6 +148,29 @@ def test_adapters_have_the_gradients_of_the_plain_model(name: str, recompute: st
     assert found.keys() == expected.keys()
     for key, slope in expected.items():
         assert relative(found[key], slope) <= 1e-4, key
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputed_blocks_drop_what_they_dropped(mode: str) -> None:
+    slopes = []
+    for recompute in ("none", "blocks"):
+        _, model = pair(mode)
+        model.recompute, model.y_embedder.dropout_prob = recompute, 0.0
+        config = peft.LoraConfig(target_modules=["qkv"], lora_dropout=0.5, init_lora_weights=False)
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, config).train()
+        model.blocks[1].mlp.act.register_forward_hook(lambda module, args, out: out * torch.rand(1))
+        adapted(*inputs()).square().sum().backward()
+        slopes.append({key: each.grad for key, each in adapted.named_parameters() if each.requires_grad})
+    assert_close(slopes[1], slopes[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_mlp_needs_no_biases(mode: str) -> None:
+    plain, model = pair(mode)
+    for each in (plain, model):
+        each.blocks[0].mlp.fc1.bias = each.blocks[1].mlp.fc2.bias = each.blocks[1].attn.qkv.bias = None
+    assert relative(model(*inputs()), plain(*inputs())) <= 1e-5
 
 
 COMPILED = ("forward hooks on every layer", "peft LoRA: qkv, proj, fc1, fc2", "torchao int8 weights")
