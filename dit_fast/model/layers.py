@@ -97,6 +97,27 @@ def sees_values(hooks: dict[int, Any]) -> bool:
     )
 
 
+def behaviour_of(module: nn.Module) -> tuple[Any, ...]:
+    """A key that changes with what the module computes beside its parameters' values.
+
+    With its modules, hooks and settings, such as the active adapter and its scale, and not with each call.
+    """
+
+    def key(value: Any) -> Any:
+        if isinstance(value, bool | int | float | str | None):
+            return value
+        if isinstance(value, dict):
+            return tuple((str(name), key(each)) for name, each in value.items())
+        if isinstance(value, list | tuple):
+            return tuple(map(key, value))
+        return key(vars(value)) if isinstance(value, Backends) else id(value)
+
+    return tuple(
+        (type(part), *(key(value) for name, value in vars(part).items() if name != "_parameters"))
+        for part in module.modules()
+    )
+
+
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """The module's forward hooks, forward pre-hooks, backward hooks and backward pre-hooks, by handle."""
     return (

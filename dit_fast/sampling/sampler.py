@@ -18,7 +18,7 @@ from dit_fast.diffusion import GaussianDiffusion
 from dit_fast.diffusion.adaptive import require_torchdiffeq
 from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.model.dit import DiT
-from dit_fast.model.layers import is_seen
+from dit_fast.model.layers import behaviour_of, is_seen
 from dit_fast.sampling.config import BATCH_SIZE, PRECISIONS, SamplerConfig
 from dit_fast.sampling.float8 import require_float8, use_float8_linears
 from dit_fast.sampling.schedule import VELOCITY_SOLVERS, NoiseSchedule, diffusion_schedule
@@ -324,6 +324,8 @@ class Sampler:
             return "dopri5 chooses its steps while it runs"
         if self.cond_fn is not None:
             return "a classifier's gradient is not captured"
+        if type(self.model).forward is not DiT.forward:
+            return f"{type(self.model).__name__} has a forward of its own"
         if seen := next((name for name, module in self.model.named_modules() if is_seen(module)), None):
             return f"hooks and replaced forwards, as on {seen or 'the model'}, would run in the capture only"
         return self.graphs.unavailable(device)
@@ -368,6 +370,7 @@ class Sampler:
             device=model.pos_embed.device,
             backends=(model.kernels, model.attention),
             weights=tuple(p.data_ptr() for p in loop_parameters(model)),
+            behaviour=behaviour_of(model),
         )
 
     def _cast_model(self) -> DiT:
@@ -377,7 +380,13 @@ class Sampler:
         if precision != "fp8" and dtype is self.model.pos_embed.dtype:
             return self.model
         # Writing to a parameter in place keeps its address and increments its version.
-        state = (precision, id(self.model), *((p.data_ptr(), p._version) for p in self.model.parameters()))
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        state = (
+            precision,
+            id(self.model),
+            behaviour_of(self.model),
+            *((each.data_ptr(), each._version) for each in tensors),
+        )
         if self._cast is None or self._cast[0] != state:
             # The old copy is freed before the new one is made.
             self._cast = None

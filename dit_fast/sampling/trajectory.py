@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_fast.diffusion.adaptive import dopri5
 from dit_fast.model.dit import DiT
+from dit_fast.model.layers import is_seen
 from dit_fast.sampling import runge_kutta, solvers
 from dit_fast.sampling.config import SamplerConfig
 from dit_fast.sampling.guidance import guide
@@ -136,6 +137,8 @@ class ModulationTable:
             times: Timesteps, at most `steps`.
             labels: Labels int64 (rows,), the null class included, or captions (rows, S, E).
         """
+        if is_called(self.model):
+            return
         t = self.model.embed_times(times)
         y = self.model.embed_labels(labels)
         y = None if y is None else y.repeat(len(times), *[1] * (y.ndim - 1))
@@ -153,7 +156,7 @@ class ModulationTable:
 
 
 def evaluate(
-    model: DiT, x: Tensor, rows: Tensor, slots: Tensor, a: Tensor, b: Tensor, scale: Tensor | None,
+    model: "DiT | Called", x: Tensor, rows: Tensor, slots: Tensor, a: Tensor, b: Tensor, scale: Tensor | None,
     channels: int, predicts_data: bool, clip: bool,
 ) -> Denoised:  # fmt: skip
     """Evaluate the model once and predict x_0 = a x + b output.
@@ -181,6 +184,39 @@ def evaluate(
     prediction, variance = output[:, : x.shape[1]], output[:, x.shape[1] :]
     data = prediction if predicts_data else torch.addcmul(a * x, b, prediction)
     return Denoised(data.clamp(-1, 1) if clip else data, variance if model.learn_sigma else None)
+
+
+def is_called(model: DiT) -> bool:
+    """Whether the model's own forward must run, since hooks see it or a subclass replaces it."""
+    return is_seen(model) or type(model).forward is not DiT.forward
+
+
+@dataclass(frozen=True)
+class Called:
+    """A model that is called at each step, in place of one whose modulation was computed before.
+
+    Attributes:
+        model: The model.
+        time: Timestep of the step, ().
+        labels: Labels or captions of the conditional branch, and of the null branch after them.
+    """
+
+    model: DiT
+    time: Tensor
+    labels: Tensor
+
+    @property
+    def learn_sigma(self) -> bool:
+        """As the model's."""
+        return self.model.learn_sigma
+
+    def forward_modulated(self, x: Tensor, modulations: Tensor) -> Tensor:
+        """The model's output for x; the modulation is not read."""
+        training, self.model.training = self.model.training, False  # which drops labels
+        try:
+            return self.model(x, self.time.expand(len(x)), self.labels[: len(x)])
+        finally:
+            self.model.training = training
 
 
 class GraphCapture:
@@ -217,6 +253,7 @@ class TrajectoryKey:
         device: Device of the model.
         backends: The model's kernels and attention backend.
         weights: Addresses of the parameters that steps read.
+        behavior: What the model computes beside its weights, such as the active adapter.
     """
 
     config: SamplerConfig
@@ -229,6 +266,7 @@ class TrajectoryKey:
     device: torch.device
     backends: tuple[str, ...]
     weights: tuple[int, ...]
+    behavior: tuple[Any, ...]
 
 
 def draws_noise(config: SamplerConfig) -> bool:
@@ -397,16 +435,23 @@ class Trajectory:
     def denoise(self, x: Tensor, i: int) -> Denoised:
         """The guided prediction of x_0, or the velocity, for the state x (n, C, H, W) at evaluation i."""
         row = self.table.values[i - self.first * self.per_step]
-        data, variance = self._evaluate(x, row, self.coefficients[i], self.guided[i])
+        data, variance = self._evaluate(x, self.times[i], row, self.coefficients[i], self.guided[i])
         # The DDPM solver applies the score itself, to the mean of its step.
         if self.cond_fn is not None and self.config.solver != "ddpm":
             data = data + float(self.shift[i]) * self._score(x, i)
         return Denoised(data, variance)
 
-    def _evaluate(self, x: Tensor, row: Tensor, coefficients: Tensor, guided: bool) -> Denoised:
+    def _evaluate(
+        self, x: Tensor, time: Tensor, row: Tensor, coefficients: Tensor, guided: bool
+    ) -> Denoised:
         a, b, scale = coefficients
+        model: DiT | Called = self.model
+        if is_called(self.model):
+            # The null class follows the last class. As a caption, num_classes is 0: the null caption is all padding.
+            null = torch.full_like(self.labels, self.model.num_classes)
+            model = Called(self.model, time, torch.cat([self.labels, null]))
         return self.run(
-            self.model,
+            model,
             x,
             row,
             self.slots if guided else self.slots[: len(x)],
@@ -427,12 +472,13 @@ class Trajectory:
 
     def _velocity_at(self, t: float, x: Tensor) -> Tensor:
         """The guided velocity at any time, which replaces the first row of the table."""
-        self.table.fill(torch.tensor([t], dtype=torch.float32, device=x.device), self.rows)
+        times = torch.tensor([t], dtype=torch.float32, device=x.device)
+        self.table.fill(times, self.rows)
         time = np.array([t])
         a, b = self.schedule.velocity_coefficients(time)
         scale = self.config.guidance.scales(1 - time)
         coefficients = torch.from_numpy(np.stack([a, b, scale], axis=1)).to(x)[0]
-        return self._evaluate(x, self.table.values[0], coefficients, bool(scale[0] != 1)).data
+        return self._evaluate(x, times[0], self.table.values[0], coefficients, bool(scale[0] != 1)).data
 
     def _score(self, x: Tensor, i: int) -> Tensor:
         assert self.cond_fn is not None

@@ -13,7 +13,7 @@ from torch import nn
 from dit_fast.diffusion import create_diffusion
 from dit_fast.errors import ConfigError
 from dit_fast.model.dit import DiT
-from dit_fast.sampling import Sampler, SamplerConfig
+from dit_fast.sampling import Guidance, Sampler, SamplerConfig
 from tests.interop.habits import HABITS, MODELS, build, largest_difference, run
 from tests.reference_layout import ReferenceDiT, inputs
 from tests.tolerance import assert_close, largest, relative
@@ -273,6 +273,34 @@ def test_hooks_on_blocks_take_effect_in_the_sampler(name: str) -> None:
     x = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         assert_close(flipped.forward_modulated(x, flipped.modulations(t, y)), flipped(x, t, y))
+
+
+class Halved(DiT):
+    def forward(self, *inputs):
+        return 0.5 * super().forward(*inputs)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_forward_of_the_model_itself_takes_effect_in_the_sampler(name: str, guided: bool) -> None:
+    """The last layers do the same."""
+    model = build(name)
+    hooked, subclass, monkeypatched, expected = (copy.deepcopy(model) for _ in range(4))
+    hooked.register_forward_hook(lambda module, args, out: 0.5 * out)
+    subclass.__class__ = Halved
+    forward = monkeypatched.forward
+    monkeypatched.forward = lambda *inputs: 0.5 * forward(*inputs)
+    with torch.no_grad():
+        for parameter in expected.final_layer.linear.parameters():
+            parameter *= 0.5
+    labels = torch.randn(2, 5, 16) if model.caption_dim else [3, 7]
+    config = SamplerConfig(guidance=Guidance(3.0 if guided else 1.0))
+    plain, *drawn = (
+        Sampler(each.train(), create_diffusion("3"), config)(labels)
+        for each in (expected, hooked, subclass, monkeypatched)
+    )
+    for found in drawn:
+        assert_close(found, plain)
 
 
 def test_a_sampler_captures_no_hooks_and_no_offloaded_model() -> None:

@@ -6,6 +6,7 @@ As a CUDA graph does, it reads what lies in the memory that was captured and ove
 from dataclasses import replace
 from functools import partial
 
+import peft
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -179,6 +180,35 @@ def test_a_cast_copy_follows_the_model_s_weights(model):
     assert (after - before).abs().max() > 1e-2
     assert torch.equal(after, eager([1, 2]))
     assert graph([1, 2]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_changes_beside_the_weights_are_followed(model, precision):
+    config = peft.LoraConfig(target_modules=["qkv", "fc1"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    graph, _ = pair(model, "3", precision=precision)
+
+    def drawn() -> torch.Tensor:
+        _, eager = pair(model, "3", precision=precision)
+        found = graph([1, 2])
+        assert torch.equal(found, eager([1, 2]))
+        return found
+
+    with_adapter = drawn()
+    with adapted.disable_adapter():
+        assert not torch.equal(drawn(), with_adapter)
+    assert torch.equal(drawn(), with_adapter)
+    assert graph.eager_reason is None
+    layer = model.blocks[0].attn.qkv
+    layer.set_scale("default", 3.0)
+    scaled = drawn()
+    assert not torch.equal(scaled, with_adapter)
+    handle = layer.register_forward_hook(lambda module, args, out: 2 * out)
+    assert not torch.equal(drawn(), scaled)
+    handle.remove()
+    assert torch.equal(drawn(), scaled)
+    model.blocks[1].mlp.act = torch.nn.ReLU()
+    assert not torch.equal(drawn(), scaled)
 
 
 def test_random_batches_of_many_labels_share_a_capture():
