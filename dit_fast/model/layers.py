@@ -97,7 +97,7 @@ def sees_values(hooks: dict[int, Any]) -> bool:
     )
 
 
-def behaviour_of(module: nn.Module) -> tuple[Any, ...]:
+def behavior_of(module: nn.Module) -> tuple[Any, ...]:
     """A key that changes with what the module computes beside its parameters' values.
 
     With its modules, hooks and settings, such as the active adapter and its scale, and not with each call.

@@ -18,7 +18,7 @@ from dit_fast.diffusion import GaussianDiffusion
 from dit_fast.diffusion.adaptive import require_torchdiffeq
 from dit_fast.errors import ConfigError, NonFiniteError
 from dit_fast.model.dit import DiT
-from dit_fast.model.layers import behaviour_of, is_seen
+from dit_fast.model.layers import behavior_of, is_seen
 from dit_fast.sampling.config import BATCH_SIZE, PRECISIONS, SamplerConfig
 from dit_fast.sampling.float8 import require_float8, use_float8_linears
 from dit_fast.sampling.schedule import VELOCITY_SOLVERS, NoiseSchedule, diffusion_schedule
@@ -261,6 +261,15 @@ class Sampler:
                 "the model's weights are not in memory (meta device): sample an offloaded model in diffusers' pipeline "
                 "or load it back by accelerate's remove_hook_from_submodules(model)"
             )
+        if self.config.precision:
+            for name, weight in self.model.named_parameters():
+                quantized = weight.dtype.itemsize == 1 or type(weight).__module__.startswith("torchao.")
+                if weight.is_meta or quantized:
+                    found = "not in memory" if weight.is_meta else "quantized or stored in 8 bits"
+                    raise ConfigError(
+                        f"precision {self.config.precision!r} casts the weights and {name} is {found}: give no "
+                        "precision, cast before quantizing, or load the offloaded weights back"
+                    )
         if self.config.precision == "fp8":
             require_float8(self.model)
 
@@ -370,7 +379,7 @@ class Sampler:
             device=model.pos_embed.device,
             backends=(model.kernels, model.attention),
             weights=tuple(p.data_ptr() for p in loop_parameters(model)),
-            behaviour=behaviour_of(model),
+            behavior=behavior_of(model),
         )
 
     def _cast_model(self) -> DiT:
@@ -384,7 +393,7 @@ class Sampler:
         state = (
             precision,
             id(self.model),
-            behaviour_of(self.model),
+            behavior_of(self.model),
             *((each.data_ptr(), each._version) for each in tensors),
         )
         if self._cast is None or self._cast[0] != state:

@@ -275,6 +275,21 @@ def test_hooks_on_blocks_take_effect_in_the_sampler(name: str) -> None:
         assert_close(flipped.forward_modulated(x, flipped.modulations(t, y)), flipped(x, t, y))
 
 
+@pytest.mark.parametrize(
+    ("title", "found"),
+    [
+        ("torchao int8 weights", "quantized or stored in 8 bits"),
+        ("diffusers layerwise casting: float8", "quantized or stored in 8 bits"),
+        ("accelerate.dispatch_model to CPU and disk", "not in memory"),
+    ],
+)
+def test_a_sampler_casts_no_quantized_and_no_offloaded_weights(title: str, found: str) -> None:
+    model = build("adaln_zero")
+    HABITS[title](model)
+    with pytest.raises(ConfigError, match=found):
+        Sampler(model, create_diffusion("2"), SamplerConfig(precision="bf16"))
+
+
 class Halved(DiT):
     def forward(self, *inputs):
         return 0.5 * super().forward(*inputs)
