@@ -441,9 +441,7 @@ class Trajectory:
             data = data + float(self.shift[i]) * self._score(x, i)
         return Denoised(data, variance)
 
-    def _evaluate(
-        self, x: Tensor, time: Tensor, row: Tensor, coefficients: Tensor, guided: bool
-    ) -> Denoised:
+    def _evaluate(self, x: Tensor, time: Tensor, row: Tensor, coefficients: Tensor, guided: bool) -> Denoised:
         a, b, scale = coefficients
         model: DiT | Called = self.model
         if is_called(self.model):
