@@ -252,9 +252,7 @@ def test_a_rank_outside_the_world(work):
 
 def test_a_missing_autoencoder_says_what_to_install(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(
-        MissingExtraError, match=r"encodes latents, is not installed; pip install 'dit-fast\[vae\]'"
-    ):
+    with pytest.raises(MissingExtraError, match=r"encodes latents, is not installed; pip install .*\[vae\]'"):
         encode(settings(work))
     assert not list((work / "set").iterdir())
 

@@ -217,9 +217,7 @@ def test_refusals(bindings) -> None:
 def test_missing_package_names_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "nvmath", None)
     cublaslt.bindings.cache_clear()
-    with pytest.raises(
-        ImportError, match=r"needs nvmath-python .*pip install 'dit-fast\[epilogues\]'"
-    ) as error:
+    with pytest.raises(ImportError, match=r"needs nvmath-python .*pip install .*\[epilogues\]'") as error:
         cublaslt.gemm_gelu(draw(5, 16), draw(24, 16), draw(24), True)
     assert "\n" not in str(error.value)
 

@@ -309,7 +309,5 @@ def test_options_that_do_not_apply_are_refused(model: DiT, monkeypatch: pytest.M
     ):
         sampling_schedule({}, 3, "heun", learn_sigma=False)
     monkeypatch.setitem(__import__("sys").modules, "torchdiffeq", None)
-    with pytest.raises(
-        MissingExtraError, match=r"pip install 'dit-fast\[ode\]', or choose heun instead of dopri5"
-    ):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[ode\]', or choose heun instead of dopri5"):
         sampler(model, "linear", "velocity", "dopri5", None)
