@@ -7,6 +7,7 @@ from typing import Literal
 from dit_fast.cli import COMMANDS, build_parser
 from dit_fast.errors import MissingExtraError
 from dit_fast.utils.options import REQUIRED, Options, add_options, option, read_options
+from dit_fast.utils.terminal import say
 from dit_fast.utils.values import PATH, SOURCE, OneOf
 
 EPILOG = """Bash:  dit-fast completion bash > ~/.local/share/bash-completion/completions/dit-fast
@@ -38,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
                 action.choices = [str(value) for value in action.type.values]
             elif action.type in (PATH, SOURCE):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    print(shtab.complete(parser, shell))
+    say(*shtab.complete(parser, shell).splitlines())
     return 0

@@ -73,7 +73,7 @@ def test_padding_has_no_influence(conditioning, monkeypatch):
         cross = model.blocks[0].cross
         kv, q = torch.randn(3, 6, 64), torch.randn(3, 16, 32)
         changed = torch.where(told[..., None], kv, 7.0)
-        assert torch.equal(cross(q, kv, told), cross(q, changed, told))
+        assert torch.equal(cross(q, None, told, kv), cross(q, None, told, changed))
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

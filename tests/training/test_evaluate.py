@@ -117,7 +117,7 @@ def test_samples_that_are_not_finite_are_said_and_the_run_goes_on(tmp_path, opti
     monkeypatch.setattr(
         Trainer,
         "ema_state",
-        lambda self: {name: t * np.nan for name, t in average(self).items()},
+        lambda self, *state: {name: t * np.nan for name, t in average(self, *state).items()},
     )
     result = train(tiny(steps=2, **options), tmp_path / "run")
     assert "the score of samples: 10 of 10 samples have NaN or infinite values" in caplog.text

@@ -20,6 +20,7 @@ from dit_fast.model.cost import CostPrecision
 from dit_fast.sampling import PRECISIONS, SOLVERS, Guidance, SamplerConfig
 from dit_fast.sampling.config import SamplePrecision
 from dit_fast.sampling.guidance import SCHEDULES, GuidanceSchedule
+from dit_fast.sampling.runge_kutta import TABLEAUS
 from dit_fast.sampling.solvers import DETERMINISTIC, DIFFUSION_FORMS, SDE
 from dit_fast.training.config import TrainConfig
 from dit_fast.training.objective import LossWeighting
@@ -180,7 +181,8 @@ def test_defaults_are_in_their_ranges_and_help_is_a_sentence(cls: type) -> None:
 def test_types_of_choices_are_the_choices(literal: Any, known: tuple[str, ...]) -> None:
     assert get_args(literal) == known
     assert (*ACTIVATIONS,) == tuple(ACTIVATION_FUNCTIONS)
-    assert ("ddpm", "ddim", *DETERMINISTIC, *(SDE + form for form in DIFFUSION_FORMS)) == SOLVERS
+    sde = (SDE + form for form in DIFFUSION_FORMS)
+    assert ("ddpm", "ddim", *DETERMINISTIC, *TABLEAUS, "dopri5", *sde) == SOLVERS
 
 
 def test_runs_with_the_earlier_name_of_the_optimizer_resume() -> None:
