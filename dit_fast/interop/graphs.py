@@ -124,6 +124,8 @@ def save_graph(
             _quantize(model, quantize)
         try:
             run = _WRITERS[kind](_trace(graph, batches[1], quantize), folder / FILES[kind], list(batches[0]))
+        except OSError:
+            raise
         except Exception as error:  # whatever torch's exporters and compilers raise
             raise ConfigError(f"this model cannot be exported as {kind}: {one_line(error)[:300]}") from error
         with torch.no_grad():

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from dit_fast.cli import main
 from dit_fast.diffusion import create_diffusion
+from dit_fast.errors import ConfigError
 from dit_fast.interop import graphs
 from dit_fast.models import DiT
 from tests.project.test_docs import ROOT, blocks
@@ -43,30 +43,6 @@ def export(folder: Path, kind: str, *more: str) -> int:
     return main(["export", *arguments])
 
 
-def onnx_of(folder: Path) -> Any:
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-
-
-def test_onnx_agrees_and_says_how_to_call_it(tmp_path, capsys) -> None:
-    model = saved(tmp_path / "model")
-    assert export(tmp_path, "onnx") == 0
-    said = capsys.readouterr().out
-    assert re.search(r"difference from the model: \S+ at batch 1, \S+ at batch 2, \S+ at batch 5\n", said)
-    told = json.loads((tmp_path / "onnx" / "export.json").read_text())
-    assert sorted(os.listdir(tmp_path / "onnx")) == ["export.json", "model.onnx"]
-    assert told["inputs"]["x"] == {"shape": ["batch", 4, 8, 8], "dtype": "float32"}
-    assert told["inputs"]["y"] == {"shape": ["batch"], "dtype": "int64"}
-    assert told["output"]["shape"] == ["batch", 8, 8, 8]
-    assert (told["null_class"], told["learned_sigma"], told["objective_recorded"]) == (3, True, False)
-    x, t, y = torch.randn(7, 4, 8, 8), torch.linspace(0, 999, 7), torch.arange(7) % 4
-    session = onnx_of(tmp_path / "onnx")
-    assert [each.name for each in session.get_inputs()] == ["x", "t", "y"]
-    (found,) = session.run(None, {"x": x.numpy(), "t": t.numpy(), "y": y.numpy()})
-    assert relative(found, model(x, t, y)) <= rounding()
-
-
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rotary positions, SwiGLU, RMSNorm": (
         "onnx",
@@ -87,12 +63,22 @@ def test_every_option_exports(kind, options, tmp_path, capsys) -> None:
     assert told["null_class"] is model.null_class
 
 
-def test_the_page_samples_as_dit_fast_does(tmp_path, monkeypatch) -> None:
+def test_the_page_samples_as_dit_fast_does(tmp_path, monkeypatch, capsys) -> None:
     model = saved(tmp_path / "model", input_size=32, patch_size=8)
     monkeypatch.chdir(tmp_path)
     for kind, name in (("onnx", "served-onnx"), ("torch-export", "served-program")):
         assert export(tmp_path, kind) == 0
         (tmp_path / kind).rename(name)
+        printed = capsys.readouterr().out
+        assert re.search(
+            r"difference from the model: \S+ at batch 1, \S+ at batch 2, \S+ at batch 5\n", printed
+        )
+    assert sorted(os.listdir("served-onnx")) == ["export.json", "model.onnx"]
+    about = json.loads(Path("served-onnx/export.json").read_text())
+    assert about["inputs"]["x"] == {"shape": ["batch", 4, 32, 32], "dtype": "float32"}
+    assert about["inputs"]["y"] == {"shape": ["batch"], "dtype": "int64"}
+    assert about["output"]["shape"] == ["batch", 8, 32, 32]
+    assert (about["null_class"], about["learned_sigma"], about["objective_recorded"]) == (3, True, False)
     numpy_loop, torch_call = (code for _, code in blocks(PAGE, "python"))
     said: dict[str, Any] = {}
     exec(compile(numpy_loop, str(PAGE), "exec"), said)
@@ -113,29 +99,17 @@ def test_the_page_samples_as_dit_fast_does(tmp_path, monkeypatch) -> None:
     assert relative(called["output"], model(called["x"], called["t"], called["y"])) <= rounding()
 
 
-# Run where torchao and dit_fast cannot be imported.
-READER = """
-import sys, torch
-sys.modules["torchao"] = sys.modules["dit_fast"] = None
-inputs, expected = torch.load(sys.argv[2])
-found = torch.export.load(sys.argv[1]).module()(*inputs)
-print(((found - expected).abs().max() / expected.abs().max()).item())
-"""
-
-
-def test_a_quantized_program_needs_neither_torchao_nor_dit_fast(tmp_path, capsys) -> None:
+def test_a_quantized_program_holds_plain_tensors(tmp_path, capsys) -> None:
     pytest.importorskip("torchao")
     model = saved(tmp_path / "model")
     assert export(tmp_path, "torch-export", "--quantize", "int8") == 0
     float32 = float(re.findall(r"float32: (\S+) at batch 1", capsys.readouterr().out)[0])
     assert rounding() < float32 < 0.03
+    program = torch.export.load(tmp_path / "torch-export" / "model.pt2")
+    assert {type(value) for value in program.state_dict.values()} <= {torch.Tensor, torch.nn.Parameter}
+    assert torch.int8 in {value.dtype for value in program.state_dict.values()}
     inputs = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 500.5, 999.0]), torch.tensor([0, 3, 2])
-    torch.save((inputs, model(*inputs)), tmp_path / "io.pt")
-    file = tmp_path / "torch-export" / "model.pt2"
-    arguments = [sys.executable, "-c", READER, str(file), str(tmp_path / "io.pt")]
-    read = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert read.returncode == 0, read.stderr
-    assert rounding() < float(read.stdout) < 0.03
+    assert rounding() < relative(program.module()(*inputs), model(*inputs)) < 0.03
 
 
 def test_what_is_refused(tmp_path, capsys, monkeypatch) -> None:
@@ -170,24 +144,26 @@ def no_compiler() -> str:
     raise RuntimeError("none of clang, g++")
 
 
-@pytest.mark.parametrize("fault", ["values", "shape", "nan"])
-def test_an_export_that_differs_is_not_written(fault, tmp_path, capsys, monkeypatch) -> None:
+def test_an_export_that_differs_is_not_written(tmp_path, capsys, monkeypatch) -> None:
     saved(tmp_path / "model")
-    wrong = {
-        "values": lambda out: out * 1.001,
-        "shape": lambda out: out[:, :4],
-        "nan": lambda out: torch.full_like(out, torch.nan),
-    }[fault]
     write = graphs._write_program
 
     def write_wrong(*arguments: Any) -> Any:
         run = write(*arguments)
-        return lambda inputs: wrong(run(inputs))
+        return lambda inputs: run(inputs) * 1.001
 
     monkeypatch.setitem(graphs._WRITERS, "torch-export", write_wrong)
     assert export(tmp_path, "torch-export") == 1
     assert "outputs at batch 1 differ from the model's" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("wrong", [torch.full((3, 4), torch.nan), torch.ones(3, 2), torch.ones(3, 4) * 1.1])
+def test_values_and_shapes_are_compared(wrong: torch.Tensor) -> None:
+    right = [torch.ones(3, 4)] * 3
+    assert graphs._compared(right, right, 1e-6, "onnx") == (0.0, 0.0, 0.0)
+    with pytest.raises(ConfigError, match="onnx: outputs at batch 5 differ"):
+        graphs._compared([*right[:2], wrong], right, 1e-6, "onnx")
 
 
 @pytest.mark.slow
