@@ -13,7 +13,8 @@ from dit_fast.checkpoint.folder import read_manifest, step_folders
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.model.cost import table
 from dit_fast.model.presets import SIZES
-from dit_fast.sampling.solvers import SDE, SOLVERS
+from dit_fast.sampling.runge_kutta import TABLEAUS
+from dit_fast.sampling.solvers import DETERMINISTIC, SOLVERS
 from dit_fast.training.log import read_lines
 from dit_fast.training.presets import PRESETS
 from dit_fast.utils.files import read_object
@@ -77,16 +78,14 @@ def _presets() -> list[Row]:
 
 
 def _solvers() -> list[Row]:
-    kinds = {"ddpm": "diffusion, random", "ddim": "diffusion and flow matching, --eta for random"}
-    return [
-        {
-            "solver": name,
-            "of": kinds.get(
-                name, "flow matching, random" if name.startswith(SDE) else "diffusion and flow matching"
-            ),
-        }
-        for name in SOLVERS
-    ]
+    kinds = {
+        "ddpm": "diffusion, random",
+        "ddim": "diffusion and flow matching, --eta for random",
+        "dopri5": "flow matching, adaptive steps",
+        **dict.fromkeys(DETERMINISTIC, "diffusion and flow matching"),
+        **dict.fromkeys(TABLEAUS, "flow matching"),
+    }
+    return [{"solver": name, "of": kinds.get(name, "flow matching, random")} for name in SOLVERS]
 
 
 def _runs(root: Path) -> Iterator[Row]:

@@ -2,12 +2,17 @@
 
 import json
 import subprocess
+from contextlib import nullcontext
 from typing import get_args
 
 import pytest
 
 from dit_fast.cli import COMMANDS, main
+from dit_fast.diffusion import create_diffusion
+from dit_fast.errors import ConfigError
+from dit_fast.sampling import Sampler, SamplerConfig, flow_schedule
 from dit_fast.sampling.solvers import Solver
+from dit_fast.sampling.trajectory import draws_noise
 from dit_fast.training.presets import PRESETS
 from tests.checkpoints import save_checkpoint
 from tests.small_models import small_model
@@ -24,6 +29,21 @@ def test_what_there_is(capsys):
     models = {row["model"]: row for row in listed(capsys, "models")}
     assert len(models) == 12
     assert models["DiT-XL/2"] == {"model": "DiT-XL/2", "parameters": "675.1 M", "GMACs": "118.62"}
+
+
+def test_solvers_are_of_what_they_sample(capsys):
+    model = small_model(learn_sigma=False)
+    processes = {
+        "diffusion": create_diffusion("4", learn_sigma=False),
+        "flow matching": flow_schedule(4, start=0.1, last_step=0.1),
+    }
+    for row in listed(capsys, "solvers"):
+        of = row["of"].split(",")[0].split(" and ")
+        config = SamplerConfig(solver=row["solver"])
+        assert draws_noise(config) == ("random" in row["of"] and "--eta" not in row["of"])
+        for name, process in processes.items():
+            with nullcontext() if name in of else pytest.raises(ConfigError):
+                Sampler(model, process, config)
 
 
 def test_runs_with_their_step_loss_and_age(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """SiT's samplers, against implementations written from the paper (Ma et al. 2024, section 2), in float64."""
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -22,6 +24,17 @@ FIXED = {"euler": "euler", "midpoint": "midpoint", "heun": "heun2", "heun3": "he
 LABELS = torch.tensor([1, 4])
 EPS = 1e-3
 SHAPE = (4, 4, 4)
+
+
+def latin(*choices: Iterable[str], every: int = 3) -> list[object]:
+    """All combinations; those outside a Latin square, in which every choice still occurs, are `nightly`."""
+    return [
+        pytest.param(*values, marks=() if sum(places) % every == 0 else pytest.mark.nightly)
+        for places, values in (
+            zip(*combination, strict=True)
+            for combination in itertools.product(*(list(enumerate(choice)) for choice in choices))
+        )
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +170,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("solver", FIXED)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "prediction", "solver"), latin(PATHS, PREDICTIONS, FIXED))
 def test_fixed_steps_of_the_ode_are_sit_s(model: DiT, path: str, prediction: str, solver: str) -> None:
     transport = Transport(model, path, prediction)
     times = torch.linspace(*transport.ends(), 8, dtype=torch.float64)
@@ -169,8 +180,7 @@ def test_fixed_steps_of_the_ode_are_sit_s(model: DiT, path: str, prediction: str
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "prediction"), latin(PATHS, PREDICTIONS))
 def test_dopri5_is_the_ode_within_its_tolerance(model: DiT, path: str, prediction: str) -> None:
     transport = Transport(model, path, prediction)
     exact = converged(transport, start(), *transport.ends())
@@ -180,10 +190,10 @@ def test_dopri5_is_the_ode_within_its_tolerance(model: DiT, path: str, predictio
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("last_step", LAST_STEPS)
-@pytest.mark.parametrize("method", ["euler", "heun"])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("path", "prediction", "method", "last_step"),
+    latin(PATHS, PREDICTIONS, ("euler", "heun"), LAST_STEPS, every=4),
+)
 def test_the_sde_is_sit_s(model: DiT, path: str, prediction: str, method: str, last_step: str) -> None:
     options = {"last_step": last_step, "sde_method": method, "diffusion_norm": 0.7, "last_step_size": 0.1}
     if (path, prediction, method, last_step) in (
@@ -202,8 +212,7 @@ def test_the_sde_is_sit_s(model: DiT, path: str, prediction: str, method: str, l
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", DIFFUSION_FORMS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "form"), latin(PATHS, DIFFUSION_FORMS))
 def test_the_diffusion_forms_are_sit_s(model: DiT, path: str, form: str) -> None:
     expected = Transport(model, path, "velocity").sde(start(), 20, form, 1.3, "euler", "mean", 0.04)
     found = sampler(model, path, "velocity", f"sde-{form}", 20, diffusion_norm=1.3)(LABELS, seed=3)
@@ -224,8 +233,7 @@ def test_sample_eps_moves_the_ends(model: DiT) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "prediction"), latin(PATHS, PREDICTIONS))
 def test_encoding_is_the_ode_from_data_to_noise(model: DiT, path: str, prediction: str) -> None:
     transport, data = Transport(model, path, prediction), start()
     times = torch.linspace(*transport.encoding(), 8, dtype=torch.float64)
@@ -245,8 +253,7 @@ def test_what_is_encoded_is_drawn_again(model: DiT) -> None:
     assert relative(sampler(model, "gvp", "velocity", "rk4", 40)(LABELS, start=noise), data) < 1e-5
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "prediction"), latin(PATHS, PREDICTIONS))
 def test_the_likelihood_is_sit_s_within_a_thousandth_of_a_nat(model: DiT, path: str, prediction: str) -> None:
     """With the exact trace, where SiT has a random estimate of it."""
     model = small_model(
