@@ -33,6 +33,9 @@ Diffusion: variational bound over all timesteps. Lower is better; 8 bits need no
 Example: dit-fast likelihood --ckpt demo/run --num 64"""
 
 
+_STEPS = 100
+
+
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodOptions(CheckpointOptions):
     ckpt: str = same_option(CheckpointOptions, "ckpt", default=REQUIRED)
@@ -42,7 +45,7 @@ class LikelihoodOptions(CheckpointOptions):
     num: int = option(64, "Number of images, held-out ones first", Whole(1))
     batch_size: int = option(16, "Images per batch", BATCH_SIZE)
     solver: Method = option("heun", "Solver of the ODE: heun with --steps, or dopri5 with tolerances, SiT's")
-    steps: int = option(100, "Steps of --solver heun", Whole(1, 1 << 20))
+    steps: int | None = option(None, "Steps of --solver heun", Whole(1, 1 << 20), default_text=str(_STEPS))
     atol: float | None = same_option(SamplerConfig, "atol")
     rtol: float | None = same_option(SamplerConfig, "rtol")
     probes: int = option(1, "Random probes per estimate of the divergence", Whole(1, 1 << 20))
@@ -60,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--atol", options.atol), ("--rtol", options.rtol)):
         if value is not None and options.solver != "dopri5":
             raise ConfigError(f"{name} {value:g} applies only to --solver dopri5; remove it")
+    if options.steps is not None and options.solver == "dopri5":
+        raise ConfigError(f"--steps {options.steps} applies only to --solver heun; remove it")
     device = choose_device(options.device)
     model, info = load_model(
         str(options.ckpt),
@@ -163,7 +168,7 @@ def _bits(
         objective,
         model,
         spread,
-        steps=options.steps,
+        steps=options.steps or _STEPS,
         method=options.solver,
         atol=options.atol or ATOL,
         rtol=options.rtol or RTOL,

@@ -104,3 +104,15 @@ def test_latents_have_no_bits(tmp_path, capsys):
     DiT(8, 2, 4, 16, 1, 2, num_classes=2).save_pretrained(tmp_path / "latents")
     assert main(["likelihood", "--ckpt", str(tmp_path / "latents")]) == 1
     assert "the model generates latents of an autoencoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--solver", "dopri5", "--steps", "4"), "--steps 4 applies only to --solver heun; remove it"),
+        (("--rtol", "0.01"), "--rtol 0.01 applies only to --solver dopri5; remove it"),
+    ],
+)
+def test_options_of_the_other_solver_are_refused(flow, capsys, words, line):
+    assert main(["likelihood", "--ckpt", str(flow), *words]) == 1
+    assert line in capsys.readouterr().err
