@@ -244,12 +244,18 @@ def _write_compiled(program: torch.export.ExportedProgram, path: Path, names: li
 _WRITERS = {"onnx": _write_onnx, "torch-export": _write_program, "aot-inductor": _write_compiled}
 
 
+def _has_scales(module: nn.Module) -> bool:
+    """Whether it is a linear layer without a row of zeros, as untrained gates have: float8's scale of one is 0 / 0."""
+    return isinstance(module, nn.Linear) and bool((module.weight != 0).any(1).all())
+
+
 def _quantize(model: DiT, quantize: Quantization) -> None:
     import torchao.quantization
 
     name, _ = _QUANTIZED[quantize]
     try:
-        torchao.quantization.quantize_(model, getattr(torchao.quantization, name)())
+        configuration = getattr(torchao.quantization, name)()
+        torchao.quantization.quantize_(model, configuration, filter_fn=lambda module, _: _has_scales(module))
         with torch.no_grad():
             _inputs_of(model)(*_example(model, 1, False).values())
     except Exception as error:  # a kernel, a dtype or a package that is not there

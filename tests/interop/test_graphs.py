@@ -176,3 +176,15 @@ def test_compiled_ahead_of_time(tmp_path) -> None:
     inputs = torch.randn(6, 4, 8, 8), torch.linspace(0, 999, 6), torch.arange(6) % 4
     assert relative(compiled(*inputs), model(*inputs)) <= rounding()
     assert np.isfinite(compiled(*inputs).numpy()).all()
+
+
+def test_float8_leaves_rows_of_zeros_alone() -> None:
+    """The gates of a fresh model are zero: a scale of theirs would be 0 / 0."""
+    model = DiT(**TINY).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    graphs._quantize(model, "float8")
+    out = model(torch.ones(1, 4, 8, 8), torch.tensor([3.0]), torch.tensor([0]))
+    assert out.isfinite().all()
+    assert out.any()
+    assert type(model.blocks[0].attn.qkv.weight).__name__ == "Float8Tensor"
+    assert type(model.blocks[0].adaLN_modulation[1].weight) is torch.nn.Parameter
