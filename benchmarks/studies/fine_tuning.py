@@ -1,9 +1,9 @@
 """Fine-tuning against training from scratch: `python -m benchmarks.studies.fine_tuning`.
 
-A small class-conditional model of MNIST's ten digits is trained once. It then initializes runs on a set of three other
-classes, mirrored digits 2, 4 and 7 in few images, which are compared with runs from random weights: the same data,
-draws and recipe. Measured is the loss of the averaged weights on held-out images. Writes OUT/fine_tuning.json and the
-picture --picture.
+The demo's model of MNIST's ten digits is trained once, or taken from the run of `make demo`. It then initializes runs
+on a set of three other classes, mirrored digits 2, 4 and 7 in few images, which are compared with runs from random
+weights: the same data, draws and recipe. Measured is the loss of the averaged weights on held-out images. Writes
+OUT/fine_tuning.json and the picture --picture.
 """
 
 import argparse
@@ -29,15 +29,17 @@ from dit_fast.interop import load_model
 from dit_fast.interop.guidance import default_guidance
 from dit_fast.sampling import Sampler, SamplerConfig, default_solver, sampling_schedule
 from dit_fast.training.config import TrainConfig
+from dit_fast.training.presets import PRESETS
 from dit_fast.training.run import train
 from dit_fast.utils import keyed
 from dit_fast.utils.images import draw_grid, to_uint8
 
+OWN = ("data", "steps", "ckpt_every")
 RECIPE: dict[str, Any] = {
-    "hidden_size": 64, "depth": 4, "num_heads": 4, "patch_size": 7, "batch_size": 64, "lr": 2e-3, "beta2": 0.99,
-    "ema_decay": 0.99, "prediction": "x0", "diffusion_steps": 100, "device": "cpu", "log_every": 50,
+    **{name: value for name, value in PRESETS["demo"].items() if name not in OWN},
+    "device": "cpu",
     "keep_checkpoints": 0,
-}  # fmt: skip
+}
 DIGITS = (2, 4, 7)
 PER_CLASS = 400
 DRAWS = 2
@@ -122,11 +124,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--steps", type=int, default=150, help="of each run on three classes (default: %(default)s)"
+        "--steps", type=int, default=300, help="of each run on three classes (default: %(default)s)"
     )
-    parser.add_argument(
-        "--source-steps", type=int, default=400, help="of the model of ten digits (default: %(default)s)"
-    )
+    parser.add_argument("--base", type=Path, help="run of the demo (default: trained here)")
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/fine-tuning.png"))
@@ -135,12 +135,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dit-fast-") as name:
         folder = Path(name)
         write_mirrored(folder / "mirrored")
-        source = TrainConfig(**RECIPE, data="mnist", steps=args.source_steps, ckpt_every=args.source_steps)
-        train(source, folder / "source")
+        base = args.base or folder / "base"
+        if args.base is None:
+            train(TrainConfig(**PRESETS["demo"]), base)
         curves: dict[str, list[list[tuple[int, float]]]] = {"scratch": [], "fine-tuned": []}
         every = args.steps // 30
         for seed in range(args.seeds):
-            for kind, origin in (("scratch", None), ("fine-tuned", str(folder / "source"))):
+            for kind, origin in (("scratch", None), ("fine-tuned", str(base))):
                 config = TrainConfig(
                     **RECIPE, data=str(folder / "mirrored"), channels=1, flip=False, holdout=0.2, seed=seed,
                     steps=args.steps, ckpt_every=every, init_from=origin,
@@ -153,7 +154,6 @@ def main() -> None:
     reached = [first_at(points, level) for points, level in zip(curves["fine-tuned"], targets, strict=True)]
     result: dict[str, Any] = {
         "steps": args.steps,
-        "source_steps": args.source_steps,
         "scratch_final_loss": targets,
         "fine_tuned_reaches_it_at_step": reached,
         "largest_fraction_of_the_steps": None
