@@ -104,7 +104,7 @@ def table(found: dict[str, Any]) -> str:
         f"{found['model']}, latents 4x32x32, random weights, batch {found['batch']}, float32 inputs; {about['cpu']}, "
         f"{about['threads']} threads, PyTorch {about['torch']}, commit {found['commit']}. Medians of "
         f"{found['rounds']} evaluations of each, which alternate. Load average {before:.1f} before and {after:.1f} "
-        f"after, on {about['cores']} cores{BUSY if before > 1.5 else ''}.",
+        f"after, on {about['cores']} cores{BUSY if after > 1.5 else ''}.",
         "",
         "| format | quantize | MB | from the model exported | quantized from float32 | ms | fastest ms |",
         "|---|---|---|---|---|---|---|",
