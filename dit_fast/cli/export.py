@@ -1,8 +1,6 @@
 """`dit-fast export`: the weights of a run, or of any checkpoint, for other programs."""
 
 import argparse
-import os
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from dit_fast.interop.load import ModelInfo
 from dit_fast.interop.objective import OBJECTIVE_FIELDS
 from dit_fast.model.config import beyond_the_paper
 from dit_fast.model.dit import DiT
-from dit_fast.utils.files import write_atomically
+from dit_fast.utils.files import temporary_folder, write_atomically
 from dit_fast.utils.options import REQUIRED, Options, add_options, option, read_options, same_option
 from dit_fast.utils.terminal import say
 from dit_fast.utils.values import PATH, SOURCE
@@ -110,8 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _write_folder(model: DiT, info: ModelInfo, options: ExportOptions) -> None:
     folder, kind = options.out, options.format
-    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
-    try:
+    with temporary_folder(folder) as temporary:
         if kind == "safetensors":
             model.save_pretrained(temporary)
         elif kind == "diffusers":
@@ -130,8 +127,6 @@ def _write_folder(model: DiT, info: ModelInfo, options: ExportOptions) -> None:
             raise OutputError(
                 f"--out {folder} was written by another process in the meantime; give another"
             ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_graph(model: DiT, info: ModelInfo, folder: Path, options: ExportOptions) -> None:
@@ -145,8 +140,8 @@ def _write_graph(model: DiT, info: ModelInfo, folder: Path, options: ExportOptio
     if compared.quantized:
         against = [("the quantized model", compared.graph), ("float32", compared.quantized)]
     for name, differences in against:
-        told = ", ".join(
+        figures = ", ".join(
             f"{each:.1e} at batch {batch}" for batch, each in zip(BATCHES, differences, strict=True)
         )
-        say(f"largest relative difference from {name}: {told}")
+        say(f"largest relative difference from {name}: {figures}")
     say(f"{compared.size / 1e6:.1f} MB in {FILES[options.format]}, inputs and conventions in {METADATA}")

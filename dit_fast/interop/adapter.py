@@ -6,7 +6,6 @@ arithmetic, so that a merged model is a `DiT` as any other, and sampling with an
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_fast.checkpoint.folder import read_part
@@ -27,7 +26,7 @@ from dit_fast.errors import CheckpointError, OutputError
 from dit_fast.model.dit import DiT
 from dit_fast.model.embedders import LabelEmbedder
 from dit_fast.model.folder import load_weights, read_model
-from dit_fast.utils.files import TEMPORARY, check_file, read_object, utf8_name, write_atomically
+from dit_fast.utils.files import read_object, read_tensors, temporary_folder, write_atomically
 from dit_fast.utils.schema import array, fields, flag, integer, maybe, number, require, table, text
 from dit_fast.utils.terminal import listed
 
@@ -98,13 +97,7 @@ def read_adapter(path: str | Path) -> Adapter:
             f"{path} is an adapter of type {config.get('peft_type')!r:.40}, not LORA: merge it with peft "
             "(merge_and_unload()), and give the merged model"
         )
-    file = path / WEIGHTS
-    check_file(file, CheckpointError, what="a safetensors file")
-    try:
-        with utf8_name(file) as name:
-            state = load_file(name)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from None
+    state = read_tensors(path / WEIGHTS, CheckpointError)
     facts = path / FACTS
     known = read_object(facts, CheckpointError, what="what an adapter records") if facts.is_file() else {}
     if known:
@@ -263,25 +256,23 @@ def _embedder_for(model: DiT, adapter: Adapter) -> LabelEmbedder | None:
 
 def write_adapter(adapter: Adapter, folder: Path, replace: bool = False) -> None:
     """Write the three files of an adapter to a new folder, completely or not at all; `replace`: also in its place."""
-    temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
     tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapter.state.items()}
     try:
-        temporary.mkdir(parents=True)
-        write_atomically(
-            temporary / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"})
-        )
-        for name, content in ((CONFIG, adapter.config), (FACTS, adapter.facts)):
-            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            write_atomically(temporary / name, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
-        if replace:
-            shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with temporary_folder(folder) as temporary:
+            temporary.mkdir(parents=True)
+            write_atomically(
+                temporary / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"})
+            )
+            for name, content in ((CONFIG, adapter.config), (FACTS, adapter.facts)):
+                text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+                write_atomically(temporary / name, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
+            if replace:
+                shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_run_adapter(step: Path, folder: Path, weights: str = "ema") -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.model.config import MOST_MLP, OPTIONS
 from dit_fast.model.layers import is_untouched
-from dit_fast.utils.files import check_file, read_object, utf8_name, write_atomically
+from dit_fast.utils.files import read_object, read_tensors, write_atomically
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -138,12 +138,7 @@ def read_model(folder: Path, weights: str) -> tuple[dict[str, Any], dict[str, Te
     path = folder / f"{weights}.safetensors"
     if not os.path.lexists(path):
         raise CheckpointError(f"{path} does not exist: is {folder} a saved model?")
-    check_file(path, CheckpointError, what="a safetensors file")
-    try:
-        with utf8_name(path) as name:
-            state = load_file(name)
-    except Exception as error:  # safetensors raises its own class, which is not public in every version
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+    state = read_tensors(path, CheckpointError)
     blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     if len(blocks) != config["depth"]:
         raise CheckpointError(f"{path} holds {len(blocks)} blocks, config.json says depth {config['depth']}")

@@ -160,6 +160,18 @@ def read_object(
     return content
 
 
+def read_tensors(path: str | Path, raises: type[DitFastError]) -> dict[str, Any]:
+    """Tensors of a safetensors file by name, on the CPU. Raises as `check_file`, also for a damaged file."""
+    from safetensors.torch import load_file
+
+    check_file(path, raises, what="a safetensors file")
+    try:
+        with utf8_name(Path(path)) as name:
+            return load_file(name)
+    except Exception as error:  # safetensors raises its own class, which is not public in every version
+        raise raises(f"{path} is not a readable safetensors file: {error}") from None
+
+
 def file_facts(path: str | Path, raises: type[DitFastError], what: str = "a regular file") -> dict[str, Any]:
     """Size and SHA-256 of a file, {"bytes", "sha256"}; Raises as `check_file`."""
     with open_file(path, raises, what=what) as file:
@@ -383,6 +395,16 @@ def _json_kind(content: Any) -> str:
 def _shortened(path: str | Path) -> str:
     text = str(path)
     return text if len(text) <= 300 and text.isprintable() else f"{text[:100]!r}..."
+
+
+@contextlib.contextmanager
+def temporary_folder(final: Path) -> Iterator[Path]:
+    """Context manager with the path of a folder beside `final`, to be made and renamed to it; removed if it is left."""
+    temporary = final.with_name(f"{TEMPORARY}{os.getpid()}-{final.name}")
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def prepare_folder(folder: Path, needed_bytes: int = 0) -> None:
