@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast.errors import ConfigError
 from dit_fast.sampling.schedule import Array, NoiseSchedule
 from dit_fast.sampling.solvers import States, on_device
 
@@ -84,8 +83,7 @@ def evaluates_end(solver: str) -> bool:
 
 
 def _widths(schedule: NoiseSchedule) -> Array:
-    if schedule.path is None:
-        raise ConfigError("a solver in t needs continuous time, and these timesteps are discrete: use ddim")
+    schedule.continuous_path()  # raises for discrete timesteps
     return np.diff(schedule.times, append=schedule.end)
 
 

@@ -6,13 +6,14 @@ gives a prediction of x_0 (`dit_fast.diffusion.paths`). Solvers therefore do not
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dit_fast.diffusion import FlowMatching, GaussianDiffusion, SpacedDiffusion, create_diffusion
 from dit_fast.diffusion.gaussian_diffusion import ModelVarType
@@ -129,17 +130,22 @@ class NoiseSchedule:
             sigmas=np.append(self.sigmas, 0.0),
         )
 
+    def continuous_path(self) -> Callable[[Tensor], Point]:
+        """The path, at any time; ConfigError where the timesteps are discrete."""
+        if self.path is None:
+            raise ConfigError(
+                "a solver in t needs continuous time, and these timesteps are discrete: use ddim"
+            )
+        return PATHS[self.path]
+
     def velocity_coefficients(self, times: Array) -> tuple[Array, Array]:
         """Coefficients (a, b) of velocity = a x + b output at `times`, float64 like `times` each.
 
         Raises:
             ConfigError: The timesteps are discrete, or the prediction does not determine the velocity at a time.
         """
-        if self.path is None:
-            raise ConfigError(
-                "a solver in t needs continuous time, and these timesteps are discrete: use ddim"
-            )
-        of_x, of_output = velocity_coefficients(self.prediction, PATHS[self.path](torch.from_numpy(times)))
+        point = self.continuous_path()(torch.from_numpy(times))
+        of_x, of_output = velocity_coefficients(self.prediction, point)
         broken = ~(of_x.isfinite() & of_output.isfinite()).numpy()
         if broken.any():
             raise ConfigError(

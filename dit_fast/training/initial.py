@@ -318,7 +318,7 @@ def read_initial(config: TrainConfig, data: ImageSet | LatentSet) -> InitialWeig
     path = config.init_from
     if path in pretrained_models and not Path(path).exists():
         path = str(fetch_model(path))
-    size = SIZES[config.model.removeprefix("DiT-").partition("/")[0]] | {
+    size = _size_of(config.model) | {
         name: value for name in _SIZES if (value := getattr(config, name)) is not None
     }
     # Files that do not record the number of heads, of a size that is not the paper's, have those of the run.
@@ -338,19 +338,22 @@ def read_initial(config: TrainConfig, data: ImageSet | LatentSet) -> InitialWeig
     return InitialWeights(source, info, config, data.class_names, past)
 
 
+def _size_of(name: str) -> dict[str, int]:
+    """Depth, width, heads and patch size of a model of the paper: "DiT-XL/2"."""
+    size, _, patch = name.removeprefix("DiT-").partition("/")
+    return {**SIZES[size], "patch_size": int(patch)}
+
+
 def _flags(config: dict[str, Any]) -> list[str]:
     """Options of `dit-fast train` for the architecture of a `DiT.config`, from the closest preset."""
 
     def distance(name: str) -> tuple[float, ...]:
-        size = SIZES[name.removeprefix("DiT-").partition("/")[0]]
+        size = _size_of(name)
         ratios = [max(size[key], config[key]) / max(min(size[key], config[key]), 1) for key in _SIZES]
-        return (sum(ratios), abs(int(name.rpartition("/")[2]) - config["patch_size"]))
+        return (sum(ratios), abs(size["patch_size"] - config["patch_size"]))
 
     model = min(DiT_models, key=distance)
-    size = {
-        **SIZES[model.removeprefix("DiT-").partition("/")[0]],
-        "patch_size": int(model.rpartition("/")[2]),
-    }
+    size = _size_of(model)
     flags = [f"--model {model}"]
     flags += [
         f"{flag_of(name)} {config[name]}" for name in (*_SIZES, "patch_size") if config[name] != size[name]
@@ -383,8 +386,9 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str | None:
         found = [name for name in parameters if matches(name, pattern)]
         if not found:
             known = [name for name, _ in model.named_modules() if name] + list(parameters)
-            near = difflib.get_close_matches(pattern, known, 3, 0.3) or known[:3]
-            raise ConfigError(f"--freeze {pattern} matches no parameter; the closest are {', '.join(near)}")
+            raise ConfigError(
+                f"--freeze {pattern} matches no parameter; the closest are {nearest(pattern, known)}"
+            )
         for name in found:
             parameters[name].requires_grad_(False)
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
