@@ -470,6 +470,11 @@ class EncodingSource:
         return self.name(member)
 
 
+def latents_as_pixels(latents: Tensor) -> Tensor:
+    """Three channels of latents (N, C, H, W), or one, in about [-1, 1]: their variance is 1, most lie within 3."""
+    return latents[:, :3] / 3 if latents.shape[1] >= 3 else latents[:, :1] / 3
+
+
 def encode_in_loop(images: ImageSet, encoder: Encoder) -> LatentSet:
     """A latent set that encodes `images` when they are read.
 

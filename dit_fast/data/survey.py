@@ -15,7 +15,7 @@ from dit_fast.data.base import DataSet
 from dit_fast.data.decode import Conversion, ImageFacts, read_each, read_facts
 from dit_fast.data.image_files import FORMATS, Found, find_images, name_some
 from dit_fast.data.images import to_pixels
-from dit_fast.data.latents import EncodingSource, LatentSet
+from dit_fast.data.latents import EncodingSource, LatentSet, latents_as_pixels
 from dit_fast.data.unreadable import UnreadableError
 from dit_fast.errors import DataError
 from dit_fast.utils.files import file_facts
@@ -252,8 +252,7 @@ def _shown(data: DataSet, member: Tensor) -> np.ndarray | None:
     except UnreadableError:
         return None
     if isinstance(data, LatentSet) and not isinstance(source, EncodingSource):
-        # Latents have unit variance, hence lie within three.
-        sample = sample[:, :3] / 3 if sample.shape[1] >= 3 else sample[:, :1] / 3
+        sample = latents_as_pixels(sample)
     image = to_uint8(sample)[0]
     longest = max(image.shape[:2])
     if longest <= PREVIEW_SIDE:

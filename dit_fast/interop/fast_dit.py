@@ -68,7 +68,7 @@ def _read_whole(read: Callable[..., Any], source: Any, **options: Any) -> tuple[
     try:
         model, information = read(source, **options)
     except OSError:
-        # Of files without safetensors, diffusers finds shards only where it is told so.
+        # Shards that are not safetensors are found by diffusers only with use_safetensors=False.
         if options.get("use_safetensors") is not None:
             raise
         try:

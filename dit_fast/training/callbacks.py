@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.data import LatentSet, Size, apportion
+from dit_fast.data.latents import latents_as_pixels
 from dit_fast.distributed.sharding import whole
 from dit_fast.distributed.world import is_lost_connection
 from dit_fast.encoders.autoencoder import LatentDecoder, check_autoencoder
@@ -209,8 +210,7 @@ class SampleGrids:
             return drawn
         if self.decoder is not None:
             return self.decoder(drawn, data.posterior.shift, data.posterior.scale)
-        # Latents have unit variance, hence lie within three.
-        return drawn[:, :3] / 3 if drawn.shape[1] >= 3 else drawn[:, :1] / 3
+        return latents_as_pixels(drawn)
 
 
 _BATCH = 64

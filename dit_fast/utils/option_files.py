@@ -5,7 +5,7 @@ A value is read as its flag reads a word of the command line, so that `1e-4` is 
 
 import argparse
 import difflib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from dit_fast.utils.options import described, flag_of, options_of, value_of
 from dit_fast.utils.terminal import one_line
 from dit_fast.utils.values import Flag, Pair, Several
 
-SUFFIXES = (".yaml", ".yml")
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -112,10 +111,11 @@ def _value(place: str, field: "Field[Any]", node: yaml.Node) -> Any:
     return tuple(items) if several else items[0]
 
 
-def as_yaml(config: Any, groups: Collection[str] | None = None) -> str:
+def as_yaml(config: Any) -> str:
     """The options of a dataclass as a file that `read_option_file` reads, under comments with their groups."""
+    cls = type(config)
     lines, group = [], None
-    for each in sorted(options_of(type(config), groups), key=lambda each: _rank(type(config), each)):
+    for each in options_of(cls, dict.fromkeys(described(each).group for each in options_of(cls))):
         if described(each).group != group:
             group = described(each).group
             lines += ["", f"# {group}"]
@@ -125,12 +125,6 @@ def as_yaml(config: Any, groups: Collection[str] | None = None) -> str:
         text = yaml.safe_dump(plain, default_flow_style=True, width=1 << 20).removesuffix("...\n").strip()
         lines.append(f"{each.name}: {text}")
     return "\n".join(lines[1:]) + "\n"
-
-
-def _rank(cls: type, field: "Field[Any]") -> int:
-    """Place of a field's group among all groups, in the order of their first fields."""
-    order = [*dict.fromkeys(described(each).group for each in options_of(cls))]
-    return order.index(described(field).group)
 
 
 def _plain(value: Any) -> Any:
